@@ -1,0 +1,93 @@
+"""From YAML and the command line to a config. With the verbs, the only importer of Hydra."""
+
+import pathlib
+import re
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llama_eqx.config import Config, load, nearest
+from llama_eqx.errors import ConfigError
+
+PACKAGE = pathlib.Path(__file__).resolve().parent
+
+
+def conf_dir() -> pathlib.Path:
+    """The folder of YAML: the copy inside an installed package, else the checkout's."""
+    return next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if (path / "train.yaml").is_file())
+
+
+def load_config(*overrides: str, name: str = "train") -> Any:
+    """`conf/<name>.yaml` with Hydra overrides such as "model=llama3_2_1b" or "train.steps=100", as frozen dataclasses.
+
+    Raises `ConfigError` naming the key and the nearest right one.
+    """
+    config = resolve(compose(name, list(overrides)))
+    if not isinstance(config, Config):
+        raise ConfigError(f"conf/{name}.yaml has no _target_")
+    return config
+
+
+def compose(name: str, overrides: list[str]) -> DictConfig:
+    """The merged YAML, not yet checked against the dataclasses."""
+    try:
+        return _compose(name, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explained(error, name, overrides) from None
+
+
+def resolve(config: DictConfig) -> Any:
+    """Interpolations resolved once, to plain containers, then to config classes; Hydra's `instantiate` is never used."""
+    try:
+        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0], where=str(getattr(error, "full_key", "") or "")) from None
+    assert isinstance(tree, dict)
+    tree.pop("hydra", None)
+    return load(tree)
+
+
+def _compose(name: str, overrides: list[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return hydra_compose(name, overrides)
+
+
+def _explained(error: Exception, name: str, overrides: list[str]) -> ConfigError:
+    """Hydra's exception as a sentence with the nearest key or option."""
+    text = str(error)
+    if match := re.search(r"Could not find '(?P<group>[\w/]+)/(?P<option>[^'/]+)'", text):
+        folder = conf_dir() / match["group"]
+        options = [path.stem for path in folder.glob("*.yaml") if not path.stem.startswith("_")]
+        return ConfigError(f"{match['group']} has no option {match['option']!r}", where=folder.name, next=nearest(match["option"], options))
+    if match := re.search(r"Could not override '(?P<key>[^']+)'|Key '(?P<bare>[^']+)' is not in struct", text):
+        key = match["key"] or match["bare"]
+        return ConfigError(f"no such key: {key}", where=_override_of(key, overrides), next=nearest(key, _keys(name, overrides)))
+    first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
+    return ConfigError(first, where=" ".join(overrides), next="values with commas, braces or = need quotes: 'key=\"value\"'")
+
+
+def _override_of(key: str, overrides: list[str]) -> str:
+    return next((override for override in overrides if override.lstrip("+~").startswith(key)), "")
+
+
+def _keys(name: str, overrides: list[str]) -> list[str]:
+    """Every dotted key and every group, in the composition by those overrides that choose options and compose."""
+    groups = [str(path.parent.relative_to(conf_dir())) for path in conf_dir().rglob("*.yaml")]
+    choices = [override for override in overrides if override.split("=")[0].lstrip("+") in groups]
+    try:
+        config = _compose(name, choices)
+    except (HydraException, OmegaConfBaseException):
+        config = _compose(name, [])
+
+    def walk(node: Any, path: str) -> list[str]:
+        if not isinstance(node, dict):
+            return [path]
+        return [path] * bool(path) + [key for name, child in node.items() for key in walk(child, f"{path}.{name}".strip("."))]
+
+    return sorted({*walk(OmegaConf.to_container(config), ""), *groups} - {"."})

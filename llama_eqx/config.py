@@ -1,0 +1,122 @@
+"""The base of every config, and the one way from YAML to it."""
+
+import dataclasses
+import difflib
+import importlib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, dataclass_transform
+
+from beartype.door import is_bearable
+
+from llama_eqx.errors import ConfigError
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class Config:
+    """A frozen, keyword-only dataclass whose values are checked against its annotations.
+
+    A subclass only lists its fields. None has a default: YAML says everything, so a missing or unknown key is an error.
+    Lists become tuples and an int becomes a float where a float is declared. Invariants between fields go into `check`.
+
+    Raises `ConfigError` on construction when a value does not fit.
+    """
+
+    # jaxtyping's import hook would check `__init__` before `__post_init__` has converted the values.
+    __no_type_check__ = True
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            hint = field.type
+            value = _converted(getattr(self, field.name), hint)
+            if not is_bearable(value, hint):
+                raise ConfigError(f"{_said(value)} does not fit: {_wanted(hint, value)}", where=field.name)
+            object.__setattr__(self, field.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raises `ConfigError` when fields contradict each other."""
+
+
+def load(node: Any, path: str = "") -> Any:
+    """A resolved tree of dicts, lists and scalars, as `Config`s: a dict with `_target_` becomes that class.
+
+    Nothing but a `Config` of this package is ever imported or called, so a config that came with a download is data.
+
+    Raises `ConfigError` naming the place in the tree.
+    """
+    if isinstance(node, list | tuple):
+        return tuple(load(child, f"{path}[{i}]") for i, child in enumerate(node))
+    if not isinstance(node, Mapping):
+        return node
+    children = {key: load(child, f"{path}.{key}".lstrip(".")) for key, child in node.items() if key != "_target_"}
+    if "_target_" not in node:
+        return children
+    cls = _config_class(str(node["_target_"]), path)
+    fields = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+    for key in children:
+        if key not in fields:
+            raise ConfigError(f"no such key: {key}", where=path, next=nearest(str(key), fields))
+    if missing := [name for name in fields if name not in children]:
+        raise ConfigError(f"missing: {', '.join(missing)}", where=path)
+    try:
+        return cls(**children)
+    except ConfigError as error:
+        if error.where.startswith(path) and path:
+            raise
+        raise ConfigError(error.what, where=f"{path}.{error.where}".strip("."), kept=error.kept, next=error.next) from None
+
+
+def dump(value: Any) -> Any:
+    """The inverse of `load`: plain containers, with `_target_` where a `Config` stood."""
+    if isinstance(value, Config):
+        fields = {field.name: dump(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
+    if isinstance(value, Mapping):
+        return {key: dump(child) for key, child in value.items()}
+    return [dump(child) for child in value] if isinstance(value, tuple) else value
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """A sentence naming the option most like `word`, or all options when none is near."""
+    options = sorted(options)
+    if near := difflib.get_close_matches(word, options, 1):
+        return f"did you mean {near[0]}?"
+    return f"one of: {', '.join(options)}"
+
+
+def _config_class(target: str, path: str) -> type[Config]:
+    module, _, name = target.rpartition(".")
+    cls = None
+    if f"{module}.".startswith("llama_eqx."):
+        try:
+            cls = getattr(importlib.import_module(module), name, None)
+        except ImportError:
+            pass
+    if not (isinstance(cls, type) and issubclass(cls, Config)):
+        raise ConfigError(f"{target} is not a config class of llama_eqx, and nothing else is ever built", where=f"{path}._target_")
+    return cls
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_converted(child, None) for child in value)
+    if isinstance(value, Mapping):
+        return {key: _converted(child, None) for key, child in value.items()}
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return float(value) if type(value) is int and float in options and int not in options else value
+
+
+def _said(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _wanted(hint: Any, value: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return nearest(str(value), map(str, typing.get_args(hint)))
+    return f"wanted {hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace('typing.', '')}"

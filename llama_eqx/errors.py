@@ -1,0 +1,38 @@
+"""Errors meant for people. A verb prints one as a block and exits with its code; a library user catches it as an exception."""
+
+
+class UserError(Exception):
+    """What happened, where, what was kept, and what to type next.
+
+    `code` is the exit code of a verb: 1 unexpected, 2 config, 3 data, 4 checkpoint unusable, 5 non-finite numbers, 6 storage.
+    """
+
+    code = 1
+
+    def __init__(self, what: str, *, where: str = "", kept: str = "", next: str = ""):
+        super().__init__(what, where, kept, next)
+        self.what, self.where, self.kept, self.next = what, where, kept, next
+
+    def __str__(self) -> str:
+        rows = {"error": self.what, "where": self.where, "kept": self.kept, "next": self.next}
+        return "\n".join(f"{name}: {text.replace(chr(10), chr(10) + '       ')}" for name, text in rows.items() if text)
+
+
+class ConfigError(UserError):
+    code = 2
+
+
+class DataError(UserError):
+    code = 3
+
+
+class CheckpointError(UserError):
+    code = 4
+
+
+class NonFiniteError(UserError):
+    code = 5
+
+
+class StorageError(UserError):
+    code = 6

@@ -1,0 +1,79 @@
+"""Attention over the residual."""
+
+import abc
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from llama_eqx.config import Config
+from llama_eqx.dims import Dims
+from llama_eqx.model.cache import KVCache
+from llama_eqx.model.init import InitConfig
+from llama_eqx.model.kernel import attend
+from llama_eqx.model.rotary import Rotation
+
+
+class Attention(eqx.Module):
+    @abc.abstractmethod
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        rotation: Rotation,
+        segment_ids: Int[Array, "batch seq"] | None,
+        cache: KVCache | None,
+    ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
+        """What each token reads from the tokens before it, and the cache with this call's tokens appended."""
+
+    @abc.abstractmethod
+    def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None) -> KVCache: ...
+
+
+class AttentionConfig(Config):
+    @abc.abstractmethod
+    def build(self, dims: Dims, init: InitConfig, *, key: PRNGKeyArray) -> Attention: ...
+
+
+class GroupedQueryAttention(Attention):
+    """Heads in groups that share keys and values (Ainslie et al., 2023, arXiv 2305.13245).
+
+    kv_heads = heads is multi-head attention, kv_heads = 1 is multi-query attention.
+    """
+
+    q_proj: Float[Array, "embed heads head_dim"]
+    k_proj: Float[Array, "embed kv_heads head_dim"]
+    v_proj: Float[Array, "embed kv_heads head_dim"]
+    o_proj: Float[Array, "heads head_dim embed"]
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        rotation: Rotation,
+        segment_ids: Int[Array, "batch seq"] | None,
+        cache: KVCache | None,
+    ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
+        q = rotation(jnp.einsum("bsd,dnh->bsnh", x, self.q_proj))
+        k = rotation(jnp.einsum("bsd,dkh->bskh", x, self.k_proj))
+        v = jnp.einsum("bsd,dkh->bskh", x, self.v_proj)
+        if cache is None:
+            y = attend(q, k, v, q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
+        else:
+            segment_ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+            start, cache = cache.length, cache.append(k, v, segment_ids)
+            k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
+            y = attend(q, k, v, start=start, q_segment_ids=segment_ids, kv_segment_ids=cache.segment_ids)
+        return jnp.einsum("bsnh,nhd->bsd", y, self.o_proj), cache
+
+    def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None) -> KVCache:
+        _, kv_heads, head_dim = self.k_proj.shape
+        return KVCache.empty(batch, slots, kv_heads, head_dim, self.k_proj.dtype if dtype is None else dtype)
+
+
+class GroupedQueryAttentionConfig(AttentionConfig):
+    def build(self, dims: Dims, init: InitConfig, *, key: PRNGKeyArray) -> GroupedQueryAttention:
+        return GroupedQueryAttention(
+            q_proj=init.matrix(GroupedQueryAttention, "q_proj", dims, fan_in="embed", key=key),
+            k_proj=init.matrix(GroupedQueryAttention, "k_proj", dims, fan_in="embed", key=key),
+            v_proj=init.matrix(GroupedQueryAttention, "v_proj", dims, fan_in="embed", key=key),
+            o_proj=init.matrix(GroupedQueryAttention, "o_proj", dims, fan_in="heads head_dim", key=key),
+        )

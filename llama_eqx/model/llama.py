@@ -1,0 +1,130 @@
+"""The whole model: an embedding, a stack of blocks, a norm and a head."""
+
+from typing import Annotated
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
+
+from llama_eqx.config import Config
+from llama_eqx.dims import Dims
+from llama_eqx.errors import ConfigError
+from llama_eqx.model.attention import AttentionConfig
+from llama_eqx.model.block import Block, BlockConfig
+from llama_eqx.model.cache import KVCache
+from llama_eqx.model.dropout import dropout
+from llama_eqx.model.feed_forward import FeedForwardConfig
+from llama_eqx.model.init import InitConfig, named
+from llama_eqx.model.norm import Norm, NormConfig
+from llama_eqx.model.rotary import Rotary, RotaryConfig
+from llama_eqx.tag import tag
+
+
+class Llama(eqx.Module):
+    """A decoder-only language model (Touvron et al., 2023, arXiv 2302.13971 and 2307.09288; Llama 3, 2024, arXiv 2407.21783).
+
+    `blocks` is one block whose arrays have a leading axis "layers": it is folded over by a scan, so a deep model compiles as fast as
+    a shallow one. `lm_head` is None when the embedding table serves as the head too.
+    """
+
+    embed: Float[Array, "vocab embed"]
+    blocks: Annotated[Block, "layers"]
+    final_norm: Norm
+    lm_head: Float[Array, "embed vocab"] | None
+    rotary: Rotary
+    config: "LlamaConfig" = eqx.field(static=True)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float32[Array, "batch seq vocab"]:
+        """Logits of the token that follows each token. See `hidden` for the arguments."""
+        x, _ = self.hidden(tokens, positions=positions, segment_ids=segment_ids, key=key)
+        return self.head(x)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        cache: Annotated[KVCache, "layers"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], Annotated[KVCache, "layers"] | None]:
+        """The normalised residual after the last block, and the cache with these tokens appended.
+
+        The one forward: without a cache it trains, with one it prefills or decodes. Tokens attend within their segment only;
+        segment 0 is padding. `positions` default to 0, 1, 2 … (with a cache, onwards from its length). No key, no dropout.
+        """
+        if positions is None:
+            start = 0 if cache is None else cache.length[0]
+            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+        rate = self.config.dropout
+        x = tag(dropout(self.embed[tokens], rate, None if key is None else named(key, "embed")), "residual")
+        rotation = self.rotary(positions)
+
+        def fold(carry, each):
+            # The stacked cache is carried and indexed by layer: as an input and output of the scan it would be copied whole.
+            (x, caches), (block, layer) = carry, each
+            cache = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, layer, keepdims=False), caches)
+            x, cache = block(x, rotation, segment_ids, cache, None if key is None else jax.random.fold_in(key, layer))
+            caches = jax.tree.map(lambda c, new: jax.lax.dynamic_update_index_in_dim(c, new, layer, axis=0), caches, cache)
+            return (x, caches), None
+
+        (x, cache), _ = jax.lax.scan(fold, (x, cache), (self.blocks, jnp.arange(self.config.dims.layers)))
+        return self.final_norm(x), cache
+
+    def head(self, x: Float[Array, "batch seq embed"]) -> Float32[Array, "batch seq vocab"]:
+        """Logits of `hidden`'s residual, in float32 whatever the dtype of the weights."""
+        table = self.embed.T if self.lm_head is None else self.lm_head
+        return jnp.einsum("bsd,dv->bsv", x, table, preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None = None) -> Annotated[KVCache, "layers"]:
+        """An empty cache of `slots` tokens per row, in the dtype of the weights unless another is given."""
+        return eqx.filter_vmap(lambda block: block.attention.init_cache(batch, slots, dtype))(self.blocks)
+
+
+class LlamaConfig(Config):
+    """A model: its sizes and what stands in each slot. `context` is the length it was (or is to be) trained for."""
+
+    dims: Dims
+    attention: AttentionConfig
+    feed_forward: FeedForwardConfig
+    norm: NormConfig
+    rotary: RotaryConfig
+    block: BlockConfig
+    init: InitConfig
+    dropout: float
+    tied: bool
+    context: int
+
+    def check(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"{self.dropout} is not a probability below 1", where="dropout")
+
+    def build(self, *, key: PRNGKeyArray) -> Llama:
+        """A model with fresh float32 parameters. Under `eqx.filter_eval_shape` it allocates nothing, whatever its size."""
+
+        def block(layer: Int[Array, ""]) -> Block:
+            return self.block.build(
+                self.dims,
+                self.init,
+                self.attention,
+                self.feed_forward,
+                self.norm,
+                key=jax.random.fold_in(named(key, "blocks"), layer),
+            )
+
+        return Llama(
+            embed=self.init.matrix(Llama, "embed", self.dims, fan_in="embed", key=key),
+            blocks=eqx.filter_vmap(block)(jnp.arange(self.dims.layers)),
+            final_norm=self.norm.build(self.dims),
+            lm_head=None if self.tied else self.init.matrix(Llama, "lm_head", self.dims, fan_in="embed", key=key),
+            rotary=self.rotary.build(self.dims),
+            config=self,
+        )

@@ -1,0 +1,130 @@
+"""Rotary position embedding (Su et al., 2021, arXiv 2104.09864), with pairs half a head apart as Hugging Face stores them."""
+
+import abc
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from llama_eqx.config import Config
+from llama_eqx.dims import Dims
+
+RoundAt = Literal["none", "inv_freq", "position", "angle", "table", "rotation"]
+
+
+def round_bfloat16(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """The nearest bfloat16 values, kept in float32. A round trip through bfloat16 would not do: XLA may remove it."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+class Rotation(eqx.Module):
+    """A turn of every pair of a head by its own angle; in float32 whatever the dtype of what it turns."""
+
+    cos: Float32[Array, "batch seq 1 half"]
+    sin: Float32[Array, "batch seq 1 half"]
+    rounded: bool = eqx.field(static=True)  # every product and sum of the turn is rounded to bfloat16
+
+    def __call__(self, x: Float[Array, "batch seq n head_dim"]) -> Float[Array, "batch seq n head_dim"]:
+        r = round_bfloat16 if self.rounded else lambda y: y
+        a, b = jnp.split(r(x.astype(jnp.float32)), 2, axis=-1)
+        cos, sin = r(self.cos), r(self.sin)
+        turned = jnp.concatenate([r(r(a * cos) - r(b * sin)), r(r(b * cos) + r(a * sin))], axis=-1)
+        return turned.astype(x.dtype)
+
+
+class Rotary(eqx.Module):
+    """Positions to the rotation of queries and keys. Frequencies are computed in the call: as leaves they would train."""
+
+    head_dim: eqx.AbstractVar[int]
+    round_at: eqx.AbstractVar[RoundAt]
+
+    @abc.abstractmethod
+    def frequencies(self) -> Float32[Array, " half"]:
+        """Radians per position of each pair."""
+
+    def __call__(self, positions: Int[Array, "batch seq"]) -> Rotation:
+        """`round_at` says which one quantity of the chain is rounded to bfloat16; "none" is float32 throughout."""
+
+        def rounded(x: Array, name: RoundAt) -> Array:
+            return round_bfloat16(x) if self.round_at == name else x
+
+        frequency = rounded(self.frequencies(), "inv_freq")
+        position = rounded(positions[:, :, None, None].astype(jnp.float32), "position")
+        angle = rounded(position * frequency, "angle")
+        return Rotation(
+            cos=rounded(jnp.cos(angle), "table"),
+            sin=rounded(jnp.sin(angle), "table"),
+            rounded=self.round_at == "rotation",
+        )
+
+
+class RotaryConfig(Config):
+    @abc.abstractmethod
+    def build(self, dims: Dims) -> Rotary: ...
+
+
+class PlainRotary(Rotary):
+    """theta^(-2i / head_dim) radians per position for pair i: Llama 1, 2 and 3.0."""
+
+    theta: float = eqx.field(static=True)
+    head_dim: int = eqx.field(static=True)
+    round_at: RoundAt = eqx.field(static=True)
+
+    def frequencies(self) -> Float32[Array, " half"]:
+        return inverse_frequencies(self.theta, self.head_dim)
+
+
+class PlainRotaryConfig(RotaryConfig):
+    theta: float
+    round_at: RoundAt
+
+    def build(self, dims: Dims) -> PlainRotary:
+        return PlainRotary(theta=self.theta, head_dim=dims.head_dim, round_at=self.round_at)
+
+
+class Llama3Rotary(Rotary):
+    """Llama 3.1's stretch of the low frequencies for a longer context (Llama 3 paper, arXiv 2407.21783, and Meta's `llama-models`).
+
+    A pair that turns at least `high_freq_factor` times within the original context keeps its frequency, one that turns at most
+    `low_freq_factor` times is slowed by `factor`, and between them the two are blended linearly in the number of turns.
+    """
+
+    theta: float = eqx.field(static=True)
+    factor: float = eqx.field(static=True)
+    low_freq_factor: float = eqx.field(static=True)
+    high_freq_factor: float = eqx.field(static=True)
+    original_context: int = eqx.field(static=True)
+    head_dim: int = eqx.field(static=True)
+    round_at: RoundAt = eqx.field(static=True)
+
+    def frequencies(self) -> Float32[Array, " half"]:
+        frequency = inverse_frequencies(self.theta, self.head_dim)
+        turns = self.original_context * frequency / (2 * jnp.pi)
+        kept = jnp.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        return kept * frequency + (1 - kept) * frequency / self.factor
+
+
+class Llama3RotaryConfig(RotaryConfig):
+    theta: float
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+    round_at: RoundAt
+
+    def build(self, dims: Dims) -> Llama3Rotary:
+        return Llama3Rotary(
+            theta=self.theta,
+            factor=self.factor,
+            low_freq_factor=self.low_freq_factor,
+            high_freq_factor=self.high_freq_factor,
+            original_context=self.original_context,
+            head_dim=dims.head_dim,
+            round_at=self.round_at,
+        )
+
+
+def inverse_frequencies(theta: float, head_dim: int) -> Float32[Array, " half"]:
+    return theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)

@@ -1,0 +1,30 @@
+"""Eight virtual devices, shapes checked by jaxtyping and beartype, and one compile cache for all tests."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "llama_eqx-test-compiled"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+install_import_hook("llama_eqx", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def test_data() -> pathlib.Path:
+    """The folder with the real tokenizer files and Tiny Shakespeare, which are not part of the project."""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    folder = pathlib.Path(os.environ.get("LLAMA_EQX_TEST_DATA", root.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no test data in {folder}: set LLAMA_EQX_TEST_DATA")
+    return folder
