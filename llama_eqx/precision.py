@@ -1,0 +1,54 @@
+"""In which dtype parameters are kept and in which they compute: a policy on the tree, unknown to the model."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from llama_eqx.config import Config
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class PrecisionConfig(Config):
+    """`params` is the dtype of parameters and optimizer state, `compute` that of weights and activations inside the loss."""
+
+    params: Dtype
+    compute: Dtype
+
+    def apply(self, model: Any) -> Any:
+        """Embedding, last norm and head as the loss sees them. The blocks follow one layer at a time, by `block`."""
+        if self.params == self.compute:
+            return model
+        table = Lookup(model.embed, self.compute)
+        outside = cast((model.final_norm, model.lm_head), self.compute)
+        where = lambda m: (m.embed, m.final_norm, m.lm_head)  # noqa: E731
+        return eqx.tree_at(where, model, (table, *outside), is_leaf=lambda x: x is None)
+
+    def block(self, block: Callable) -> Callable:
+        """A block whose weights are cast inside the scan, so that one layer's copy exists at a time."""
+        if self.params == self.compute:
+            return block
+        return lambda module, *rest: block(cast(module, self.compute), *rest)
+
+
+class Lookup(eqx.Module):
+    """An embedding table that is read in another dtype. The cast follows the lookup, so gradients add up in the table's own dtype."""
+
+    table: Float[Array, "vocab embed"]
+    dtype: str = eqx.field(static=True)
+
+    def __getitem__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
+        return self.table[tokens].astype(self.dtype)
+
+    @property
+    def T(self) -> Float[Array, "embed vocab"]:
+        return self.table.T.astype(self.dtype)
+
+
+def cast(tree: Any, dtype: str) -> Any:
+    """Every floating-point leaf in `dtype`."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)

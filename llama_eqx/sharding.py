@@ -1,0 +1,200 @@
+"""Where arrays live: axis names are read from the annotations and mapped to the axes of a mesh."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llama_eqx.config import Config
+from llama_eqx.dims import Dims
+from llama_eqx.errors import ConfigError
+
+Axes = tuple[str, ...]
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+
+
+class MeshConfig(Config):
+    """Devices in a grid with the axes `data fsdp sequence tensor`. One size may be -1: what the others leave.
+
+    `devices` is how many the grid needs, None for as many as there are; `virtual` splits the host's CPU into that many.
+    """
+
+    platform: Literal["cpu", "gpu", "tpu"] | None
+    devices: int | None
+    virtual: bool
+    data: int
+    fsdp: int
+    sequence: int
+    tensor: int
+
+    def build(self) -> Mesh:
+        """Raises `ConfigError` when the devices here are not those of the config."""
+        if self.virtual:
+            _split_cpu(self.devices)
+        found = jax.devices()
+        if self.platform not in (None, found[0].platform) or self.devices not in (None, len(found)):
+            raise ConfigError(
+                f"this mesh needs {self.devices or 'some'} {self.platform or 'any'} devices, here are {len(found)} ({found[0].device_kind})",
+                where="mesh",
+                next="mesh=local uses the devices that are here; mesh=cpu-8 tries eight virtual ones",
+            )
+        sizes = [getattr(self, axis) for axis in MESH_AXES]
+        rest, unused = divmod(len(found), math.prod(size for size in sizes if size != -1))
+        sizes = [rest if size == -1 else size for size in sizes]
+        if unused or math.prod(sizes) != len(found):
+            grid = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+            raise ConfigError(f"{grid} does not make {len(found)} devices", where="mesh", next="mesh.fsdp=-1 takes what the others leave")
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+    def check(self) -> None:
+        sizes = [getattr(self, axis) for axis in MESH_AXES]
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+            raise ConfigError("axis sizes are at least 1, and one at most may be -1", where="/".join(MESH_AXES))
+
+
+class Rules(Config):
+    """From the name of an axis to the mesh axes that split it; an axis that is not named is not split."""
+
+    axes: dict[str, Axes]
+
+    def check(self) -> None:
+        for axis, split in self.axes.items():
+            for name in split:
+                if name not in MESH_AXES:
+                    raise ConfigError(f"{name} is not an axis of a mesh", where=f"axes.{axis}", next=f"one of: {', '.join(MESH_AXES)}")
+
+    def without(self, *mesh_axes: str) -> "Rules":
+        return Rules(axes={axis: tuple(name for name in split if name not in mesh_axes) for axis, split in self.axes.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules that map axis names to it."""
+
+    mesh: Mesh
+    rules: Rules
+
+    def spec(self, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
+        """The mesh axes of each axis of an array. A mesh axis splits an array once: the first axis that asks for it gets it.
+
+        `kv_heads` that do not divide are replicated, as is usual with more devices than key heads.
+
+        Raises `ConfigError` for any other axis that does not divide.
+        """
+        free, parts = set(self.mesh.axis_names), []
+        for axis, size in zip(axes, shape, strict=True):
+            split = tuple(name for name in self.rules.axes.get(axis, ()) if name in free and self.mesh.shape[name] > 1)
+            ways = math.prod(self.mesh.shape[name] for name in split)
+            if size % ways:
+                if axis != "kv_heads":
+                    raise ConfigError(f"{axis}={size} does not divide by {' x '.join(split)} = {ways}", where="sharding")
+                split = ()
+            free -= set(split)
+            parts.append(split or None)
+        return PartitionSpec(*parts)
+
+    def sharding(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(axes, shape))
+
+    def shardings(self, tree: Any) -> Any:
+        """The sharding of every leaf of a tree of (possibly abstract) arrays.
+
+        Raises `ConfigError` listing every axis that does not divide.
+        """
+        leaves, structure = jax.tree.flatten(tree)
+        found, wrong = [], {}
+        for axes, leaf in zip(axis_names(tree), leaves, strict=True):
+            try:
+                found.append(self.sharding(axes, leaf.shape))
+            except ConfigError as error:
+                wrong[error.what] = error
+        if wrong:
+            raise ConfigError("; ".join(wrong), where="sharding", next="change the sizes, or the axes of the mesh")
+        return structure.unflatten(found)
+
+    def place(self, tree: Any) -> Any:
+        """`tree` with every leaf constrained to its sharding; for use under jit."""
+        return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
+
+    def gathered(self, model: Any) -> Any:
+        """`model` with embedding, last norm and head whole along fsdp while they compute, as the loss sees it.
+
+        Left to itself the partitioner would compute with slices of them, and reduce activations instead of gathering weights.
+        """
+        outside = lambda m: (m.embed, m.final_norm, m.lm_head)  # noqa: E731
+        whole = Layout(self.mesh, self.rules.without("fsdp")).shardings(model)
+        return eqx.tree_at(outside, model, jax.lax.with_sharding_constraint(outside(model), outside(whole)), is_leaf=lambda x: x is None)
+
+    def edges(self, block: Callable) -> Callable:
+        """A block whose residual is split by batch (and sequence) alone where it enters and leaves."""
+
+        def edge(x: jax.Array) -> jax.Array:
+            return jax.lax.with_sharding_constraint(x, self.sharding(("batch", "seq", ""), x.shape))
+
+        def wrapped(module: Any, x: jax.Array, *rest: Any) -> Any:
+            y, cache = block(module, edge(x), *rest)
+            return edge(y), cache
+
+        return wrapped
+
+
+def axis_names(tree: Any) -> list[Axes]:
+    """The axis names of every leaf of a tree of modules in the order of `jax.tree.leaves`.
+
+    They are read from the annotations of the fields: `Float[Array, "embed mlp"]` names two, `Annotated[Block, "layers"]` puts one
+    before those of everything within. Arrays without annotations, and an optimizer's arrays of another rank than the parameter
+    whose place they take, have empty names.
+
+    Raises `TypeError` when a model's array has another rank than its annotation.
+    """
+    return list(_axis_names(tree, None, (), strict=True))
+
+
+def parameter_names(tree: Any) -> list[str]:
+    """The dotted path of every leaf, `blocks.attention.q_proj`, in the order of `jax.tree.leaves`."""
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def check_shapes(model: Any, dims: Dims) -> None:
+    """Raises `ValueError` when an array of `model` is not of the sizes that its axis names have in `dims`.
+
+    jaxtyping checks constructors only; this sees models that were stacked, restored or edited.
+    """
+    for name, axes, leaf in zip(parameter_names(model), axis_names(model), jax.tree.leaves(model), strict=True):
+        if leaf.shape != dims.of(" ".join(axes)):
+            raise ValueError(f"{name}: {' '.join(axes)} is {dims.of(' '.join(axes))}, found {leaf.shape}")
+
+
+def _axis_names(tree: Any, hint: Any, lead: Axes, *, strict: bool) -> Iterator[Axes]:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Annotated:
+        hint, lead, arguments = arguments[0], (*lead, *arguments[1:]), ()
+    if isinstance(tree, eqx.Module):
+        hints = typing.get_type_hints(type(tree), include_extras=True)
+        for field in dataclasses.fields(tree):  # pyright: ignore[reportArgumentType]
+            if not field.metadata.get("static"):
+                yield from _axis_names(getattr(tree, field.name), hints[field.name], lead, strict=strict)
+    elif hasattr(tree, "shape"):
+        own = next((h.dim_str.split() for h in (hint, *arguments) if hasattr(h, "dim_str")), [])
+        axes = (*lead, *own)
+        if len(axes) == len(tree.shape):
+            yield axes
+        elif strict:
+            raise TypeError(f"{hint} names the axes {axes} of an array of shape {tree.shape}")
+        else:
+            yield ("",) * len(tree.shape)
+    else:  # a tuple, a named tuple, a dict or None: an optimizer's own containers
+        for child in jax.tree.leaves(tree, is_leaf=lambda x: x is not tree):
+            yield from _axis_names(child, None, lead, strict=False)
+
+
+def _split_cpu(devices: int | None) -> None:
+    try:
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:  # a backend is up already; the count of devices is checked by the caller
+        pass

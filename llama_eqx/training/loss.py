@@ -1,0 +1,36 @@
+"""What training minimises."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import optax
+from jaxtyping import Array, Float, Float32, PRNGKeyArray
+
+from llama_eqx.batch import Batch
+from llama_eqx.model.llama import Llama
+from llama_eqx.precision import PrecisionConfig
+from llama_eqx.remat import RematConfig
+from llama_eqx.sharding import Layout
+from llama_eqx.wrapped import Wrapped
+
+
+def token_losses(model: Llama, batch: Batch, key: PRNGKeyArray | None) -> Float32[Array, "batch seq"]:
+    """Cross-entropy of each target in nats."""
+    logits = model(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids, key=key)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+
+
+def cross_entropy(model: Llama, batch: Batch, key: PRNGKeyArray | None) -> Float[Array, ""]:
+    """Mean cross-entropy in nats per token over the targets that the mask counts."""
+    return (token_losses(model, batch, key) * batch.loss_mask).sum() / batch.loss_mask.sum()
+
+
+def under(precision: PrecisionConfig, remat: RematConfig, layout: Layout) -> Callable[[Llama], Llama]:
+    """The model as the loss is to see it under the policies. Gradients through it have the structure of the model itself."""
+
+    def view(model: Llama) -> Llama:
+        model = precision.apply(layout.gathered(model))
+        blocks = Wrapped(model.blocks, lambda block: remat.block(layout.edges(precision.block(block))))
+        return eqx.tree_at(lambda m: m.blocks, model, blocks)
+
+    return view

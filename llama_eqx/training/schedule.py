@@ -1,0 +1,46 @@
+"""The learning rate over the steps of a run."""
+
+import abc
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float32, Int
+
+from llama_eqx.config import Config
+from llama_eqx.errors import ConfigError
+
+
+class ScheduleConfig(Config):
+    """A rise from 0 over `warmup_steps`, then the variant's course to the last step."""
+
+    peak: float
+    warmup_steps: int
+
+    @abc.abstractmethod
+    def after_warmup(self, steps: int) -> optax.Schedule: ...
+
+    def rate(self, step: Int[Array, ""], steps: int) -> Float32[Array, ""]:
+        """The learning rate of update number `step` (from 0) of `steps`. The first is not 0: it would be a step lost."""
+        warmup = jnp.minimum((step + 1) / max(self.warmup_steps, 1), 1)
+        course = self.after_warmup(max(steps - self.warmup_steps, 1))
+        return jnp.asarray(warmup * course(jnp.maximum(step - self.warmup_steps, 0)), jnp.float32)
+
+    def check(self) -> None:
+        if self.warmup_steps < 0:
+            raise ConfigError(f"{self.warmup_steps} is not a number of steps", where="warmup_steps")
+
+
+class CosineConfig(ScheduleConfig):
+    """Half a cosine from the peak to `final_fraction` of it (Loshchilov and Hutter, 2016, arXiv 1608.03983)."""
+
+    final_fraction: float
+
+    def after_warmup(self, steps: int) -> optax.Schedule:
+        return optax.cosine_decay_schedule(self.peak, steps, self.final_fraction)
+
+
+class ConstantConfig(ScheduleConfig):
+    """The peak to the end."""
+
+    def after_warmup(self, steps: int) -> optax.Schedule:
+        return optax.constant_schedule(self.peak)
