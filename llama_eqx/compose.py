@@ -1,18 +1,28 @@
 """From YAML and the command line to a config. With the verbs, the only importer of Hydra."""
 
+import dataclasses
+import logging
 import pathlib
 import re
+import sys
+import traceback
+from collections.abc import Callable
 from typing import Any
 
+import hydra
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llama_eqx.config import Config, load, nearest
-from llama_eqx.errors import ConfigError
+from llama_eqx.errors import ConfigError, UserError
+
+# Keys whose values are text or paths: what a user types after "=" is taken as it stands, whatever commas, quotes or braces it has.
+VERBATIM = ("prompt", "checkpoint", "run_dir", "data.path", "tokenizer.path")
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 
@@ -31,6 +41,51 @@ def load_config(*overrides: str, name: str = "train") -> Any:
     if not isinstance(config, Config):
         raise ConfigError(f"conf/{name}.yaml has no _target_")
     return config
+
+
+def run_verb(name: str, job: Callable[[Any], None]) -> None:
+    """The command line of a verb: `job` is called with the config of `conf/<name>.yaml` and the overrides in `sys.argv`.
+
+    Errors end as one block and the exit code of `llama_eqx.errors`. Flags (-m for a sweep, --cfg job, --help) are Hydra's own.
+    """
+    arguments = sys.argv[1:]
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if not flags:
+        sys.exit(_guarded(lambda: job(load_config(*map(quoted, arguments), name=name))))
+
+    def sweep_job(config: DictConfig) -> None:
+        built = resolve(config)
+        if "run_dir" not in [override.split("=")[0] for override in HydraConfig.get().overrides.task]:
+            built = dataclasses.replace(built, run_dir=HydraConfig.get().runtime.output_dir)
+        job(built)
+
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(sweep_job)()
+
+
+def quoted(override: str) -> str:
+    """`prompt=it's` as Hydra must be given it for the value to arrive unchanged."""
+    key, equals, value = override.partition("=")
+    if not equals or key.lstrip("+") not in VERBATIM or value == "null":
+        return override
+    value = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
+    return f'{key}="{value}"'.replace("${", "\\${")
+
+
+def _guarded(job: Callable[[], None]) -> int:
+    try:
+        job()
+        return 0
+    except UserError as error:
+        logging.getLogger("llama_eqx").debug("", exc_info=True)
+        print(error, file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("interrupted: what was saved is kept; the same command with the same run_dir goes on from there", file=sys.stderr)
+        return 130
+    except Exception as error:
+        traceback.print_exc()
+        print(UserError(f"unexpected {type(error).__name__}: {error}", next="this is a bug of llama_eqx: please report it"), file=sys.stderr)
+        return 1
 
 
 def compose(name: str, overrides: list[str]) -> DictConfig:

@@ -1,5 +1,6 @@
 """The base of every config, and the one way from YAML to it."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -94,21 +95,20 @@ def _config_class(target: str, path: str) -> type[Config]:
     module, _, name = target.rpartition(".")
     cls = None
     if f"{module}.".startswith("llama_eqx."):
-        try:
+        with contextlib.suppress(ImportError):
             cls = getattr(importlib.import_module(module), name, None)
-        except ImportError:
-            pass
     if not (isinstance(cls, type) and issubclass(cls, Config)):
         raise ConfigError(f"{target} is not a config class of llama_eqx, and nothing else is ever built", where=f"{path}._target_")
     return cls
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return tuple(_converted(child, None) for child in value)
-    if isinstance(value, Mapping):
-        return {key: _converted(child, None) for key, child in value.items()}
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    inner = next((typing.get_args(option)[-1 if isinstance(value, Mapping) else 0] for option in options if typing.get_args(option)), None)
+    if isinstance(value, list | tuple):
+        return tuple(_converted(child, inner) for child in value)
+    if isinstance(value, Mapping):
+        return {key: _converted(child, inner) for key, child in value.items()}
     return float(value) if type(value) is int and float in options and int not in options else value
 
 

@@ -28,3 +28,16 @@ def test_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no test data in {folder}: set LLAMA_EQX_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """`tiny("model/norm=layer")` is the config of a small model, for every test that needs one."""
+    from llama_eqx import load_config
+
+    sizes = {"vocab": 64, "layers": 3, "embed": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 48}
+
+    def config(*overrides: str):
+        return load_config(*(f"model.dims.{axis}={size}" for axis, size in sizes.items()), *overrides).model
+
+    return config

@@ -128,3 +128,9 @@ class LlamaConfig(Config):
             rotary=self.rotary.build(self.dims),
             config=self,
         )
+
+
+@eqx.filter_jit
+def build_model(config: LlamaConfig, *, key: PRNGKeyArray) -> Llama:
+    """`config.build` compiled: a model with fresh float32 parameters on the default device."""
+    return config.build(key=key)

@@ -1,0 +1,29 @@
+"""A research framework for Llama models in Equinox.
+
+The names below are imported when they are first used, so that the command line answers quickly.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_eqx.compose import load_config
+    from llama_eqx.generation.decode import generate_tokens
+    from llama_eqx.interop.pretrained import load_pretrained, save_pretrained
+    from llama_eqx.model.llama import build_model
+
+__all__ = ["build_model", "generate_tokens", "load_config", "load_pretrained", "save_pretrained"]
+
+_HOMES = {
+    "build_model": "llama_eqx.model.llama",
+    "generate_tokens": "llama_eqx.generation.decode",
+    "load_config": "llama_eqx.compose",
+    "load_pretrained": "llama_eqx.interop.pretrained",
+    "save_pretrained": "llama_eqx.interop.pretrained",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'llama_eqx' has no attribute {name!r}")

@@ -1,0 +1,64 @@
+"""The folder where downloads, trained tokenizers and token shards are kept between runs."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from llama_eqx.errors import StorageError
+
+
+def cache_dir() -> Path:
+    """$LLAMA_EQX_CACHE, else $XDG_CACHE_HOME/llama_eqx, else ~/.cache/llama_eqx; a temporary folder where none can be written."""
+    candidates = _candidates()
+    wanted = next(candidates)
+    for folder in (wanted, *candidates):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError:
+            continue
+        if folder != wanted:
+            logging.getLogger("llama_eqx").warning("cannot write %s: caching in %s instead", wanted, folder)
+        return folder
+    return Path(tempfile.mkdtemp(prefix="llama_eqx-"))
+
+
+def publish(folder: Path, write: Callable[[Path], None]) -> Path:
+    """`folder`, filled by `write(temporary)` unless it is there: whole or not at all, whoever else does the same at the same time.
+
+    Raises `StorageError` when it cannot be written.
+    """
+    if folder.is_dir():
+        return folder
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        write(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same content
+                raise
+    except OSError as error:
+        raise StorageError(f"cannot write: {error}", where=str(folder), next="free some space, or set LLAMA_EQX_CACHE=FOLDER") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _candidates() -> Iterator[Path]:
+    if chosen := os.environ.get("LLAMA_EQX_CACHE"):
+        yield Path(chosen).absolute()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        yield Path(xdg).absolute() / "llama_eqx"
+    try:
+        yield Path.home() / ".cache" / "llama_eqx"
+    except RuntimeError:  # no home
+        pass
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+    yield Path(tempfile.gettempdir()) / f"llama_eqx-{user}"

@@ -1,0 +1,218 @@
+"""Where text comes from, and which of it is held out."""
+
+import abc
+import glob
+import hashlib
+import itertools
+import json
+import os
+import sysconfig
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple
+
+from llama_eqx.config import Config
+from llama_eqx.data.cache import cache_dir, publish
+from llama_eqx.errors import ConfigError, DataError
+
+# With fewer documents expected in the validation split, every document is cut instead of the corpus.
+MIN_HELD_OUT = 5
+
+
+@dataclass(frozen=True)
+class Document:
+    """`name` is relative to the corpus, so that it is the same on every machine."""
+
+    name: str
+    text: str
+
+
+class Part(NamedTuple):
+    split: Literal["train", "val"]
+    document: Document
+
+
+class DataConfig(Config):
+    """A corpus. `prompt` is what a sample after training starts from.
+
+    `validation_fraction` of the corpus is held out. `holdout: tuning` holds out the last tenth of the training part instead and
+    leaves the true validation text alone: tune on that, and look at `validation` once.
+    """
+
+    prompt: str
+    validation_fraction: float
+    holdout: Literal["validation", "tuning"]
+
+    def check(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(f"{self.validation_fraction} is not between 0 and 1", where="validation_fraction")
+
+    @abc.abstractmethod
+    def documents(self) -> Iterator[Document]:
+        """Every document, always in the same order.
+
+        Raises `DataError` for what cannot be read, naming the file.
+        """
+
+    def parts(self) -> Iterator[Part]:
+        """Every document with its split, in order.
+
+        Each document has a place in [0, 1) given by a hash of its name, and the held-out range is cut from the end: a document stays
+        where it is when others come or go. In a corpus of few documents each one is cut by characters in the same proportions.
+        """
+        first, last = self._held_out()
+        documents = self.documents()
+        few = int(MIN_HELD_OUT / self.validation_fraction)
+        head = list(itertools.islice(documents, few))
+        if len(head) < few:
+            for document in head:
+                name, text = document.name, document.text
+                begin, end = int(len(text) * first), int(len(text) * last)
+                parts = Part("train", Document(name, text[:begin])), Part("val", Document(name, text[begin:end]))
+                yield from (part for part in parts if part.document.text)
+            return
+        for document in itertools.chain(head, documents):
+            place = int.from_bytes(hashlib.sha256(_bytes(document.name)).digest()[:6]) / 2**48
+            if place < last:
+                yield Part("train" if place < first else "val", document)
+
+    def identity(self) -> str:
+        """A sha256 of the names and texts of all documents and of how they are split."""
+        found = hashlib.sha256(repr(self._held_out()).encode())
+        for document in self.documents():
+            for content in (_bytes(document.name), document.text.encode()):
+                found.update(len(content).to_bytes(8))
+                found.update(content)
+        return found.hexdigest()
+
+    def _held_out(self) -> tuple[float, float]:
+        end = 1 - self.validation_fraction
+        return (end, 1.0) if self.holdout == "validation" else (0.9 * end, end)
+
+
+class StdlibConfig(DataConfig):
+    """The source and documentation of the standard library of the Python that runs this: some 10 MB of text that is always at hand.
+
+    Without its tests, and without files that are longer than 2²⁰ characters or not UTF-8.
+    """
+
+    def documents(self) -> Iterator[Document]:
+        root = sysconfig.get_paths()["stdlib"]
+        skipped = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+        empty = True
+        for folder, folders, files in os.walk(root):
+            folders[:] = sorted(set(folders) - skipped)
+            for path in (Path(folder, file) for file in sorted(files)):
+                if path.suffix not in (".py", ".txt", ".rst"):
+                    continue
+                try:
+                    text = _text(_read(path), str(path))
+                except DataError:
+                    continue
+                if 0 < len(text) <= 2**20:
+                    empty = False
+                    yield Document(path.relative_to(root).as_posix(), text)
+        if empty:
+            raise DataError("this Python has no sources of its standard library", where=root, next="data=text data.path=FOLDER")
+
+
+class TextConfig(DataConfig):
+    """Text of one's own: a file, a glob, or a folder with all *.txt, *.md and *.jsonl below it.
+
+    A text file is a document. So is each line of a .jsonl file: an object whose "text" is a string.
+    """
+
+    path: str | None
+
+    def documents(self) -> Iterator[Document]:
+        if not self.path:
+            raise ConfigError("data=text needs data.path=FOLDER_OR_GLOB", where="data.path")
+        path = Path(self.path).expanduser()
+        if path.is_dir():
+            root, files = path, [file for suffix in ("txt", "md", "jsonl") for file in path.rglob(f"*.{suffix}")]
+        else:
+            # What comes before the first wildcard, so that names do not depend on what else matches.
+            root = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
+            files = [path] if path.is_file() else [Path(file) for file in glob.glob(str(path), recursive=True)]
+        empty = True
+        for file in sorted(file for file in files if file.is_file()):
+            name = file.relative_to(root).as_posix()
+            for document in _json_lines(file, name) if file.suffix == ".jsonl" else [Document(name, _text(_read(file), str(file)))]:
+                if document.text:
+                    empty = False
+                    yield document
+        if empty:
+            raise DataError(
+                "no text here" if files else "nothing matches",
+                where=str(path),
+                next="data.path=FOLDER with .txt, .md or .jsonl files, or a glob such as data.path='FOLDER/**/*.txt'",
+            )
+
+
+class ShakespeareConfig(DataConfig):
+    """Tiny Shakespeare (Karpathy, 2015), 1.1 MB, whose last tenth is held out as in nanoGPT. Downloaded once unless `path` is given.
+
+    `sha256` is that of the file at `url`.
+    """
+
+    path: str | None
+    url: str
+    sha256: str
+
+    def documents(self) -> Iterator[Document]:
+        path = Path(self.path).expanduser() if self.path else publish(cache_dir() / "downloads" / self.sha256, self._download) / "input.txt"
+        yield Document("input.txt", _text(_read(path), str(path)))
+
+    def _download(self, folder: Path) -> None:
+        advice = f"download {self.url} yourself and pass data.path=FILE"
+        try:
+            with urllib.request.urlopen(self.url, timeout=30) as response:
+                content = response.read()
+        except (OSError, ValueError, HTTPException) as error:
+            raise DataError(f"the download failed: {error}", where=self.url, next=advice) from error
+        if (found := hashlib.sha256(content).hexdigest()) != self.sha256:
+            raise DataError(f"what was downloaded is another file: sha256 {found}, not {self.sha256}", where=self.url, next=advice)
+        (folder / "input.txt").write_bytes(content)
+
+
+def _json_lines(path: Path, name: str) -> Iterator[Document]:
+    with _open(path) as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            content = _text(line, where)
+            if not content.strip():
+                continue
+            try:
+                text = json.loads(content)["text"]
+                text.encode()
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise DataError('not a JSON object with a string "text"', where=where, next="mend the line, or take it out") from error
+            yield Document(f"{name}:{number}", text)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror}", where=str(path)) from error
+
+
+def _read(path: Path) -> bytes:
+    with _open(path) as file:
+        return file.read()
+
+
+def _text(content: bytes, where: str) -> str:
+    if b"\0" not in content:
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            pass
+    raise DataError("not UTF-8 text", where=where, next="convert it to UTF-8, or leave it out with a glob such as data.path='FOLDER/*.md'")
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode(errors="surrogateescape")  # names of files may be any bytes

@@ -1,0 +1,15 @@
+"""`python -m llama_eqx.generate`: continues a prompt with a trained model."""
+
+from typing import Any
+
+from llama_eqx.compose import run_verb
+
+
+def main(config: Any) -> None:
+    from llama_eqx.generation.text import generate
+
+    print(generate(config))
+
+
+if __name__ == "__main__":
+    run_verb("generate", main)

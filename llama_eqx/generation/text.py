@@ -1,0 +1,75 @@
+"""From text to text: a checkpoint with its tokenizer."""
+
+import pathlib
+
+from llama_eqx.config import Config
+from llama_eqx.data.tokenizer import Tokenizer, load_tokenizer
+from llama_eqx.errors import ConfigError
+from llama_eqx.generation.decode import generate_tokens
+from llama_eqx.interop.pretrained import load_pretrained
+from llama_eqx.model.llama import Llama
+
+
+class GenerateConfig(Config):
+    """What `generate_tokens` takes, with text for tokens. `max_new_tokens` is cut to what the model's context leaves."""
+
+    checkpoint: str | None
+    prompt: str | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
+
+    def check(self) -> None:
+        for name, example in {"checkpoint": "RUN_DIR", "prompt": "'Once upon a time'"}.items():
+            if getattr(self, name) is None:
+                raise ConfigError(f"{name} is not given", where=name, next=f"{name}={example}")
+
+
+def generate(config: GenerateConfig) -> str:
+    """The prompt and its continuation.
+
+    Raises `CheckpointError` for a checkpoint that cannot be read, `DataError` for text that the tokenizer does not know.
+    """
+    assert config.checkpoint is not None
+    assert config.prompt is not None
+    model = load_pretrained(config.checkpoint)
+    return continued(
+        model,
+        load_tokenizer(pathlib.Path(config.checkpoint) / "tokenizer"),
+        config.prompt,
+        config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
+
+
+def continued(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> str:
+    """`prompt` and up to `max_new_tokens` tokens more, to the end of the text or as far as the context reaches."""
+    tokens = [tokenizer.bos] * (tokenizer.bos is not None) + tokenizer.encode(prompt)
+    room = model.config.context - len(tokens)
+    stop = () if tokenizer.eos is None else (tokenizer.eos,)
+    new = generate_tokens(
+        model,
+        [tokens],
+        max(min(max_new_tokens, room), 1),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=stop,
+        seed=seed,
+    )
+    return tokenizer.decode([*tokens, *new.tokens[0]])

@@ -1,0 +1,89 @@
+"""`metrics.jsonl`, the record of a run: one JSON object a line, on disk as soon as it is known. Everything else is drawn from it."""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, SupportsFloat
+
+from llama_eqx.errors import DataError, StorageError
+
+
+class Jsonl:
+    """Appends records to the file at `path`.
+
+    On opening, records after step `start` are dropped, for a resumed run makes them again (`start` 0 is a run from the beginning: all
+    are dropped), and so is a last line that a killed process left torn.
+
+    Every method raises `StorageError` when the file cannot be written.
+    """
+
+    def __init__(self, path: pathlib.Path, start: int):
+        self._path = path
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        try:
+            if path.exists():
+                with unfinished.open("w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(record) + "\n" for record in _records(path) if 0 < record["step"] <= start)
+                    file.flush()
+                    os.fsync(file.fileno())
+                unfinished.replace(path)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        record = {"step": step, **{name: _jsonable(float(value)) for name, value in metrics.items()}}
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"metrics cannot be written: {error.strerror or error}",
+            where=str(self._path),
+            kept="the records and checkpoints written before",
+            next="free some space or mend the permissions there, then give the same command again",
+        )
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
+    """The records of a `metrics.jsonl`, oldest first; `step` is an int, all else floats. A torn last line is left out.
+
+    Raises `DataError` when there is no such file, or another line of it is no record.
+    """
+    path = pathlib.Path(path)
+    try:
+        records = list(_records(path))
+    except OSError as error:
+        raise DataError(f"no metrics there: {error.strerror or error}", where=str(path)) from error
+    return [{name: value if name == "step" else float(value) for name, value in record.items()} for record in records]
+
+
+def _records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                return
+            raise DataError("this line is no record of metrics", where=f"{path}:{number}", next="remove the line") from error
+        yield record
+
+
+def _jsonable(value: float) -> float | str:
+    """JSON has no word for what is not finite: "NaN", "Infinity" or "-Infinity" then stands as text."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

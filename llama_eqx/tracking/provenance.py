@@ -1,0 +1,42 @@
+"""Where a run's numbers come from: the commit of the code and the versions of the libraries."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+
+PACKAGE = pathlib.Path(__file__).resolve().parent.parent
+LIBRARIES = ("llama_eqx", "jax", "jaxlib", "equinox", "optax", "grain", "orbax-checkpoint", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions by name; a library that is not installed is left out, as is llama_eqx when it runs from a checkout."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit that this package was checked out from, with "-dirty" when the package or `conf` beside it was changed since.
+
+    None when it does not run from a checkout: a repository that an installed package happens to lie in says nothing about it.
+    """
+    try:
+        _git("ls-files", "--error-unmatch", "config.py")
+        head = _git("rev-parse", "HEAD").strip()
+        return head + "-dirty" * bool(_git("status", "--porcelain", "--", ".", "../conf"))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    # Reading the status may otherwise take a lock on the index, and so disturb a commit being made.
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    return subprocess.run(
+        ["git", *arguments], cwd=PACKAGE, env=environment, check=True, capture_output=True, text=True, timeout=10
+    ).stdout

@@ -1,0 +1,83 @@
+"""One place to tell what a run does, and everyone who is told."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, SupportsFloat
+
+import jax
+
+from llama_eqx.config import Config
+from llama_eqx.errors import StorageError
+from llama_eqx.tracking.console import Console
+from llama_eqx.tracking.jsonl import Jsonl
+from llama_eqx.tracking.provenance import commit, versions
+from llama_eqx.tracking.wandb import Wandb, WandbConfig
+
+
+class TrackingConfig(Config):
+    wandb: WandbConfig
+
+
+class Tracker:
+    """Tells the record (`metrics.jsonl`), then W&B, then the console. Only the first process of several says anything.
+
+    A context manager: leaving it by an exception marks the W&B run as failed.
+    """
+
+    def __init__(self, config: TrackingConfig, run_dir: str | os.PathLike[str], *, settings: Mapping[str, Any], steps: int, start: int):
+        """`settings` is the whole run's config in plain containers; `steps` the last step, and `start` those already done.
+
+        Each start adds a line to `provenance.jsonl`. Raises `StorageError` when `run_dir` cannot be written.
+        """
+        self._run_dir = pathlib.Path(run_dir)
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        origin = {"commit": commit(), "versions": versions()}
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            with (self._run_dir / "provenance.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": start, **origin}) + "\n")
+        except OSError as error:
+            raise StorageError(f"the run directory cannot be written: {error.strerror or error}", where=str(run_dir)) from error
+        self._jsonl = Jsonl(self._run_dir / "metrics.jsonl", start)
+        self._console = Console(steps, start)
+        self._wandb = Wandb(config.wandb, self._run_dir, {**settings, **origin}, self._console.say)
+
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Metrics by name, after `step` steps. Units are in the names, losses in nats per token. Raises `StorageError`."""
+        if self._active:
+            self._jsonl.log(step, metrics)
+            self._wandb.log(step, metrics)
+            self._console.log(step, metrics)
+
+    def sample(self, step: int, text: str) -> None:
+        """Text that the model wrote: the newest is kept in `sample.txt`. Raises `StorageError`."""
+        if self._active:
+            path = self._run_dir / "sample.txt"
+            try:
+                path.write_text(text + "\n", encoding="utf-8")
+            except OSError as error:
+                raise StorageError(f"the sample cannot be written: {error.strerror or error}", where=str(path)) from error
+            self._wandb.sample(step, text)
+
+    def say(self, text: str) -> None:
+        """A line for people only."""
+        if self._active:
+            self._console.say(text)
+
+    def close(self, *, failed: bool = False) -> None:
+        if self._active:
+            self._console.close()
+            try:
+                self._jsonl.close()
+            finally:
+                self._wandb.close(failed=failed)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)

@@ -1,0 +1,112 @@
+"""A run: everything that its YAML says, and what must be the same for it to be resumed."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from llama_eqx.checkpoint.native import CONFIG, read_config, write_config
+from llama_eqx.checkpoint.save import CheckpointConfig
+from llama_eqx.config import Config, dump
+from llama_eqx.data.corpus import DataConfig
+from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig
+from llama_eqx.errors import CheckpointError, ConfigError
+from llama_eqx.model.llama import LlamaConfig
+from llama_eqx.precision import PrecisionConfig
+from llama_eqx.remat import RematConfig
+from llama_eqx.sharding import MeshConfig, Rules
+from llama_eqx.tracking.tracker import TrackingConfig
+from llama_eqx.training.optimizer import OptimizerConfig
+from llama_eqx.training.schedule import ScheduleConfig
+
+
+class TrainConfig(Config):
+    """`batch_size` in sequences over all devices, `seq_len` in tokens; `log_every` and `eval_every` in steps."""
+
+    steps: int
+    batch_size: int
+    seq_len: int
+    log_every: int
+    eval_every: int
+    sample_tokens: int
+
+    def check(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < (0 if field.name == "sample_tokens" else 1):
+                raise ConfigError(f"{getattr(self, field.name)} is too small", where=field.name)
+
+
+class RunConfig(Config):
+    model: LlamaConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    mesh: MeshConfig
+    sharding: Rules
+    precision: PrecisionConfig
+    remat: RematConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
+    train: TrainConfig
+    run_dir: str
+    seed: int
+
+    def check(self) -> None:
+        if self.train.seq_len > self.model.context:
+            raise ConfigError(
+                f"train.seq_len={self.train.seq_len} is longer than the model's context of {self.model.context}",
+                where="train.seq_len",
+                next=f"model.context={self.train.seq_len} makes room",
+            )
+
+
+# What may differ between the parts of one run: none of it changes what a step computes, but for the number of steps,
+# whose change is a decision that the course of the schedule shows.
+FREE = ("run_dir", "mesh", "sharding", "remat", "checkpoint", "tracking", "train.steps", "train.log_every", "train.eval_every", "train.sample_tokens")
+
+
+def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, str]:
+    """`config` with the tokenizer's size where `dims.vocab` is None, and a warning or "".
+
+    Raises `ConfigError` when the tokenizer has ids that the model has not.
+    """
+    vocab = config.model.dims.vocab
+    if vocab is None:
+        dims = dataclasses.replace(config.model.dims, vocab=tokenizer.vocab)
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, dims=dims)), ""
+    if tokenizer.vocab > vocab:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab} ids, the model {vocab}",
+            where="model.dims.vocab",
+            next="model.dims.vocab=null takes the tokenizer's size",
+        )
+    unused = vocab - tokenizer.vocab
+    return config, f"{unused} of the model's {vocab} token ids are not in the tokenizer and will not be trained" if unused else ""
+
+
+def settle(config: RunConfig, fingerprint: str) -> None:
+    """Writes `config.yaml` and the data's fingerprint into the run directory, or compares them with those of the run to be resumed.
+
+    Raises `CheckpointError` listing every difference that would make it another run.
+    """
+    run_dir = pathlib.Path(config.run_dir)
+    new = {**dump(config), "data_fingerprint": fingerprint}
+    if (run_dir / CONFIG).exists():
+        changed = [line for line in differences(read_config(run_dir), new) if not line.startswith(FREE)]
+        if changed:
+            raise CheckpointError(
+                "this run directory holds another run:\n" + "\n".join(changed),
+                where=str(run_dir / CONFIG),
+                kept="the run there is untouched",
+                next="give another run_dir, or the settings of the run there",
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_config(new, run_dir)
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """A line for every key whose value differs between two trees, "train.seq_len: 256 -> 512"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}".strip("."))]
+    return [] if old == new else [f"{path}: {old} -> {new}"]

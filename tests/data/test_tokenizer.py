@@ -1,0 +1,232 @@
+import dataclasses
+import json
+import pathlib
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama_eqx.config import load
+from llama_eqx.data.tokenizer import (
+    BytesTokenizer,
+    CharsTokenizer,
+    CharsTokenizerConfig,
+    SentencePieceTokenizer,
+    SentencePieceTokenizerConfig,
+    load_tokenizer,
+)
+from llama_eqx.errors import ConfigError, DataError
+
+CONF = pathlib.Path(__file__).resolve().parents[2] / "conf"
+POEM = "The quick brown fox, aged 1234, jumps over the lazy dog.\n    def f(x):\n\treturn x ** 2  # ok\nÉtude à 你好\n" * 20
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"))
+
+
+def trained(vocab):
+    return SentencePieceTokenizerConfig(vocab=vocab, path=None)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory):
+    from llama_eqx.data.corpus import TextConfig
+
+    folder = tmp_path_factory.mktemp("poem")
+    (folder / "poem.txt").write_text(POEM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAMA_EQX_CACHE", str(folder / "cache"))
+        return trained(320).build(TextConfig(prompt="", validation_fraction=0.1, holdout="validation", path=str(folder / "poem.txt")))
+
+
+@pytest.fixture
+def tokenizer(request, sentencepiece):
+    return {"sentencepiece": sentencepiece, "bytes": BytesTokenizer(), "chars": CharsTokenizer(POEM.encode())}[request.param]
+
+
+every = pytest.mark.parametrize("tokenizer", ["sentencepiece", "bytes", "chars"], indirect=True)
+lossless = pytest.mark.parametrize("tokenizer", ["sentencepiece", "bytes"], indirect=True)
+relaxed = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "tokenizer").glob("*.yaml")))
+def test_every_option_builds_from_text(name, write, text):
+    config = load(yaml.safe_load((CONF / "tokenizer" / f"{name}.yaml").read_text()))
+    if name == "sentencepiece":
+        config = dataclasses.replace(config, vocab=320)
+    assert config.build(text(write(a_txt=POEM))).encode("fox")
+
+
+@lossless
+@relaxed
+@given(text=texts)
+@pytest.mark.parametrize("around", ["", " ", "\n", "<s>", "</s>"])
+def test_any_text_comes_back(tokenizer, text, around):
+    text = around + text + around
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocab for i in ids)
+    assert not {tokenizer.bos, tokenizer.eos} & set(ids)
+
+
+@relaxed
+@given(text=st.text(sorted(set(POEM))))
+def test_any_text_of_the_corpus_characters_comes_back(text):
+    tokenizer = CharsTokenizer(POEM.encode())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@every
+def test_many_texts_are_encoded_as_one_by_one(tokenizer):
+    texts = [*POEM.split("\n"), "", " ", "\n"]
+    assert [ids.tolist() for ids in tokenizer.encode_all(texts)] == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_all([]) == []
+    assert tokenizer.encode("") == []
+    assert tokenizer.decode([]) == ""
+
+
+@every
+def test_what_was_saved_is_loaded(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "new" / "folder")
+    loaded = load_tokenizer(tmp_path / "new" / "folder")
+    assert type(loaded) is type(tokenizer)
+    for name in ("vocab", "bos", "eos", "fingerprint"):
+        assert getattr(loaded, name) == getattr(tokenizer, name)
+    assert loaded.encode(POEM) == tokenizer.encode(POEM)
+
+
+@every
+def test_a_damaged_or_missing_tokenizer_is_named(tokenizer, tmp_path):
+    with pytest.raises(DataError, match="no tokenizer here") as error:
+        load_tokenizer(tmp_path)
+    assert error.value.where == str(tmp_path)
+    tokenizer.save(tmp_path)
+    file = tmp_path / tokenizer.file
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(DataError, match="sha256") as error:
+        load_tokenizer(tmp_path)
+    assert error.value.where == str(file)
+    for content in ("", "[]", '{"kind": "other"}', json.dumps({"kind": tokenizer.kind})):
+        (tmp_path / "tokenizer_kind.json").write_text(content)
+        with pytest.raises(DataError, match="no tokenizer here"):
+            load_tokenizer(tmp_path)
+
+
+@every
+def test_an_id_outside_the_vocabulary_is_refused(tokenizer):
+    tokenizer.decode([tokenizer.vocab - 1])
+    for wrong in (-1, tokenizer.vocab):
+        with pytest.raises(DataError, match=f"id {wrong} is not in this tokenizer's vocabulary of {tokenizer.vocab}"):
+            tokenizer.decode([0, wrong])
+
+
+@every
+def test_half_a_character_is_refused(tokenizer):
+    with pytest.raises(DataError, match="not valid Unicode"):
+        tokenizer.encode("ab\udce9")
+
+
+def test_fingerprints_differ(sentencepiece):
+    tokenizers = [sentencepiece, BytesTokenizer(), CharsTokenizer(b"ab"), CharsTokenizer(b"abc")]
+    assert len({tokenizer.fingerprint for tokenizer in tokenizers}) == 4
+
+
+def test_bytes_are_utf_8_and_two_more():
+    tokenizer = BytesTokenizer()
+    assert (tokenizer.vocab, tokenizer.bos, tokenizer.eos) == (258, 256, 257)
+    assert tokenizer.encode("é\0") == [0xC3, 0xA9, 0]
+    assert tokenizer.decode([256, 0xC3, 0xA9, 0xC3, 257]) == "é\ufffd"
+
+
+def test_chars_of_shakespeare_are_65(test_data, text):
+    tokenizer = CharsTokenizerConfig().build(text(test_data / "tinyshakespeare.txt"))
+    assert (tokenizer.vocab, tokenizer.bos, tokenizer.eos) == (65, None, None)
+    assert tokenizer.encode("\n !z") == [0, 1, 2, 64]
+
+
+def test_chars_include_the_held_out_text(write, text):
+    assert CharsTokenizerConfig().build(text(write(a_txt="a" * 99 + "b"))).vocab == 2
+
+
+@pytest.mark.parametrize("unknown", ["é", "\0", "~", "\U0010ffff"])
+def test_an_unknown_character_is_named(unknown):
+    with pytest.raises(DataError, match=f"U\\+{ord(unknown):04X}") as error:
+        CharsTokenizer(b"xyz").encode(f"x{unknown}y")
+    assert "tokenizer=bytes" in error.value.next
+
+
+def test_the_sentencepiece_model_has_llamas_layout(sentencepiece):
+    assert (sentencepiece.vocab, sentencepiece.bos, sentencepiece.eos) == (320, 1, 2)
+    assert [sentencepiece.pieces.id_to_piece(i) for i in (0, 1, 2, 3, 13, 258)] == ["<unk>", "<s>", "</s>", "<0x00>", "<0x0A>", "<0xFF>"]
+    assert sentencepiece.encode("\n")[-1] == 13
+    assert len(sentencepiece.encode("11")) == 1 + 2 - sentencepiece.pieces.id_to_piece(sentencepiece.encode("11")[0]).startswith("▁1")
+
+
+def test_training_reads_the_training_text_alone_and_once(write, text, cache, monkeypatch):
+    folder = write(a_txt=POEM + "QQQQ" * (len(POEM) // 36))  # what is held out is all of one letter
+    first = trained(320).build(text(folder))
+    pieces = "".join(first.pieces.id_to_piece(i) for i in range(259, 320))
+    assert "Q" not in pieces
+    assert "o" in pieces
+    monkeypatch.setattr("sentencepiece.SentencePieceTrainer.train", lambda *_, **__: pytest.fail("trained again"))
+    assert trained(320).build(text(folder)).fingerprint == first.fingerprint
+
+
+def test_training_is_deterministic(write, text, cache, monkeypatch):
+    folder = write(a_txt=POEM)
+    first = trained(320).build(text(folder))
+    monkeypatch.setenv("LLAMA_EQX_CACHE", f"{cache}-2")
+    assert trained(320).build(text(folder)).fingerprint == first.fingerprint
+
+
+def test_lines_of_any_length_are_trained_on(write, text):
+    tokenizer = trained(400).build(text(write(a_txt=POEM.replace("\n", " ") * 20)))
+    assert len(tokenizer.encode("The quick brown fox")) < 10
+
+
+@pytest.mark.parametrize(("vocab", "content"), [(2048, "some words that are few"), (100, POEM), (300, "\n")])
+def test_a_vocabulary_that_does_not_fit_the_text_says_what_would(write, text, vocab, content):
+    data = text(write(a_txt=content * 2))
+    with pytest.raises(DataError, match=f"of {vocab} pieces") as error:
+        trained(vocab).build(data)
+    assert "tokenizer=bytes" in error.value.next
+    if content != "\n":
+        limit = int(error.value.next.split("tokenizer.vocab=")[1].split()[0])
+        assert trained(limit).build(data).vocab == limit
+
+
+def test_a_size_below_one_is_refused():
+    with pytest.raises(ConfigError):
+        trained(0)
+
+
+def test_llama_2s_own_tokenizer(test_data, text):
+    tokenizer = SentencePieceTokenizerConfig(vocab=2048, path=str(test_data / "llama2_tokenizer.model")).build(text(None))
+    assert (tokenizer.vocab, tokenizer.bos, tokenizer.eos) == (32_000, 1, 2)
+    ids = [15043, 3186, 29892, 29871, 30919, 31076, 29871, 921]
+    assert tokenizer.encode("Hello world, 你好  x") == ids
+    assert tokenizer.decode([1, *ids, 2]) == "Hello world, 你好  x"
+
+
+def test_a_trained_model_has_the_settings_of_llama_2s(test_data, sentencepiece):
+    from sentencepiece import sentencepiece_model_pb2
+
+    def settings_of(content):
+        model = sentencepiece_model_pb2.ModelProto.FromString(content)
+        names = ["model_type", "byte_fallback", "split_digits", "allow_whitespace_only_pieces", "character_coverage", "unk_surface"]
+        names += ["unk_id", "bos_id", "eos_id", "pad_id"]
+        norm = model.normalizer_spec
+        return [getattr(model.trainer_spec, name) for name in names], (norm.name, norm.add_dummy_prefix, norm.remove_extra_whitespaces)
+
+    assert settings_of(sentencepiece.model) == settings_of((test_data / "llama2_tokenizer.model").read_bytes())
+
+
+def test_a_file_that_is_no_model_is_named(write, text, tmp_path):
+    for path in (write(a_model="no model") / "a.model", write(b_model="") / "b.model", tmp_path / "nothing", tmp_path):
+        with pytest.raises(DataError, match="not a SentencePiece model|cannot read") as error:
+            SentencePieceTokenizerConfig(vocab=1, path=str(path)).build(text(None))
+        assert error.value.where == str(path)
+        assert "tokenizer.path=FILE" in error.value.next
+
+
+def test_sentencepiece_survives_a_pickle(sentencepiece):
+    assert SentencePieceTokenizer(sentencepiece.model).encode(POEM) == sentencepiece.encode(POEM)

@@ -1,0 +1,358 @@
+"""Hugging Face folders: what is written is read back bit for bit, and what cannot be read or written is named."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from llama_eqx.errors import CheckpointError
+from llama_eqx.interop import huggingface
+from llama_eqx.interop.huggingface import (
+    config_from_huggingface,
+    config_to_huggingface,
+    huggingface_tensors,
+    load_huggingface,
+    save_huggingface,
+)
+from llama_eqx.interop.table import TABLE, from_torch, to_torch, torch_shape
+from llama_eqx.model.block import PreNormBlockConfig
+from llama_eqx.model.feed_forward import GatedFeedForwardConfig, PlainFeedForwardConfig
+from llama_eqx.model.norm import LayerNormConfig
+from llama_eqx.model.rotary import Llama3RotaryConfig, PlainRotaryConfig
+from llama_eqx.precision import cast
+from llama_eqx.sharding import check_shapes, parameter_names
+
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+SIZES = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+TIED = {**SIZES, "head_dim": 16, "tie_word_embeddings": True, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
+
+
+def build(config, dtype="float32"):
+    """Random weights, norms included."""
+    config = config_from_huggingface(config)
+    leaves, structure = jax.tree.flatten(eqx.filter_eval_shape(lambda key: config.build(key=key), jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return cast(structure.unflatten([jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in leaves]), dtype)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A complete folder of an untied model, to be damaged."""
+    save_huggingface(build(SIZES), tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.fixture
+def sharded(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 20_000)
+    save_huggingface(build(SIZES), tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def change_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("config", [SIZES, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("shard_bytes", [5 * 10**9, 20_000])
+def test_round_trip(tmp_path, monkeypatch, config, dtype, shard_bytes):
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", shard_bytes)
+    model = build(config, dtype)
+    save_huggingface(model, tmp_path / "a" / "hf")
+    assert (tmp_path / "a" / "hf" / "model.safetensors.index.json").exists() is (shard_bytes == 20_000)
+    read = load_huggingface(tmp_path / "a" / "hf")
+    assert_same(read, model)
+    check_shapes(read, model.config.dims)
+    save_huggingface(read, tmp_path / "b")
+    for file in (tmp_path / "a" / "hf").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_index_is_complete(sharded):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    held = {name: file.name for file in sharded.glob("*.safetensors") for name in load_file(file)}
+    assert held == index["weight_map"]
+    assert index["metadata"]["total_size"] == sum(x.nbytes for file in sharded.glob("*.safetensors") for x in load_file(file).values())
+    assert len(set(held.values())) > 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.float16])
+def test_dtype_on_request(folder, dtype):
+    assert_same(load_huggingface(folder, dtype), cast(build(SIZES), jnp.dtype(dtype).name))
+
+
+def test_layers_filed_in_two_dtypes(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].astype(jnp.bfloat16)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(jnp.bfloat16)
+    save_file(tensors, folder / "model.safetensors")
+    model = load_huggingface(folder)
+    assert model.blocks.feed_forward.up_proj.dtype == jnp.float32
+    assert model.final_norm.weight.dtype == jnp.bfloat16
+
+
+def test_table_has_every_parameter():
+    assert set(parameter_names(build(SIZES))) == set(TABLE)
+
+
+@pytest.mark.parametrize(("shape", "inputs"), [((6, 2, 4), 1), ((2, 4, 6), 2), ((6, 5), 1), ((7, 6), 0), ((6,), 0)])
+def test_rearrangement(shape, inputs):
+    x = np.random.default_rng(0).normal(size=shape)
+    y = to_torch(x, inputs)
+    assert y.shape == torch_shape(shape, inputs)
+    assert y.flags.c_contiguous
+    assert np.array_equal(from_torch(y, inputs, shape), x)
+    if inputs:
+        a = np.random.default_rng(1).normal(size=shape[:inputs])
+        assert np.allclose(y @ a.ravel(), np.tensordot(a, x, inputs).ravel())
+
+
+def test_extra_tensors_of_old_files(tmp_path):
+    model = build(TIED)
+    save_huggingface(model, tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    assert_same(load_huggingface(tmp_path / "hf"), model)
+    tensors["lm_head.weight"][0] += 1
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        load_huggingface(tmp_path / "hf")
+
+
+def test_all_differences_are_listed(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.norm.weight"]
+    tensors["model.layers.0.self_attn.k_proj.weight"] = np.zeros((32, 32), np.float32)
+    tensors["model.layers.0.self_attn.k_proj.bias"] = np.zeros(16, np.float32)
+    tensors["model.layers.3.mlp.up_proj.weight"] = np.zeros((48, 32), np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        load_huggingface(folder)
+    assert error.value.what.splitlines() == [
+        "missing: model.layers.1.mlp.up_proj.weight (48, 32)",
+        "missing: model.norm.weight (32,)",
+        "shape: model.layers.0.self_attn.k_proj.weight is (32, 32), wanted (16, 32)",
+        "not part of this model: model.layers.0.self_attn.k_proj.bias",
+        "not part of this model: model.layers.3.mlp.up_proj.weight",
+    ]
+
+
+def test_integer_weights_are_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="norm.weight is I8"):
+        load_huggingface(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html><body>Access denied</body></html>", "web page"),
+        (b"", "not a complete safetensors file"),
+        (None, "not a complete safetensors file"),
+    ],
+    ids=["lfs", "html", "empty", "cut short"],
+)
+def test_files_that_are_not_weights(folder, content, message):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_huggingface(folder)
+    assert str(file) in str(error.value)
+
+
+def test_missing_shard(sharded):
+    (sharded / "model-00001-of-00004.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_huggingface(sharded)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "{outside}/elsewhere.safetensors", "a/../../elsewhere.safetensors"])
+def test_shards_outside_of_the_folder_are_refused(sharded, name):
+    (sharded / "model-00001-of-00004.safetensors").rename(sharded.parent / "elsewhere.safetensors")
+    file = sharded / "model.safetensors.index.json"
+    file.write_text(file.read_text().replace("model-00001-of-00004.safetensors", name.format(outside=sharded.parent)))
+    with pytest.raises(CheckpointError, match="outside of the folder"):
+        load_huggingface(sharded)
+
+
+def test_links_to_blobs_are_followed(sharded):
+    blobs = sharded.parent / "blobs"
+    blobs.mkdir()
+    for i, file in enumerate(list(sharded.glob("*.safetensors"))):
+        file.rename(blobs / str(i))
+        os.symlink(os.path.join("..", "blobs", str(i)), file)
+    assert_same(load_huggingface(sharded), build(SIZES))
+
+
+@pytest.mark.parametrize("weight_map", [["model.safetensors"], {"model.norm.weight": 1}, None])
+def test_bad_index(sharded, weight_map):
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="weight_map"):
+        load_huggingface(sharded)
+
+
+def test_no_model_in_the_folder(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="neither"):
+        load_huggingface(folder)
+    (folder / "config.json").write_text("<html>")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        load_huggingface(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no such file[\s\S]*config.json"):
+        load_huggingface(folder)
+
+
+def test_defaults_of_old_configs():
+    config = config_from_huggingface({**{key: SIZES[key] for key in SIZES if key not in ("num_key_value_heads", "rms_norm_eps")}})
+    assert config.dims.kv_heads == 4
+    assert config.dims.head_dim == 8
+    assert config.norm.eps == 1e-6
+    assert config.rotary == PlainRotaryConfig(theta=1e4, round_at="none")
+    assert not config.tied
+    assert config_from_huggingface({**SIZES, "head_dim": None, "num_key_value_heads": None, "rope_scaling": None}).dims == config.dims
+
+
+def test_old_and_new_rotary_keys_mean_the_same():
+    rotary = Llama3RotaryConfig(theta=5e5, factor=32, low_freq_factor=1, high_freq_factor=4, original_context=64, round_at="none")
+    for keys in (
+        {"rope_parameters": {**LLAMA3, "rope_theta": 500000}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **{key: LLAMA3[key] for key in LLAMA3 if key != "rope_type"}}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
+    ):
+        assert config_from_huggingface({**SIZES, **keys}).rotary == rotary
+    plain = PlainRotaryConfig(theta=5e5, round_at="none")
+    assert config_from_huggingface({**SIZES, "rope_theta": 5e5}).rotary == plain
+    assert config_from_huggingface({**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}).rotary == plain
+
+
+@pytest.mark.parametrize("config", [SIZES, TIED])
+def test_config_round_trip(config):
+    config = config_from_huggingface(config)
+    assert config_from_huggingface(json.loads(json.dumps(config_to_huggingface(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"model_type": "mistral"}, "model_type"),
+        ({"model_type": None}, "model_type"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type is 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters.rope_type is 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.original_max_position_embeddings is missing"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_key_value_heads": 3}, "kv_heads"),
+        ({"rms_norm_eps": "1e-5"}, "eps"),
+    ],
+)
+def test_unsupported_configs_name_the_key(changes, key):
+    with pytest.raises(CheckpointError) as error:
+        config_from_huggingface({**SIZES, **changes})
+    assert key in error.value.what
+
+
+def test_all_unsupported_keys_are_listed():
+    with pytest.raises(CheckpointError) as error:
+        config_from_huggingface({"model_type": "llama", "attention_bias": True, "mlp_bias": True})
+    assert len(error.value.what.splitlines()) == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "slot"),
+    [
+        ({"feed_forward": PlainFeedForwardConfig(activation="silu")}, "feed_forward"),
+        ({"feed_forward": GatedFeedForwardConfig(activation="squared_relu")}, "feed_forward.activation"),
+        ({"norm": LayerNormConfig(eps=1e-5)}, "norm"),
+        ({"rotary": PlainRotaryConfig(theta=1e4, round_at="table")}, "rotary.round_at"),
+    ],
+)
+def test_models_that_cannot_be_written_name_the_slot(tmp_path, changes, slot):
+    config = dataclasses.replace(config_from_huggingface(SIZES), **changes)
+    with pytest.raises(CheckpointError) as error:
+        save_huggingface(config.build(key=jax.random.key(0)), tmp_path / "hf")
+    assert error.value.where == slot
+    assert not list(tmp_path.iterdir())
+
+
+def test_dropout_does_not_hinder_writing(tmp_path):
+    config = dataclasses.replace(config_from_huggingface(SIZES), dropout=0.1, block=PreNormBlockConfig(dropout=0.1))
+    save_huggingface(config.build(key=jax.random.key(0)), tmp_path / "hf")
+    assert load_huggingface(tmp_path / "hf").config.dropout == 0
+
+
+def test_an_edited_model_is_refused(tmp_path):
+    model = eqx.tree_at(lambda m: m.final_norm.weight, build(SIZES), jnp.ones(5))
+    with pytest.raises(CheckpointError, match="final_norm.weight"):
+        save_huggingface(model, tmp_path / "hf")
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(huggingface, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        save_huggingface(build(SIZES), tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(folder):
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(CheckpointError, match="already"):
+        save_huggingface(build(TIED), folder)
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+    (folder.parent / "empty").mkdir()
+    save_huggingface(build(TIED), folder.parent / "empty")
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["empty", "hf"]
+
+
+def test_tensors_of_a_model(folder):
+    written = load_file(folder / "model.safetensors")
+    tensors = dict(huggingface_tensors(build(SIZES)))
+    assert tensors.keys() == written.keys()
+    assert all(np.array_equal(tensors[name], written[name]) for name in written)
+
+
+def test_needs_neither_torch_nor_transformers():
+    code = "import sys, llama_eqx.interop.huggingface; sys.exit(bool({'torch', 'transformers', 'hydra'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))))

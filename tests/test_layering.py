@@ -1,0 +1,52 @@
+"""Arrows between modules point down only, and each layer knows only the libraries it needs."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "llama_eqx"
+LAYERS = [  # highest first; a module belongs to its longest prefix
+    ["train", "generate", "compose"],
+    ["training.loop", "training.run"],
+    ["generation", "interop"],
+    ["checkpoint", "tracking", "data"],
+    ["training"],
+    ["model.llama"],
+    ["model"],
+    ["sharding", "precision", "remat", "flops"],
+    ["config", "dims", "batch", "tag", "errors", "wrapped", "__init__"],
+]
+LEVEL = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}
+ONLY_IN = {"hydra": ("compose",), "omegaconf": ("compose",), "wandb": ("tracking.wandb",), "grain": ("data",), "orbax": ("checkpoint",)}
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+
+
+def level(module: str) -> int:
+    return max((len(name), value) for name, value in LEVEL.items() if f"{module}.".startswith(f"{name}."))[1]
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {f"{node.module}.{alias.name}" for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "__init__"])
+def test_module(module):
+    for name in imports(MODULES[module]):
+        root, _, inner = name.partition(".")
+        if root == "llama_eqx":
+            assert level(inner) <= level(module), f"{module} imports {name} from above"
+        assert module.startswith(ONLY_IN.get(root, ("",))), f"{module} imports {root}"
+        if module.startswith("model."):
+            assert root in {"llama_eqx", "jax", "equinox", "jaxtyping", "abc", "collections", "math", "typing", "zlib"}, f"{module} imports {root}"
+            assert not name.startswith("jax.sharding") or module == "model.kernel"
+        if module.startswith("model.") and root == "llama_eqx":
+            assert inner.startswith(("model.", "config.", "dims.", "tag.", "errors."))
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("model.")])
+def test_the_math_names_no_dtype_but_float32(module):
+    names = {node.attr for node in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(node, ast.Attribute)}
+    assert not names & {"bfloat16", "float16", "float64"}

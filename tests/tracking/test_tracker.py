@@ -1,0 +1,172 @@
+"""Who is told what; and that W&B can fail without harm."""
+
+import io
+import json
+import re
+import sys
+
+import pytest
+import wandb
+
+from llama_eqx.config import load
+from llama_eqx.errors import ConfigError, StorageError
+from llama_eqx.tracking.console import Console
+from llama_eqx.tracking.jsonl import read_metrics
+from llama_eqx.tracking.provenance import commit, versions
+from llama_eqx.tracking.tracker import Tracker, TrackingConfig
+
+WANDB = {"mode": "disabled", "project": "test", "entity": None, "group": None, "job_type": None, "tags": ["a"], "name": None}
+
+
+def config(**changes) -> TrackingConfig:
+    target = {"_target_": "llama_eqx.tracking.wandb.WandbConfig"}
+    return TrackingConfig(wandb=load({**target, **WANDB, **changes}))
+
+
+def tracker(folder, start=0, settings=None, **changes) -> Tracker:
+    return Tracker(config(**changes), folder, settings=settings or {}, steps=100, start=start)
+
+
+def records_of_wandb(folder) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")))
+
+
+def test_disabled_wandb_leaves_nothing(tmp_path):
+    with tracker(tmp_path) as told:
+        told.log(1, {"train/loss": 2.0})
+        told.sample(1, "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "provenance.jsonl", "sample.txt"]
+    assert (tmp_path / "sample.txt").read_text() == "text\n"
+
+
+def test_an_offline_run_is_complete_and_continued(tmp_path):
+    with tracker(tmp_path, mode="offline", settings={"model": {"_target_": "x", "marked": "in the config"}}) as told:
+        told.log(1, {"train/loss": 2.0, "optim/lr": 0.5})
+        told.sample(1, "Romeo & <b>")
+    name = (tmp_path / "wandb_id").read_text().strip()
+    assert len(list(tmp_path.glob(f"wandb/offline-run-*-{name}"))) == 1
+    data = records_of_wandb(tmp_path)
+    for said in (b"train/loss", b"in the config", b"versions", b"equinox"):
+        assert said in data
+    assert "Romeo &amp; &lt;b&gt;" in next(tmp_path.glob("wandb/offline-run-*/files/media/html/*.html")).read_text()
+    assert wandb.run is None
+
+    with pytest.raises(RuntimeError, match="boom"), tracker(tmp_path, start=1, mode="offline") as told:  # noqa: PT012
+        told.log(2, {"train/loss": 1.0})
+        raise RuntimeError("boom")
+    assert (tmp_path / "wandb_id").read_text().strip() == name
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [json.loads(line)["step"] for line in (tmp_path / "provenance.jsonl").open()] == [0, 1]
+
+
+class FailingRun:
+    def __init__(self, verb):
+        self.verb = verb
+
+    def log(self, *args, **kwargs):
+        if self.verb == "log":
+            raise wandb.errors.CommError("no\nnetwork")
+
+    def finish(self, exit_code):
+        if self.verb == "finish":
+            raise TimeoutError("too slow")
+
+
+@pytest.mark.parametrize("verb", ["start", "log", "finish"])
+def test_wandb_fails_with_one_line_and_the_record_is_whole(tmp_path, monkeypatch, capsys, verb):
+    def init(**_):
+        if verb == "start":
+            raise wandb.errors.UsageError("no key\nsecond line")
+        return FailingRun(verb)
+
+    monkeypatch.setattr(wandb, "init", init)
+    with tracker(tmp_path, mode="online") as told:
+        told.log(1, {"train/loss": 2.0})
+        told.log(2, {"train/loss": 1.0})
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"warning: W&B could not {verb} (")
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_failed_runs_are_marked(tmp_path, monkeypatch):
+    codes = []
+
+    class Run(FailingRun):
+        def finish(self, exit_code):
+            codes.append(exit_code)
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run(""))
+    with tracker(tmp_path, mode="online"):
+        pass
+    with pytest.raises(KeyboardInterrupt), tracker(tmp_path, mode="online"):
+        raise KeyboardInterrupt
+    assert codes == [0, 1]
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        tracker(tmp_path / "file" / "run")
+
+
+def test_the_key_of_the_command_line():
+    from llama_eqx import load_config
+
+    default = load_config("tracking.wandb.mode=online", "tracking.wandb.tags=[a,b]").tracking.wandb
+    assert (default.mode, default.tags) == ("online", ("a", "b"))
+    assert load_config().tracking.wandb.mode == "offline"
+    with pytest.raises(ConfigError, match="did you mean online"):
+        load_config("tracking.wandb.mode=onlin")
+
+
+def test_plain_lines(capsys):
+    console = Console(total=1000, start=0)
+    console.say("hello")
+    console.log(10, {"train/loss": 2.34567, "optim/lr": 3e-4, "perf/tokens_per_second": 12345.6, "perf/mfu": 0.4})
+    console.log(20, {"train/loss": 2.0})
+    console.log(20, {"val/loss": 1.5})
+    console.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "hello"
+    assert lines[1] == "step   10/1000  loss 2.3457  lr 3.00e-04  12,346 tokens/s  ETA ?"
+    assert re.fullmatch(r"step   20/1000  loss 2\.0000  ETA \d+:\d\d:\d\d", lines[2])
+    assert lines[3] == "step   20/1000  validation loss 1.5000"
+
+
+def test_eta_leaves_out_what_came_before_the_first_report(monkeypatch, capsys):
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr("llama_eqx.tracking.console.time.monotonic", lambda: next(clock))
+    console = Console(total=100, start=40)
+    console.log(50, {"train/loss": 1.0})
+    console.log(60, {"train/loss": 1.0})
+    assert capsys.readouterr().err.splitlines()[-1].endswith("ETA 0:00:40")
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console = Console(total=10, start=4)
+    console.log(5, {"train/loss": 2.5, "optim/lr": 1e-3})
+    console.say("above")
+    console.log(6, {"val/loss": 1.25})
+    console.close()
+    text = terminal.getvalue()
+    assert " 4/10" in text
+    assert " 5/10" in text
+    assert "loss 2.5000, lr 1.00e-03" in text
+    assert "\nabove\n" in text.replace("\r", "\n")
+    assert "step 6  validation loss 1.2500" in text
+
+
+def test_provenance(monkeypatch, tmp_path):
+    found = versions()
+    assert found["python"] == sys.version.split()[0]
+    assert {"jax", "equinox", "optax", "grain", "orbax-checkpoint", "numpy"} <= found.keys()
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit() or "") or not (tmp_path / ".git").exists()
+    monkeypatch.setattr("llama_eqx.tracking.provenance.PACKAGE", tmp_path)
+    assert commit() is None

@@ -1,0 +1,97 @@
+"""The loop from text to checkpoint: what it leaves behind, and that an interrupted run is the run uninterrupted."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from llama_eqx import generate_tokens, load_config, load_pretrained
+from llama_eqx.errors import CheckpointError, NonFiniteError
+from llama_eqx.tracking import tracker
+from llama_eqx.tracking.jsonl import read_metrics
+from llama_eqx.training.loop import train
+
+TEXT = pathlib.Path(__file__).parents[1] / "golden" / "text.md"
+
+
+def config(run_dir, *overrides):
+    sizes = {"layers": 2, "embed": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 48}
+    return load_config(
+        *(f"model.dims.{axis}={size}" for axis, size in sizes.items()),
+        *("data=text", f"data.path={TEXT}", "tokenizer=bytes", "tracking.wandb.mode=disabled", f"run_dir={run_dir}"),
+        *("train.steps=8", "train.batch_size=8", "train.seq_len=32", "train.log_every=1", "train.eval_every=4"),
+        *("train.sample_tokens=8", "checkpoint.every=3", "schedule.warmup_steps=2", "model.dropout=0.1"),
+        *overrides,
+    )
+
+
+def records(run_dir):
+    timed = ("perf/", "data/")
+    return [{k: v for k, v in record.items() if not k.startswith(timed)} for record in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def leaves(run_dir):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(load_pretrained(run_dir))]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("run") / "a"
+    return train(config(run_dir))
+
+
+def test_everything_is_in_the_run_directory(finished):
+    assert {"config.yaml", "tokenizer", "metrics.jsonl", "loss.png", "checkpoints"} <= {path.name for path in finished.run_dir.iterdir()}
+    assert finished.checkpoint.is_dir()
+    losses = [record["train/loss"] for record in records(finished.run_dir) if "train/loss" in record]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
+    evaluated = [record for record in records(finished.run_dir) if "val/loss" in record]
+    assert [record["step"] for record in evaluated] == [4, 8]
+    assert finished.evaluation.loss == evaluated[-1]["val/loss"]
+    bits = finished.evaluation.loss / np.log(2)  # bytes are tokens here, but for BOS and EOS
+    assert finished.evaluation.bits_per_byte == pytest.approx(bits, rel=0.02)
+
+
+def test_the_checkpoint_generates(finished):
+    model = load_pretrained(finished.run_dir)
+    generation = generate_tokens(model, [[256, 65], [256]], max_new_tokens=4)
+    assert [len(row) for row in generation.tokens] == [4, 4]
+
+
+def test_an_interrupted_run_ends_the_same(finished, tmp_path, monkeypatch):
+    run_dir = tmp_path / "b"
+    log = tracker.Tracker.log
+
+    def interrupted(self, step, metrics):
+        if step == 5:
+            raise KeyboardInterrupt
+        log(self, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker.Tracker, "log", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(run_dir))
+    assert records(run_dir)[-1]["step"] == 4
+    train(config(run_dir))
+    assert records(run_dir) == records(finished.run_dir)
+    for a, b in zip(leaves(run_dir), leaves(finished.run_dir), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_finished_run_only_reports(finished):
+    again = train(config(finished.run_dir))
+    assert again.evaluation == finished.evaluation
+    assert again.sample == finished.sample
+
+
+@pytest.mark.parametrize("change", ["seed=1", "train.seq_len=16", "optimizer.b2=0.9", "model.dims.mlp=64", "data.holdout=tuning"])
+def test_another_run_is_refused(finished, change):
+    with pytest.raises(CheckpointError, match="another run"):
+        train(config(finished.run_dir, change))
+
+
+def test_numbers_that_are_not_finite_end_the_run(tmp_path):
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        train(config(tmp_path / "run", "schedule.peak=1e38", "optimizer.clip_norm=1e30"))
