@@ -28,7 +28,9 @@ def save_native(model: Llama, path: str | os.PathLike[str], tokenizer_folder: st
     """
     path = pathlib.Path(path).resolve()
     if path.exists():
-        raise StorageError("the folder exists already", where=str(path), kept="what is in it", next="name another folder, or remove this one")
+        raise StorageError(
+            "the folder exists already", where=str(path), kept="what is in it", next="name another folder, or remove this one"
+        )
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -37,7 +39,7 @@ def save_native(model: Llama, path: str | os.PathLike[str], tokenizer_folder: st
         if tokenizer_folder is not None:
             shutil.copytree(tokenizer_folder, unfinished / TOKENIZER)
         with uncompressed():
-            ocp.save_checkpointables(unfinished / CHECKPOINTS / "0", {"model": model})
+            ocp.save_checkpointables(str(unfinished / CHECKPOINTS / "0"), {"model": model})
         unfinished.rename(path)
     except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
         shutil.rmtree(unfinished, ignore_errors=True)

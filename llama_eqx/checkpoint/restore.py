@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
@@ -25,7 +26,7 @@ def filed(path: pathlib.Path, part: str) -> dict[str, jax.ShapeDtypeStruct]:
     Raises `CheckpointError` when there is no such part, or it cannot be read.
     """
     try:
-        tree = ocp.checkpointables_metadata(path).metadata.get(part)
+        tree = ocp.checkpointables_metadata(str(path)).metadata.get(part)
     except Exception as error:
         raise _unreadable(path, error) from error
     if tree is None:
@@ -52,7 +53,7 @@ def read(path: pathlib.Path, parts: Mapping[str, PyTree], *, dtype: DTypeLike | 
     if dtype is not None:
         parts = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), dict(parts))
     try:
-        return ocp.load_checkpointables(path, dict(parts))
+        return ocp.load_checkpointables(str(path), dict(parts))
     except Exception as error:
         raise _unreadable(path, error) from error
 
@@ -85,7 +86,7 @@ def _differences(part: str, wanted: dict[str, Any], found: dict[str, jax.ShapeDt
 
 
 def _said(leaf: Any) -> str:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)  # as which a key is filed
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 

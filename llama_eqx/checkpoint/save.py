@@ -100,9 +100,9 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
         try:
             return ocp.training.Checkpointer(
-                self._folder,
+                str(self._folder),
                 context=uncompressed(),
-                preservation_policy=ocp.training.preservation_policies.LatestN(self._config.keep),
+                preservation_policy=ocp.training.preservation_policies.LatestN(self._config.keep),  # pyright: ignore[reportArgumentType]
             )
         except (OSError, ValueError) as error:
             raise self._unwritable("checkpoints cannot be written", error) from error

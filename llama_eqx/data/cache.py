@@ -1,5 +1,6 @@
 """The folder where downloads, trained tokenizers and token shards are kept between runs."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -56,9 +57,7 @@ def _candidates() -> Iterator[Path]:
         yield Path(chosen).absolute()
     if xdg := os.environ.get("XDG_CACHE_HOME"):
         yield Path(xdg).absolute() / "llama_eqx"
-    try:
+    with contextlib.suppress(RuntimeError):  # no home
         yield Path.home() / ".cache" / "llama_eqx"
-    except RuntimeError:  # no home
-        pass
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
     yield Path(tempfile.gettempdir()) / f"llama_eqx-{user}"

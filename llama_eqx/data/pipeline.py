@@ -1,6 +1,7 @@
 """From token ids to sharded batches. A batch is a function of (seed, index of the batch) alone, however many processes share it."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,10 +53,10 @@ class TokenWindows:
 def rows(
     source: TokenWindows, *, batch_size: int, seed: int, shard: int = 0, n_shards: int = 1, start: int = 0
 ) -> Iterator[Iterator[np.ndarray]]:
-    """An endless iterator over arrays [batch_size / n_shards, seq_len + 1] from batch `start` on: rows are drawn in a new order every epoch.
+    """An endless iterator over arrays [batch_size / n_shards, seq_len + 1], from batch `start` on.
 
-    The arrays of all shards one below another are the batch, the same for every `n_shards`. Closed on exit: left open, its threads
-    abort the interpreter.
+    Rows are drawn in a new order every epoch. The arrays of all shards one below another are the batch, the same for every
+    `n_shards`. Closed on exit: left open, its threads can abort the interpreter.
 
     Raises `ConfigError` when the shards do not divide the batch.
     """
@@ -102,7 +103,7 @@ def process_rows(sharding: Sharding, batch_size: int, seq_len: int) -> tuple[int
     parts = sorted({index[0].indices(batch_size)[:2] for index in slices if index})
     first, last = parts[0][0], parts[-1][1]
     held = last - first
-    touching = all(end == begin for (_, end), (begin, _) in zip(parts, parts[1:], strict=False))
+    touching = all(end == begin for (_, end), (begin, _) in itertools.pairwise(parts))
     if not touching or batch_size % held or first % held:
         raise ConfigError(f"a process holds the rows {parts} of {batch_size}, not one run of them", where="mesh")
     return first // held, batch_size // held

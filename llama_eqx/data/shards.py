@@ -17,6 +17,7 @@ from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError
 
 FORMAT = 1  # counts the changes of what is written: shards of another format are made anew
+SPLITS = ("train", "val")
 CHUNK = 2**22  # characters that are encoded at once
 
 
@@ -58,8 +59,8 @@ def tokenize(data: DataConfig, tokenizer: Tokenizer) -> TokenData:
 
 def _write(folder: Path, data: DataConfig, tokenizer: Tokenizer, identity: dict[str, Any]) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocab <= 2**16 else "<u4")
-    around = [np.array([] if i is None else [i], dtype) for i in (tokenizer.bos, tokenizer.eos)]
-    counts = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in ("train", "val")}
+    bos, eos = (np.array([] if i is None else [i], dtype) for i in (tokenizer.bos, tokenizer.eos))
+    index: dict[str, dict[str, Any]] = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
     with (
         open(folder / "train.npy", "w+b") as train,
         open(folder / "val.npy", "w+b") as val,
@@ -71,19 +72,23 @@ def _write(folder: Path, data: DataConfig, tokenizer: Tokenizer, identity: dict[
         for chunk in _chunks(data.parts()):
             encoded = tokenizer.encode_all([document.text for _, document in chunk])
             for (split, document), ids in zip(chunk, encoded, strict=True):
-                row = np.concatenate([around[0], ids.astype(dtype), around[1]])
+                row = np.concatenate([bos, ids.astype(dtype), eos])
                 files[split].write(row.tobytes())
                 size = len(document.text.encode())
                 for name, count in {"tokens": len(row), "documents": 1, "bytes": size}.items():
-                    counts[split][name] += count
+                    index[split][name] += count
                 progress.update(size)
         for split, file in files.items():
-            if not counts[split]["tokens"]:
-                raise DataError(f"the {split} split of this corpus is empty", where="data.validation_fraction", next="give more text")
-            _header(file, counts[split]["tokens"], dtype)
+            if not index[split]["tokens"]:
+                raise DataError(
+                    f"the {split} split of this corpus is empty",
+                    where="data.validation_fraction",
+                    next="more text, or another data.validation_fraction",
+                )
+            _header(file, index[split]["tokens"], dtype)
             file.seek(0)
-            counts[split]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    (folder / "index.json").write_text(json.dumps({**identity, **counts}, indent=1) + "\n")
+            index[split]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    (folder / "index.json").write_text(json.dumps({**identity, **index}, indent=1) + "\n")
 
 
 def _header(file: Any, tokens: int, dtype: np.dtype) -> None:
@@ -109,11 +114,11 @@ def _opened(folder: Path) -> TokenData:
     try:
         content = (folder / "index.json").read_bytes()
         index = json.loads(content)
-        splits = [
-            Split(folder / f"{name}.npy", *(index[name][key] for key in ("tokens", "documents", "bytes"))) for name in ("train", "val")
-        ]
-        if all(split.ids().shape == (split.tokens,) for split in splits):
-            return TokenData(*splits, hashlib.sha256(content).hexdigest())
+        train, val = (
+            Split(folder / f"{name}.npy", index[name]["tokens"], index[name]["documents"], index[name]["bytes"]) for name in SPLITS
+        )
+        if any(split.ids().shape != (split.tokens,) for split in (train, val)):
+            raise ValueError("a file has another number of tokens than the index says")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"damaged token shards: {error}", where=str(folder), next="delete this folder; it is made anew") from error
-    raise DataError("damaged token shards", where=str(folder), next="delete this folder; it is made anew")
+    return TokenData(train, val, hashlib.sha256(content).hexdigest())

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -46,8 +46,8 @@ class Tokenizer(abc.ABC):
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, as integer arrays: faster than one by one."""
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; BOS and EOS have none, and bytes that are not UTF-8 become U+FFFD.
+    def decode(self, ids: Iterable[Any]) -> str:
+        """The text of ids, which may be an integer array; BOS and EOS have none, and bytes that are not UTF-8 become U+FFFD.
 
         Raises `DataError` for an id that is not in the vocabulary.
         """
@@ -124,7 +124,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizerConfig(TokenizerConfig):
-    """BPE (Sennrich et al., 2016, arXiv 1508.07909) of `vocab` ids, trained on the training text with Llama's settings and kept in the cache.
+    """BPE (Sennrich et al., 2016, arXiv 1508.07909) of `vocab` ids, trained on the training text with Llama's settings; kept in the cache.
 
     With a `path` it is that model file instead, which has its own vocabulary.
     """

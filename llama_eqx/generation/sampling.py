@@ -2,24 +2,35 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 
 def sample(
     logits: Float[Array, "batch vocab"],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " batch"],
     *,
     temperature: Float[Array, ""] | float,
     top_k: int | None = None,
     top_p: Float[Array, ""] | float | None = None,
 ) -> Int[Array, " batch"]:
-    """One token per row, drawn with the row's own key. `temperature`, then `top_k`, then `top_p`; temperature 0 is the argmax."""
+    """One token per row, drawn from `restricted` logits with the row's own key. Temperature 0 is the argmax."""
     cold = jnp.asarray(temperature) == 0
-    x = logits / jnp.where(cold, 1, temperature)
-    x = x if top_k is None else keep_top_k(x, top_k)
-    x = x if top_p is None else keep_top_p(x, top_p)
-    drawn = jax.vmap(jax.random.categorical)(keys, x)
+    warm = restricted(logits, temperature=jnp.where(cold, 1, temperature), top_k=top_k, top_p=top_p)
+    drawn = jax.vmap(jax.random.categorical)(keys, warm)
     return jnp.where(cold, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+
+
+def restricted(
+    logits: Float[Array, "batch vocab"],
+    *,
+    temperature: Float[Array, ""] | float,
+    top_k: int | None = None,
+    top_p: Float[Array, ""] | float | None = None,
+) -> Float[Array, "batch vocab"]:
+    """Logits divided by a positive `temperature`, then cut to `top_k`, then to the nucleus `top_p`: the order of `transformers`."""
+    x = logits / temperature
+    x = x if top_k is None else keep_top_k(x, top_k)
+    return x if top_p is None else keep_top_p(x, top_p)
 
 
 def keep_top_k(logits: Float[Array, "batch vocab"], k: int) -> Float[Array, "batch vocab"]:

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -47,7 +48,9 @@ def plot_loss(metrics: Sequence[dict[str, int | float]], path: str | os.PathLike
     counted = [(record["step"], record["tokens"]) for record in metrics if record.get("tokens") and record["step"]]
     if counted:
         per_step = counted[-1][1] / counted[-1][0]
-        above = axes.secondary_xaxis("top", functions=(lambda step: step * per_step, lambda tokens: tokens / per_step))
+        above = axes.secondary_xaxis(
+            "top", functions=(lambda step: np.multiply(step, per_step), lambda tokens: np.divide(tokens, per_step))
+        )
         above.xaxis.set_major_formatter(EngFormatter(sep=""))
         above.set_xlabel("tokens", color=GREY, fontsize=9)
         above.tick_params(colors=GREY, labelsize=8, length=3)

@@ -37,6 +37,4 @@ def commit() -> str | None:
 def _git(*arguments: str) -> str:
     # Reading the status may otherwise take a lock on the index, and so disturb a commit being made.
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-    return subprocess.run(
-        ["git", *arguments], cwd=PACKAGE, env=environment, check=True, capture_output=True, text=True, timeout=10
-    ).stdout
+    return subprocess.run(["git", *arguments], cwd=PACKAGE, env=environment, check=True, capture_output=True, text=True, timeout=10).stdout

@@ -32,7 +32,8 @@ class Wandb:
             self._attempt("start", lambda: self._start(config, run_dir, settings))
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        self._attempt("log", lambda: self._run and self._run.log({name: float(value) for name, value in metrics.items()}, step=step))
+        if self._run:
+            self._attempt("log", lambda: self._run.log({name: float(value) for name, value in metrics.items()}, step=step))
 
     def sample(self, step: int, text: str) -> None:
         def log() -> None:
@@ -44,8 +45,9 @@ class Wandb:
             self._attempt("log", log)
 
     def close(self, *, failed: bool = False) -> None:
-        self._attempt("finish", lambda: self._run and self._run.finish(exit_code=int(failed)))
-        self._run = None
+        if self._run:
+            self._attempt("finish", lambda: self._run.finish(exit_code=int(failed)))
+            self._run = None
 
     def _start(self, config: WandbConfig, run_dir: pathlib.Path, settings: Mapping[str, Any]) -> None:
         import wandb  # a second, which a disabled run need not spend
@@ -88,6 +90,8 @@ class Wandb:
 
 def _id(path: pathlib.Path) -> str:
     """The id of this directory's W&B run, made on its first start."""
-    if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    if not known:
+        known = secrets.token_hex(4)
+        path.write_text(known + "\n", encoding="utf-8")
+    return known

@@ -35,7 +35,8 @@ def bits(x) -> bytes:
 
 def same(a, b) -> bool:
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
-        x.dtype == y.dtype and x.shape == y.shape and bits(x) == bits(y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        x.dtype == y.dtype and x.shape == y.shape and bits(x) == bits(y)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
 
 
@@ -153,13 +154,13 @@ def test_clears_what_a_killed_save_left(tmp_path, model):
 
 @pytest.fixture
 def full_disk():
-    """Files may not grow past 4 kB until `free()` is called: to the writer it is as if the disk were full."""
+    """Files may not grow past 40 kB until `free()` is called: to the writer it is as if the disk were full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def free():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    yield lambda: (resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard)), free)[1]
+    yield lambda: (resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard)), free)[1]
     free()
 
 

@@ -89,23 +89,21 @@ def test_an_epoch_has_every_window_once_and_the_next_another_order(windows):
 def test_batches_follow_from_the_seed_and_epochs_of_neighbouring_seeds_differ(windows):
     source = windows(16)
     orders = {}
-    for seed in range(4):
+    for seed in range(3):
         batches = take(source, 6, seed=seed)
         assert np.array_equal(batches, take(source, 6, seed=seed))
         for epoch, order in enumerate(np.concatenate(batches)[:, 0].reshape(3, 16)):
             orders[seed, epoch] = tuple(order.tolist())
-    assert len(set(orders.values())) == 12
+    assert len(set(orders.values())) == 9
 
 
-@pytest.mark.parametrize("start", [1, 2, 3, 7])
-@pytest.mark.parametrize("count", [11, 16, 3])
+@pytest.mark.parametrize(("count", "start"), [(19, 1), (19, 2), (19, 7), (32, 4), (5, 2)])
 def test_a_resumed_run_sees_what_an_uninterrupted_one_does(windows, count, start):
     source = windows(count)
-    assert np.array_equal(take(source, 9)[start:], take(source, 9 - start, start=start))
+    assert np.array_equal(take(source, 8)[start:], take(source, 8 - start, start=start))
 
 
-@pytest.mark.parametrize("n_shards", [2, 4, 8])
-@pytest.mark.parametrize("count", [11, 3])
+@pytest.mark.parametrize(("count", "n_shards"), [(19, 2), (19, 4), (19, 8), (5, 4)])
 def test_shards_together_are_the_batch_across_epochs(windows, count, n_shards):
     source = windows(count)
     whole = take(source, 6, start=1)

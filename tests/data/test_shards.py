@@ -12,12 +12,12 @@ from llama_eqx.errors import DataError
 
 
 class Wide(Tokenizer):
-    """Code points above a table of 70,000 ids, to see ids of more than 16 bits."""
+    """Code points above the last id of 16 bits, which is BOS."""
 
-    kind, vocab, bos, eos = "wide", 70_000 + 2**16, 69_999, None
+    kind, vocab, bos, eos = "wide", 2**16 + 1000, 2**16 - 1, None
 
     def encode_all(self, texts):
-        return [np.array([70_000 + ord(character) for character in text], np.int64) for text in texts]
+        return [np.array([2**16 + ord(character) for character in text], np.int64) for text in texts]
 
     def _decode(self, ids):
         raise NotImplementedError
@@ -52,7 +52,7 @@ def test_a_tokenizer_without_bos_and_eos_adds_none(corpus):
 def test_a_large_vocabulary_is_kept_whole(corpus):
     data = tokenize(corpus, Wide())
     assert data.train.ids().dtype == np.uint32
-    assert data.val.ids().tolist() == [69_999, 70_000 + ord("9"), 69_999, 70_000 + ord("é")]
+    assert data.val.ids().tolist() == [2**16 - 1, 2**16 + ord("9"), 2**16 - 1, 2**16 + ord("é")]
 
 
 def test_a_corpus_of_several_chunks_is_whole(write, text):
@@ -105,11 +105,15 @@ def test_writers_at_the_same_time_agree(corpus, cache):
     assert found[0].train.ids()[0] == 256
 
 
-@pytest.mark.parametrize("damage", ["index.json", "train.npy", "val.npy", "short", "empty"])
+@pytest.mark.parametrize("damage", ["index.json", "train.npy", "val.npy", "short", "empty", "count"])
 def test_damaged_shards_are_named(corpus, damage):
     folder = tokenize(corpus, BytesTokenizer()).train.path.parent
     if damage == "short":
         (folder / "val.npy").write_bytes((folder / "val.npy").read_bytes()[:-1])
+    elif damage == "count":
+        index = json.loads((folder / "index.json").read_text())
+        index["val"]["tokens"] += 1
+        (folder / "index.json").write_text(json.dumps(index))
     elif damage == "empty":
         (folder / "index.json").write_text("{}")
     else:

@@ -171,6 +171,11 @@ def test_training_reads_the_training_text_alone_and_once(write, text, cache, mon
     assert trained(320).build(text(folder)).fingerprint == first.fingerprint
 
 
+def test_other_text_trains_another_model(write, text):
+    first = trained(320).build(text(write(a_txt=POEM)))
+    assert trained(320).build(text(write(a_txt=POEM.replace("fox", "cat")))).fingerprint != first.fingerprint
+
+
 def test_training_is_deterministic(write, text, cache, monkeypatch):
     folder = write(a_txt=POEM)
     first = trained(320).build(text(folder))
@@ -179,8 +184,8 @@ def test_training_is_deterministic(write, text, cache, monkeypatch):
 
 
 def test_lines_of_any_length_are_trained_on(write, text):
-    tokenizer = trained(400).build(text(write(a_txt=POEM.replace("\n", " ") * 20)))
-    assert len(tokenizer.encode("The quick brown fox")) < 10
+    tokenizer = trained(300).build(text(write(a_txt="a " * 5000 + "quick brown fox " * 1000)))
+    assert len(tokenizer.encode("quick brown fox")) == 3
 
 
 @pytest.mark.parametrize(("vocab", "content"), [(2048, "some words that are few"), (100, POEM), (300, "\n")])
@@ -222,7 +227,7 @@ def test_a_trained_model_has_the_settings_of_llama_2s(test_data, sentencepiece):
 
 def test_a_file_that_is_no_model_is_named(write, text, tmp_path):
     for path in (write(a_model="no model") / "a.model", write(b_model="") / "b.model", tmp_path / "nothing", tmp_path):
-        with pytest.raises(DataError, match="not a SentencePiece model|cannot read") as error:
+        with pytest.raises(DataError, match=r"not a SentencePiece model|cannot read") as error:
             SentencePieceTokenizerConfig(vocab=1, path=str(path)).build(text(None))
         assert error.value.where == str(path)
         assert "tokenizer.path=FILE" in error.value.next

@@ -30,7 +30,7 @@ PRESETS = {
 }
 LOGITS = 1e-5  # largest difference; the logits are of order 1
 GRADIENTS = 1e-5  # as a fraction of the largest entry of each parameter's gradient
-FREQUENCIES = 2.4e-7  # relative: two units in the last place of float32
+FREQUENCIES = 4.8e-7  # relative: four units in the last place of float32
 # At position 20,000 one unit in the last place of a frequency is a milliradian. transformers computes powers in float32 by another
 # routine than XLA, hence this bound when each side has its own frequencies, and `LOGITS` when both have the same ones.
 FAR_LOGITS = 5e-3
@@ -54,7 +54,7 @@ def pair(tmp_path_factory):
 
     @functools.cache
     def make(preset):
-        sizes = {"vocab": 97, "layers": 2, "embed": 64, "mlp": 112, **PRESETS[preset]}
+        sizes = {"vocab": 97, "layers": 2, "embed": 96, "mlp": 112, **PRESETS[preset]}
         config = resolve(compose(f"model/{preset}", [f"model.dims.{name}={size}" for name, size in sizes.items()]))["model"]
         model = jitter(config.build(key=jax.random.key(0)))
         folder = tmp_path_factory.mktemp("parity") / preset
@@ -170,7 +170,7 @@ MUTATIONS = {
     "norms exchanged": edited(lambda b: (b.attn_norm.weight, b.ffn_norm.weight), lambda x: x[::-1]),
     "layers exchanged": edited(lambda b: b, lambda b: jax.tree.map(lambda x: x[::-1], b)),
     "heads before head_dim": edited(lambda b: b.attention.o_proj, lambda o: o.swapaxes(1, 2).reshape(o.shape)),
-    "scores by sqrt(embed)": edited(lambda b: b.attention.q_proj, lambda q: q * (q.shape[-1] / 64 * 1.1) ** 0.5),
+    "scores by sqrt(embed)": edited(lambda b: b.attention.q_proj, lambda q: q * (q.shape[-1] / q.shape[1]) ** 0.5),
 }
 
 

@@ -1,0 +1,175 @@
+"""Generation against transformers, against the forward without a cache, and against itself in other batches."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from llama_eqx.errors import ConfigError
+from llama_eqx.generation import decode
+from llama_eqx.generation.decode import generate_tokens
+from llama_eqx.interop.huggingface import config_from_huggingface, save_huggingface
+
+transformers.utils.logging.disable_progress_bar()
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [60, 2, 33], [12] * 16]
+NEW = 12
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = config_from_huggingface(
+        {
+            "model_type": "llama",
+            "vocab_size": 61,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+        }
+    )
+    return jax.jit(lambda key: config.build(key=key))(jax.random.key(3))
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+    return generate_tokens(model, PROMPTS, NEW)
+
+
+@pytest.fixture(scope="module")
+def reference(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decode") / "hf"
+    save_huggingface(model, folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def continued(reference, prompts):
+    """Greedy continuations by transformers, the prompts padded on the left."""
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return reference.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=NEW, pad_token_id=0)[:, width:].tolist()
+
+
+def test_equals_transformers_in_a_padded_batch(greedy, reference):
+    assert len({tuple(row) for row in greedy.tokens}) == len(PROMPTS)
+    assert greedy.tokens == continued(reference, PROMPTS)
+
+
+def test_alone_equals_in_a_batch(model, greedy, reference):
+    for prompt, tokens in zip(PROMPTS, greedy.tokens, strict=True):
+        assert generate_tokens(model, [prompt], NEW).tokens == continued(reference, [prompt]) == [tokens]
+
+
+def test_padding_of_any_width_changes_nothing(model, greedy, monkeypatch):
+    monkeypatch.setattr(decode, "SHORTEST", 32)
+    wider = generate_tokens(model, PROMPTS, NEW)
+    assert wider.tokens == greedy.tokens
+    for a, b in zip(wider.logprobs, greedy.logprobs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.3}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}], ids=str)
+def test_equals_the_forward_without_a_cache(model, settings):
+    new = generate_tokens(model, PROMPTS, NEW, **settings)
+    rows = np.zeros((len(PROMPTS), 16 + NEW), np.int32)  # what follows a text does not reach back into it
+    for row, prompt, tokens in zip(rows, PROMPTS, new.tokens, strict=True):
+        row[: len(prompt) + NEW] = prompt + tokens
+    full = np.asarray(jax.nn.log_softmax(jax.jit(lambda model, rows: model(rows))(model, rows)))
+    for row, prompt, tokens, logprobs in zip(full, PROMPTS, new.tokens, new.logprobs, strict=True):
+        row = row[len(prompt) - 1 :][:NEW]
+        np.testing.assert_allclose(logprobs, row[np.arange(NEW), tokens], atol=1e-5)
+        if not settings:
+            assert tokens == row.argmax(-1).tolist()
+
+
+def test_one_token(model, greedy):
+    assert generate_tokens(model, PROMPTS, 1).tokens == [row[:1] for row in greedy.tokens]
+
+
+def test_up_to_the_end_of_the_context(model, greedy):
+    longest = generate_tokens(model, PROMPTS[-1:], 64 - 16)
+    assert len(longest.tokens[0]) == 48
+    assert longest.tokens[0][:NEW] == greedy.tokens[-1]
+
+
+def test_rows_end_with_their_first_stop_token(model, greedy):
+    stop = (greedy.tokens[0][3], greedy.tokens[1][0])
+    cut = [row[: min([row.index(s) for s in stop if s in row], default=NEW) + 1] for row in greedy.tokens]
+    stopped = generate_tokens(model, PROMPTS, NEW, stop=stop)
+    assert stopped.tokens == cut
+    assert len(cut[1]) == 1
+    assert max(map(len, cut)) > 3
+    assert [len(row) for row in stopped.logprobs] == [len(row) for row in cut]
+
+
+def test_ends_when_every_row_has_stopped(model, greedy, monkeypatch):
+    seen = []
+    generate = decode._generate
+    monkeypatch.setattr(decode, "_generate", lambda *args: seen.append(generate(*args)) or seen[-1])
+    generate_tokens(model, PROMPTS[:1] * 4, NEW, stop=[greedy.tokens[0][1]] * 2)
+    written = np.asarray(seen[0][1]) != 0
+    assert written.tolist() == [[True, True] + [False] * (NEW - 2)] * 4
+
+
+def test_draws_are_reproducible(model):
+    draw = lambda **settings: generate_tokens(model, PROMPTS, NEW, temperature=1.0, **settings).tokens  # noqa: E731
+    assert draw(seed=1) == draw(seed=1)
+    assert all(a != b for a, b in zip(draw(seed=1), draw(seed=2), strict=True))
+    twice = generate_tokens(model, [[3], [3]], NEW, temperature=1.0).tokens
+    assert twice[0] != twice[1]
+
+
+def test_draws_do_not_depend_on_the_split(model):
+    whole = generate_tokens(model, PROMPTS, NEW, temperature=1.0, seed=7).tokens
+    draw = lambda r, first_row: generate_tokens(model, [PROMPTS[r]], NEW, temperature=1.0, seed=7, first_row=first_row).tokens[0]  # noqa: E731
+    assert [draw(r, r) for r in range(4)] == whole
+    assert draw(2, 0) != whole[2]
+
+
+def test_cache_in_another_dtype_compiles_once(model, greedy, monkeypatch):
+    traced = []
+    monkeypatch.setattr(decode, "sample", lambda *args, sample=decode.sample, **settings: traced.append(1) or sample(*args, **settings))
+    near = generate_tokens(model, PROMPTS, 3, cache_dtype="bfloat16", stop=[1])
+    assert [row[:2] for row in near.logprobs] != [row[:2] for row in greedy.logprobs]
+    np.testing.assert_allclose([row[0] for row in near.logprobs], [row[0] for row in greedy.logprobs], atol=0.1)
+    once = len(traced)
+    assert once > 0
+    others = [[4], [5] * 16, [6] * 9, [7]]
+    generate_tokens(model, others, 3, cache_dtype="bfloat16", temperature=1.5, stop=[2], seed=4, first_row=3)
+    assert len(traced) == once
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "what"),
+    [
+        ({"prompts": []}, "prompts", "no prompts"),
+        ({"prompts": [[1], []]}, "prompts[1]", "empty prompt"),
+        ({"prompts": [[1], [1, 2, 61]]}, "prompts[1][2]", "id 61 is outside of the vocabulary of 61"),
+        ({"prompts": [[-1]]}, "prompts[0][0]", "id -1 is outside"),
+        ({"prompts": [[1], [1] * 60]}, "prompts[1]", "60 tokens and 5 new ones pass the context of 64"),
+        ({"max_new_tokens": 0}, "max_new_tokens", "none"),
+        ({"temperature": -0.1}, "temperature", "-0.1"),
+        ({"temperature": float("nan")}, "temperature", "nan"),
+        ({"temperature": float("inf")}, "temperature", "inf"),
+        ({"top_k": 0}, "top_k", "0"),
+        ({"top_p": 0.0}, "top_p", "0.0"),
+        ({"top_p": 1.1}, "top_p", "1.1"),
+        ({"stop": (1, 61)}, "stop", "61"),
+    ],
+)
+def test_bad_input(model, monkeypatch, arguments, where, what):
+    monkeypatch.setattr(decode, "_generate", lambda *args: pytest.fail("compiled"))
+    with pytest.raises(ConfigError) as error:
+        generate_tokens(model, **{"prompts": [[1, 2]], "max_new_tokens": 5, **arguments})
+    assert error.value.where == where
+    assert what in error.value.what
