@@ -22,8 +22,8 @@ PEAK_FLOPS = {
 class Flops(NamedTuple):
     """FLOPs of a training step per token, forward and backward, in the two conventions that published MFUs use."""
 
-    causal: float
-    palm: float
+    causal: int
+    palm: int
 
 
 def flops_per_token(model: Any, seq_len: int) -> Flops:
@@ -43,7 +43,7 @@ def flops_per_token(model: Any, seq_len: int) -> Flops:
     return Flops(causal=6 * sum(sizes.values()) + 6 * attention, palm=6 * sum(sizes.values()) + 12 * attention)
 
 
-def mfu(tokens_per_second: float, flops: float, device_kind: str, devices: int) -> float | None:
+def mfu(tokens_per_second: float, flops_per_token: int, device_kind: str, devices: int) -> float | None:
     """The fraction of the chips' peak, or None where the peak is not known."""
     peak = PEAK_FLOPS.get(device_kind)
-    return tokens_per_second * flops / (peak * devices) if peak else None
+    return tokens_per_second * flops_per_token / (peak * devices) if peak else None
