@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llama_eqx.config import Config, load, nearest
-from llama_eqx.errors import ConfigError, UserError
+from llama_eqx.errors import ConfigError, StorageError, UserError
 
 # Keys whose values are text or paths: what a user types after "=" is taken as it stands, whatever commas, quotes or braces it has.
 VERBATIM = ("prompt", "checkpoint", "run_dir", "data.path", "tokenizer.path")
@@ -44,22 +44,22 @@ def load_config(*overrides: str, name: str = "train") -> Any:
 
 
 def run_verb(name: str, job: Callable[[Any], None]) -> None:
-    """The command line of a verb: `job` is called with the config of `conf/<name>.yaml` and the overrides in `sys.argv`.
+    """The command line of a verb: calls `job` with the config of `conf/<name>.yaml` and the overrides in `sys.argv`, and exits.
 
-    Errors end as one block and the exit code of `llama_eqx.errors`. Flags (-m for a sweep, --cfg job, --help) are Hydra's own.
+    An error ends as one block and the exit code of `llama_eqx.errors`; its traceback goes to `log.txt` in the run directory.
+    Flags (-m for a sweep, --cfg job, --help) are Hydra's own.
     """
     arguments = sys.argv[1:]
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if not flags:
-        sys.exit(_guarded(lambda: job(load_config(*map(quoted, arguments), name=name))))
+    if not any(argument.startswith("-") for argument in arguments):
+        sys.exit(_guarded(lambda: _logged(job, load_config(*map(quoted, arguments), name=name))))
 
-    def sweep_job(config: DictConfig) -> None:
+    def hydra_job(config: DictConfig) -> None:
         built = resolve(config)
         if "run_dir" not in [override.split("=")[0] for override in HydraConfig.get().overrides.task]:
             built = dataclasses.replace(built, run_dir=HydraConfig.get().runtime.output_dir)
-        job(built)
+        _logged(job, built)
 
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(sweep_job)()
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(hydra_job)()
 
 
 def quoted(override: str) -> str:
@@ -71,21 +71,39 @@ def quoted(override: str) -> str:
     return f'{key}="{value}"'.replace("${", "\\${")
 
 
+def _logged(job: Callable[[Any], None], config: Any) -> None:
+    """Runs `job`. What libraries have to say goes to `log.txt` in the run directory, if the verb has one, and not to the terminal."""
+    if folder := getattr(config, "run_dir", None):
+        try:
+            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+            log = logging.FileHandler(pathlib.Path(folder, "log.txt"))
+        except OSError as error:
+            raise StorageError(f"cannot write: {error.strerror}", where=folder, next="another place: run_dir=FOLDER") from None
+        log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+        logging.getLogger().addHandler(log)
+        logging.getLogger("llama_eqx").setLevel(logging.INFO)
+    try:
+        job(config)
+    except BaseException:
+        logging.getLogger("llama_eqx").info("ended by", exc_info=True)
+        raise
+
+
 def _guarded(job: Callable[[], None]) -> int:
+    """The exit code of `job`, with whatever ended it said in a block."""
     try:
         job()
-        return 0
     except UserError as error:
-        logging.getLogger("llama_eqx").debug("", exc_info=True)
         print(error, file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        print("interrupted: what was saved is kept; the same command with the same run_dir goes on from there", file=sys.stderr)
+        print("interrupted; the same command with the same run_dir goes on from the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:
         traceback.print_exc()
-        print(UserError(f"unexpected {type(error).__name__}: {error}", next="this is a bug of llama_eqx: please report it"), file=sys.stderr)
+        print(UserError(f"unexpected {type(error).__name__}: {error}", next="please report this with the lines above"), file=sys.stderr)
         return 1
+    return 0
 
 
 def compose(name: str, overrides: list[str]) -> DictConfig:

@@ -7,7 +7,7 @@ import importlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, dataclass_transform
+from typing import Any, ClassVar, dataclass_transform
 
 from beartype.door import is_bearable
 
@@ -26,6 +26,7 @@ class Config:
 
     # jaxtyping's import hook would check `__init__` before `__post_init__` has converted the values.
     __no_type_check__ = True
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -33,7 +34,7 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            hint = field.type
+            hint: Any = field.type
             value = _converted(getattr(self, field.name), hint)
             if not is_bearable(value, hint):
                 raise ConfigError(f"{_said(value)} does not fit: {_wanted(hint, value)}", where=field.name)
@@ -59,7 +60,7 @@ def load(node: Any, path: str = "") -> Any:
     if "_target_" not in node:
         return children
     cls = _config_class(str(node["_target_"]), path)
-    fields = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+    fields = [field.name for field in dataclasses.fields(cls)]
     for key in children:
         if key not in fields:
             raise ConfigError(f"no such key: {key}", where=path, next=nearest(str(key), fields))

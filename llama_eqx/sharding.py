@@ -1,5 +1,6 @@
 """Where arrays live: axis names are read from the annotations and mapped to the axes of a mesh."""
 
+import contextlib
 import dataclasses
 import math
 import typing
@@ -39,7 +40,7 @@ class MeshConfig(Config):
         found = jax.devices()
         if self.platform not in (None, found[0].platform) or self.devices not in (None, len(found)):
             raise ConfigError(
-                f"this mesh needs {self.devices or 'some'} {self.platform or 'any'} devices, here are {len(found)} ({found[0].device_kind})",
+                f"this mesh needs {self.devices} {self.platform} devices, here are {len(found)} ({found[0].device_kind})",
                 where="mesh",
                 next="mesh=local uses the devices that are here; mesh=cpu-8 tries eight virtual ones",
             )
@@ -194,7 +195,5 @@ def _axis_names(tree: Any, hint: Any, lead: Axes, *, strict: bool) -> Iterator[A
 
 
 def _split_cpu(devices: int | None) -> None:
-    try:
+    with contextlib.suppress(RuntimeError):  # a backend is up already: the caller counts its devices
         jax.config.update("jax_num_cpu_devices", devices)
-    except RuntimeError:  # a backend is up already; the count of devices is checked by the caller
-        pass

@@ -56,7 +56,15 @@ def test_missing_keys_are_listed():
 
 @pytest.mark.parametrize(
     "target",
-    ["os.system", "llama_eqx.config.importlib.import_module", "llama_eqx.model.norm.RMSNorm", "llama_eqx_evil.Config", "llama_eqx.nowhere.X", "Dims", ""],
+    [
+        "os.system",
+        "llama_eqx.config.importlib.import_module",
+        "llama_eqx.model.norm.RMSNorm",
+        "llama_eqx_evil.Config",
+        "llama_eqx.nowhere.X",
+        "Dims",
+        "",
+    ],
 )
 def test_nothing_but_our_configs_is_built(target):
     with pytest.raises(ConfigError, match="_target_"):

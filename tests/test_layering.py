@@ -40,7 +40,9 @@ def test_module(module):
             assert level(inner) <= level(module), f"{module} imports {name} from above"
         assert module.startswith(ONLY_IN.get(root, ("",))), f"{module} imports {root}"
         if module.startswith("model."):
-            assert root in {"llama_eqx", "jax", "equinox", "jaxtyping", "abc", "collections", "math", "typing", "zlib"}, f"{module} imports {root}"
+            assert root in {"llama_eqx", "jax", "equinox", "jaxtyping", "abc", "collections", "math", "typing", "zlib"}, (
+                f"{module} imports {root}"
+            )
             assert not name.startswith("jax.sharding") or module == "model.kernel"
         if module.startswith("model.") and root == "llama_eqx":
             assert inner.startswith(("model.", "config.", "dims.", "tag.", "errors."))

@@ -59,7 +59,7 @@ def continued(
     seed: int = 0,
 ) -> str:
     """`prompt` and up to `max_new_tokens` tokens more, to the end of the text or as far as the context reaches."""
-    tokens = [tokenizer.bos] * (tokenizer.bos is not None) + tokenizer.encode(prompt)
+    tokens = tokenizer.encode(prompt) if tokenizer.bos is None else [tokenizer.bos, *tokenizer.encode(prompt)]
     room = model.config.context - len(tokens)
     stop = () if tokenizer.eos is None else (tokenizer.eos,)
     new = generate_tokens(

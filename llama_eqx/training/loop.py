@@ -11,7 +11,7 @@ from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.config import dump
 from llama_eqx.data.pipeline import TokenWindows, training_batches, validation_batches
 from llama_eqx.data.shards import tokenize
-from llama_eqx.errors import NonFiniteError, StorageError
+from llama_eqx.errors import NonFiniteError
 from llama_eqx.flops import flops_per_token, mfu
 from llama_eqx.generation.text import continued
 from llama_eqx.model.init import named
@@ -45,16 +45,18 @@ def train(config: RunConfig) -> Result:
     Raises `ConfigError`, `DataError`, `CheckpointError` and `StorageError` before the first step, `NonFiniteError` and
     `StorageError` after it.
     """
+    # Where arrays are to live: first, since it asks least and may refuse.
+    steps, size, length = config.train.steps, config.train.batch_size, config.train.seq_len
+    layout = Layout(config.mesh.build(), config.sharding)
+    batch_sharding = layout.sharding(("batch", "seq"), (size, length))
+
     # Text to tokens, and the sizes that follow from it.
     tokenizer = config.tokenizer.build(config.data)
     data = tokenize(config.data, tokenizer)
     config, warning = with_vocab(config, tokenizer)
-    steps, size, length = config.train.steps, config.train.batch_size, config.train.seq_len
     windows, held_out = TokenWindows(data.train, length), TokenWindows(data.val, length)
 
-    # Where everything lives: files, then arrays.
-    layout = Layout(config.mesh.build(), config.sharding)
-    batch_sharding = layout.sharding(("batch", "seq"), (size, length))
+    # The shapes of the state, and the files of the run.
     optimizer, key = config.optimizer.build(), jax.random.key(config.seed)
 
     def initial(key: jax.Array) -> TrainState:
@@ -63,11 +65,8 @@ def train(config: RunConfig) -> Result:
     shapes = eqx.filter_eval_shape(initial, key)
     shardings = layout.shardings(shapes)
     run_dir = pathlib.Path(config.run_dir)
-    try:
-        settle(config, data.fingerprint)
-        tokenizer.save(run_dir / "tokenizer")
-    except OSError as error:
-        raise StorageError(f"cannot write: {error}", where=str(run_dir), next="another place: run_dir=FOLDER") from error
+    settle(config, data.fingerprint)
+    tokenizer.save(run_dir / "tokenizer")
 
     # What runs on the devices.
     view = under(config.precision, config.remat, layout)
@@ -128,7 +127,9 @@ def train(config: RunConfig) -> Result:
                 if late:
                     report(*late)
                 late = (step, metrics)
-                evaluation_due, save_due = (step % n == 0 or step == steps for n in (config.train.eval_every, config.checkpoint.every or steps))
+                evaluation_due, save_due = (
+                    step % n == 0 or step == steps for n in (config.train.eval_every, config.checkpoint.every or steps)
+                )
                 if not (evaluation_due or save_due):
                     continue
                 report(*late)
@@ -142,9 +143,10 @@ def train(config: RunConfig) -> Result:
 
             if evaluation is None:  # a finished run, asked again
                 evaluation = evaluate(state.model)
-            sample = continued(state.model, tokenizer, config.data.prompt, config.train.sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed)
+            sample = continued(
+                state.model, tokenizer, config.data.prompt, config.train.sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed
+            )
             tracker.sample(steps, sample)
 
     plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png")
     return Result(evaluation, sample, run_dir, run_dir / "checkpoints" / str(max(begin, steps)))
-

@@ -9,7 +9,7 @@ from llama_eqx.checkpoint.save import CheckpointConfig
 from llama_eqx.config import Config, dump
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig
-from llama_eqx.errors import CheckpointError, ConfigError
+from llama_eqx.errors import CheckpointError, ConfigError, StorageError
 from llama_eqx.model.llama import LlamaConfig
 from llama_eqx.precision import PrecisionConfig
 from llama_eqx.remat import RematConfig
@@ -62,7 +62,18 @@ class RunConfig(Config):
 
 # What may differ between the parts of one run: none of it changes what a step computes, but for the number of steps,
 # whose change is a decision that the course of the schedule shows.
-FREE = ("run_dir", "mesh", "sharding", "remat", "checkpoint", "tracking", "train.steps", "train.log_every", "train.eval_every", "train.sample_tokens")
+FREE = (
+    "run_dir",
+    "mesh",
+    "sharding",
+    "remat",
+    "checkpoint",
+    "tracking",
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.sample_tokens",
+)
 
 
 def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, str]:
@@ -87,7 +98,7 @@ def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, str]
 def settle(config: RunConfig, fingerprint: str) -> None:
     """Writes `config.yaml` and the data's fingerprint into the run directory, or compares them with those of the run to be resumed.
 
-    Raises `CheckpointError` listing every difference that would make it another run.
+    Raises `CheckpointError` listing every difference that would make it another run, `StorageError` when it cannot be written.
     """
     run_dir = pathlib.Path(config.run_dir)
     new = {**dump(config), "data_fingerprint": fingerprint}
@@ -100,8 +111,11 @@ def settle(config: RunConfig, fingerprint: str) -> None:
                 kept="the run there is untouched",
                 next="give another run_dir, or the settings of the run there",
             )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_config(new, run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_config(new, run_dir)
+    except OSError as error:
+        raise StorageError(f"cannot write: {error.strerror}", where=config.run_dir, next="another place: run_dir=FOLDER") from error
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

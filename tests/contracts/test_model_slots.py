@@ -138,7 +138,7 @@ def test_bfloat16_stays_bfloat16(variant, tokens):
 
 @pytest.mark.parametrize("option", sorted(path.stem for path in (CONF.parent / "sharding").glob("*.yaml")))
 def test_every_axis_is_split_on_a_cube_of_devices(variant, option):
-    config, model = variant
+    _, model = variant
     rules = load(yaml.safe_load((CONF.parent / "sharding" / f"{option}.yaml").read_text()))
     mesh = jax.make_mesh((2, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     specs = [sharding.spec for sharding in jax.tree.leaves(Layout(mesh, rules).shardings(model))]

@@ -25,7 +25,14 @@ def first_losses(arm: str, run_dir: pathlib.Path) -> list[float]:
     from llama_eqx.training.loop import train
 
     sizes = [f"model.dims.{axis}={size}" for axis, size in SIZES.items()]
-    steps = ["train.steps=6", "train.batch_size=8", "train.seq_len=32", "train.log_every=1", "train.sample_tokens=0", "schedule.warmup_steps=2"]
+    steps = [
+        "train.steps=6",
+        "train.batch_size=8",
+        "train.seq_len=32",
+        "train.log_every=1",
+        "train.sample_tokens=0",
+        "schedule.warmup_steps=2",
+    ]
     data = ["data=text", f"data.path={HERE / 'text.md'}", "tokenizer=bytes", "tracking.wandb.mode=disabled"]
     train(load_config(*sizes, *steps, *data, f"run_dir={run_dir}", *ARMS[arm]))
     return [record["train/loss"] for record in read_metrics(run_dir / "metrics.jsonl") if "train/loss" in record]

@@ -89,7 +89,9 @@ def table(round_at, *, theta=1e4, positions=4096):
     return np.asarray(rotary(jnp.arange(positions)[None]).cos[0, :, 0])
 
 
-@pytest.mark.parametrize(("round_at", "least", "most"), [("none", 0, 3e-4), ("table", 1e-3, 3e-3), ("inv_freq", 1.9, 2), ("position", 1.9, 2), ("angle", 1.9, 2)])
+@pytest.mark.parametrize(
+    ("round_at", "least", "most"), [("none", 0, 3e-4), ("table", 1e-3, 3e-3), ("inv_freq", 1.9, 2), ("position", 1.9, 2), ("angle", 1.9, 2)]
+)
 def test_rounding_of_the_rotary_table(round_at, least, most):
     exact = np.cos(np.arange(4096)[:, None] * 1e4 ** (-np.arange(0, 128, 2) / 128))
     assert least <= np.abs(table(round_at) - exact).max() <= most
@@ -119,8 +121,20 @@ def test_llama3_frequencies_are_those_of_transformers(factor):
 
     from llama_eqx.dims import Dims
 
-    settings = {"rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    config = LlamaConfig(hidden_size=2048, num_attention_heads=32, head_dim=64, max_position_embeddings=131072, rope_parameters={"rope_type": "llama3", **settings})
+    settings = {
+        "rope_theta": 5e5,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = LlamaConfig(
+        hidden_size=2048,
+        num_attention_heads=32,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "llama3", **settings},
+    )
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     dims = Dims(vocab=1, layers=1, embed=64, heads=1, kv_heads=1, head_dim=64, mlp=1)
     rotary = Llama3RotaryConfig(theta=5e5, factor=factor, low_freq_factor=1, high_freq_factor=4, original_context=8192, round_at="none")

@@ -89,7 +89,10 @@ def test_the_curve_is_that_of_pytorch(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
-@pytest.mark.parametrize("broken", ["optimizer.weight_decay=0", "optimizer.b2=0.99", "optimizer.clip_norm=0.5", "schedule.final_fraction=1", "model.rotary.theta=1e3"])
+@pytest.mark.parametrize(
+    "broken",
+    ["optimizer.weight_decay=0", "optimizer.b2=0.99", "optimizer.clip_norm=0.5", "schedule.final_fraction=1", "model.rotary.theta=1e3"],
+)
 def test_the_comparison_sees_what_is_broken(broken, config, rows, theirs):
     sizes = [f"model.dims.{axis}={n}" for axis, n in vars(config.model.dims).items()]
     changed = load_config(*sizes, "schedule.warmup_steps=5", "schedule.peak=1e-2", broken)

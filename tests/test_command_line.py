@@ -1,0 +1,138 @@
+"""What a user types, and what they are told when it is wrong: one block and an exit code, never a traceback."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from llama_eqx import generate, load_config, train
+from llama_eqx.compose import compose, quoted, run_verb
+
+TEXT = pathlib.Path(__file__).parent / "golden" / "text.md"
+
+
+def run(monkeypatch, capsys, name, *arguments, job=None):
+    """Exit code and standard error of a verb in this process."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        run_verb(name, job or {"train": train.main, "generate": generate.main}[name])
+    return ended.value.code or 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "arguments"),
+    [
+        (2, "did you mean train.steps?", ["train.step=3"]),
+        (2, "did you mean schedule.peak?", ["schedule.peek=3"]),
+        (2, "did you mean llama2_7b?", ["model=lama2_7b"]),
+        (2, "did you mean v4-32?", ["mesh=v4_32"]),
+        (2, "did you mean silu?", ["model.feed_forward.activation=sliu"]),
+        (2, "wanted int", ["train.steps=many"]),
+        (2, "kv_heads may be one of 1, 2, 4", ["model.dims.kv_heads=3"]),
+        (2, "nothing else is ever built", ["model.norm._target_=os.system"]),
+        (2, "did you mean steps?", ["+train.stepz=3"]),
+        (2, "data.path=FOLDER", ["data=text"]),
+        (2, "longer than the model's context", ["train.seq_len=512"]),
+        (2, "16 tpu devices", ["mesh=v4-32", "data=text", f"data.path={TEXT}", "tokenizer=bytes"]),
+        (2, "does not divide", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "train.batch_size=3", "train.seq_len=32"]),
+        (2, "the tokenizer has 258 ids", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "model.dims.vocab=100"]),
+        (3, "nothing matches", ["data=text", "data.path=no/such/folder"]),
+        (3, "a row needs", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "train.seq_len=256"]),
+        (6, "cannot write", ["run_dir=/proc/nowhere"]),
+    ],
+)
+def test_bad_input_to_train(code, said, arguments, monkeypatch, capsys, tmp_path):
+    where = [] if any(argument.startswith("run_dir") for argument in arguments) else [f"run_dir={tmp_path / 'run'}"]
+    found, err = run(monkeypatch, capsys, "train", *arguments, *where, "tracking.wandb.mode=disabled")
+    assert said in err
+    assert found == code
+    assert "Traceback" not in err
+    assert len(err.splitlines()) <= 6
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"", "no text here"), (b"\x00\x01\x02", "not UTF-8 text")])
+def test_a_corpus_without_text(content, said, monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.txt").write_bytes(content)
+    code, err = run(monkeypatch, capsys, "train", "data=text", f"data.path={tmp_path}", f"run_dir={tmp_path / 'run'}")
+    assert (code, said in err) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "arguments"),
+    [
+        (2, "checkpoint=RUN_DIR", ["prompt=a"]),
+        (2, "prompt=", ["checkpoint=somewhere"]),
+        (2, "did you mean prompt?", ["promt=a"]),
+        (4, "does not exist", ["checkpoint=no/such/run", "prompt=a"]),
+    ],
+)
+def test_bad_input_to_generate(code, said, arguments, monkeypatch, capsys):
+    found, err = run(monkeypatch, capsys, "generate", *arguments)
+    assert said in err
+    assert found == code
+
+
+def test_what_is_unexpected_exits_with_1(monkeypatch, capsys, tmp_path):
+    def job(config):
+        raise RuntimeError("surprise")
+
+    code, err = run(monkeypatch, capsys, "train", f"run_dir={tmp_path}", job=job)
+    assert code == 1
+    assert "surprise" in err
+    assert "RuntimeError" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "it's",
+        'say "hi"',
+        "a, b",
+        "{x: [1",
+        "a=b",
+        "100%",
+        "${seed}",
+        "$HOME",
+        "\\n",
+        "back\\",
+        '\\"',
+        "",
+        " spaced ",
+        "naïve 你好",
+        "#",
+        "true",
+        "1e3",
+        "(",
+        "~",
+    ],
+)
+def test_text_arrives_as_it_was_typed(text):
+    found = compose("generate", [quoted(f"prompt={text}"), quoted("checkpoint=a,b {c}")])
+    assert found.prompt == text
+    assert found.checkpoint == "a,b {c}"
+
+
+def test_help_and_typos_are_quick_and_import_no_jax():
+    """A fresh process that composes, finds the typo and leaves has not imported the heavy libraries."""
+    code = """
+import sys
+from llama_eqx import train
+from llama_eqx.compose import run_verb
+sys.argv = ["train", "train.step=3"]
+try:
+    run_verb("train", train.main)
+finally:
+    print(sorted({"jax", "torch", "wandb", "orbax"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "did you mean train.steps?" in done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_config_in_python():
+    config = load_config("model=llama3_2_1b", "train.steps=7")
+    assert (config.model.dims.layers, config.train.steps) == (16, 7)
+    with pytest.raises(AttributeError):
+        config.seed = 1
