@@ -1,0 +1,86 @@
+"""Precision, FLOPs, schedules and decay: what is done to a tree from outside."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from llama_eqx import build_model, load_config
+from llama_eqx.flops import flops_per_token, mfu
+from llama_eqx.precision import PrecisionConfig
+from llama_eqx.remat import RematConfig
+from llama_eqx.sharding import MESH_AXES, Layout, Rules, parameter_names
+from llama_eqx.training.loss import under
+from llama_eqx.training.optimizer import matrices
+
+MIXED = PrecisionConfig(params="float32", compute="bfloat16")
+
+
+def test_gradients_of_mixed_precision_are_float32_and_near(tiny):
+    model = build_model(tiny("model.tied=true"), key=jax.random.key(0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, 16)), jnp.int32)
+    loss = lambda model: jnp.mean(jax.nn.log_softmax(model(tokens))[..., 3])  # noqa: E731
+    mesh = jax.make_mesh((1, 1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:1])
+    view = under(MIXED, RematConfig(policy="none"), Layout(mesh, Rules(axes={})))
+    exact, mixed = (jax.jit(jax.grad(f))(model) for f in (loss, lambda model: loss(view(model))))
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(mixed), strict=True):
+        assert b.dtype == jnp.float32
+        assert float(jnp.linalg.norm(a - b)) < 0.05 * float(jnp.linalg.norm(a))
+
+
+def test_gradients_of_the_table_add_up_in_float32(tiny):
+    """4,096 equal gradients of 1 on one row: in bfloat16 the sum would stop at 256."""
+    model = build_model(tiny(), key=jax.random.key(0))
+    tokens = jnp.zeros((1, 4096), jnp.int32)
+    gradient = jax.grad(lambda model: jnp.sum(MIXED.apply(model).embed[tokens].astype(jnp.float32)))(model)
+    np.testing.assert_array_equal(gradient.embed[0], 4096)
+
+
+@pytest.mark.parametrize(
+    ("preset", "seq_len", "causal", "palm"),
+    [("llama3_8b", 8192, 51.5e9, 57.9e9)],
+)
+def test_flops_of_a_published_size(preset, seq_len, causal, palm):
+    config = load_config(f"model={preset}").model
+    model = eqx.filter_eval_shape(lambda key: config.build(key=key), jax.random.key(0))
+    assert flops_per_token(model, seq_len) == (pytest.approx(causal, rel=2e-3), pytest.approx(palm, rel=2e-3))
+
+
+def test_a_tied_table_counts_as_the_head(tiny):
+    tied, untied = (
+        flops_per_token(eqx.filter_eval_shape(lambda key, c=tiny(f"model.tied={t}"): c.build(key=key), jax.random.key(0)), 8)
+        for t in (True, False)
+    )
+    assert tied == untied
+
+
+def test_mfu_only_where_the_peak_is_known():
+    assert mfu(1000.0, 10**9, "TPU v4", 4) == pytest.approx(1e12 / 1.1e15)
+    assert mfu(1000.0, 10**9, "cpu", 1) is None
+
+
+def test_matrices_decay_and_stacked_norms_do_not(tiny):
+    model = build_model(tiny("model/norm=layer"), key=jax.random.key(0))
+    mask = matrices(model)
+    decayed = {name for name, decays in zip(parameter_names(model), jax.tree.leaves(mask), strict=True) if decays}
+    assert "blocks.attention.q_proj" in decayed
+    assert not {name for name in decayed if "norm" in name}
+    assert len(decayed) == len(jax.tree.leaves(model)) - 6
+
+
+def test_the_cosine_is_that_of_pytorch():
+    import torch
+
+    config = load_config("schedule.peak=1e-3", "schedule.warmup_steps=10", "schedule.final_fraction=0.1").schedule
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90, eta_min=1e-4)
+    for step in range(10, 100):
+        assert float(config.rate(jnp.asarray(step), 100)) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-4)
+        optimizer.step()
+        cosine.step()
+    warmup = [float(config.rate(jnp.asarray(step), 100)) for step in range(10)]
+    np.testing.assert_allclose(warmup, 1e-3 * np.arange(1, 11) / 10, rtol=1e-6)
+    constant = load_config("schedule=constant", "schedule.peak=1e-3", "schedule.warmup_steps=0").schedule
+    assert float(constant.rate(jnp.asarray(99), 100)) == pytest.approx(1e-3)
