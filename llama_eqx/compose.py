@@ -43,21 +43,21 @@ def load_config(*overrides: str, name: str = "train") -> Any:
     return config
 
 
-def run_verb(name: str, job: Callable[[Any], None]) -> None:
-    """The command line of a verb: calls `job` with the config of `conf/<name>.yaml` and the overrides in `sys.argv`, and exits.
+def run_verb(name: str, job: Callable[[Any, list[str]], None]) -> None:
+    """The command line of a verb: calls `job(config, overrides)` with `conf/<name>.yaml` and the overrides in `sys.argv`, and exits.
 
     An error ends as one block and the exit code of `llama_eqx.errors`; its traceback goes to `log.txt` in the run directory.
     Flags (-m for a sweep, --cfg job, --help) are Hydra's own.
     """
     arguments = sys.argv[1:]
     if not any(argument.startswith("-") for argument in arguments):
-        sys.exit(_guarded(lambda: _logged(job, load_config(*map(quoted, arguments), name=name))))
+        sys.exit(_guarded(lambda: _logged(job, load_config(*map(quoted, arguments), name=name), arguments)))
 
     def hydra_job(config: DictConfig) -> None:
-        built = resolve(config)
-        if "run_dir" not in [override.split("=")[0] for override in HydraConfig.get().overrides.task]:
+        built, overrides = resolve(config), list(HydraConfig.get().overrides.task)
+        if "run_dir" not in [override.split("=")[0] for override in overrides]:
             built = dataclasses.replace(built, run_dir=HydraConfig.get().runtime.output_dir)
-        _logged(job, built)
+        _logged(job, built, overrides)
 
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(hydra_job)()
 
@@ -71,7 +71,7 @@ def quoted(override: str) -> str:
     return f'{key}="{value}"'.replace("${", "\\${")
 
 
-def _logged(job: Callable[[Any], None], config: Any) -> None:
+def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[str]) -> None:
     """Runs `job`. What libraries have to say goes to `log.txt` in the run directory, if the verb has one, and not to the terminal."""
     if folder := getattr(config, "run_dir", None):
         try:
@@ -80,10 +80,12 @@ def _logged(job: Callable[[Any], None], config: Any) -> None:
         except OSError as error:
             raise StorageError(f"cannot write: {error.strerror}", where=folder, next="another place: run_dir=FOLDER") from None
         log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
-        logging.getLogger().addHandler(log)
-        logging.getLogger("llama_eqx").setLevel(logging.INFO)
+        for name in ("llama_eqx", "absl", "asyncio"):  # the last two are Orbax's, and say a lot
+            logger = logging.getLogger(name)
+            logger.handlers, logger.propagate = [log], False
+            logger.setLevel(logging.INFO if name == "llama_eqx" else logging.WARNING)
     try:
-        job(config)
+        job(config, overrides)
     except BaseException:
         logging.getLogger("llama_eqx").info("ended by", exc_info=True)
         raise

@@ -5,7 +5,7 @@ from typing import Any
 from llama_eqx.compose import run_verb
 
 
-def main(config: Any) -> None:
+def main(config: Any, overrides: list[str]) -> None:
     from llama_eqx.generation.text import generate
 
     print(generate(config))

@@ -38,7 +38,7 @@ def run(monkeypatch, capsys, name, *arguments, job=None):
         (2, "does not divide", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "train.batch_size=3", "train.seq_len=32"]),
         (2, "the tokenizer has 258 ids", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "model.dims.vocab=100"]),
         (3, "nothing matches", ["data=text", "data.path=no/such/folder"]),
-        (3, "a row needs", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "train.seq_len=256"]),
+        (3, "a row needs", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "train.seq_len=250"]),
         (6, "cannot write", ["run_dir=/proc/nowhere"]),
     ],
 )
@@ -74,7 +74,7 @@ def test_bad_input_to_generate(code, said, arguments, monkeypatch, capsys):
 
 
 def test_what_is_unexpected_exits_with_1(monkeypatch, capsys, tmp_path):
-    def job(config):
+    def job(config, overrides):
         raise RuntimeError("surprise")
 
     code, err = run(monkeypatch, capsys, "train", f"run_dir={tmp_path}", job=job)
