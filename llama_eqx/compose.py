@@ -73,22 +73,26 @@ def quoted(override: str) -> str:
 
 def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[str]) -> None:
     """Runs `job`. What libraries have to say goes to `log.txt` in the run directory, if the verb has one, and not to the terminal."""
-    if folder := getattr(config, "run_dir", None):
-        try:
-            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-            log = logging.FileHandler(pathlib.Path(folder, "log.txt"))
-        except OSError as error:
-            raise StorageError(f"cannot write: {error.strerror}", where=folder, next="another place: run_dir=FOLDER") from None
-        log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
-        for name in ("llama_eqx", "absl", "asyncio"):  # the last two are Orbax's, and say a lot
-            logger = logging.getLogger(name)
-            logger.handlers, logger.propagate = [log], False
-            logger.setLevel(logging.INFO if name == "llama_eqx" else logging.WARNING)
+    folder = getattr(config, "run_dir", None)
+    if folder is None:
+        return job(config, overrides)
+    try:
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        log = logging.FileHandler(pathlib.Path(folder, "log.txt"))
+    except OSError as error:
+        raise StorageError(f"cannot write: {error.strerror}", where=folder, next="another place: run_dir=FOLDER") from None
+    log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+    for name in ("llama_eqx", "absl", "asyncio"):  # the last two are Orbax's, and say a lot
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [log], False
+        logger.setLevel(logging.INFO if name == "llama_eqx" else logging.WARNING)
     try:
         job(config, overrides)
     except BaseException:
         logging.getLogger("llama_eqx").info("ended by", exc_info=True)
         raise
+    finally:
+        log.close()  # and is opened again if something is yet to be said
 
 
 def _guarded(job: Callable[[], None]) -> int:
