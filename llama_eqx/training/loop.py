@@ -100,12 +100,13 @@ def train(config: RunConfig) -> Result:
                 tracker.say(f"warning: {warning}")
             if begin:
                 tracker.say(f"resumed from step {begin} of {steps}")
-            meter, late, withheld = Meter(size * length), None, 0
+            meter, late, losses, withheld = Meter(size * length), None, [], 0
 
             def report(step: int, metrics: Metrics) -> None:
-                """Fetches and logs the metrics of a step while the next one runs."""
+                """Fetches the metrics of a step while the next one runs, and logs them when it is time, with the mean loss since the last time."""
                 nonlocal withheld
                 fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                losses.append(fetched["train/loss"])
                 withheld = withheld + 1 if fetched["optim/withheld"] else 0
                 if withheld == MAX_WITHHELD:
                     raise NonFiniteError(
@@ -117,7 +118,9 @@ def train(config: RunConfig) -> Result:
                 if step % config.train.log_every == 0 or step in (begin + 1, steps):
                     speed = meter.read()
                     used = mfu(speed["perf/tokens_per_second"], flops.causal, device_kind, layout.mesh.size)
-                    tracker.log(step, fetched | speed | ({} if used is None else {"perf/mfu": used}) | {"tokens": step * size * length})
+                    fetched |= speed | {"train/loss": sum(losses) / len(losses), "tokens": step * size * length}
+                    tracker.log(step, fetched if used is None else fetched | {"perf/mfu": used})
+                    losses.clear()
 
             evaluation = None
             for step in range(begin + 1, steps + 1):
