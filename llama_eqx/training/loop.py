@@ -103,7 +103,7 @@ def train(config: RunConfig) -> Result:
             meter, late, losses, withheld = Meter(size * length), None, [], 0
 
             def report(step: int, metrics: Metrics) -> None:
-                """Fetches the metrics of a step while the next one runs, and logs them when it is time, with the mean loss since the last time."""
+                """Fetches the metrics of a step while the next one runs; logs them when it is time, with the mean loss since then."""
                 nonlocal withheld
                 fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 losses.append(fetched["train/loss"])
