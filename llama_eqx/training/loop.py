@@ -11,8 +11,7 @@ from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.config import dump
 from llama_eqx.data.pipeline import TokenWindows, training_batches, validation_batches
 from llama_eqx.data.shards import tokenize
-from llama_eqx.errors import NonFiniteError
-from llama_eqx.flops import flops_per_token, mfu
+from llama_eqx.flops import flops_per_token
 from llama_eqx.generation.text import continued
 from llama_eqx.model.init import named
 from llama_eqx.model.llama import Llama
@@ -22,12 +21,10 @@ from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
 from llama_eqx.training.loss import under
-from llama_eqx.training.meter import Meter
+from llama_eqx.training.reporter import Reporter
 from llama_eqx.training.run import RunConfig, settle, with_vocab
 from llama_eqx.training.state import TrainState, abstract, init_state
-from llama_eqx.training.step import Metrics, make_step
-
-MAX_WITHHELD = 3  # updates in a row that may be withheld before a run is given up
+from llama_eqx.training.step import make_step
 
 
 class Result(NamedTuple):
@@ -100,48 +97,27 @@ def train(config: RunConfig) -> Result:
                 tracker.say(f"warning: {warning}")
             if begin:
                 tracker.say(f"resumed from step {begin} of {steps}")
-            meter, late, losses, withheld = Meter(size * length), None, [], 0
-
-            def report(step: int, metrics: Metrics) -> None:
-                """Fetches the metrics of a step while the next one runs; logs them when it is time, with the mean loss since then."""
-                nonlocal withheld
-                fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                losses.append(fetched["train/loss"])
-                withheld = withheld + 1 if fetched["optim/withheld"] else 0
-                if withheld == MAX_WITHHELD:
-                    raise NonFiniteError(
-                        f"loss or gradient was not finite for {withheld} steps in a row; their updates were withheld",
-                        where=f"step {step}",
-                        kept=f"checkpoint of step {checkpoints.latest}" if checkpoints.latest else "no checkpoint yet",
-                        next="a lower learning rate (schedule.peak) or longer warm-up (schedule.warmup_steps)",
-                    )
-                if step % config.train.log_every == 0 or step in (begin + 1, steps):
-                    speed = meter.read()
-                    used = mfu(speed["perf/tokens_per_second"], flops.causal, device_kind, layout.mesh.size)
-                    fetched |= speed | {"train/loss": sum(losses) / len(losses), "tokens": step * size * length}
-                    tracker.log(step, fetched if used is None else fetched | {"perf/mfu": used})
-                    losses.clear()
-
-            evaluation = None
+            reporter = Reporter(
+                tracker,
+                log_every=config.train.log_every,
+                last_step=steps,
+                tokens=size * length,
+                flops_per_token=flops.causal,
+                device_kind=device_kind,
+                devices=layout.mesh.size,
+            )
+            evaluation, save_every = None, config.checkpoint.every or steps
             for step in range(begin + 1, steps + 1):
-                with meter.waiting():
+                with reporter.waiting():
                     batch = next(batches)
                 state, metrics = step_fn((batch, dropout_key), state)
-                if late:
-                    report(*late)
-                late = (step, metrics)
-                evaluation_due, save_due = (
-                    step % n == 0 or step == steps for n in (config.train.eval_every, config.checkpoint.every or steps)
-                )
-                if not (evaluation_due or save_due):
-                    continue
-                report(*late)
-                late = None
-                with meter.pause():
-                    if evaluation_due:
+                reporter.add(step, metrics)
+                if step % config.train.eval_every == 0 or step == steps:
+                    with reporter.pause():
                         evaluation = evaluate(state.model)
                         tracker.log(step, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
-                    if save_due:
+                if step % save_every == 0 or step == steps:
+                    with reporter.pause():
                         checkpoints.save(step, state.model, (state.step, state.opt_state))
 
             if evaluation is None:  # a finished run, asked again
