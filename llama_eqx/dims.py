@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llama_eqx.config import Config
+from llama_eqx.config import Config, nearest
 from llama_eqx.errors import ConfigError
 
 
@@ -35,11 +35,17 @@ class Dims(Config):
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} is odd: rotary embedding turns pairs", where="head_dim")
 
-    def of(self, axes: str) -> tuple[int, ...]:
-        """The sizes of the axes in a string of names, `(4096, 11008)` of "embed mlp"."""
-        sizes = tuple(getattr(self, axis) for axis in axes.split())
-        if None in sizes:
-            raise ConfigError(
-                "the vocabulary's size is not known yet", where="dims.vocab", next="set dims.vocab, or let a tokenizer set it"
-            )
-        return sizes
+    def of(self, axes: str, **own: int) -> tuple[int, ...]:
+        """The sizes of the axes in a string of names, `(4096, 11008)` of "embed mlp". A variant's own axes are given: `rank=16`.
+
+        Raises `ConfigError` for an axis of no known size.
+        """
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | own
+        for axis in axes.split():
+            if axis not in sizes:
+                raise ConfigError(f"no axis is called {axis}", where=axes, next=nearest(axis, sizes))
+            if sizes[axis] is None:
+                raise ConfigError("the vocabulary's size is not known yet", where="dims.vocab", next="set it, or let a tokenizer set it")
+            if sizes[axis] < 1:
+                raise ConfigError(f"{sizes[axis]} is not a size", where=axis)
+        return tuple(sizes[axis] for axis in axes.split())

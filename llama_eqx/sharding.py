@@ -162,13 +162,17 @@ def parameter_names(tree: Any) -> list[str]:
 
 
 def check_shapes(model: Any, dims: Dims) -> None:
-    """Raises `ValueError` when an array of `model` is not of the sizes that its axis names have in `dims`.
+    """Raises `ValueError` when an array of `model` has another size along an axis than `dims` says. Axes of a variant's own may have any.
 
-    jaxtyping checks constructors only; this sees models that were stacked, restored or edited.
+    jaxtyping checks constructors, and only where its hook is installed; this sees models that were stacked, restored or edited.
     """
+    known = {field.name: getattr(dims, field.name) for field in dataclasses.fields(dims)}
     for name, axes, leaf in zip(parameter_names(model), axis_names(model), jax.tree.leaves(model), strict=True):
-        if leaf.shape != dims.of(" ".join(axes)):
-            raise ValueError(f"{name}: {' '.join(axes)} is {dims.of(' '.join(axes))}, found {leaf.shape}")
+        wrong = [
+            f"{axis} is {known[axis]}, not {size}" for axis, size in zip(axes, leaf.shape, strict=True) if known.get(axis, size) != size
+        ]
+        if wrong:
+            raise ValueError(f"{name} ({' '.join(axes)}): {', '.join(wrong)}")
 
 
 def _axis_names(tree: Any, hint: Any, lead: Axes, *, strict: bool) -> Iterator[Axes]:

@@ -19,8 +19,9 @@ validation  {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f}
 curve       {result.run_dir / "loss.png"}
 checkpoint  {result.checkpoint}
 resume      python -m llama_eqx.train {same + " " * bool(same)}run_dir={run_dir} train.steps={2 * config.train.steps}
-sample      python -m llama_eqx.generate checkpoint={run_dir} prompt={shlex.quote(config.data.prompt)}
-view        wandb leet {run_dir}/wandb""")
+sample      python -m llama_eqx.generate checkpoint={run_dir} prompt={shlex.quote(config.data.prompt)}""")
+    if config.tracking.wandb.mode != "disabled":
+        print(f"view        wandb leet {run_dir}/wandb")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Precision, FLOPs, schedules and decay: what is done to a tree from outside."""
 
+import pathlib
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -84,3 +86,13 @@ def test_the_cosine_is_that_of_pytorch():
     np.testing.assert_allclose(warmup, 1e-3 * np.arange(1, 11) / 10, rtol=1e-6)
     constant = load_config("schedule=constant", "schedule.peak=1e-3", "schedule.warmup_steps=0").schedule
     assert float(constant.rate(jnp.asarray(99), 100)) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "conf" / "schedule").glob("*.yaml")))
+def test_every_schedule_warms_up_and_stays_below_its_peak(option):
+    config = load_config(f"schedule={option}", "schedule.peak=0.5", "schedule.warmup_steps=10").schedule
+    rates = np.array([config.rate(jnp.asarray(step), 50) for step in range(50)])
+    assert np.isfinite(rates).all()
+    assert (rates > 0).all()
+    np.testing.assert_allclose(rates[:10], 0.5 * np.arange(1, 11) / 10, rtol=1e-6)
+    assert rates.max() == np.float32(0.5)

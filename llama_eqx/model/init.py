@@ -27,10 +27,13 @@ class InitConfig(Config):
     @abc.abstractmethod
     def std(self, fan_in: int) -> float: ...
 
-    def matrix(self, module: type, field: str, dims: Dims, *, fan_in: str, key: PRNGKeyArray) -> Array:
-        """A value for `module.field`, whose shape is read from its annotation. `fan_in` names the axes that are summed over."""
-        scale = self.std(math.prod(dims.of(fan_in)))
-        return scale * jax.random.normal(named(key, field), dims.of(annotation(module, field)), jnp.float32)
+    def matrix(self, module: type, field: str, dims: Dims, *, fan_in: str, key: PRNGKeyArray, **own: int) -> Array:
+        """A value for `module.field`, whose shape is read from its annotation.
+
+        `fan_in` names the axes that are summed over; `own` are the sizes of axes that are not in `dims`, such as `rank=16`.
+        """
+        scale = self.std(math.prod(dims.of(fan_in, **own)))
+        return scale * jax.random.normal(named(key, field), dims.of(annotation(module, field), **own), jnp.float32)
 
 
 class FanInInitConfig(InitConfig):

@@ -15,14 +15,14 @@ from llama_eqx.flops import flops_per_token
 from llama_eqx.generation.text import continued
 from llama_eqx.model.init import named
 from llama_eqx.model.llama import Llama
-from llama_eqx.sharding import Layout
+from llama_eqx.sharding import Layout, check_shapes
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
 from llama_eqx.training.loss import under
 from llama_eqx.training.reporter import Reporter
-from llama_eqx.training.run import RunConfig, settle, with_vocab
+from llama_eqx.training.run import RunConfig, settle, warnings, with_vocab
 from llama_eqx.training.state import TrainState, abstract, init_state
 from llama_eqx.training.step import make_step
 
@@ -50,7 +50,7 @@ def train(config: RunConfig) -> Result:
     # Text to tokens, and the sizes that follow from it.
     tokenizer = config.tokenizer.build(config.data)
     data = tokenize(config.data, tokenizer)
-    config, warning = with_vocab(config, tokenizer)
+    config = with_vocab(config, tokenizer)
     windows, held_out = TokenWindows(data.train, length), TokenWindows(data.val, length)
 
     # The shapes of the state, and the files of the run.
@@ -60,6 +60,7 @@ def train(config: RunConfig) -> Result:
         return init_state(config.model, optimizer, config.precision, key)
 
     shapes = eqx.filter_eval_shape(initial, key)
+    check_shapes(shapes.model, config.model.dims)
     shardings = layout.shardings(shapes)
     run_dir = pathlib.Path(config.run_dir)
     settle(config, data.fingerprint)
@@ -93,7 +94,7 @@ def train(config: RunConfig) -> Result:
         ):
             tracker.say(f"{parameters:,} parameters, {flops.causal:,.0f} FLOPs per token, {layout.mesh.size} x {device_kind}")
             tracker.say(f"{data.train.tokens:,} tokens to train on, {data.val.tokens:,} held out, vocabulary of {tokenizer.vocab:,}")
-            if warning:
+            for warning in warnings(config, tokenizer):
                 tracker.say(f"warning: {warning}")
             if begin:
                 tracker.say(f"resumed from step {begin} of {steps}")

@@ -76,23 +76,31 @@ FREE = (
 )
 
 
-def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, str]:
-    """`config` with the tokenizer's size where `dims.vocab` is None, and a warning or "".
+def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """`config` with the tokenizer's size where `dims.vocab` is None.
 
     Raises `ConfigError` when the tokenizer has ids that the model has not.
     """
     vocab = config.model.dims.vocab
     if vocab is None:
         dims = dataclasses.replace(config.model.dims, vocab=tokenizer.vocab)
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, dims=dims)), ""
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, dims=dims))
     if tokenizer.vocab > vocab:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab} ids, the model {vocab}",
             where="model.dims.vocab",
             next="model.dims.vocab=null takes the tokenizer's size",
         )
-    unused = vocab - tokenizer.vocab
-    return config, f"{unused} of the model's {vocab} token ids are not in the tokenizer and will not be trained" if unused else ""
+    return config
+
+
+def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
+    """What is allowed but seldom meant."""
+    unused = config.model.dims.of("vocab")[0] - tokenizer.vocab
+    said = [f"{unused} token ids of the model are not in the tokenizer, and will not be trained"] if unused else []
+    if config.schedule.warmup_steps >= config.train.steps:
+        said.append(f"the warm-up of {config.schedule.warmup_steps} steps is not over after {config.train.steps}")
+    return said
 
 
 def settle(config: RunConfig, fingerprint: str) -> None:

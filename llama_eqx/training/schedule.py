@@ -11,7 +11,7 @@ from llama_eqx.errors import ConfigError
 
 
 class ScheduleConfig(Config):
-    """A rise from 0 over `warmup_steps`, then the variant's course to the last step."""
+    """A rise over `warmup_steps`, of which the last is at the peak, then the variant's course to the end of the last step."""
 
     peak: float
     warmup_steps: int

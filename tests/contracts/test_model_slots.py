@@ -1,5 +1,6 @@
 """What every variant of every slot must do: the tests find the variants in conf/, so a new one is tested by being there."""
 
+import dataclasses
 import pathlib
 
 import equinox as eqx
@@ -14,8 +15,10 @@ from llama_eqx import build_model
 from llama_eqx.config import load
 from llama_eqx.dims import Dims
 from llama_eqx.model.feed_forward import ACTIVATIONS
-from llama_eqx.precision import cast
-from llama_eqx.sharding import MESH_AXES, Layout, axis_names, check_shapes
+from llama_eqx.precision import PrecisionConfig, cast
+from llama_eqx.remat import RematConfig
+from llama_eqx.sharding import MESH_AXES, Layout, Rules, axis_names, check_shapes
+from llama_eqx.training.loss import under
 
 CONF = pathlib.Path(__file__).parents[2] / "conf" / "model"
 SLOTS = sorted(f"model/{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
@@ -23,7 +26,7 @@ HEADS = [f"model.dims.kv_heads={n}" for n in (1, 2, 4)]
 ACTIVATED = [
     f"model/feed_forward={path.stem} model.feed_forward.activation={name}"
     for path in (CONF / "feed_forward").glob("*.yaml")
-    if "activation:" in path.read_text()
+    if "activation" in yaml.safe_load(path.read_text())
     for name in ACTIVATIONS
 ]
 VARIANTS = [*SLOTS, *HEADS, "model.tied=true", "model.dropout=0.1"]
@@ -55,6 +58,10 @@ def logits(model, tokens):
     return model(tokens)
 
 
+def loss(model, tokens):
+    return jnp.mean(jax.nn.log_softmax(model(tokens)) ** 2)
+
+
 @eqx.filter_jit
 def segmented_logits(model, tokens, positions, segment_ids):
     return model(tokens, positions=positions, segment_ids=segment_ids)
@@ -70,8 +77,9 @@ def test_arrays_are_what_their_annotations_say(variant):
     config, model = variant
     assert all(eqx.is_array(leaf) for leaf in jax.tree.leaves(model))
     check_shapes(model, config.dims)
-    known = {*Dims.__dataclass_fields__}
-    assert {axis for axes in axis_names(model) for axis in axes} <= known
+    slots = (config.attention, config.feed_forward, config.norm, config.block)
+    own = {field.name for slot in slots for field in dataclasses.fields(slot) if field.type is int}
+    assert {axis for axes in axis_names(model) for axis in axes} <= {*Dims.__dataclass_fields__, *own}
 
 
 def test_two_builds_are_one_trace(variant, tokens):
@@ -90,11 +98,20 @@ def test_two_builds_are_one_trace(variant, tokens):
 
 
 def test_every_parameter_has_a_finite_gradient(variant, tokens):
+    """Through the policies that the training loss puts around a model."""
     _, model = variant
-    gradient = jax.jit(jax.grad(lambda model: jnp.mean(jax.nn.log_softmax(model(tokens)) ** 2)))(model)
-    for leaf in jax.tree.leaves(gradient):
+    mesh = jax.make_mesh((1, 1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:1])
+    layout, remat = Layout(mesh, Rules(axes={})), RematConfig(policy="full")
+
+    def gradient(dtype):
+        view = under(PrecisionConfig(params="float32", compute=dtype), remat, layout)
+        return jax.grad(lambda model: loss(view(model), tokens))
+
+    for leaf in jax.tree.leaves(jax.jit(gradient("float32"))(model)):
         assert jnp.isfinite(leaf).all()
         assert jnp.any(leaf != 0)
+    with jax.numpy_dtype_promotion("standard"):
+        assert eqx.filter_eval_shape(gradient("bfloat16"), model).embed.dtype == jnp.float32
 
 
 def test_one_forward_serves_all(variant, tokens):
