@@ -132,9 +132,13 @@ def resolve(config: DictConfig) -> Any:
 
 
 def _compose(name: str, overrides: list[str]) -> DictConfig:
+    outer = GlobalHydra.instance().hydra  # the caller's own, if any
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return hydra_compose(name, overrides)
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return hydra_compose(name, overrides)
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _explained(error: Exception, name: str, overrides: list[str]) -> ConfigError:

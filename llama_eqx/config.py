@@ -36,7 +36,7 @@ class Config:
         for field in dataclasses.fields(self):
             hint: Any = field.type
             value = _converted(getattr(self, field.name), hint)
-            if not is_bearable(value, hint):
+            if not _fits(value, hint):
                 raise ConfigError(f"{_said(value)} does not fit: {_wanted(hint, value)}", where=field.name)
             object.__setattr__(self, field.name, value)
         self.check()
@@ -111,6 +111,17 @@ def _converted(value: Any, hint: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _converted(child, inner) for key, child in value.items()}
     return float(value) if type(value) is int and float in options and int not in options else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether every part of a value is of its type: beartype samples containers, and takes a bool for an int."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(value) is bool and bool not in options:
+        return False
+    inner = next((typing.get_args(option)[-1] for option in options if typing.get_origin(option) is dict), None)
+    inner = next((typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple), inner)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return is_bearable(value, hint) and all(_fits(part, inner) for part in parts)
 
 
 def _said(value: Any) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import equinox as eqx
@@ -131,7 +131,7 @@ class Layout:
         whole = Layout(self.mesh, self.rules.without("fsdp")).shardings(model)
         return eqx.tree_at(outside, model, jax.lax.with_sharding_constraint(outside(model), outside(whole)), is_leaf=lambda x: x is None)
 
-    def edges(self, block: Callable) -> Callable:
+    def constrain_residual(self, block: Callable) -> Callable:
         """A block whose residual is split by batch (and sequence) alone where it enters and leaves."""
 
         def edge(x: jax.Array) -> jax.Array:
@@ -148,12 +148,12 @@ def axis_names(tree: Any) -> list[Axes]:
     """The axis names of every leaf of a tree of modules in the order of `jax.tree.leaves`.
 
     They are read from the annotations of the fields: `Float[Array, "embed mlp"]` names two, `Annotated[Block, "layers"]` puts one
-    before those of everything within. Arrays without annotations, and an optimizer's arrays of another rank than the parameter
+    before those of everything within. Arrays without annotations, and an optimizer's arrays of another shape than the parameter
     whose place they take, have empty names.
 
     Raises `TypeError` when a model's array has another rank than its annotation.
     """
-    return list(_axis_names(tree, None, (), strict=True))
+    return list(_axis_names(tree, None, (), sizes={}, strict=True))
 
 
 def parameter_names(tree: Any) -> list[str]:
@@ -175,27 +175,27 @@ def check_shapes(model: Any, dims: Dims) -> None:
             raise ValueError(f"{name} ({' '.join(axes)}): {', '.join(wrong)}")
 
 
-def _axis_names(tree: Any, hint: Any, lead: Axes, *, strict: bool) -> Iterator[Axes]:
+def _axis_names(tree: Any, hint: Any, lead: Axes, *, sizes: Mapping[str, int], strict: bool) -> Iterator[Axes]:
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Annotated:
         hint, lead, arguments = arguments[0], (*lead, *arguments[1:]), ()
     if isinstance(tree, eqx.Module):
+        if dims := getattr(getattr(tree, "config", None), "dims", None):
+            sizes = vars(dims)
         hints = typing.get_type_hints(type(tree), include_extras=True)
         for field in dataclasses.fields(tree):  # pyright: ignore[reportArgumentType]
             if not field.metadata.get("static"):
-                yield from _axis_names(getattr(tree, field.name), hints[field.name], lead, strict=strict)
+                yield from _axis_names(getattr(tree, field.name), hints[field.name], lead, sizes=sizes, strict=strict)
     elif hasattr(tree, "shape"):
         own = next((h.dim_str.split() for h in (hint, *arguments) if hasattr(h, "dim_str")), [])
         axes = (*lead, *own)
-        if len(axes) == len(tree.shape):
-            yield axes
-        elif strict:
+        if strict and len(axes) != len(tree.shape):
             raise TypeError(f"{hint} names the axes {axes} of an array of shape {tree.shape}")
-        else:
-            yield ("",) * len(tree.shape)
+        fits = len(axes) == len(tree.shape) and all(sizes.get(axis, size) == size for axis, size in zip(axes, tree.shape, strict=True))
+        yield axes if strict or fits else ("",) * len(tree.shape)
     else:  # a tuple, a named tuple, a dict or None: an optimizer's own containers
         for child in jax.tree.leaves(tree, is_leaf=lambda x: x is not tree):
-            yield from _axis_names(child, None, lead, strict=False)
+            yield from _axis_names(child, None, lead, sizes=sizes, strict=False)
 
 
 def _split_cpu(devices: int | None) -> None:

@@ -14,7 +14,7 @@ from llama_eqx.flops import flops_per_token, mfu
 from llama_eqx.precision import PrecisionConfig
 from llama_eqx.remat import RematConfig
 from llama_eqx.sharding import MESH_AXES, Layout, Rules, parameter_names
-from llama_eqx.training.loss import under
+from llama_eqx.training.loss import policy_view
 from llama_eqx.training.optimizer import matrices
 
 MIXED = PrecisionConfig(params="float32", compute="bfloat16")
@@ -25,7 +25,7 @@ def test_gradients_of_mixed_precision_are_float32_and_near(tiny):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, 16)), jnp.int32)
     loss = lambda model: jnp.mean(jax.nn.log_softmax(model(tokens))[..., 3])  # noqa: E731
     mesh = jax.make_mesh((1, 1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:1])
-    view = under(MIXED, RematConfig(policy="none"), Layout(mesh, Rules(axes={})))
+    view = policy_view(MIXED, RematConfig(policy="none"), Layout(mesh, Rules(axes={})))
     exact, mixed = (jax.jit(jax.grad(f))(model) for f in (loss, lambda model: loss(view(model))))
     for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(mixed), strict=True):
         assert b.dtype == jnp.float32

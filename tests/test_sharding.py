@@ -13,7 +13,7 @@ from llama_eqx import build_model, load_config
 from llama_eqx.batch import Batch
 from llama_eqx.errors import ConfigError
 from llama_eqx.sharding import MESH_AXES, Layout, Rules, axis_names, check_shapes, parameter_names
-from llama_eqx.training.loss import under
+from llama_eqx.training.loss import policy_view
 from llama_eqx.training.state import abstract, init_state
 from llama_eqx.training.step import make_step
 
@@ -100,7 +100,7 @@ def compiled_step(option, shape, *overrides):
     ids, mask = jax.ShapeDtypeStruct((16, 96), jnp.int32), jax.ShapeDtypeStruct((16, 96), jnp.float32)
     batch = eqx.filter_eval_shape(lambda a, b: Batch(a, a, b), ids, mask)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    view = under(config.precision, config.remat, where)
+    view = policy_view(config.precision, config.remat, where)
     step = make_step(optimizer, lambda step: config.schedule.rate(step, 10), view, where)
     inputs = (abstract(batch, where.shardings(batch)), abstract(key, where.sharding((), ())))
     shardings = where.shardings(state)
@@ -134,7 +134,7 @@ def test_fsdp_gathers_weights_and_leaves_activations_where_they_are():
 
 def test_the_check_sees_activations_that_are_reduced(monkeypatch):
     """Without the constraints at the edges of blocks the partitioner does what the test above forbids."""
-    monkeypatch.setattr(Layout, "edges", lambda self, block: block)
+    monkeypatch.setattr(Layout, "constrain_residual", lambda self, block: block)
     monkeypatch.setattr(Layout, "gathered", lambda self, model: model)
     moved = collectives(compiled_step("fsdp", (1, 8, 1, 1))[0])
     assert {shape for _, shape in moved} & {(2, 96, 64), (16, 96, 64), (2, 96, 320), (16, 96, 320), (2, 96, 512), (16, 96, 512)}

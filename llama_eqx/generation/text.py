@@ -35,10 +35,11 @@ def generate(config: GenerateConfig) -> str:
     assert config.checkpoint is not None
     assert config.prompt is not None
     model = load_pretrained(config.checkpoint)
+    tokenizer = load_tokenizer(pathlib.Path(config.checkpoint) / "tokenizer")
     return continued(
         model,
-        load_tokenizer(pathlib.Path(config.checkpoint) / "tokenizer"),
-        config.prompt,
+        tokenizer,
+        prompt_tokens(tokenizer, config.prompt),
         config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
@@ -47,10 +48,15 @@ def generate(config: GenerateConfig) -> str:
     )
 
 
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """BOS, if the tokenizer has one, and the prompt. Raises `DataError` for text that the tokenizer does not know."""
+    return tokenizer.encode(prompt) if tokenizer.bos is None else [tokenizer.bos, *tokenizer.encode(prompt)]
+
+
 def continued(
     model: Llama,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: list[int],
     max_new_tokens: int,
     *,
     temperature: float,
@@ -58,18 +64,20 @@ def continued(
     top_p: float | None = None,
     seed: int = 0,
 ) -> str:
-    """`prompt` and up to `max_new_tokens` tokens more, to the end of the text or as far as the context reaches."""
-    tokens = tokenizer.encode(prompt) if tokenizer.bos is None else [tokenizer.bos, *tokenizer.encode(prompt)]
-    room = model.config.context - len(tokens)
+    """The text of `prompt` and of up to `max_new_tokens` tokens more, to the end of the text or as far as the context reaches.
+
+    Raises `ConfigError` for an empty prompt, one that fills the context, and settings out of range.
+    """
+    room = model.config.context - len(prompt)
     stop = () if tokenizer.eos is None else (tokenizer.eos,)
     new = generate_tokens(
         model,
-        [tokens],
-        max(min(max_new_tokens, room), 1),
+        [prompt],
+        min(max_new_tokens, room) if room > 0 else max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         stop=stop,
         seed=seed,
     )
-    return tokenizer.decode([*tokens, *new.tokens[0]])
+    return tokenizer.decode([*prompt, *new.tokens[0]])

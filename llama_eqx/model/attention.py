@@ -56,12 +56,12 @@ class GroupedQueryAttention(Attention):
         k = rotation(jnp.einsum("bsd,dkh->bskh", x, self.k_proj))
         v = jnp.einsum("bsd,dkh->bskh", x, self.v_proj)
         if cache is None:
-            y = attend(q, k, v, q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
+            y = attend(q, k, v, segment_ids=None if segment_ids is None else (segment_ids, segment_ids))
         else:
             segment_ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
             start, cache = cache.length, cache.append(k, v, segment_ids)
             k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
-            y = attend(q, k, v, start=start, q_segment_ids=segment_ids, kv_segment_ids=cache.segment_ids)
+            y = attend(q, k, v, start=start, segment_ids=(segment_ids, cache.segment_ids))
         return jnp.einsum("bsnh,nhd->bsd", y, self.o_proj), cache
 
     def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None) -> KVCache:

@@ -3,7 +3,6 @@
 import abc
 
 import equinox as eqx
-import jax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from llama_eqx.config import Config
@@ -63,7 +62,7 @@ class PreNormBlock(Block):
         cache: KVCache | None,
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
-        attention_key, feed_forward_key = (None, None) if key is None else jax.random.split(key)
+        attention_key, feed_forward_key = (None if key is None else named(key, part) for part in ("attention", "feed_forward"))
         y, cache = self.attention(self.attn_norm(x), rotation, segment_ids, cache)
         x = tag(x + dropout(y, self.dropout, attention_key), "residual")
         y = self.feed_forward(self.ffn_norm(x))

@@ -11,15 +11,17 @@ def attend(
     v: Float[Array, "batch slots kv_heads head_dim"],
     *,
     start: Int[Array, ""] | int = 0,
-    q_segment_ids: Int[Array, "batch seq"] | None = None,
-    kv_segment_ids: Int[Array, "batch slots"] | None = None,
+    segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Causal attention: query i sits in slot `start + i`, and sees the slots up to its own that are of its segment.
 
+    `segment_ids` are those of the queries and of the slots; None makes all of one segment.
+
     Scores and softmax are in float32. Query head n reads key head n // (heads / kv_heads) (Ainslie et al., 2023, arXiv 2305.13245).
     """
-    if q_segment_ids is None or kv_segment_ids is None:
+    if segment_ids is None and isinstance(start, int) and start == 0:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    causal = jnp.arange(k.shape[1])[None, :] <= start + jnp.arange(q.shape[1])[:, None]
-    same = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=(causal & same)[:, None])
+    mask = jnp.arange(k.shape[1])[None, :] <= start + jnp.arange(q.shape[1])[:, None]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[0][:, :, None] == segment_ids[1][:, None, :])
+    return jax.nn.dot_product_attention(q, k, v, mask=jnp.broadcast_to(mask, (q.shape[0], *mask.shape[-2:]))[:, None])

@@ -63,16 +63,17 @@ class Llama(eqx.Module):
         """
         if positions is None:
             start = 0 if cache is None else cache.length[0]
-            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+            positions = start + jnp.arange(tokens.shape[1])[None]
         rate = self.config.dropout
         x = tag(dropout(self.embed[tokens], rate, None if key is None else named(key, "embed")), "residual")
+        block_keys = None if key is None else named(key, "blocks")
         rotation = self.rotary(positions)
 
         def fold(carry, each):
             # The stacked cache is carried and indexed by layer: as an input and output of the scan it would be copied whole.
             (x, caches), (block, layer) = carry, each
             cache = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, layer, keepdims=False), caches)
-            x, cache = block(x, rotation, segment_ids, cache, None if key is None else jax.random.fold_in(key, layer))
+            x, cache = block(x, rotation, segment_ids, cache, None if key is None else jax.random.fold_in(block_keys, layer))
             caches = jax.tree.map(lambda c, new: jax.lax.dynamic_update_index_in_dim(c, new, layer, axis=0), caches, cache)
             return (x, caches), None
 

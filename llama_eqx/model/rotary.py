@@ -22,8 +22,8 @@ def round_bfloat16(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
 class Rotation(eqx.Module):
     """A turn of every pair of a head by its own angle; in float32 whatever the dtype of what it turns."""
 
-    cos: Float32[Array, "batch seq 1 half"]
-    sin: Float32[Array, "batch seq 1 half"]
+    cos: Float32[Array, "#batch seq 1 half"]
+    sin: Float32[Array, "#batch seq 1 half"]
     rounded: bool = eqx.field(static=True)  # every product and sum of the turn is rounded to bfloat16
 
     def __call__(self, x: Float[Array, "batch seq n head_dim"]) -> Float[Array, "batch seq n head_dim"]:
@@ -44,7 +44,7 @@ class Rotary(eqx.Module):
     def frequencies(self) -> Float32[Array, " half"]:
         """Radians per position of each pair."""
 
-    def __call__(self, positions: Int[Array, "batch seq"]) -> Rotation:
+    def __call__(self, positions: Int[Array, "#batch seq"]) -> Rotation:
         """`round_at` says which one quantity of the chain is rounded to bfloat16; "none" is float32 throughout."""
 
         def rounded(x: Array, name: RoundAt) -> Array:

@@ -28,7 +28,7 @@ def make_evaluate(view: Callable[[Llama], Llama]) -> Callable[[Llama, Iterable[B
 
     def evaluate(model: Llama, batches: Iterable[Batch], bytes_per_token: float) -> Evaluation:
         """The mean over every target that the masks count, each with the tokens before it in its row as context."""
-        losses, counts = zip(*jax.device_get([sums(model, batch) for batch in batches]), strict=True)
+        losses, counts = zip(*(jax.device_get(sums(model, batch)) for batch in batches), strict=True)
         loss = math.fsum(losses) / math.fsum(counts)
         return Evaluation(loss, loss / math.log(2) / bytes_per_token, int(math.fsum(counts)))
 

@@ -12,7 +12,7 @@ from llama_eqx.config import dump
 from llama_eqx.data.pipeline import TokenWindows, training_batches, validation_batches
 from llama_eqx.data.shards import tokenize
 from llama_eqx.flops import flops_per_token
-from llama_eqx.generation.text import continued
+from llama_eqx.generation.text import continued, prompt_tokens
 from llama_eqx.model.init import named
 from llama_eqx.model.llama import Llama
 from llama_eqx.sharding import Layout, check_shapes
@@ -20,9 +20,9 @@ from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
-from llama_eqx.training.loss import under
+from llama_eqx.training.loss import policy_view
 from llama_eqx.training.reporter import Reporter
-from llama_eqx.training.run import RunConfig, settle, warnings, with_vocab
+from llama_eqx.training.run import RunConfig, claim, warnings, with_vocab
 from llama_eqx.training.state import TrainState, abstract, init_state
 from llama_eqx.training.step import make_step
 
@@ -51,6 +51,8 @@ def train(config: RunConfig) -> Result:
     tokenizer = config.tokenizer.build(config.data)
     data = tokenize(config.data, tokenizer)
     config = with_vocab(config, tokenizer)
+    prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.ids()[:1].tolist()
+    sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
     windows, held_out = TokenWindows(data.train, length), TokenWindows(data.val, length)
 
     # The shapes of the state, and the files of the run.
@@ -63,14 +65,14 @@ def train(config: RunConfig) -> Result:
     check_shapes(shapes.model, config.model.dims)
     shardings = layout.shardings(shapes)
     run_dir = pathlib.Path(config.run_dir)
-    settle(config, data.fingerprint)
+    claim(config, data.fingerprint)
     tokenizer.save(run_dir / "tokenizer")
 
     # What runs on the devices.
-    view = under(config.precision, config.remat, layout)
+    view = policy_view(config.precision, config.remat, layout)
     step_fn = eqx.filter_jit(make_step(optimizer, lambda step: config.schedule.rate(step, steps), view, layout), donate="all-except-first")
     evaluate_on = make_evaluate(view)
-    dropout_key = jax.device_put(named(key, "dropout"), layout.sharding((), ()))
+    dropout_key = jax.jit(lambda key: named(key, "dropout"), out_shardings=layout.sharding((), ()))(key)
     flops = flops_per_token(shapes.model, length)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.model))
     device_kind = layout.mesh.devices.flat[0].device_kind
@@ -117,16 +119,16 @@ def train(config: RunConfig) -> Result:
                     with reporter.pause():
                         evaluation = evaluate(state.model)
                         tracker.log(step, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
-                if step % save_every == 0 or step == steps:
+                if (step % save_every == 0 and not reporter.withheld) or step == steps:
                     with reporter.pause():
                         checkpoints.save(step, state.model, (state.step, state.opt_state))
 
             if evaluation is None:  # a finished run, asked again
                 evaluation = evaluate(state.model)
-            sample = continued(
-                state.model, tokenizer, config.data.prompt, config.train.sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed
-            )
-            tracker.sample(steps, sample)
+            sample = ""
+            if sample_tokens > 0:
+                sample = continued(state.model, tokenizer, prompt, sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed)
+                tracker.sample(steps, sample)
 
     plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png")
     return Result(evaluation, sample, run_dir, run_dir / "checkpoints" / str(max(begin, steps)))

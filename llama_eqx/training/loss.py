@@ -25,12 +25,12 @@ def cross_entropy(model: Llama, batch: Batch, key: PRNGKeyArray | None) -> Float
     return (token_losses(model, batch, key) * batch.loss_mask).sum() / batch.loss_mask.sum()
 
 
-def under(precision: PrecisionConfig, remat: RematConfig, layout: Layout) -> Callable[[Llama], Llama]:
+def policy_view(precision: PrecisionConfig, remat: RematConfig, layout: Layout) -> Callable[[Llama], Llama]:
     """The model as the loss is to see it under the policies. Gradients through it have the structure of the model itself."""
 
     def view(model: Llama) -> Llama:
-        model = precision.apply(layout.gathered(model))
-        blocks = Wrapped(model.blocks, lambda block: remat.block(layout.edges(precision.block(block))))
+        model = layout.gathered(precision.apply(model))  # cast first: half the bytes to gather
+        blocks = Wrapped(model.blocks, lambda block: remat.block(layout.constrain_residual(precision.block(block))))
         return eqx.tree_at(lambda m: m.blocks, model, blocks)
 
     return view

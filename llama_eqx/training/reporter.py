@@ -17,7 +17,7 @@ MAX_WITHHELD = 3  # updates in a row that may be withheld before a run is given 
 class Reporter:
     """Logs the metrics of every `log_every`-th step. While the newest step runs on the device, those of the one before are fetched.
 
-    `train/loss` is the mean since the last record; the others are of the step itself. To them come `tokens` seen so far,
+    The first step is logged too: its time is mostly that of compilation. To the metrics come `tokens` seen so far,
     `perf/tokens_per_second`, `perf/mfu` (causal, where the chip's peak is known) and `data/starved_fraction`, the share of the time in
     which steps waited for data. Time in `pause` counts for none of them.
     """
@@ -29,8 +29,7 @@ class Reporter:
         self._tracker, self._log_every, self._last_step = tracker, log_every, last_step
         self._tokens, self._flops, self._device_kind, self._devices = tokens, flops_per_token, device_kind, devices
         self._late: tuple[int, Metrics] | None = None
-        self._losses: list[float] = []
-        self._withheld, self._first = 0, True  # the first step is logged by itself: its time is that of compilation
+        self._steps, self.withheld = 0, 0
         self._begun, self._waited = time.perf_counter(), 0.0
 
     def add(self, step: int, metrics: Metrics) -> None:
@@ -47,16 +46,13 @@ class Reporter:
         step, metrics = self._late
         self._late = None
         fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._losses.append(fetched["train/loss"])
-        self._withheld = self._withheld + 1 if fetched["optim/withheld"] else 0
-        if step % self._log_every == 0 or step == self._last_step or self._first:
-            mean = {"train/loss": sum(self._losses) / len(self._losses), "tokens": step * self._tokens}
-            self._tracker.log(step, fetched | mean | self._speed())
-            self._losses.clear()
-            self._first = False
-        if self._withheld == MAX_WITHHELD:
+        self._steps += 1
+        if step % self._log_every == 0 or step in (1, self._last_step):
+            self._tracker.log(step, fetched | {"tokens": step * self._tokens} | self._speed())
+        self.withheld = self.withheld + 1 if fetched["optim/withheld"] else 0
+        if self.withheld == MAX_WITHHELD:
             raise NonFiniteError(
-                f"loss or gradient was not finite for {MAX_WITHHELD} steps in a row; their updates were withheld",
+                f"loss, gradient or update was not finite for {MAX_WITHHELD} steps in a row; their updates were withheld",
                 where=f"step {step}",
                 kept="the checkpoints, none of which has numbers that are not finite",
                 next="a lower learning rate (schedule.peak) or longer warm-up (schedule.warmup_steps)",
@@ -79,9 +75,9 @@ class Reporter:
 
     def _speed(self) -> dict[str, float]:
         now = time.perf_counter()
-        passed, waited = now - self._begun, self._waited
-        self._begun, self._waited = now, 0.0
-        rate = len(self._losses) * self._tokens / passed
+        passed, waited, steps = now - self._begun, self._waited, self._steps
+        self._begun, self._waited, self._steps = now, 0.0, 0
+        rate = steps * self._tokens / passed
         used = mfu(rate, self._flops, self._device_kind, self._devices)
         speed = {"perf/tokens_per_second": rate, "data/starved_fraction": waited / passed}
         return speed if used is None else speed | {"perf/mfu": used}

@@ -52,6 +52,8 @@ class RunConfig(Config):
     seed: int
 
     def check(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"{self.seed} is not a seed: at least 0", where="seed")
         if self.train.seq_len > self.model.context:
             raise ConfigError(
                 f"train.seq_len={self.train.seq_len} is longer than the model's context of {self.model.context}",
@@ -103,7 +105,7 @@ def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
     return said
 
 
-def settle(config: RunConfig, fingerprint: str) -> None:
+def claim(config: RunConfig, fingerprint: str) -> None:
     """Writes `config.yaml` and the data's fingerprint into the run directory, or compares them with those of the run to be resumed.
 
     Raises `CheckpointError` listing every difference that would make it another run, `StorageError` when it cannot be written.

@@ -25,8 +25,8 @@ def make_step(
 ) -> Callable[[tuple[Batch, PRNGKeyArray], TrainState], tuple[TrainState, Metrics]]:
     """A step `((batch, key), state) -> (state, metrics)`; `state` may be donated.
 
-    When the loss or a gradient is not finite the update is withheld on the device, and `optim/withheld` is 1.
-    Metrics: `train/loss` in nats per token, `optim/lr`, `optim/grad_norm` (global, before clipping), `optim/withheld`.
+    When loss, gradient or update is not finite the update is withheld on the device, and `optim/withheld` is 1.
+    Metrics: `train/loss` in nats per token, `optim/lr`, `optim/grad_norm` (global, before clipping), `optim/update_norm`, `optim/withheld`.
     """
 
     def step(inputs: tuple[Batch, PRNGKeyArray], state: TrainState) -> tuple[TrainState, Metrics]:
@@ -38,11 +38,14 @@ def make_step(
         lr = rate(state.step)
 
         direction, opt_state = optimizer.update(gradient, state.opt_state, state.model)  # pyright: ignore[reportArgumentType]
-        model = jax.tree.map(lambda p, d: p - (lr * d).astype(p.dtype), state.model, direction)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        update = jax.tree.map(lambda d: -lr * d, direction)
+        update_norm = optax.tree.norm(update)
+        model = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.model, update)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
         kept: Any = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (model, opt_state), (state.model, state.opt_state))
 
         new = layout.place(TrainState(state.step + 1, *kept))
-        return new, {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm, "optim/withheld": 1.0 - finite}
+        metrics = {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm, "optim/update_norm": update_norm}
+        return new, metrics | {"optim/withheld": 1.0 - finite}
 
     return step

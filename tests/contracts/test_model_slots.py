@@ -18,7 +18,7 @@ from llama_eqx.model.feed_forward import ACTIVATIONS
 from llama_eqx.precision import PrecisionConfig, cast
 from llama_eqx.remat import RematConfig
 from llama_eqx.sharding import MESH_AXES, Layout, Rules, axis_names, check_shapes
-from llama_eqx.training.loss import under
+from llama_eqx.training.loss import policy_view
 
 CONF = pathlib.Path(__file__).parents[2] / "conf" / "model"
 SLOTS = sorted(f"model/{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
@@ -104,7 +104,7 @@ def test_every_parameter_has_a_finite_gradient(variant, tokens):
     layout, remat = Layout(mesh, Rules(axes={})), RematConfig(policy="full")
 
     def gradient(dtype):
-        view = under(PrecisionConfig(params="float32", compute=dtype), remat, layout)
+        view = policy_view(PrecisionConfig(params="float32", compute=dtype), remat, layout)
         return jax.grad(lambda model: loss(view(model), tokens))
 
     for leaf in jax.tree.leaves(jax.jit(gradient("float32"))(model)):

@@ -73,9 +73,12 @@ def test_attention(kv_heads, segmented):
     mask = np.tril(np.ones((6, 6), bool))[None] & (~np.array(segmented) | (segments[:, :, None] == segments[:, None, :]))
     heads_first = (torch.tensor(x).transpose(1, 2) for x in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=torch.tensor(mask)[:, None], enable_gqa=True)
+    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     ids = jnp.asarray(segments) if segmented else None
-    found = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), q_segment_ids=ids, kv_segment_ids=ids)
+    found = attend(q, k, v, segment_ids=None if ids is None else (ids, ids))
     np.testing.assert_allclose(found, expected.transpose(1, 2), atol=1e-6)
+    last = attend(q[:, 4:], k, v, start=4, segment_ids=None if ids is None else (ids[:, 4:], ids))
+    np.testing.assert_allclose(last, found[:, 4:], atol=1e-6)
 
 
 # Rotary: where the rounding is decides how wrong the table gets. Largest |error of cos| against float64, head_dim 128.

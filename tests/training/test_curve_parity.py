@@ -12,7 +12,7 @@ from llama_eqx.batch import Batch
 from llama_eqx.precision import PrecisionConfig
 from llama_eqx.remat import RematConfig
 from llama_eqx.sharding import MESH_AXES, Layout, Rules
-from llama_eqx.training.loss import under
+from llama_eqx.training.loss import policy_view
 from llama_eqx.training.state import TrainState
 from llama_eqx.training.step import make_step
 
@@ -35,7 +35,7 @@ def our_losses(config, rows, *, remat="none", devices=1):
         jax.make_mesh((1, devices, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:devices]),
         Rules(axes={"batch": ("data", "fsdp"), "embed": ("fsdp",)}),
     )
-    view = under(PrecisionConfig(params="float32", compute="float32"), RematConfig(policy=remat), layout)
+    view = policy_view(PrecisionConfig(params="float32", compute="float32"), RematConfig(policy=remat), layout)
     optimizer = config.optimizer.build()
     step = eqx.filter_jit(make_step(optimizer, lambda step: config.schedule.rate(step, STEPS), view, layout))
     model = build_model(config.model, key=jax.random.key(0))
