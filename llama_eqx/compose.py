@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -59,7 +60,9 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None]) -> None:
             built = dataclasses.replace(built, run_dir=HydraConfig.get().runtime.output_dir)
         _logged(job, built, overrides)
 
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(hydra_job)()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here instead of being printed by Hydra
+    main = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(hydra_job)
+    sys.exit(_guarded(main))
 
 
 def quoted(override: str) -> str:
@@ -82,7 +85,7 @@ def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", where=folder, next="another place: run_dir=FOLDER") from None
     log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
-    for name in ("llama_eqx", "absl", "asyncio"):  # the last two are Orbax's, and say a lot
+    for name in ("llama_eqx", "jax", "absl", "asyncio"):  # the last two are Orbax's, and say a lot
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [log], False
         logger.setLevel(logging.INFO if name == "llama_eqx" else logging.WARNING)
@@ -103,9 +106,16 @@ def _guarded(job: Callable[[], None]) -> int:
         print(error, file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        print("interrupted; the same command with the same run_dir goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
+    except (HydraException, OmegaConfBaseException) as error:
+        print(_explained(error, "train", sys.argv[1:]), file=sys.stderr)
+        return ConfigError.code
     except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            what = f"out of memory: {str(error).splitlines()[0]}"
+            print(UserError(what, next="a smaller model or train.batch_size, remat=full, or more devices"), file=sys.stderr)
+            return 1
         traceback.print_exc()
         print(UserError(f"unexpected {type(error).__name__}: {error}", next="please report this with the lines above"), file=sys.stderr)
         return 1
@@ -151,6 +161,10 @@ def _explained(error: Exception, name: str, overrides: list[str]) -> ConfigError
     if match := re.search(r"Could not override '(?P<key>[^']+)'|Key '(?P<bare>[^']+)' is not in struct", text):
         key = match["key"] or match["bare"]
         return ConfigError(f"no such key: {key}", where=_override_of(key, overrides), next=nearest(key, _keys(name, overrides)))
+    if "Ambiguous value" in text:
+        return ConfigError(
+            "several values for one key make a sweep", where=" ".join(overrides), next="add -m, or quote a value with commas"
+        )
     first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
     return ConfigError(first, where=" ".join(overrides), next="values with commas, braces or = need quotes: 'key=\"value\"'")
 

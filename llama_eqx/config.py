@@ -89,7 +89,7 @@ def nearest(word: str, options: Iterable[str]) -> str:
     options = sorted(options)
     if near := difflib.get_close_matches(word, options, 1):
         return f"did you mean {near[0]}?"
-    return f"one of: {', '.join(options)}"
+    return f"one of: {', '.join(options)}" if len(options) <= 30 else "--cfg job shows all of them"
 
 
 def _config_class(target: str, path: str) -> type[Config]:
@@ -121,7 +121,7 @@ def _fits(value: Any, hint: Any) -> bool:
     inner = next((typing.get_args(option)[-1] for option in options if typing.get_origin(option) is dict), None)
     inner = next((typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple), inner)
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
-    return is_bearable(value, hint) and all(_fits(part, inner) for part in parts)
+    return is_bearable(value, hint) and all(_fits(part, inner) for part in parts)  # pyright: ignore[reportArgumentType]
 
 
 def _said(value: Any) -> str:

@@ -93,7 +93,11 @@ class Layout:
             ways = math.prod(self.mesh.shape[name] for name in split)
             if size % ways:
                 if axis != "kv_heads":
-                    raise ConfigError(f"{axis}={size} does not divide by {' x '.join(split)} = {ways}", where="sharding")
+                    raise ConfigError(
+                        f"{axis}={size} does not divide by {' x '.join(split)} = {ways}",
+                        where="sharding",
+                        next=f"{'train.batch_size' if axis == 'batch' else axis} as a multiple of {ways}, or another mesh.{split[-1]}",
+                    )
                 split = ()
             free -= set(split)
             parts.append(split or None)

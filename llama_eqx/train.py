@@ -1,24 +1,36 @@
 """`python -m llama_eqx.train`: trains a model from YAML and the command line, and says what came of it."""
 
+import pathlib
 import shlex
+import sys
 from typing import Any
 
 from llama_eqx.compose import run_verb
 
 
 def main(config: Any, overrides: list[str]) -> None:
-    from llama_eqx.training.loop import train  # after the config has been checked, so that a typo is answered at once
+    from llama_eqx.checkpoint.restore import steps  # after the config has been checked, so that a typo is answered at once
+    from llama_eqx.training.loop import train
 
-    result = train(config)
-    run_dir, evaluation = shlex.quote(str(result.run_dir)), result.evaluation
-    same = shlex.join(override for override in overrides if not override.startswith(("run_dir=", "train.steps=")))
+    run_dir = shlex.quote(config.run_dir)
+    same = [override for override in overrides if not override.startswith(("run_dir=", "train.steps="))]
+    command = f"python -m llama_eqx.train {shlex.join([*same, ''])[:-2]}run_dir={run_dir}"
+    try:
+        result = train(config)
+    except KeyboardInterrupt:
+        saved = steps(pathlib.Path(config.run_dir, "checkpoints"))
+        kept = f"the checkpoint of step {saved[-1]}" if saved else "no checkpoint yet: see checkpoint.every"
+        print(f"interrupted\nkept: {kept}\nnext: {command} train.steps={config.train.steps}", file=sys.stderr)
+        sys.exit(130)
+
+    evaluation = result.evaluation
     print(f"""
 {result.sample}
 
 validation  {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte, on {evaluation.tokens:,} tokens
 curve       {result.run_dir / "loss.png"}
 checkpoint  {result.checkpoint}
-resume      python -m llama_eqx.train {same + " " * bool(same)}run_dir={run_dir} train.steps={2 * config.train.steps}
+resume      {command} train.steps={2 * config.train.steps}
 sample      python -m llama_eqx.generate checkpoint={run_dir} prompt={shlex.quote(config.data.prompt)}""")
     if config.tracking.wandb.mode != "disabled":
         print(f"view        wandb leet {run_dir}/wandb")

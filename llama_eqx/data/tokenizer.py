@@ -88,7 +88,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         if _fingerprint(kind.kind, definition) == said["fingerprint"]:
             return kind(definition)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"no tokenizer here: {type(error).__name__}: {error}", where=str(folder)) from error
+        raise DataError(f"no tokenizer here: {type(error).__name__}: {error}", where=str(folder), next="a run directory has one") from error
     raise DataError("not the file that was saved here: its sha256 differs", where=str(folder / kind.file))
 
 

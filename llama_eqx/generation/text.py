@@ -1,12 +1,12 @@
 """From text to text: a checkpoint with its tokenizer."""
 
-import pathlib
+import sys
 
 from llama_eqx.config import Config
 from llama_eqx.data.tokenizer import Tokenizer, load_tokenizer
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation.decode import generate_tokens
-from llama_eqx.interop.pretrained import load_pretrained
+from llama_eqx.interop.pretrained import load_pretrained, located
 from llama_eqx.model.llama import Llama
 
 
@@ -35,11 +35,14 @@ def generate(config: GenerateConfig) -> str:
     assert config.checkpoint is not None
     assert config.prompt is not None
     model = load_pretrained(config.checkpoint)
-    tokenizer = load_tokenizer(pathlib.Path(config.checkpoint) / "tokenizer")
+    tokenizer = load_tokenizer(located(config.checkpoint)[0] / "tokenizer")
+    prompt = prompt_tokens(tokenizer, config.prompt)
+    if 0 < model.config.context - len(prompt) < config.max_new_tokens:
+        print(f"{model.config.context - len(prompt)} new tokens fill the context of {model.config.context}", file=sys.stderr)
     return continued(
         model,
         tokenizer,
-        prompt_tokens(tokenizer, config.prompt),
+        prompt,
         config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,

@@ -73,7 +73,7 @@ class Llama(eqx.Module):
             # The stacked cache is carried and indexed by layer: as an input and output of the scan it would be copied whole.
             (x, caches), (block, layer) = carry, each
             cache = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, layer, keepdims=False), caches)
-            x, cache = block(x, rotation, segment_ids, cache, None if key is None else jax.random.fold_in(block_keys, layer))
+            x, cache = block(x, rotation, segment_ids, cache, None if block_keys is None else jax.random.fold_in(block_keys, layer))
             caches = jax.tree.map(lambda c, new: jax.lax.dynamic_update_index_in_dim(c, new, layer, axis=0), caches, cache)
             return (x, caches), None
 

@@ -65,7 +65,7 @@ def train(config: RunConfig) -> Result:
     check_shapes(shapes.model, config.model.dims)
     shardings = layout.shardings(shapes)
     run_dir = pathlib.Path(config.run_dir)
-    claim(config, data.fingerprint)
+    changed = claim(config, data.fingerprint)
     tokenizer.save(run_dir / "tokenizer")
 
     # What runs on the devices.
@@ -94,12 +94,13 @@ def train(config: RunConfig) -> Result:
             Tracker(config.tracking, run_dir, settings=dump(config), steps=steps, start=begin) as tracker,
             training_batches(windows, batch_sharding, batch_size=size, seed=config.seed, start=begin) as batches,
         ):
+            tracker.say(f"run_dir={run_dir}")
             tracker.say(f"{parameters:,} parameters, {flops.causal:,.0f} FLOPs per token, {layout.mesh.size} x {device_kind}")
             tracker.say(f"{data.train.tokens:,} tokens to train on, {data.val.tokens:,} held out, vocabulary of {tokenizer.vocab:,}")
-            for warning in warnings(config, tokenizer):
+            for warning in warnings(config, tokenizer) + changed:
                 tracker.say(f"warning: {warning}")
             if begin:
-                tracker.say(f"resumed from step {begin} of {steps}")
+                tracker.say(f"resumed from step {begin} of {steps}" if begin < steps else f"trained to step {begin} already")
             reporter = Reporter(
                 tracker,
                 log_every=config.train.log_every,

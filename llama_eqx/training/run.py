@@ -105,27 +105,30 @@ def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
     return said
 
 
-def claim(config: RunConfig, fingerprint: str) -> None:
+def claim(config: RunConfig, fingerprint: str) -> list[str]:
     """Writes `config.yaml` and the data's fingerprint into the run directory, or compares them with those of the run to be resumed.
+
+    The result says what has changed since, if it bears on the numbers.
 
     Raises `CheckpointError` listing every difference that would make it another run, `StorageError` when it cannot be written.
     """
     run_dir = pathlib.Path(config.run_dir)
     new = {**dump(config), "data_fingerprint": fingerprint}
-    if (run_dir / CONFIG).exists():
-        changed = [line for line in differences(read_config(run_dir), new) if not line.startswith(FREE)]
-        if changed:
-            raise CheckpointError(
-                "this run directory holds another run:\n" + "\n".join(changed),
-                where=str(run_dir / CONFIG),
-                kept="the run there is untouched",
-                next="give another run_dir, or the settings of the run there",
-            )
+    found = differences(read_config(run_dir), new) if (run_dir / CONFIG).exists() else []
+    if changed := [line for line in found if not line.startswith(FREE)]:
+        raise CheckpointError(
+            "this run directory holds another run:\n" + "\n".join(changed),
+            where=str(run_dir / CONFIG),
+            kept="the run there is untouched",
+            next="give another run_dir, or the settings of the run there",
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(new, run_dir)
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", where=config.run_dir, next="another place: run_dir=FOLDER") from error
+    stretched = "the learning rate now takes the course of a run of that length"
+    return [f"{line}; {stretched}" for line in found if line.startswith("train.steps")]
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

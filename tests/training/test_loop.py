@@ -55,7 +55,7 @@ def test_everything_is_in_the_run_directory(finished):
 
 
 def test_the_checkpoint_generates(finished):
-    model = load_pretrained(finished.run_dir)
+    model = load_pretrained(finished.checkpoint)
     generation = generate_tokens(model, [[256, 65], [256]], max_new_tokens=4)
     assert [len(row) for row in generation.tokens] == [4, 4]
 
