@@ -28,10 +28,14 @@ from llama_eqx.training.step import make_step
 
 
 class Result(NamedTuple):
-    """What a finished run has to show: `checkpoint` is the folder of its last step, `sample` a continuation of the data's prompt."""
+    """What a finished run has to show: `checkpoint` is the folder of its last step, `sample` a continuation of the data's prompt.
+
+    `speed` are the typical values of `perf/tokens_per_second` and the like; empty when nothing was trained.
+    """
 
     evaluation: Evaluation
     sample: str
+    speed: dict[str, float]
     run_dir: pathlib.Path
     checkpoint: pathlib.Path
 
@@ -132,4 +136,4 @@ def train(config: RunConfig) -> Result:
                 tracker.sample(steps, sample)
 
     plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png")
-    return Result(evaluation, sample, run_dir, run_dir / "checkpoints" / str(max(begin, steps)))
+    return Result(evaluation, sample, reporter.typical(), run_dir, run_dir / "checkpoints" / str(max(begin, steps)))

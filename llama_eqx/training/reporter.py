@@ -1,6 +1,7 @@
 """The numbers of the steps, fetched one step late, and where the time went."""
 
 import contextlib
+import statistics
 import time
 from collections.abc import Iterator
 
@@ -30,6 +31,7 @@ class Reporter:
         self._tokens, self._flops, self._device_kind, self._devices = tokens, flops_per_token, device_kind, devices
         self._late: tuple[int, Metrics] | None = None
         self._steps, self.withheld = 0, 0
+        self._speeds: list[dict[str, float]] = []
         self._begun, self._waited = time.perf_counter(), 0.0
 
     def add(self, step: int, metrics: Metrics) -> None:
@@ -58,6 +60,10 @@ class Reporter:
                 next="a lower learning rate (schedule.peak) or longer warm-up (schedule.warmup_steps)",
             )
 
+    def typical(self) -> dict[str, float]:
+        """The median of each measure of speed over the records of this start, without the first, which is compilation."""
+        return {name: statistics.median(speed[name] for speed in self._speeds[1:]) for name in self._speeds[0]} if self._speeds[1:] else {}
+
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Around what each step waits for: the next batch."""
@@ -80,4 +86,5 @@ class Reporter:
         rate = steps * self._tokens / passed
         used = mfu(rate, self._flops, self._device_kind, self._devices)
         speed = {"perf/tokens_per_second": rate, "data/starved_fraction": waited / passed}
+        self._speeds.append(speed)
         return speed if used is None else speed | {"perf/mfu": used}
