@@ -27,7 +27,8 @@ def main(config: Any, overrides: list[str]) -> None:
     if result.speed:
         rate, waited = result.speed["perf/tokens_per_second"], result.speed["data/starved_fraction"]
         speed = f"\nspeed       {rate:,.0f} tokens/s, {waited:.2%} of the time waiting for data"
-        speed += f", MFU {result.speed['perf/mfu']:.1%}" * ("perf/mfu" in result.speed)
+        if "perf/mfu" in result.speed:
+            speed += f", MFU {result.speed['perf/mfu']:.1%}"
     print(f"""
 {result.sample}
 

@@ -1,6 +1,7 @@
 """What a user types, and what they are told when it is wrong: one block and an exit code, never a traceback."""
 
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -12,12 +13,15 @@ from llama_eqx.compose import compose, quoted, run_verb
 TEXT = pathlib.Path(__file__).parent / "golden" / "text.md"
 
 
-def run(monkeypatch, capsys, name, *arguments, job=None):
-    """Exit code and standard error of a verb in this process."""
+def run(monkeypatch, capsys, name, *arguments, job=None, out=None):
+    """Exit code and standard error of a verb in this process; standard output is appended to `out`."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         run_verb(name, job or {"train": train.main, "generate": generate.main}[name])
-    return ended.value.code or 0, capsys.readouterr().err
+    said = capsys.readouterr()
+    if out is not None:
+        out.append(said.out)
+    return ended.value.code or 0, said.err
 
 
 @pytest.mark.parametrize(
@@ -73,6 +77,36 @@ def test_bad_input_to_generate(code, said, arguments, monkeypatch, capsys):
     found, err = run(monkeypatch, capsys, "generate", *arguments)
     assert said in err
     assert found == code
+
+
+def test_from_training_to_text(monkeypatch, capsys, tmp_path):
+    """Both verbs as a user types them, and the commands that the first prints for going on."""
+    text = ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "model.dims.layers=1", "model.dims.embed=32", "model.dims.mlp=32"]
+    small = ["train.steps=3", "train.batch_size=8", "train.seq_len=32", "train.log_every=1", "train.sample_tokens=4", "data.prompt=it's"]
+    code, _ = run(
+        monkeypatch, capsys, "train", *text, *small, f"run_dir={tmp_path / 'a run'}", "tracking.wandb.mode=disabled", out=(out := [])
+    )
+    assert code == 0
+    assert {"validation", "speed", "curve", "checkpoint", "resume", "sample"} <= {line.split(" ")[0] for line in out[0].splitlines()}
+    assert "view" not in out[0]  # there is nothing to view
+    for verb, steps in (("train", "step 6/6"), ("generate", "it's")):
+        (command,) = (line for line in out[0].splitlines() if f"llama_eqx.{verb} " in line)
+        code, err = run(monkeypatch, capsys, verb, *shlex.split(command)[4:], out=(again := []))
+        assert code == 0
+        assert steps in err + again[0]
+
+
+def test_an_interruption_says_what_was_kept(monkeypatch, capsys, tmp_path):
+    from llama_eqx.training import loop
+
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    code, err = run(monkeypatch, capsys, "train", f"run_dir={tmp_path}", "train.seq_len=64")
+    assert code == 130
+    assert "no checkpoint yet" in err
+    assert f"train.seq_len=64 run_dir={tmp_path}" in err
 
 
 def test_what_is_unexpected_exits_with_1(monkeypatch, capsys, tmp_path):
