@@ -18,6 +18,14 @@ from llama_eqx.training.state import abstract, init_state
 from llama_eqx.training.step import make_step
 
 
+@pytest.fixture(autouse=True)
+def optimised():
+    """The compiled step is read here as it would run, not as tests are compiled for speed."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 def layout(option="fsdp_tensor", shape=(2, 2, 1, 2)):
     mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     return Layout(mesh, load_config(f"sharding={option}").sharding)
