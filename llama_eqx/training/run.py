@@ -72,6 +72,7 @@ FREE = (
     "checkpoint",
     "tracking",
     "train.steps",
+    "data.prompt",
     "train.log_every",
     "train.eval_every",
     "train.sample_tokens",
