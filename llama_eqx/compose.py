@@ -111,6 +111,9 @@ def _guarded(job: Callable[[], None]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         print(_explained(error, "train", sys.argv[1:]), file=sys.stderr)
         return ConfigError.code
+    except PermissionError as error:
+        print(StorageError(f"cannot write: {error.strerror}", where=str(error.filename), next="work in another folder"), file=sys.stderr)
+        return StorageError.code
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             what = f"out of memory: {str(error).splitlines()[0]}"

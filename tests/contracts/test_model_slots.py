@@ -11,7 +11,7 @@ import pytest
 import yaml
 from jax.sharding import AxisType
 
-from llama_eqx import build_model
+from llama_eqx import build_model, load_config
 from llama_eqx.config import load
 from llama_eqx.dims import Dims
 from llama_eqx.model.feed_forward import ACTIVATIONS
@@ -29,14 +29,16 @@ ACTIVATED = [
     if "activation" in yaml.safe_load(path.read_text())
     for name in ACTIVATIONS
 ]
-VARIANTS = [*SLOTS, *HEADS, "model.tied=true", "model.dropout=0.1"]
+VARIANTS = {}  # options that come to the same model are tested once, under all their names
+for overrides in [*SLOTS, *HEADS, "model.tied=true", "model.tied=false", "model.dropout=0.1"]:
+    VARIANTS.setdefault(load_config(overrides).model, []).append(overrides)
 
 
 def as_tuple(part):
     return part if isinstance(part, tuple) else () if part is None else (part,)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=[pytest.param(names[0], id=" ".join(names)) for names in VARIANTS.values()])
 def variant(request, tiny):
     config = tiny(*request.param.split())
     return config, build_model(config, key=jax.random.key(0))
