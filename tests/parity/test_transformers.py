@@ -176,7 +176,7 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("check", [check_near, check_gradients])
+@pytest.mark.parametrize("check", [check_near, pytest.param(check_gradients, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_change_is_noticed(pair, mutation, check):
     model, reference = pair("llama3_2_1b")
