@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Bool, Int
@@ -118,12 +117,6 @@ def place(
     shape = (batch_size, tokens.shape[1])
     leaves = tokens, targets, np.broadcast_to(mask[:, None], tokens.shape).astype(np.float32)
     return Batch(*(jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(leaf), shape) for leaf in leaves))
-
-
-def to_batch(rows: Int[np.ndarray, "batch window"]) -> Batch:
-    """A batch on the default device."""
-    tokens = jnp.asarray(rows[:, :-1])
-    return Batch(tokens, jnp.asarray(rows[:, 1:]), jnp.ones(tokens.shape))
 
 
 @contextlib.contextmanager

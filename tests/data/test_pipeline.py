@@ -2,17 +2,18 @@ import itertools
 import pickle
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from llama_eqx.batch import Batch
 from llama_eqx.data.pipeline import (
     TokenWindows,
     n_batches,
     place,
     process_rows,
     rows,
-    to_batch,
     training_batches,
     validation_batches,
     validation_rows,
@@ -21,6 +22,12 @@ from llama_eqx.data.shards import Split
 from llama_eqx.errors import ConfigError, DataError
 
 SEQ = 4
+
+
+def to_batch(rows):
+    """A batch on the default device."""
+    tokens = jnp.asarray(rows[:, :-1])
+    return Batch(tokens, jnp.asarray(rows[:, 1:]), jnp.ones(tokens.shape))
 
 
 @pytest.fixture
