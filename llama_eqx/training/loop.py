@@ -15,16 +15,15 @@ from llama_eqx.flops import flops_per_token
 from llama_eqx.generation.text import continued, prompt_tokens
 from llama_eqx.model.init import named
 from llama_eqx.model.llama import Llama
-from llama_eqx.sharding import Layout, check_shapes
+from llama_eqx.sharding import Layout
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
-from llama_eqx.training.loss import policy_view
+from llama_eqx.training.program import make_program
 from llama_eqx.training.reporter import Reporter
 from llama_eqx.training.run import RunConfig, claim, warnings, with_vocab
-from llama_eqx.training.state import TrainState, abstract, init_state
-from llama_eqx.training.step import make_step
+from llama_eqx.training.state import TrainState, abstract
 
 
 class Result(NamedTuple):
@@ -59,23 +58,13 @@ def train(config: RunConfig) -> Result:
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
     windows, held_out = TokenWindows(data.train, length), TokenWindows(data.val, length)
 
-    # The shapes of the state, and the files of the run.
-    optimizer, key = config.optimizer.build(), jax.random.key(config.seed)
-
-    def initial(key: jax.Array) -> TrainState:
-        return init_state(config.model, optimizer, config.precision, key)
-
-    shapes = eqx.filter_eval_shape(initial, key)
-    check_shapes(shapes.model, config.model.dims)
-    shardings = layout.shardings(shapes)
-    run_dir = pathlib.Path(config.run_dir)
+    # What the devices are to compute, and the files of the run.
+    initial, step, view, shapes, shardings = make_program(config, layout)
+    run_dir, key = pathlib.Path(config.run_dir), jax.random.key(config.seed)
     changed = claim(config, data.fingerprint)
     tokenizer.save(run_dir / "tokenizer")
 
-    # What runs on the devices.
-    view = policy_view(config.precision, config.remat, layout)
-    step_fn = eqx.filter_jit(make_step(optimizer, lambda step: config.schedule.rate(step, steps), view, layout), donate="all-except-first")
-    evaluate_on = make_evaluate(view)
+    step_fn, evaluate_on = eqx.filter_jit(step, donate="all-except-first"), make_evaluate(view)
     dropout_key = jax.jit(lambda key: named(key, "dropout"), out_shardings=layout.sharding((), ()))(key)
     flops = flops_per_token(shapes.model, length)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.model))
