@@ -1,0 +1,55 @@
+"""What the doctor was asked, and what it found."""
+
+import dataclasses
+from collections import Counter
+from typing import Literal
+
+from llama_eqx.config import Config
+
+Severity = Literal["error", "warning", "note"]
+
+
+class DoctorConfig(Config):
+    """`path` is a folder, None for the environment. `against` is a second folder, or "transformers" to compare with it on the same one.
+
+    `weights` says whether every number is read, or names, shapes and settings alone. `tolerance` bounds a comparison's differences, as
+    a fraction of the largest activation of each layer.
+    """
+
+    path: str | None
+    against: str | None
+    weights: bool
+    tolerance: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong (error), may be wrong (warning) or is good to know (note); `next` is what to do about it."""
+
+    severity: Severity
+    where: str
+    what: str
+    next: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.severity:<7}  {self.where}: {self.what}" + (f". Next: {self.next}" if self.next else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """`facts` say what was looked at and what was right about it, or could not be told."""
+
+    title: str
+    facts: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def wrong(self) -> bool:
+        return any(finding.severity != "note" for finding in self.findings)
+
+    def __str__(self) -> str:
+        order = {"error": 0, "warning": 1, "note": 2}
+        findings = sorted(self.findings, key=lambda finding: order[finding.severity])
+        counts = Counter(finding.severity for finding in findings)
+        total = ", ".join(f"{counts[kind]} {kind}{'s' * (counts[kind] > 1)}" for kind in order if counts[kind])
+        return "\n".join([self.title, *(f"  {fact}" for fact in self.facts), "", *map(str, findings), total or "nothing wrong found"])
