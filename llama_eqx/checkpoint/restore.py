@@ -1,7 +1,7 @@
 """Reading: arrays as they were filed, or a list of all that does not fit."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -56,6 +56,24 @@ def read(path: pathlib.Path, parts: Mapping[str, PyTree], *, dtype: DTypeLike | 
         return ocp.load_checkpointables(str(path), dict(parts))
     except Exception as error:
         raise _unreadable(path, error) from error
+
+
+def read_each(path: pathlib.Path, part: str) -> Iterator[tuple[str, jax.Array]]:
+    """Every array in one part of the checkpoint at `path`, by name, one in memory at a time.
+
+    Raises `CheckpointError` when there is no such part, or it cannot be read.
+    """
+    filed(path, part)
+    leaves, structure = jax.tree.flatten(ocp.checkpointables_metadata(str(path)).metadata[part])
+    names = list(_named(structure.unflatten(leaves)))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for i, name in enumerate(names):
+        wanted = [ocp.PLACEHOLDER] * len(leaves)
+        wanted[i] = jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype, sharding=sharding)
+        try:
+            yield name, _named(ocp.load_checkpointables(str(path), {part: structure.unflatten(wanted)})[part])[name]
+        except Exception as error:
+            raise _unreadable(path, error) from error
 
 
 def first_line(error: Exception) -> str:
