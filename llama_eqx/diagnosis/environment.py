@@ -106,9 +106,11 @@ def _check_devices(findings: list[Finding]) -> str:
 
 
 def _memory() -> str:
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, free = (page * os.sysconf(name) / 2**30 for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
-    return f"memory: {total:.1f} GiB, {free:.1f} GiB of it free; {os.cpu_count()} CPU cores"
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = pathlib.Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.is_file() else []
+    free = [f", {int(line.split()[1]) * 1024 / 2**30:.1f} GiB of it available" for line in lines if line.startswith("MemAvailable:")]
+    return f"memory: {total / 2**30:.1f} GiB{''.join(free)}; {os.cpu_count()} CPU cores"
 
 
 def _check_folders(findings: list[Finding]) -> list[str]:

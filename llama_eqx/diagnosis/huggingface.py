@@ -146,7 +146,7 @@ def _rows(path: pathlib.Path, tensor: str) -> Iterator[np.ndarray]:
             return
         step = max(1, ROWS // max(1, int(np.prod(shape[1:]))))
         for start in range(0, shape[0], step):
-            yield kind[start : start + step]
+            yield kind[start : min(start + step, shape[0])]
 
 
 def _check_index(weight_map: Mapping[str, str], total: Any, tensors: Mapping[str, Filed], findings: list[Finding]) -> None:

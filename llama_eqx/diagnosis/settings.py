@@ -48,8 +48,8 @@ def check_settings(
 
 def phase_error(a: LlamaConfig, b: LlamaConfig) -> tuple[float, int]:
     """By how much the angles of the two rotary embeddings drift apart, in radians per position, and in how many pairs they do."""
-    apart = np.abs(_frequencies(a) - _frequencies(b))
-    return float(apart.max()), int((apart > 1e-6 * _frequencies(b)).sum())
+    apart = np.abs(frequencies(a) - frequencies(b))
+    return float(apart.max()), int((apart > 1e-6 * frequencies(b)).sum())
 
 
 def said_phase_error(a: LlamaConfig, b: LlamaConfig) -> str:
@@ -98,5 +98,6 @@ def _differences(config: LlamaConfig, preset: LlamaConfig, mean_square: float | 
     return rows
 
 
-def _frequencies(config: LlamaConfig) -> np.ndarray:
+def frequencies(config: LlamaConfig) -> np.ndarray:
+    """Radians per position of each pair, as the model computes them."""
     return np.asarray(config.rotary.build(config.dims).frequencies(), np.float64)
