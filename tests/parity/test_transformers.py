@@ -1,5 +1,6 @@
 """Llama of every generation against Hugging Face's, in float32 on random weights; and for each check, changes that it must notice."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -25,7 +26,7 @@ transformers.utils.logging.disable_progress_bar()
 PRESETS = {
     "llama1_7b": {"heads": 4, "kv_heads": 4, "head_dim": 16},
     "llama2_70b": {"heads": 8, "kv_heads": 2, "head_dim": 16},
-    "llama3_8b": {"heads": 4, "kv_heads": 2, "head_dim": 32},
+    "llama3_8b": {"heads": 6, "kv_heads": 3, "head_dim": 32},
     "llama3_1_8b": {"heads": 4, "kv_heads": 1, "head_dim": 64},
     "llama3_2_1b": {"heads": 8, "kv_heads": 2, "head_dim": 64},
 }
@@ -40,6 +41,10 @@ TOKENS = np.random.default_rng(0).integers(0, 97, (2, 24)).astype(np.int32)
 NEAR = np.tile(np.arange(24, dtype=np.int32), (2, 1))
 # Attention sees differences of positions alone, so far means a gap within the row: a far but contiguous row would test nothing new.
 FAR = NEAR + np.where(np.arange(24) < 12, 0, 20_000).astype(np.int32)
+# A row padded on the left, and one on the right; positions count tokens.
+REAL = np.stack([np.arange(24) >= 7, np.arange(24) < 15])
+PADDED = np.maximum(REAL.cumsum(axis=1) - 1, 0).astype(np.int32)
+FAR_PADDED = PADDED + np.where(PADDED < 9, 0, 20_000).astype(np.int32)
 
 
 @jax.jit
@@ -55,11 +60,11 @@ def pair(tmp_path_factory):
     """Our model of a preset, and what transformers reads from the folder that we write."""
 
     @functools.cache
-    def make(preset):
-        sizes = {"vocab": 97, "layers": 2, "embed": 96, "mlp": 112, **PRESETS[preset]}
+    def make(preset, **others):
+        sizes = {"vocab": 97, "layers": 2, "embed": 96, "mlp": 112, **PRESETS[preset], **others}
         config = resolve(compose(f"model/{preset}", [f"model.dims.{name}={size}" for name, size in sizes.items()]))["model"]
         model = jitter(build_model(config, key=jax.random.key(0)))
-        folder = tmp_path_factory.mktemp("parity") / preset
+        folder = tmp_path_factory.mktemp("parity") / "hf"
         save_huggingface(model, folder)
         return model, read(folder)
 
@@ -76,17 +81,21 @@ def read(folder):
 
 
 @eqx.filter_jit
-def our_logits(model, tokens, positions):
-    return model(tokens, positions=positions)
+def our_logits(model, tokens, positions, segment_ids):
+    return model(tokens, positions=positions, segment_ids=segment_ids)
 
 
-def their_logits(reference, tokens, positions):
-    return reference(torch.tensor(tokens).long(), position_ids=torch.tensor(positions).long()).logits
+def their_logits(reference, tokens, positions, mask=None):
+    mask = None if mask is None else torch.tensor(mask).long()
+    return reference(torch.tensor(tokens).long(), position_ids=torch.tensor(positions).long(), attention_mask=mask).logits
 
 
-def logits_difference(model, reference, positions):
+def logits_difference(model, reference, positions, real=None):
+    """The largest over tokens that are not padding."""
     with torch.no_grad():
-        return np.abs(np.asarray(our_logits(model, TOKENS, positions)) - their_logits(reference, TOKENS, positions).numpy()).max()
+        theirs = their_logits(reference, TOKENS, positions, real).numpy()
+    ours = np.asarray(our_logits(model, TOKENS, positions, None if real is None else real.astype(np.int32)))
+    return np.abs(ours - theirs)[... if real is None else real].max()
 
 
 def check_near(model, reference):
@@ -102,14 +111,26 @@ def check_far(model, reference):
     assert logits_difference(model, reference, FAR) < FAR_LOGITS
 
 
-def check_far_given_frequencies(model, reference):
+@contextlib.contextmanager
+def given_frequencies(model, reference):
     frequencies = reference.model.rotary_emb.inv_freq
     own = frequencies.clone()
     try:
         frequencies.copy_(torch.tensor(np.asarray(model.rotary.frequencies())))
-        assert logits_difference(model, reference, FAR) < LOGITS
+        yield
     finally:
         frequencies.copy_(own)
+
+
+def check_far_given_frequencies(model, reference):
+    with given_frequencies(model, reference):
+        assert logits_difference(model, reference, FAR) < LOGITS
+
+
+def check_padded(model, reference):
+    assert logits_difference(model, reference, PADDED, REAL) < LOGITS
+    with given_frequencies(model, reference):
+        assert logits_difference(model, reference, FAR_PADDED, REAL) < LOGITS
 
 
 @eqx.filter_jit
@@ -132,13 +153,21 @@ def check_gradients(model, reference):
     assert max(worst.values()) < GRADIENTS, worst
 
 
-CHECKS = [check_near, check_frequencies, check_far, check_far_given_frequencies, check_gradients]
+CHECKS = [check_near, check_frequencies, check_far, check_far_given_frequencies, check_padded, check_gradients]
 
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_agrees(pair, preset, check):
     check(*pair(preset))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_agrees_with_every_number_of_key_heads(pair, preset, kv_heads, check):
+    check(*pair(preset, heads=6, kv_heads=kv_heads))
 
 
 def with_config(model, **changes):
@@ -163,7 +192,7 @@ def adjacent_pairs(x):
 
 
 MUTATIONS = {
-    "eps 1e-3": lambda m: with_config(m, norm=RMSNormConfig(eps=1e-3)),
+    "eps of Llama 1": lambda m: with_config(m, norm=RMSNormConfig(eps=1e-6)),
     "theta": lambda m: with_rotary(m, theta=1e4),
     "gelu": lambda m: with_config(m, feed_forward=GatedFeedForwardConfig(activation="gelu")),
     "key heads exchanged": edited(lambda b: b.attention.k_proj, lambda k: k[..., ::-1, :]),
