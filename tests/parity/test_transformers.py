@@ -170,11 +170,11 @@ def test_agrees_with_every_number_of_key_heads(pair, preset, kv_heads, check):
     check(*pair(preset, heads=6, kv_heads=kv_heads))
 
 
-def with_config(model, **changes):
-    """The same arrays under another config."""
+def with_config(model, *more, **changes):
+    """The same arrays, and those given at the end, under another config."""
     config = dataclasses.replace(model.config, **changes)
     structure = jax.tree.structure(eqx.filter_eval_shape(lambda key: config.build(key=key), jax.random.key(0)))
-    return structure.unflatten(jax.tree.leaves(model))
+    return structure.unflatten([*jax.tree.leaves(model), *more])
 
 
 def with_rotary(model, **changes):
@@ -235,6 +235,27 @@ def test_far_change_is_noticed_given_frequencies(pair):
     model, reference = pair("llama3_2_1b")
     with pytest.raises(AssertionError):
         check_far_given_frequencies(FAR_MUTATIONS["bfloat16 angles"](model), reference)
+
+
+def untied(model):
+    """The same values, stored twice."""
+    return with_config(model, model.embed.T, tied=False)
+
+
+def test_a_dropped_tie_is_noticed(pair):
+    """Its logits are right until the first step of training: the gradient tells."""
+    model, reference = pair("llama3_2_1b")
+    check_near(untied(model), reference)
+    with pytest.raises(AssertionError):
+        check_gradients(untied(model), reference)
+
+
+def test_padding_that_is_seen_is_noticed(pair, monkeypatch):
+    model, reference = pair("llama2_70b")
+    blind = jax.jit(lambda model, tokens, positions, segment_ids: model(tokens, positions=positions))
+    monkeypatch.setitem(globals(), "our_logits", blind)
+    with pytest.raises(AssertionError):
+        check_padded(model, reference)
 
 
 def bfloat16(x):
