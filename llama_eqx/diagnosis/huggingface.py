@@ -1,175 +1,218 @@
-"""What is wrong with a folder of Hugging Face."""
+"""What is wrong with a folder of Hugging Face: all of it, where a reader would stop at the first file that it cannot use."""
 
-import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from llama_eqx.diagnosis.files import check_files, mistaken, read_json
-from llama_eqx.diagnosis.report import Finding, Report
+from llama_eqx.diagnosis.files import check_files, read_json
+from llama_eqx.diagnosis.numbers import Tensor, check_numbers, condensed, said_size
+from llama_eqx.diagnosis.report import Finding, Report, finding_of
 from llama_eqx.diagnosis.settings import check_settings
-from llama_eqx.diagnosis.vocabulary import check_ends, check_vocabulary, read_vocabulary
-from llama_eqx.diagnosis.weights import Filed, check_names, check_numbers
+from llama_eqx.diagnosis.vocabulary import check_ends, check_vocabulary
 from llama_eqx.errors import CheckpointError
-from llama_eqx.interop.huggingface import INDEX, SINGLE, config_from_huggingface
+from llama_eqx.interop.files import inside, mistaken, refuse_code
+from llama_eqx.interop.huggingface import CONFIG, DTYPES, EMBED, HEAD, INDEX, SINGLE, Filed, config_from_huggingface, filed_tensors
+from llama_eqx.interop.table import TABLE, torch_shape
+from llama_eqx.interop.weights import tensor_axes, tensor_shapes
 from llama_eqx.model.llama import LlamaConfig
 
-CONFIG = "config.json"
-ROWS = 2**24  # numbers that are read at once
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-BITS = {"F32": 23, "F16": 10, "BF16": 7}  # of the fraction
-BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+CONFIG_KEYS = {
+    "vocab": "vocab_size",
+    "embed": "hidden_size",
+    "heads head_dim": "num_attention_heads x head_dim",
+    "kv_heads head_dim": "num_key_value_heads x head_dim",
+    "mlp": "intermediate_size",
+}
+READABLE = {dtype.name for dtype in DTYPES.values()}
+AGAIN = "download it again"
+
+Files = dict[str, dict[str, Filed]]  # the tensors of every file that could be opened
 
 
 def examine_huggingface(folder: pathlib.Path, presets: Mapping[str, LlamaConfig], weights: bool) -> Report:
-    findings = check_files(folder)
-    facts = []
-    tree = read_json(folder / CONFIG, findings)
-    config = None
-    if tree is None:
-        if not (folder / CONFIG).exists():
-            findings.append(Finding("error", CONFIG, "there is none: the model's sizes are not known", "download it again"))
-    else:
-        config = _config(tree, findings)
-    tensors = _tensors(folder, findings)
-    mean_square = None
-    if weights:
-        mean_square, wrong = check_numbers(config is not None and config.tied, tensors, CONFIG)
-        findings += wrong
+    findings, facts = check_files(folder), []
+    try:
+        refuse_code(folder, CONFIG, "tokenizer_config.json")
+    except CheckpointError as error:
+        # That a file is not JSON is said below.
+        findings += [finding_of(error, folder, CONFIG)] if "code" in error.what else []
+    config, tree = _check_config(folder, findings)
+    files = _open(folder, findings)
+    names = {name: (file, filed) for file, tensors in files.items() for name, filed in tensors.items()}
+    if names and config is not None:
+        findings += _check_names(config, names)
+    if names and tree is not None:
+        findings += _check_dtype(tree, {filed.kind for _, filed in names.values()})
+    tensors, mean_square = {name: _tensor(file, filed) for name, (file, filed) in names.items() if filed.kind in DTYPES}, None
     if tensors:
-        dtypes = sorted({tensor.dtype for tensor in tensors.values()})
-        count = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
-        facts.append(f"{count:,} numbers in {len(tensors)} tensors, {' and '.join(dtypes)}" + ("" if weights else ", not read"))
-    if tree is not None and config is not None:
-        if tensors:
-            findings += check_names(config, tensors, CONFIG)
-            findings += _check_dtype(tree, tensors)
+        facts.append(said_size(tensors, weights))
+    if weights:
+        mean_square, wrong = check_numbers(tensors, EMBED)
+        findings += wrong + _check_tie(config, tensors)
+    if config is not None:
         said, wrong = check_settings(config, presets, where=CONFIG, mean_square=mean_square)
         facts += said
         findings += wrong
-        vocabulary = read_vocabulary(folder, findings)
-        size = config.dims.vocab or 0
-        facts.append(f"tokenizer: {vocabulary.file}, {vocabulary.size:,} ids" if vocabulary else "no tokenizer beside the weights")
-        findings += check_vocabulary(size, vocabulary) if vocabulary else []
-        findings += check_ends(folder, tree, size, vocabulary, findings)
-    facts.append("the order of rotary pairs cannot be told without a reference: against=OTHER")
-    return Report(f"{folder}: a Hugging Face folder", tuple(facts), tuple(findings))
+        tokenizer, wrong = check_vocabulary(folder, config, facts)
+        findings += wrong
+        check_ends(folder, tree or {}, config.dims.vocab or 0, tokenizer, findings)
+    facts.append("whether rotary pairs are in the right order cannot be told without a reference: against=OTHER")
+    return Report(f"{folder}: a folder of Hugging Face", tuple(facts), tuple(findings))
 
 
-def _config(tree: dict[str, Any], findings: list[Finding]) -> LlamaConfig | None:
-    """The config, if it can be read; where it contradicts itself is added to `findings`."""
-    old, new = tree.get("rope_scaling"), tree.get("rope_parameters")
-    old, new = old if isinstance(old, dict) else {}, new if isinstance(new, dict) else {}
+def _check_config(folder: pathlib.Path, findings: list[Finding]) -> tuple[LlamaConfig | None, dict[str, Any] | None]:
+    """The model that config.json describes, if it can be read, and its tree; where it contradicts itself is added to `findings`."""
+    tree = read_json(folder, CONFIG, findings)
+    if tree is None:
+        if not (folder / CONFIG).exists():
+            findings.append(Finding("error", CONFIG, "there is none: the model's sizes are not known", AGAIN))
+        return None, None
+    old, new = (found if isinstance(found := tree.get(key), dict) else {} for key in ("rope_scaling", "rope_parameters"))
     if "rope_theta" in tree:
         old = {"rope_theta": tree["rope_theta"], **old}
-    if new:
-        for key in sorted(old.keys() & new.keys()):
-            if old[key] != new[key]:
-                what = f"{key} is {old[key]!r} by the older keys and {new[key]!r} in rope_parameters: readers differ in which they take"
-                findings.append(Finding("error", CONFIG, what, "leave one of them out"))
-    if "auto_map" in tree:
-        findings.append(Finding("warning", CONFIG, "auto_map names code of its own, which is never run here", "remove auto_map if it is a Llama"))
+    for key in sorted(old.keys() & new.keys()):
+        if old[key] != new[key]:
+            what = f"{key} is {old[key]!r} by the older keys and {new[key]!r} in rope_parameters: readers differ in which they take"
+            findings.append(Finding("error", CONFIG, what, "leave one of them out"))
     try:
-        return config_from_huggingface(tree)
+        return config_from_huggingface(tree), tree
     except CheckpointError as error:
         findings += [Finding("error", CONFIG, line) for line in error.what.splitlines()]
-    return None
+    return None, tree
 
 
-def _tensors(folder: pathlib.Path, findings: list[Finding]) -> dict[str, Filed]:
-    """Every tensor of the files that a reader would open; what is wrong with the files is added to `findings`."""
-    files = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
+def _open(folder: pathlib.Path, findings: list[Finding]) -> Files:
+    """The headers of the files that a reader would open; what is wrong with the files is added to `findings`."""
+    present = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
     weight_map, total = None, None
     if (folder / SINGLE).exists():
-        if (folder / INDEX).exists():
-            what = f"beside {SINGLE}, which is read instead"
-            findings.append(Finding("warning", INDEX, what, "delete the one that is out of date"))
         names = [SINGLE]
-    elif (index := read_json(folder / INDEX, findings)) is not None:
+        if (folder / INDEX).exists():
+            findings.append(Finding("warning", INDEX, f"beside {SINGLE}, which is read instead", "delete the one that is out of date"))
+    elif (folder / INDEX).exists():
+        index, names = read_json(folder, INDEX, findings) or {}, present
         weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            findings.append(Finding("error", INDEX, "weight_map is not a map of names to files", "download it again"))
-            weight_map, names = None, files
-        else:
+        if isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values()):
             names = sorted(set(weight_map.values()))
-        metadata = index.get("metadata")
-        total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    elif files:
-        findings.append(Finding("error", INDEX, f"there is none, and so no reader knows of {', '.join(files)}", "download it again"))
-        names = files
+        else:
+            weight_map = None
+            findings.append(Finding("error", INDEX, "weight_map is not a map of names to files", AGAIN))
+        total = index["metadata"].get("total_size") if isinstance(index.get("metadata"), dict) else None
+    elif present:
+        findings.append(Finding("error", INDEX, f"there is none, and so no reader knows of {', '.join(present)}", AGAIN))
+        names = present
     else:
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
-        what = f"weights are pickled ({', '.join(pickles)})" if pickles else "there are no weights here"
-        findings.append(Finding("error", SINGLE, what, "convert them to safetensors" if pickles else "download them"))
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
+        what = f"weights are pickled ({', '.join(pickled)})" if pickled else "there are no weights here"
+        findings.append(Finding("error", SINGLE, what, "save them as safetensors where they came from" if pickled else "download them"))
         return {}
-    for name in files:
+    for name in present:
         if name not in names:
-            findings.append(Finding("warning", name, "a shard too many: no tensor is read from it", "delete it, or download the index again"))
-    tensors: dict[str, Filed] = {}
+            hint = "delete it, or download the index again"
+            findings.append(Finding("warning", name, "a shard too many: no tensor is read from it", hint))
+    files: Files = {}
     for name in names:
-        path = pathlib.Path(os.path.abspath(folder / name))
-        if not path.is_relative_to(os.path.abspath(folder)):
-            findings.append(Finding("error", INDEX, f"{name} lies outside of the folder", "download it again, from a source you trust"))
-        elif not path.is_file():
-            findings.append(Finding("error", name, "a missing shard: the index names it", "download it again"))
-        elif not mistaken(path):
-            tensors |= _opened(path, name, findings)
+        try:
+            file = inside(folder, name)
+        except CheckpointError as error:
+            findings.append(Finding("error", INDEX, error.what, error.next))
+            continue
+        if not file.is_file():
+            findings.append(Finding("error", name, "a missing shard: the index names it", AGAIN))
+        elif not mistaken(file, ""):
+            try:
+                files[name] = filed_tensors(file)
+            except CheckpointError as error:
+                findings.append(Finding("error", name, error.what, error.next or AGAIN))
     if weight_map is not None:
-        _check_index(weight_map, total, tensors, findings)
-    return tensors
+        findings += _check_index(weight_map, total, files)
+    return files
 
 
-def _opened(path: pathlib.Path, name: str, findings: list[Finding]) -> dict[str, Filed]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            kinds = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118
-            return {
-                tensor: Filed(name, tuple(kind.get_shape()), kind.get_dtype(), lambda tensor=tensor: _rows(path, tensor))
-                for tensor, kind in kinds.items()
-            }
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
-        what = f"not a complete safetensors file of {size:,} bytes: {error}"
-        findings.append(Finding("error", name, what, "download it again"))
-        return {}
-
-
-def _rows(path: pathlib.Path, tensor: str) -> Iterator[np.ndarray]:
-    with safe_open(path, framework="numpy") as file:
-        kind = file.get_slice(tensor)
-        shape = kind.get_shape()
-        if not shape:
-            yield file.get_tensor(tensor)
-            return
-        step = max(1, ROWS // max(1, int(np.prod(shape[1:]))))
-        for start in range(0, shape[0], step):
-            yield kind[start : min(start + step, shape[0])]
-
-
-def _check_index(weight_map: Mapping[str, str], total: Any, tensors: Mapping[str, Filed], findings: list[Finding]) -> None:
-    held = {name: tensor.file for name, tensor in tensors.items()}
-    opened = set(held.values())
-    lost = [name for name, file in weight_map.items() if file in opened and held.get(name) != file]
-    if lost:
-        what = f"{len(lost)} tensors are not in the file that it names for them: {', '.join(lost[:5])}"
-        findings.append(Finding("error", INDEX, what, "download the index and the shards again, from one revision"))
-    if unknown := [name for name in held if name not in weight_map]:
-        what = f"{len(unknown)} tensors of the shards are not in it: {', '.join(unknown[:5])}"
-        findings.append(Finding("error", INDEX, what, "download the index and the shards again, from one revision"))
-    if opened == set(weight_map.values()) and isinstance(total, int):
-        size = sum(int(np.prod(tensor.shape)) * BYTES[tensor.dtype] for tensor in tensors.values() if tensor.dtype in BYTES)
+def _check_index(weight_map: Mapping[str, str], total: Any, files: Files) -> list[Finding]:
+    findings, hint = [], "download the index and the shards again, from one revision"
+    if lost := [name for name, file in weight_map.items() if file in files and name not in files[file]]:
+        what = f"{len(lost)} tensors are not in the file that it names for them: {condensed(lost)}"
+        findings.append(Finding("error", INDEX, what, hint))
+    if unknown := [name for tensors in files.values() for name in tensors if name not in weight_map]:
+        findings.append(Finding("error", INDEX, f"{len(unknown)} tensors of the shards are not in it: {condensed(unknown)}", hint))
+    kinds = [filed for tensors in files.values() for filed in tensors.values()]
+    if files.keys() == set(weight_map.values()) and isinstance(total, int) and all(filed.kind in DTYPES for filed in kinds):
+        size = sum(int(np.prod(filed.shape)) * DTYPES[filed.kind].itemsize for filed in kinds)
         if size != total:
             findings.append(Finding("note", INDEX, f"total_size is {total:,} bytes, and the shards hold {size:,}"))
+    return findings
 
 
-def _check_dtype(tree: Mapping[str, Any], tensors: Mapping[str, Filed]) -> list[Finding]:
+def _check_names(config: LlamaConfig, found: Mapping[str, tuple[str, Filed]]) -> list[Finding]:
+    """Tensors that are missing, too many, of another shape or of a dtype that is not read. A wrong size is said once, by its key."""
+    findings, sizes, expected = [], defaultdict(list), {}
+    axes = tensor_axes(config)
+    for key, shape in tensor_shapes(config).items():
+        inputs, name, *_ = TABLE[key[0]]
+        sides = (" ".join(axes[key][inputs:]), " ".join(axes[key][:inputs])) if inputs else axes[key]
+        expected[name.format(layer=key[1])] = (sides, torch_shape(shape, inputs))
+    for name, (sides, shape) in expected.items():
+        if name not in found:
+            continue
+        file, filed = found[name]
+        if len(filed.shape) != len(shape):
+            findings.append(Finding("error", file, f"{name} is {filed.shape}, wanted {shape}"))
+            continue
+        for side, here, there in zip(sides, shape, filed.shape, strict=True):
+            if here != there:
+                sizes[side, here, there].append(name)
+    for (side, here, there), names in sizes.items():
+        what = f"{CONFIG_KEYS[side]} is {here:,}, and by the weights it is {there:,}: {condensed(names)}"
+        findings.append(Finding("error", CONFIG, what, f"set {CONFIG_KEYS[side]} to {there}, or find the weights of this config"))
+    if missing := [name for name in expected if name not in found]:
+        hint = '"tie_word_embeddings": true, if the head is the embedding' if missing == [HEAD] else "download or convert them again"
+        findings.append(Finding("error", CONFIG, f"{len(missing)} tensors are missing: {condensed(missing)}", hint))
+    # Old files hold the rotary frequencies, and a second copy of a tied table.
+    known = expected.keys() | ({HEAD} if config.tied else set())
+    if extra := [name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")]:
+        layers = any(name.startswith("model.layers.") for name in extra)
+        hint = "num_hidden_layers is too small, or it is no plain Llama" if layers else "it is no plain Llama"
+        findings.append(Finding("error", CONFIG, f"{len(extra)} tensors are not part of this model: {condensed(extra)}", hint))
+    kinds = defaultdict(list)
+    for name, (_, filed) in found.items():
+        kinds[filed.kind].append(name)
+    for kind in kinds.keys() - DTYPES.keys():
+        hint = f"readable are {', '.join(DTYPES)}: use weights that are not quantised"
+        findings.append(Finding("error", CONFIG, f"{len(kinds[kind])} tensors are {kind}: {condensed(kinds[kind])}", hint))
+    if len(mixed := kinds.keys() & DTYPES.keys()) > 1:
+        rare = min(mixed, key=lambda kind: len(kinds[kind]))
+        what = f"the dtypes are mixed: {condensed(kinds[rare])} in {rare}, others in {' and '.join(sorted(mixed - {rare}))}"
+        findings.append(Finding("note", CONFIG, what))
+    return findings
+
+
+def _check_dtype(tree: Mapping[str, Any], kinds: set[str]) -> list[Finding]:
     """transformers reads weights in the dtype that the config names."""
-    said = DTYPES.get(str(tree.get("dtype") or tree.get("torch_dtype")).removeprefix("torch."))
-    filed = {tensor.dtype for tensor in tensors.values() if tensor.dtype in BITS}
-    if said and (finer := [dtype for dtype in filed if BITS[dtype] > BITS[said]]):
-        what = f"dtype is {said}, and the weights are {' and '.join(sorted(finer))}: transformers rounds them as it reads"
+    said = str(tree.get("dtype") or tree.get("torch_dtype")).removeprefix("torch.")
+    names = {DTYPES[kind].name for kind in kinds & DTYPES.keys()}
+    if finer := sorted(name for name in names if jnp.promote_types(name, said) != said) if said in READABLE else []:
+        what = f"dtype is {said}, and the weights are {' and '.join(finer)}: transformers rounds them as it reads"
         return [Finding("warning", CONFIG, what, "name the dtype of the files")]
     return []
+
+
+def _check_tie(config: LlamaConfig | None, tensors: Mapping[str, Tensor]) -> list[Finding]:
+    if config is None or not {EMBED, HEAD} <= tensors.keys() or tensors[EMBED].shape != tensors[HEAD].shape:
+        return []
+    apart = max(float(np.abs(a - b).max()) for a, b in zip(tensors[EMBED].rows(), tensors[HEAD].rows(), strict=True))
+    if config.tied and apart != 0:
+        what = f"tied, yet stored twice and different: {HEAD} and {EMBED} are up to {apart:.3g} apart, which every logit shows"
+        return [Finding("error", CONFIG, what, '"tie_word_embeddings": false if the head was trained apart, else delete it')]
+    if not config.tied and apart == 0:
+        what = f"not tied, yet {HEAD} is a copy of {EMBED}: two parameters from the first training step on"
+        return [Finding("note", CONFIG, what, '"tie_word_embeddings": true, if they are meant to be one')]
+    return []
+
+
+def _tensor(file: str, filed: Filed) -> Tensor:
+    return Tensor(file, filed.shape, DTYPES[filed.kind], lambda index: filed.map()[index])

@@ -1,10 +1,12 @@
 """What the doctor was asked, and what it found."""
 
 import dataclasses
+import pathlib
 from collections import Counter
 from typing import Literal
 
 from llama_eqx.config import Config
+from llama_eqx.errors import UserError
 
 Severity = Literal["error", "warning", "note"]
 
@@ -33,6 +35,14 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.severity:<7}  {self.where}: {self.what}" + (f". Next: {self.next}" if self.next else "")
+
+
+def finding_of(error: UserError, folder: pathlib.Path, otherwise: str) -> Finding:
+    """What a reader raised, with the place as a file of the folder; `otherwise` if it is none."""
+    place, root = pathlib.Path(error.where).resolve(), folder.resolve()
+    inside = place != root and place.is_relative_to(root)
+    where = str(place.relative_to(root)) if inside else otherwise
+    return Finding("error", where, "; ".join(error.what.splitlines()), error.next)
 
 
 @dataclasses.dataclass(frozen=True)

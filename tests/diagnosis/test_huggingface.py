@@ -7,18 +7,25 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
+from llama_eqx import save_pretrained
 from llama_eqx.diagnosis.examination import examine
 from llama_eqx.interop import huggingface
-from llama_eqx.interop.huggingface import save_huggingface
 from llama_eqx.model.llama import build_model
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 HTML = b"\n<!DOCTYPE html><html><body>Access denied</body></html>"
-CHAT = {"<|begin_of_text|>": 58, "<|end_of_text|>": 59, "<|eom_id|>": 60, "<|eot_id|>": 61}
-TOKENIZER = {"model": {"type": "BPE", "vocab": {f"t{i}": i for i in range(58)}}, "added_tokens": []}
+SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|pad|>", "<|python_tag|>")  # 58 to 63
+
+
+def write_tokenizer(folder, *special):
+    """58 letters and then the special tokens."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({chr(0x4E00 + i): i for i in range(58)}, []))
+    library.add_special_tokens(list(special))
+    library.save(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +39,10 @@ def good(tmp_path_factory, tiny):
         path = tmp_path_factory.mktemp("good") / "hf"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(huggingface, "SHARD_BYTES", 30_000 if sharded else 10**9)
-            save_huggingface(model, path)
-        tokens = [{"id": i, "content": token} for token, i in {**CHAT, "<|pad|>": 63}.items()]
-        (path / "tokenizer.json").write_text(json.dumps({**TOKENIZER, "added_tokens": tokens}))
+            save_pretrained(model, path, format="hf")
+        (path / "manifest.json").unlink()  # what is broken here is not the copy
         (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 59}))
+        write_tokenizer(path, *SPECIAL)
         return path
 
     return make
@@ -112,14 +119,14 @@ BROKEN = {
     "more layers": (config(num_hidden_layers=5), "error", CONFIG, "18 tensors are missing: model.layers.{3-4}.input_layernorm.weight"),
     "vocabulary": (config(vocab_size=80), "error", CONFIG, "vocab_size is 80, and by the weights it is 64"),
     "mlp": (config(intermediate_size=64), "error", CONFIG, "intermediate_size is 64, and by the weights it is 48"),
-    "dtype": (config(dtype="bfloat16"), "warning", CONFIG, "dtype is BF16, and the weights are F32: transformers rounds them"),
+    "dtype": (config(dtype="bfloat16"), "warning", CONFIG, "dtype is bfloat16, and the weights are float32: transformers rounds them"),
     "activation": (config(hidden_act="gelu"), "error", CONFIG, "hidden_act is 'gelu'"),
     "two thetas": (config(rope_theta=1e4), "error", CONFIG, "rope_theta is 10000.0 by the older keys and 500000.0 in rope_parameters"),
-    "own code": (config(auto_map={"AutoModel": "evil.Model"}), "warning", CONFIG, "code of its own"),
+    "own code": (config(auto_map={"AutoModel": "evil.Model"}), "error", CONFIG, "a repository with code of its own: auto_map in config.json"),
     "config cut short": (write(CONFIG, b'{"vocab_size": 6'), "error", CONFIG, "not JSON"),
     "config is a page": (write(CONFIG, HTML), "error", CONFIG, "a web page (HTML)"),
     "no config": (lambda folder, _: (folder / CONFIG).unlink(), "error", CONFIG, "the model's sizes are not known"),
-    "LFS pointer": (write(WEIGHTS, LFS), "error", WEIGHTS, "a Git LFS pointer (63 bytes)"),
+    "LFS pointer": (write(WEIGHTS, LFS), "error", WEIGHTS, "a Git LFS pointer, not the file itself"),
     "LFS tokenizer": (write("tokenizer.json", LFS), "error", "tokenizer.json", "a Git LFS pointer"),
     "web page": (write(WEIGHTS, HTML), "error", WEIGHTS, "a web page (HTML)"),
     "empty": (write(WEIGHTS, b""), "error", WEIGHTS, "an empty file"),
@@ -128,13 +135,13 @@ BROKEN = {
     "pickles": (lambda folder, _: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), "error", WEIGHTS, "weights are pickled (pytorch_model.bin)"),
     "index as well": (write(INDEX, b'{"weight_map": {}}'), "warning", INDEX, "beside model.safetensors, which is read instead"),
     "stray shard": (lambda folder, _: write("model-00002-of-00002.safetensors", (folder / WEIGHTS).read_bytes())(folder, _), "warning", "model-00002-of-00002.safetensors", "a shard too many"),
-    "tokenizer too large": (lambda folder, change: change(folder / "tokenizer.json", added_tokens=[{"id": 70, "content": "x"}]), "error", "tokenizer.json", "has 71 ids, and the embedding 64 rows: the ids from 64 on have no embedding"),
-    "tokenizer too small": (lambda folder, change: change(folder / "tokenizer.json", added_tokens=[]), "note", "tokenizer.json", "the last 6 are never read"),
+    "tokenizer too large": (lambda folder, _: write_tokenizer(folder, *SPECIAL, *"abcdefg"), "error", "tokenizer.json", "has 71 ids, and the embedding 64 rows: the ids from 64 on have no embedding"),
+    "tokenizer too small": (lambda folder, _: write_tokenizer(folder, *SPECIAL[:2]), "note", "tokenizer.json", "the last 4 are never read"),
     "EOS out of range": (lambda folder, change: change(folder / "generation_config.json", eos_token_id=[59, 64]), "error", "generation_config.json", "eos_token_id is 64, outside of the vocabulary of 64"),
-    "no EOS": (lambda folder, change: change(folder / "generation_config.json", eos_token_id=...), "warning", CONFIG, "eos_token_id is not set"),
+    "no EOS": (lambda folder, change: (change(folder / "generation_config.json", eos_token_id=...), change(folder / CONFIG, eos_token_id=None)), "warning", CONFIG, "eos_token_id is not set"),
     "chat, one EOS": (chat(eos_token_id=59), "warning", "generation_config.json", "eos_token_id 59 lacks <|eom_id|>, <|eot_id|>: answers run past the end of the turn. Next: \"eos_token_id\": [59, 60, 61]"),
     "chat, EOS of turns": (chat(eos_token_id=61), "warning", "generation_config.json", "eos_token_id 61 lacks <|end_of_text|>, <|eom_id|>"),
-    "other EOS": (lambda folder, change: change(folder / "tokenizer_config.json", eos_token="t7"), "warning", "tokenizer_config.json", "eos_token is t7 (7), and generation_config.json says eos_token_id 59"),
+    "other EOS": (lambda folder, change: change(folder / "tokenizer_config.json", eos_token="<|eom_id|>"), "warning", "tokenizer_config.json", "eos_token is <|eom_id|> (60), and generation_config.json says eos_token_id 59"),
 }  # fmt: skip
 
 SHARDED = {
