@@ -62,12 +62,12 @@ def compare(path: str, against: str, tolerance: float) -> Report:
     facts, findings = [], []
     parts = _transformers_parts(path, ours.config, tokens, facts, findings) if theirs is None else model_parts(theirs, tokens)
     rows = list(_rows(model_parts(ours, tokens), parts, vocab, 2 * ours.config.dims.layers + 2))
-    first = next((row for row in rows if not max(row.apart) <= tolerance * row.scale), None)
+    first = next((row for row in rows if not all(apart <= tolerance * row.scale for apart in row.apart)), None)  # NaN is apart too
     if first is None:
         facts.append(f"no part is more than {tolerance:g} of its activations apart")
     else:
         where = [said for said, apart in zip(ROWS, first.apart, strict=True) if not apart <= tolerance * first.scale]
-        what = f"the first part that differs: by up to {max(first.apart):.2g} at positions {' and '.join(where)}"
+        what = f"the first part that differs: by up to {np.max(first.apart):.2g} at positions {' and '.join(where)}"
         findings.append(Finding("error", first.part, what))
         if theirs is not None:
             findings += _reasons(ours, theirs, first.part)
@@ -85,7 +85,7 @@ def model_parts(weights: Weights, tokens: Int[np.ndarray, "batch seq"]) -> Parts
         names = [f"{name}.{rest}".rstrip(".") for rest in parameter_names(part)]
         return jax.tree.structure(part).unflatten([jnp.asarray(weights.tensors[each, layer].whole(), jnp.float32) for each in names])
 
-    x = read(model.embed, "embed")[jnp.asarray(tokens)]
+    x = jnp.asarray(weights.tensors["embed", None].whole()[tokens], jnp.float32)
     yield "embedding", x
     for layer in range(config.dims.layers):
         between, x = _layer(read(model.blocks, "blocks", layer), x, rotation)
@@ -142,7 +142,7 @@ def _reasons(ours: Weights, theirs: Weights, part: str) -> list[Finding]:
     a, b = ours.config, theirs.config
     findings = []
     if a.norm != b.norm and part != "embedding":
-        findings.append(Finding("error", "norm", f"{said_norm(a)} and {said_norm(b)}: it shows at every position", "the same eps"))
+        findings.append(Finding("error", "norm", f"{a.norm} and {b.norm}: it shows at every position", "the same norm and eps"))
     if part.endswith("attention") and said_rotary(a.rotary) != said_rotary(b.rotary):
         what = f"{said_rotary(a.rotary)} and {said_rotary(b.rotary)}: {said_phase_error(a, b)}"
         findings.append(Finding("error", "rotary", what, "the same rotary settings"))
@@ -194,6 +194,7 @@ def _transformers_parts(
         import transformers
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed", where="against=transformers", next="pip install torch transformers") from None
+    transformers.utils.logging.disable_progress_bar()
     try:
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager", local_files_only=True, output_loading_info=True

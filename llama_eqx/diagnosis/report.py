@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Literal
 
 from llama_eqx.config import Config
-from llama_eqx.errors import UserError
+from llama_eqx.errors import ConfigError, UserError
 
 Severity = Literal["error", "warning", "note"]
 
@@ -22,6 +22,12 @@ class DoctorConfig(Config):
     against: str | None
     weights: bool
     tolerance: float
+
+    def check(self) -> None:
+        if self.against is not None and self.path is None:
+            raise ConfigError("there is nothing to compare it with", where="against", next="path=FOLDER against=OTHER")
+        if not self.tolerance > 0:
+            raise ConfigError(f"{self.tolerance} is not above 0", where="tolerance", next="tolerance=1e-4")
 
 
 @dataclasses.dataclass(frozen=True)
