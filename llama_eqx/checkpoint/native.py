@@ -62,13 +62,10 @@ def write_native(config: LlamaConfig, folder: pathlib.Path, arrays: Mapping[str,
     write_config({"model": config}, folder)
     checkpoint = folder / CHECKPOINTS / "0"
     # Orbax has no way to write an array part by part. It makes the frame, of arrays of one number, which full ones then replace.
-    frame: dict[str, Any] = {}
-    for name, leaf in arrays.items():
-        *groups, last = name.split(".")
-        place = frame
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[last] = np.zeros((1,) * len(leaf.shape), leaf.dtype)
+    model = _abstract(config)
+    frame = jax.tree.unflatten(
+        jax.tree.structure(model), [np.zeros((1,) * len(arrays[name].shape), arrays[name].dtype) for name in parameter_names(model)]
+    )
     with uncompressed():
         ocp.save_checkpointables(str(checkpoint), {"model": frame})
     stores = {name: _create(checkpoint, name, leaf) for name, leaf in arrays.items()}
@@ -109,7 +106,7 @@ def load_native(
     return restore.read(checkpoint, {"model": as_filed}, dtype=dtype)["model"]
 
 
-def _opened(path: pathlib.Path, step: int | None) -> tuple[LlamaConfig, pathlib.Path, Llama]:
+def _opened(path: pathlib.Path, step: int | None) -> tuple[LlamaConfig, pathlib.Path, Any]:
     """The config, the checkpoint, and the model of the config with the dtypes of the checkpoint, but without its arrays."""
     config = _model_config(path)
     saved = restore.steps(path / CHECKPOINTS)
@@ -121,20 +118,28 @@ def _opened(path: pathlib.Path, step: int | None) -> tuple[LlamaConfig, pathlib.
         raise CheckpointError(f"step {step} is not saved", where=str(path), next=f"saved steps: {', '.join(map(str, saved))}")
     checkpoint = path / CHECKPOINTS / str(saved[-1] if step is None else step)
     try:
-        model = eqx.filter_eval_shape(lambda key: config.build(key=key), jax.eval_shape(lambda: jax.random.key(0)))
+        model = _abstract(config)
     except ConfigError as error:
         raise _config_error(path, error) from error
     found = restore.filed(checkpoint, "model")
     leaves, structure = jax.tree.flatten(model)
     filed = [found.get(name, leaf).dtype for name, leaf in zip(parameter_names(model), leaves, strict=True)]
-    return config, checkpoint, structure.unflatten([jax.ShapeDtypeStruct(leaf.shape, kind) for leaf, kind in zip(leaves, filed, strict=True)])
+    model = structure.unflatten([jax.ShapeDtypeStruct(leaf.shape, kind) for leaf, kind in zip(leaves, filed, strict=True)])
+    return config, checkpoint, model
 
 
-def _store(checkpoint: pathlib.Path, name: str) -> dict[str, Any]:
-    return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": f"file://{checkpoint}/model/", "path": f"{name}/"}}
+def _abstract(config: LlamaConfig) -> Llama:
+    return eqx.filter_eval_shape(lambda key: config.build(key=key), jax.eval_shape(lambda: jax.random.key(0)))
 
 
-def _create(checkpoint: pathlib.Path, name: str, leaf: Any) -> tensorstore.TensorStore:
+def _spec(checkpoint: pathlib.Path, name: str) -> dict[str, Any]:
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{checkpoint}/model/"}, "path": f"{name}/"},
+    }
+
+
+def _create(checkpoint: pathlib.Path, name: str, leaf: Any) -> Any:
     chunk, itemsize = list(leaf.shape), np.dtype(leaf.dtype).itemsize
     for axis in range(len(chunk)):  # from the slowest axis on
         rest = math.prod(chunk[axis + 1 :]) * itemsize
@@ -145,15 +150,15 @@ def _create(checkpoint: pathlib.Path, name: str, leaf: Any) -> tensorstore.Tenso
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
     }
-    return tensorstore.open({**_store(checkpoint, name), "metadata": metadata}, create=True, delete_existing=True).result()
+    return tensorstore.open({**_spec(checkpoint, name), "metadata": metadata}, create=True, delete_existing=True).result()
 
 
 def _reader(checkpoint: pathlib.Path, name: str, held: dict[str, np.ndarray]) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """`held` keeps the array that was read last, if it is filed in one piece: as a run files it, all layers together."""
 
     @functools.cache
-    def store() -> tensorstore.TensorStore:
-        return tensorstore.open(_store(checkpoint, name), open=True).result()
+    def store() -> Any:  # tensorstore's own annotations allow for None nearly everywhere
+        return tensorstore.open(_spec(checkpoint, name), open=True).result()
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         try:

@@ -25,20 +25,20 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 class ConvertConfig(Config):
-    """`source` and `target` are folders: `from=` and `to=` on the command line. Without `dtype` the weights stay as they are, bit for bit.
+    """Folders. Without `dtype` the weights stay as they are, bit for bit.
 
     `shards` is the number of Meta's files; without it as many as Meta's own model of that size has.
     """
 
-    source: str | None
-    target: str | None
+    from_: str | None
+    to: str | None
     format: Format | None
     dtype: str | None
     shards: int | None
 
     def check(self) -> None:
-        for name, key, example in (("source", "from", "FOLDER"), ("target", "to", "FOLDER"), ("format", "format", "hf|meta|native")):
-            if getattr(self, name) is None:
+        for key, value, example in (("from", self.from_, "FOLDER"), ("to", self.to, "FOLDER"), ("format", self.format, "hf|meta|native")):
+            if value is None:
                 raise ConfigError(f"{key} is not given", where=key, next=f"{key}={example}")
         if self.dtype not in (None, *DTYPES):
             raise ConfigError(f"no such dtype: {self.dtype}", where="dtype", next=nearest(self.dtype, DTYPES))
@@ -46,19 +46,19 @@ class ConvertConfig(Config):
             raise ConfigError(f"format={self.format} has no shards to be chosen", where="shards", next="format=meta, or leave shards out")
 
 
-def convert(config: ConvertConfig) -> list[str]:
-    """Writes the model at `source` as a folder at `target`, and says what had to be assumed, a line for each.
+def convert(config: ConvertConfig, *, replace: bool = False) -> list[str]:
+    """Writes the model in the folder `from` as a new folder `to`, and says what had to be assumed, a line for each.
 
     The source is checked against its manifest meanwhile. Raises `CheckpointError` for one that cannot be used or a format that cannot
-    express it, `StorageError` when writing fails; then there is nothing at `target`.
+    express it, `StorageError` when writing fails; then there is nothing at `to`.
     """
-    assert config.source is not None
-    assert config.target is not None
+    assert config.from_ is not None
+    assert config.to is not None
     assert config.format is not None
-    folder, _ = located(config.source)
-    weights = open_pretrained(config.source)
+    folder, _ = located(config.from_)
+    weights = open_pretrained(config.from_)
     dtype = None if config.dtype is None else np.dtype(DTYPES[config.dtype])
-    with appearing(pathlib.Path(config.target)) as target, verified(folder):
+    with appearing(pathlib.Path(config.to), replace=replace) as target, verified(folder):
         notes = [*weights.notes, *_write(weights, target, config.format, dtype, config.shards)]
     if not (folder / MANIFEST).is_file():
         notes.append(f"no {MANIFEST} beside the source: had its numbers been damaged, nobody would know")

@@ -35,7 +35,10 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     if os.path.isabs(name) or ".." in pathlib.PurePath(name).parts or not any(map(file.is_relative_to, (root, *blobs))):
         to = f": it leads to {file}" if (folder / name).is_symlink() else ""
         raise CheckpointError(
-            f"{name} lies outside of the folder{to}", where=str(folder), kept="it was not opened", next="put the file itself into the folder"
+            f"{name} lies outside of the folder{to}",
+            where=str(folder),
+            kept="it was not opened",
+            next="put the file itself into the folder",
         )
     return folder / name
 

@@ -82,6 +82,7 @@ def write_huggingface(
     weight_map = {}
     for i, keys in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE
+        header: dict[str, Any]
         header, end = {"__metadata__": {"format": "pt"}}, 0
         for key in keys:
             tensor, (inputs, name, *_) = weights.tensors[key], TABLE[key[0]]
@@ -249,6 +250,7 @@ def huggingface_tensors(model: Llama) -> Iterator[tuple[str, np.ndarray]]:
         entry = TABLE[parameter]
         yield entry.huggingface.format(layer=layer), to_torch(tensor.whole(), entry.inputs)
 
+
 def _counts(name: str, config: LlamaConfig) -> bool:
     """False for what old files hold in excess: rotary frequencies, and a second copy of a tied table."""
     return not name.endswith("rotary_emb.inv_freq") and not (config.tied and name == HEAD)
@@ -262,13 +264,10 @@ def _same(a: Filed, b: Filed) -> bool:
 
 
 def _family(config: Mapping[str, Any]) -> Literal["sentencepiece", "tiktoken"] | None:
-    """Whose tokenizer the ids are of, where its size and BOS leave no doubt."""
-    match config.get("vocab_size"), config.get("bos_token_id", 1):
-        case 32000, 1:
-            return "sentencepiece"
-        case 128256, 128000:
-            return "tiktoken"
-    return None
+    """Whose tokenizer the ids are of, where BOS and the number of ids leave no doubt."""
+    if config.get("bos_token_id") == 128000:
+        return "tiktoken"
+    return "sentencepiece" if config.get("bos_token_id", 1) == 1 and 32000 <= config["vocab_size"] < 128000 else None
 
 
 def _rope(config: Mapping[str, Any], wrong: list[str]) -> dict[str, Any]:

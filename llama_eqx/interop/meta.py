@@ -177,7 +177,9 @@ def config_to_meta(config: LlamaConfig, shards: int) -> dict[str, Any]:
             f"in Meta's Llama heads x head_dim is embed: not {dims.heads} x {dims.head_dim} = {dims.embed}", where="dims.head_dim"
         )
     if rotary != (implied := _rotary({"rope_theta": rotary.theta, "use_scaled_rope": isinstance(rotary, Llama3RotaryConfig)}, config)[0]):
-        raise CheckpointError(f"{PARAMS} says whether frequencies are scaled and not how: it would mean {implied}, not {rotary}", where="rotary")
+        raise CheckpointError(
+            f"{PARAMS} says whether frequencies are scaled and not how: it would mean {implied}, not {rotary}", where="rotary"
+        )
     wrong = []
     for name, split in {"heads": dims.heads, "kv_heads": dims.kv_heads, "mlp": dims.mlp, "vocab": dims.vocab, "embed": dims.embed}.items():
         assert split is not None
@@ -228,16 +230,16 @@ def _rotary(params: Mapping[str, Any], config: LlamaConfig) -> tuple[PlainRotary
     llama3_2 = config.tied or (config.dims.embed, config.dims.layers) in LLAMA3_2
     factor = 32 if llama3_2 else 8
     said = f"{PARAMS} asks for scaled frequencies without the factor: {factor} is taken, that of Llama {'3.2' if llama3_2 else '3.1'}"
-    scaled = Llama3RotaryConfig(
-        theta=theta, factor=factor, low_freq_factor=1, high_freq_factor=4, original_context=8192, round_at="none"
-    )
+    scaled = Llama3RotaryConfig(theta=theta, factor=factor, low_freq_factor=1, high_freq_factor=4, original_context=8192, round_at="none")
     return scaled, [said]
 
 
 def _losses(config: LlamaConfig) -> list[str]:
     """What a `params.json` leaves out."""
-    said = f"{PARAMS} has no place for the context ({config.context}) and the ids that end a text ({', '.join(map(str, config.tokens.eos))})"
-    if getattr(config.rotary, "factor", 8) == 8:
+    said = (
+        f"{PARAMS} has no place for the context ({config.context}) and the ids that end a text ({', '.join(map(str, config.tokens.eos))})"
+    )
+    if not isinstance(config.rotary, Llama3RotaryConfig) or config.rotary.factor == 8:
         return [said]
     return [said, f"nor for the rotary factor {config.rotary.factor:g}: Meta's own code takes 8, this package knows Llama 3.2 by its size"]
 
@@ -246,7 +248,9 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     found = sorted(path.name for path in folder.glob("consolidated*.pth"))
     wanted = [f"consolidated.{i:02d}.pth" for i in range(max(len(found), 1))]
     if found != wanted:
-        lines = [f"missing: {name}" for name in wanted if name not in found] + [f"unexpected: {name}" for name in found if name not in wanted]
+        lines = [f"missing: {name}" for name in wanted if name not in found] + [
+            f"unexpected: {name}" for name in found if name not in wanted
+        ]
         raise CheckpointError("\n".join(lines), where=str(folder), next="the files are numbered from consolidated.00.pth on, without gaps")
     return [inside(folder, name) for name in found]
 
@@ -266,7 +270,9 @@ def _load(file: pathlib.Path) -> Shard:
     strange = [
         f"{name} is {x.dtype if isinstance(x, torch.Tensor) else type(x).__name__}"
         for name, x in state.items()
-        if not (type(name) is str and isinstance(x, torch.Tensor) and x.dtype in kinds and x.layout == torch.strided and x.device.type == "cpu")
+        if not (
+            type(name) is str and isinstance(x, torch.Tensor) and x.dtype in kinds and x.layout == torch.strided and x.device.type == "cpu"
+        )
     ]
     if strange:
         raise CheckpointError("\n".join(strange), where=str(file), next="readable are tensors of float32, bfloat16 and float16")
@@ -279,7 +285,9 @@ def _load(file: pathlib.Path) -> Shard:
 def _refusal(error: str) -> str:
     if "mmap can only be used" in error:
         return "not a file that torch has written since its version 1.6"
-    if match := re.search(r"(?:Unsupported global: GLOBAL|Trying to (?:load|call reduce for)[^`\w]*(?:unsupported GLOBAL)?) ?([\w.]+)", error):
+    if match := re.search(
+        r"(?:Unsupported global: GLOBAL|Trying to (?:load|call reduce for)[^`\w]*(?:unsupported GLOBAL)?) ?([\w.]+)", error
+    ):
         return f"a pickle that would call {match[1]}: not weights alone, and refused"
     if "weights_only" in error.lower() or "WeightsUnpickler" in error:
         return "a pickle that holds more than weights, and is refused"
@@ -293,7 +301,8 @@ def _torch() -> Any:
         raise CheckpointError("Meta's files need torch to be read or written", next="pip install torch") from None
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < SAFE_TORCH:
         raise CheckpointError(
-            f"torch {torch.__version__} can be made to run what a file of weights holds", next=f"torch {'.'.join(map(str, SAFE_TORCH))} or newer"
+            f"torch {torch.__version__} can be made to run what a file of weights holds",
+            next=f"torch {'.'.join(map(str, SAFE_TORCH))} or newer",
         )
     return torch
 
@@ -337,7 +346,9 @@ def _tensors(config: LlamaConfig, shards: list[Shard], embed_axis: str, copies: 
         del shapes["lm_head", None]  # tied, in files that somebody has made smaller
     for i, shard in enumerate(shards):
         file = f"consolidated.{i:02d}.pth"
-        lines += [f"not part of this model: {name} in {file}" for name in shard if name not in names.values() and not name.endswith("rope.freqs")]
+        lines += [
+            f"not part of this model: {name} in {file}" for name in shard if name not in names.values() and not name.endswith("rope.freqs")
+        ]
     for key, shape in shapes.items():
         entry, split = TABLE[key[0]], embed_axis if key[0] == "embed" else TABLE[key[0]].split
         axis = axes[key].index(split) if split else None
@@ -409,6 +420,4 @@ def _is_tied(tensors: Mapping[Key, Tensor]) -> bool:
     embed, head = tensors["embed", None], tensors.get(("lm_head", None))
     if head is None:
         return True
-    return all(
-        np.array_equal(embed.read(index), head.read(index[::-1]).T) for index in pieces(embed.shape, embed.dtype.itemsize, axis=0)
-    )
+    return all(np.array_equal(embed.read(index), head.read(index[::-1]).T) for index in pieces(embed.shape, embed.dtype.itemsize, axis=0))

@@ -34,13 +34,9 @@ TABLE = {
     "blocks.attention.v_proj": Entry(1, "model.layers.{layer}.self_attn.v_proj.weight", "layers.{layer}.attention.wv.weight", "kv_heads"),
     "blocks.attention.o_proj": Entry(2, "model.layers.{layer}.self_attn.o_proj.weight", "layers.{layer}.attention.wo.weight", "heads"),
     "blocks.ffn_norm.weight": Entry(0, "model.layers.{layer}.post_attention_layernorm.weight", "layers.{layer}.ffn_norm.weight", ""),
-    "blocks.feed_forward.gate_proj": Entry(
-        1, "model.layers.{layer}.mlp.gate_proj.weight", "layers.{layer}.feed_forward.w1.weight", "mlp"
-    ),
+    "blocks.feed_forward.gate_proj": Entry(1, "model.layers.{layer}.mlp.gate_proj.weight", "layers.{layer}.feed_forward.w1.weight", "mlp"),
     "blocks.feed_forward.up_proj": Entry(1, "model.layers.{layer}.mlp.up_proj.weight", "layers.{layer}.feed_forward.w3.weight", "mlp"),
-    "blocks.feed_forward.down_proj": Entry(
-        1, "model.layers.{layer}.mlp.down_proj.weight", "layers.{layer}.feed_forward.w2.weight", "mlp"
-    ),
+    "blocks.feed_forward.down_proj": Entry(1, "model.layers.{layer}.mlp.down_proj.weight", "layers.{layer}.feed_forward.w2.weight", "mlp"),
     "final_norm.weight": Entry(0, "model.norm.weight", "norm.weight", ""),
     "lm_head": Entry(1, "lm_head.weight", "output.weight", "vocab"),
 }

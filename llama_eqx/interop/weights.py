@@ -139,7 +139,11 @@ def to_model(weights: Weights, dtype: DTypeLike | None = None, shardings: PyTree
 
 
 def _place(tensor: Tensor, dtype: np.dtype, place: Sharding) -> jax.Array:
-    return jax.make_array_from_callback(tensor.shape, place, lambda index: np.ascontiguousarray(tensor.read(index), dtype), dtype=dtype)
+    def part(index: Index | None) -> np.ndarray:
+        assert index is not None
+        return np.ascontiguousarray(tensor.read(index), dtype)
+
+    return jax.make_array_from_callback(tensor.shape, place, part, dtype=dtype)
 
 
 def _stack(tensors: list[Tensor], shape: tuple[int, ...], dtype: np.dtype, place: Sharding) -> jax.Array:
@@ -155,9 +159,7 @@ def _stack(tensors: list[Tensor], shape: tuple[int, ...], dtype: np.dtype, place
 
 @functools.lru_cache(maxsize=64)
 def _updater(place: Sharding) -> Callable[..., jax.Array]:
-    return jax.jit(
-        lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0), donate_argnums=0, out_shardings=place
-    )
+    return jax.jit(lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0), donate_argnums=0, out_shardings=place)
 
 
 def pieces(shape: tuple[int, ...], itemsize: int, axis: int) -> Iterator[Index]:
