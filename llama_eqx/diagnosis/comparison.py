@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float32, Int
 from tqdm import tqdm
 
+from llama_eqx.diagnosis.reference import transformers_parts
 from llama_eqx.diagnosis.report import Finding, Report
-from llama_eqx.diagnosis.settings import frequencies, said_phase_error, said_rotary
-from llama_eqx.errors import CheckpointError, ConfigError
+from llama_eqx.diagnosis.settings import said_phase_error, said_rotary
 from llama_eqx.interop.pretrained import open_pretrained
 from llama_eqx.interop.table import halves_to_pairs, pairs_to_halves
 from llama_eqx.interop.weights import Weights, abstract
@@ -28,7 +28,7 @@ LENGTH, FAR = 512, 20_000
 NEAR_POSITIONS = np.arange(LENGTH, dtype=np.int32)
 POSITIONS = np.stack([NEAR_POSITIONS, NEAR_POSITIONS + np.where(NEAR_POSITIONS < LENGTH // 2, 0, FAR).astype(np.int32)])
 ROWS = (f"0-{LENGTH - 1}", f"{FAR:,}")
-FREQUENCIES = 1e-6  # relative: PyTorch's and XLA's float32 powers differ by units in the last place
+HEAD = {True: "embed", False: "lm_head"}  # what the logits are made with, tied or not
 
 Residual = Float32[Array, "batch seq embed"]
 Parts = Iterator[tuple[str, Any]]  # the name of a part and what comes out of it, [batch, seq, ...], on the host or a device
@@ -51,27 +51,27 @@ def compare(path: str, against: str, tolerance: float) -> Report:
 
     Raises `CheckpointError` when a model cannot be read, `ConfigError` where transformers is asked for and not installed.
     """
-    title = f"{path} against {against}"
-    ours, theirs = open_pretrained(path), None if against == TRANSFORMERS else open_pretrained(against)
+    title, ours = f"{path} against {against}", open_pretrained(path)
+    if against != TRANSFORMERS:
+        facts, findings = compare_weights(ours, open_pretrained(against), tolerance)
+        return Report(title, tuple(facts), tuple(findings))
     vocab = ours.config.dims.vocab or 0
-    if theirs is not None:
-        if wrong := _sizes(ours.config, theirs.config):
-            return Report(title, (), tuple(Finding("error", "sizes", what, "two models of the same sizes") for what in wrong))
-        vocab = min(vocab, theirs.config.dims.vocab or 0)
-    tokens = np.random.default_rng(0).integers(0, vocab, (1, LENGTH)).astype(np.int32).repeat(2, axis=0)
-    facts, findings = [], []
-    parts = _transformers_parts(path, ours.config, tokens, facts, findings) if theirs is None else model_parts(theirs, tokens)
-    rows = list(_rows(model_parts(ours, tokens), parts, vocab, 2 * ours.config.dims.layers + 2))
-    first = next((row for row in rows if not all(apart <= tolerance * row.scale for apart in row.apart)), None)  # NaN is apart too
-    if first is None:
-        facts.append(f"no part is more than {tolerance:g} of its activations apart")
-    else:
-        where = [said for said, apart in zip(ROWS, first.apart, strict=True) if not apart <= tolerance * first.scale]
-        what = f"the first part that differs: by up to {np.max(first.apart):.2g} at positions {' and '.join(where)}"
-        findings.append(Finding("error", first.part, what))
-        if theirs is not None:
-            findings += _reasons(ours, theirs, first.part)
-    return Report(title, (*facts, *_table(rows)), tuple(findings))
+    parts, facts, findings = transformers_parts(path, ours.config, _tokens(vocab), POSITIONS)
+    said, wrong, _ = _compared(ours, iter(parts), vocab, tolerance)
+    return Report(title, (*facts, *said), (*findings, *wrong))
+
+
+def compare_weights(ours: Weights, theirs: Weights, tolerance: float) -> tuple[list[str], list[Finding]]:
+    """Facts and findings about two models, as in `compare`."""
+    if sizes := _sizes(ours.config, theirs.config):
+        return [], [Finding("error", "sizes", what, "two models of the same sizes") for what in sizes]
+    vocab = min(ours.config.dims.vocab or 0, theirs.config.dims.vocab or 0)
+    facts, findings, first = _compared(ours, model_parts(theirs, _tokens(vocab)), vocab, tolerance)
+    return facts, findings if first is None else [*findings, *_reasons(ours, theirs, first)]
+
+
+def _tokens(vocab: int) -> Int[np.ndarray, "batch seq"]:
+    return np.random.default_rng(0).integers(0, vocab, (1, LENGTH)).astype(np.int32).repeat(2, axis=0)
 
 
 def model_parts(weights: Weights, tokens: Int[np.ndarray, "batch seq"]) -> Parts:
@@ -92,7 +92,7 @@ def model_parts(weights: Weights, tokens: Int[np.ndarray, "batch seq"]) -> Parts
         yield f"layer {layer} attention", between
         yield f"layer {layer} feed-forward", x
     model = eqx.tree_at(lambda m: m.final_norm, model, read(model.final_norm, "final_norm"))
-    outside = "embed" if config.tied else "lm_head"
+    outside = HEAD[config.tied]
     model = eqx.tree_at(lambda m: getattr(m, outside), model, read(getattr(model, outside), outside))
     yield "logits", _logits(model, x)
 
@@ -116,12 +116,19 @@ def _logits(model: Any, x: Array) -> Array:
     return model.head(model.final_norm(x))
 
 
-def _rows(ours: Parts, theirs: Parts, vocab: int, total: int) -> Iterator[Row]:
-    pairs = tqdm(zip(ours, theirs, strict=True), total=total, desc="comparing", unit=" parts", disable=None)
-    for (name, x), (_, y) in pairs:
+def _compared(ours: Weights, theirs: Parts, vocab: int, tolerance: float) -> tuple[list[str], list[Finding], str | None]:
+    """Facts, findings, and the first part that differs."""
+    rows, total = [], 2 * ours.config.dims.layers + 2
+    pairs = zip(model_parts(ours, _tokens(vocab)), theirs, strict=True)
+    for (name, x), (_, y) in tqdm(pairs, total=total, desc="comparing", unit=" parts", disable=None):
         x, y = (np.asarray(z)[..., :vocab] if name == "logits" else np.asarray(z) for z in (x, y))
-        apart = np.abs(x - y).max(axis=(1, 2))
-        yield Row(name, math.sqrt(np.mean(np.square(x))), tuple(apart.tolist()))
+        rows.append(Row(name, math.sqrt(np.mean(np.square(x))), tuple(np.abs(x - y).max(axis=(1, 2)).tolist())))
+    first = next((row for row in rows if not all(apart <= tolerance * row.scale for apart in row.apart)), None)  # NaN is apart too
+    if first is None:
+        return [f"no part is more than {tolerance:g} of its activations apart", *_table(rows)], [], None
+    where = [said for said, apart in zip(ROWS, first.apart, strict=True) if not apart <= tolerance * first.scale]
+    what = f"the first part that differs: by up to {np.max(first.apart):.2g} at positions {' and '.join(where)}"
+    return _table(rows), [Finding("error", first.part, what)], first.part
 
 
 def _table(rows: list[Row]) -> list[str]:
@@ -152,7 +159,7 @@ def _reasons(ours: Weights, theirs: Weights, part: str) -> list[Finding]:
         findings.append(Finding("error", "feed_forward", f"{a.feed_forward} and {b.feed_forward}", "the same feed-forward"))
     words = part.split()
     layer = int(words[1]) if words[0] == "layer" else None
-    inside = {"attention": ("blocks.att",), "feed-forward": ("blocks.f",), "logits": ("final_norm", "lm_head", "embed"), "embedding": ("embed",)}
+    inside = {"attention": ("blocks.att",), "feed-forward": ("blocks.f",), "embedding": ("embed",), "logits": ("final_norm", HEAD[a.tied])}
     for (name, at), tensor in ours.tensors.items():
         if at == layer and name.startswith(inside[words[-1]]) and (name, at) in theirs.tensors:
             what = _apart(tensor.whole(), theirs.tensors[name, at].whole())
@@ -172,7 +179,8 @@ def _apart(a: np.ndarray, b: np.ndarray) -> str | None:
         return None
     near = 1e-2 * float(np.abs(b).max())  # a rounding to bfloat16, not an exchange of rows
     if a.ndim == 3:
-        for move, here, there in ((pairs_to_halves, "side by side", "half a head apart"), (halves_to_pairs, "half a head apart", "side by side")):
+        beside, apart = "side by side", "half a head apart"
+        for move, here, there in ((pairs_to_halves, beside, apart), (halves_to_pairs, apart, beside)):
             if np.abs(move(a) - b).max() < near <= np.abs(a - b).max():
                 return (
                     f"the same rows in another order: as if rotary pairs were {here} in the first model and {there} in the second. "
@@ -183,53 +191,3 @@ def _apart(a: np.ndarray, b: np.ndarray) -> str | None:
         if np.allclose(*rows, rtol=1e-3):
             return "the same columns in another order: a permutation with the wrong number of heads?"
     return f"the weights are up to {np.abs(a - b).max():.2g} apart, of up to {np.abs(b).max():.2g}"
-
-
-def _transformers_parts(
-    path: str, config: LlamaConfig, tokens: Int[np.ndarray, "batch seq"], facts: list[str], findings: list[Finding]
-) -> Parts:
-    """What `model_parts` gives, as `transformers` computes it from the same folder. What its reader misses is added to `findings`."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ConfigError(f"{error.name} is not installed", where="against=transformers", next="pip install torch transformers") from None
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager", local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        what = f"transformers cannot read it: {str(error).splitlines()[0]}"
-        raise CheckpointError(what, where=path, next="it reads Hugging Face folders: python -m llama_eqx.doctor path=…") from error
-    findings += [Finding("error", path, f"transformers reports {name}: {what}") for name, what in loaded.items() if what]
-
-    # Frequencies are compared by themselves. A unit in their last place is a milliradian at 20,000, so for the rest both have the same.
-    held, own = model.model.rotary_emb.inv_freq, frequencies(config)
-    off = float(np.abs(held.double().numpy() / own - 1).max())
-    if off < FREQUENCIES:
-        held.copy_(torch.tensor(own))
-        facts.append(f"rotary frequencies are {off:.1g} apart, relative; transformers computed with these ones")
-    else:
-        drift = float(np.abs(held.double().numpy() - own).max())
-        what = f"rotary frequencies differ: the error of phase passes 0.1 rad at position {math.ceil(0.1 / drift):,}"
-        findings.append(Finding("error", "rotary", what, "a report of this with the config.json"))
-
-    parts: list[tuple[str, Any]] = []
-
-    def keep(name: str) -> Any:
-        return lambda module, inputs, output: parts.append((name, (output[0] if isinstance(output, tuple) else output).numpy()))
-
-    def keep_input(name: str) -> Any:
-        return lambda module, inputs: parts.append((name, inputs[0].numpy()))
-
-    model.model.embed_tokens.register_forward_hook(keep("embedding"))
-    for i, layer in enumerate(model.model.layers):
-        layer.post_attention_layernorm.register_forward_pre_hook(keep_input(f"layer {i} attention"))
-        layer.register_forward_hook(keep(f"layer {i} feed-forward"))
-    model.lm_head.register_forward_hook(keep("logits"))
-    with torch.no_grad():
-        ids = torch.tensor(tokens).long()
-        # A mask keeps it from taking the gap in the positions for the edge of two packed texts.
-        model(ids, attention_mask=torch.ones_like(ids), position_ids=torch.tensor(POSITIONS).long())
-    yield from parts

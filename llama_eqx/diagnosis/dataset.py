@@ -46,7 +46,8 @@ def examine_dataset(folder: pathlib.Path, read: bool) -> Report:
 def _check_ids(shard: Shard, progress: tqdm) -> list[Finding]:
     ids, offsets, findings = shard.ids(), shard.offsets(), []
     if offsets[0] != 0 or offsets[-1] != shard.tokens or (np.diff(offsets) < 1).any():
-        findings.append(Finding("error", shard.file("offsets").name, "offsets of documents do not rise from 0 to the number of ids", REMEDY))
+        what = "offsets of documents do not rise from 0 to the number of ids"
+        findings.append(Finding("error", shard.file("offsets").name, what, REMEDY))
     count, first = 0, None
     for start in range(0, shard.tokens, NUMBERS):
         wrong = np.flatnonzero(ids[start : start + NUMBERS] >= shard.vocab)

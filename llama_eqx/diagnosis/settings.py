@@ -93,8 +93,9 @@ def _differences(config: LlamaConfig, preset: LlamaConfig, mean_square: float | 
             shows += f", from the first norm on, which it puts off by {off:.2g} of its value"
         rows.append(("eps", f"{here:g}, where {there:g} is expected: {shows}", f"{there:g}"))
     if config.tied != preset.tied:
-        what = f"the head is {'' if config.tied else 'not '}tied to the embedding, where it is expected {'not ' if config.tied else ''}to be"
-        rows.append(("tie", f"{what}: it shows at every position", str(preset.tied).lower()))
+        here, there = ("", "not ") if config.tied else ("not ", "")
+        what = f"the head is {here}tied to the embedding, where it is expected {there}to be: it shows at every position"
+        rows.append(("tie", what, str(preset.tied).lower()))
     return rows
 
 

@@ -38,15 +38,13 @@ def check_vocabulary(folder: pathlib.Path, config: LlamaConfig, facts: list[str]
     return tokenizer, []
 
 
-def check_ends(
-    folder: pathlib.Path, config: Mapping[str, Any], size: int, tokenizer: Tokenizer | None, findings: list[Finding]
-) -> None:
+def check_ends(folder: pathlib.Path, config: Mapping[str, Any], size: int, tokenizer: Tokenizer | None, findings: list[Finding]) -> None:
     """EOS of `generation_config.json`, else of `config.json`, against the tokenizer's tokens and its chat template; adds to `findings`."""
     generation = read_json(folder, "generation_config.json", findings) or {}
     settings = read_json(folder, "tokenizer_config.json", findings) or {}
     for name, tree in {"config.json": config, "generation_config.json": generation}.items():
-        for key in ("bos_token_id", "eos_token_id"):
-            if wrong := [i for i in _ids(tree.get(key)) if not 0 <= i < size]:
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if wrong := [i for i in _ids(tree.get(key)) if not -1 <= i < size]:
                 findings.append(Finding("error", name, f"{key} is {wrong[0]:,}, outside of the vocabulary of {size:,}", f"mend {key}"))
     where, tree = ("config.json", config) if generation.get("eos_token_id") is None else ("generation_config.json", generation)
     eos = _ids(tree.get("eos_token_id"))

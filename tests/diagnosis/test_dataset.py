@@ -50,12 +50,20 @@ BROKEN = {
     "flipped bit": (flip, "train-00000.ids.npy", "its sha256 is not that of the index"),
     "cut short": (lambda f: (f / "val-00000.ids.npy").write_bytes(b"\x93NUMPY"), "val-00000.ids.npy", "bytes instead of"),
     "missing": (lambda f: (f / "train-00000.offsets.npy").unlink(), "train-00000.offsets.npy", "No such file"),
-    "foreign ids": (put("train-00000.ids.npy", [7, 9], 300), "train-00000.ids.npy", "2 ids are not in the vocabulary of 258; the first is 300 at token 7"),
+    "foreign ids": (
+        put("train-00000.ids.npy", [7, 9], 300),
+        "train-00000.ids.npy",
+        "2 ids are not in the vocabulary of 258; the first is 300 at token 7",
+    ),
     "offsets": (put("train-00000.offsets.npy", 0, 1), "train-00000.offsets.npy", "offsets of documents do not rise"),
     "other tokenizer": (lambda f: CharsTokenizer(b"abc").save(f / "tokenizer"), "tokenizer", "prepared with the tokenizer"),
     "no index to read": (lambda f: (f / "index.json").write_text("{"), "index.json", "no index of token shards"),
-    "pointer": (lambda f: (f / "train-00000.ids.npy").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "train-00000.ids.npy", "Git LFS pointer"),
-}  # fmt: skip
+    "pointer": (
+        lambda f: (f / "train-00000.ids.npy").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+        "train-00000.ids.npy",
+        "Git LFS pointer",
+    ),
+}
 
 
 def test_a_good_dataset_gives_no_finding(folder):

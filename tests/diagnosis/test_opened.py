@@ -56,20 +56,36 @@ def edit_yaml(folder, change):
 WQ = "layers.1.attention.wq.weight"
 BROKEN = {
     "meta": {
-        "NaN": (lambda f, _: edit_pickle(f, lambda s: s[WQ].view(-1)[5:7].fill_(torch.nan)), "params.json", "blocks.attention.q_proj of layer 1 has 2 NaN"),
+        "NaN": (
+            lambda f, _: edit_pickle(f, lambda s: s[WQ].view(-1)[5:7].fill_(torch.nan)),
+            "params.json",
+            "blocks.attention.q_proj of layer 1 has 2 NaN",
+        ),
         "missing tensor": (lambda f, _: edit_pickle(f, lambda s: s.pop(WQ)), "params.json", f"missing: {WQ}"),
         "sizes": (lambda f, change: change(f / "params.json", n_kv_heads=4), "params.json", "layers.0.attention.wk.weight"),
-        "pointer": (lambda f, _: (f / "consolidated.00.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "consolidated.00.pth", "Git LFS pointer"),
+        "pointer": (
+            lambda f, _: (f / "consolidated.00.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+            "consolidated.00.pth",
+            "Git LFS pointer",
+        ),
         "no weights": (lambda f, _: (f / "consolidated.00.pth").unlink(), "params.json", "missing: consolidated.00.pth"),
         "no params": (lambda f, _: (f / "params.json").unlink(), "params.json", "none of"),
     },
     "native": {
         "sizes": (lambda f, _: edit_yaml(f, lambda m: m["dims"].update(mlp=56)), "checkpoints/0", "blocks.feed_forward.down_proj"),
-        "unknown key": (lambda f, _: edit_yaml(f, lambda m: m["norm"].update(epsilon=1)), "config.yaml: model.norm", "no such key: epsilon"),
+        "unknown key": (
+            lambda f, _: edit_yaml(f, lambda m: m["norm"].update(epsilon=1)),
+            "config.yaml: model.norm",
+            "no such key: epsilon",
+        ),
         "no steps": (lambda f, _: shutil.rmtree(f / "checkpoints" / "0"), "checkpoints", "no checkpoint has been saved"),
-        "tokenizer": (lambda f, _: (f / "tokenizer" / "tokenizer.bytes").write_bytes(b"x"), "tokenizer/tokenizer.bytes", "its sha256 differs"),
+        "tokenizer": (
+            lambda f, _: (f / "tokenizer" / "tokenizer.bytes").write_bytes(b"x"),
+            "tokenizer/tokenizer.bytes",
+            "its sha256 differs",
+        ),
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("format", ["native", "meta", "hf"])
@@ -84,7 +100,7 @@ def test_broken_folders(folder, presets, change_json, format, broken):
     path = folder(format)
     break_(path, change_json)
     report = examine(str(path), presets, weights=True)
-    assert ["error"] == [finding.severity for finding in report.findings if finding.where == where and words in finding.what], str(report)
+    assert [finding.severity for finding in report.findings if finding.where == where and words in finding.what] == ["error"], str(report)
 
 
 def test_numbers_of_a_run(folder, presets):

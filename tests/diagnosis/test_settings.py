@@ -29,26 +29,83 @@ def test_every_preset_is_right(presets):
 # The preset, what is changed in it, the severity, and what is said: all of it, so that a number is seen to move.
 EPS_1E6 = RMSNormConfig(eps=1e-6)
 WRONG = {
-    "3.2 with the factor of 3.1": ("llama3_2_1b", lambda c, p: changed(c, rotary={"factor": 8.0}), "warning", [
-        "factor 8,", "where theta 500,000, factor 32,", "17 of 32 frequencies differ",
-        "passes 0.1 rad at position 1,050 and 1 rad at position 10,495", "if this is to be llama3_2_1b",
-    ]),
-    "3.1 without scaling": ("llama3_1_8b", lambda c, p: changed(c, rotary=p["llama3_8b"].rotary), "warning", [
-        "theta 500,000, no scaling, where", "35 of 64 frequencies differ", "0.1 rad at position 113 and 1 rad at position 1,125",
-        "all would be right for llama3_8b, but for the context of 131,072",
-    ]),
-    "theta of Llama 2 in Llama 3": ("llama3_8b", lambda c, p: changed(c, rotary={"theta": 1e4}), "warning", [
-        "theta 10,000, no scaling, where theta 500,000, no scaling", "63 of 64 frequencies differ", "1 rad at position 8",
-    ]),
-    "theta of Llama 3 in Llama 2": ("llama2_70b", lambda c, p: changed(c, rotary={"theta": 5e5}), "warning", ["if this is to be llama2_70b"]),
+    "3.2 with the factor of 3.1": (
+        "llama3_2_1b",
+        lambda c, p: changed(c, rotary={"factor": 8.0}),
+        "warning",
+        [
+            "factor 8,",
+            "where theta 500,000, factor 32,",
+            "17 of 32 frequencies differ",
+            "passes 0.1 rad at position 1,050 and 1 rad at position 10,495",
+            "if this is to be llama3_2_1b",
+        ],
+    ),
+    "3.1 without scaling": (
+        "llama3_1_8b",
+        lambda c, p: changed(c, rotary=p["llama3_8b"].rotary),
+        "warning",
+        [
+            "theta 500,000, no scaling, where",
+            "35 of 64 frequencies differ",
+            "0.1 rad at position 113 and 1 rad at position 1,125",
+            "all would be right for llama3_8b, but for the context of 131,072",
+        ],
+    ),
+    "theta of Llama 2 in Llama 3": (
+        "llama3_8b",
+        lambda c, p: changed(c, rotary={"theta": 1e4}),
+        "warning",
+        [
+            "theta 10,000, no scaling, where theta 500,000, no scaling",
+            "63 of 64 frequencies differ",
+            "1 rad at position 8",
+        ],
+    ),
+    "theta of Llama 3 in Llama 2": (
+        "llama2_70b",
+        lambda c, p: changed(c, rotary={"theta": 5e5}),
+        "warning",
+        ["if this is to be llama2_70b"],
+    ),
     "Code Llama": ("llama2_13b", lambda c, p: changed(c, rotary={"theta": 1e6}, context=16384), "note", ["This theta is Code Llama's"]),
-    "eps of Llama 1 in Llama 2": ("llama2_70b", lambda c, p: changed(c, norm=EPS_1E6), "warning", ["eps: 1e-06, where 1e-05 is expected: it shows at every position"]),
-    "eps of Llama 2 in Llama 1": ("llama1_7b", lambda c, p: changed(c, norm={"eps": 1e-5}), "warning", ["eps: 1e-05, where 1e-06", "but for the context of 2,048"]),
-    "untied": ("llama3_2_3b", lambda c, p: changed(c, tied=False), "warning", ["the head is not tied to the embedding, where it is expected to be"]),
-    "tied": ("llama3_8b", lambda c, p: changed(c, tied=True), "warning", ["the head is tied to the embedding, where it is expected not to be"]),
-    "context": ("llama3_2_1b", lambda c, p: changed(c, context=8192), "note", ["the context is 8,192, and llama3_2_1b was trained for 131,072"]),
-    "vocabulary": ("llama2_7b", lambda c, p: changed(c, dims={"vocab": 32016}), "note", ["the vocabulary has 32,016 ids, and llama2_7b's 32,000"]),
-}  # fmt: skip
+    "eps of Llama 1 in Llama 2": (
+        "llama2_70b",
+        lambda c, p: changed(c, norm=EPS_1E6),
+        "warning",
+        ["eps: 1e-06, where 1e-05 is expected: it shows at every position"],
+    ),
+    "eps of Llama 2 in Llama 1": (
+        "llama1_7b",
+        lambda c, p: changed(c, norm={"eps": 1e-5}),
+        "warning",
+        ["eps: 1e-05, where 1e-06", "but for the context of 2,048"],
+    ),
+    "untied": (
+        "llama3_2_3b",
+        lambda c, p: changed(c, tied=False),
+        "warning",
+        ["the head is not tied to the embedding, where it is expected to be"],
+    ),
+    "tied": (
+        "llama3_8b",
+        lambda c, p: changed(c, tied=True),
+        "warning",
+        ["the head is tied to the embedding, where it is expected not to be"],
+    ),
+    "context": (
+        "llama3_2_1b",
+        lambda c, p: changed(c, context=8192),
+        "note",
+        ["the context is 8,192, and llama3_2_1b was trained for 131,072"],
+    ),
+    "vocabulary": (
+        "llama2_7b",
+        lambda c, p: changed(c, dims={"vocab": 32016}),
+        "note",
+        ["the vocabulary has 32,016 ids, and llama2_7b's 32,000"],
+    ),
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG)

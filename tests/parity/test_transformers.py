@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 
 import equinox as eqx
 import jax
@@ -15,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llama_eqx import load_pretrained, save_pretrained
 from llama_eqx.compose import compose, resolve
+from llama_eqx.interop import meta
 from llama_eqx.interop.huggingface import huggingface_tensors
 from llama_eqx.model.feed_forward import GatedFeedForwardConfig
 from llama_eqx.model.llama import build_model
@@ -63,7 +65,9 @@ def pair(tmp_path_factory):
     @functools.cache
     def make(preset, **others):
         sizes = {"vocab": 97, "layers": 2, "embed": 96, "mlp": 112, **PRESETS[preset], **others}
-        config = resolve(compose(f"model/{preset}", [f"model.dims.{name}={size}" for name, size in sizes.items()]))["model"]
+        sizes = [f"model.dims.{name}={size}" for name, size in sizes.items()]
+        none = [f"model.tokens.{name}=null" for name in ("tokenizer", "bos", "pad")] + ["model.tokens.eos=[]"]  # of so small a vocabulary
+        config = resolve(compose(f"model/{preset}", [*sizes, *none]))["model"]
         model = jitter(build_model(config, key=jax.random.key(0)))
         folder = tmp_path_factory.mktemp("parity") / "hf"
         save_pretrained(model, folder, format="hf")
@@ -236,6 +240,40 @@ def test_far_change_is_noticed_given_frequencies(pair):
     model, reference = pair("llama3_2_1b")
     with pytest.raises(AssertionError):
         check_far_given_frequencies(FAR_MUTATIONS["bfloat16 angles"](model), reference)
+
+
+def write_meta(reference, folder):
+    """Meta's files of a model that transformers holds: rotary pairs side by side, row by row."""
+    state, config = reference.state_dict(), reference.config
+    names = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv"}
+    names |= {"self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2"}
+    names |= {"mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {"embed_tokens": "tok_embeddings", "lm_head": "output", "model.": ""}
+    written = {}
+    for name, x in state.items():
+        if "q_proj" in name or "k_proj" in name:
+            half = config.head_dim // 2
+            heads = x.reshape(-1, config.head_dim, x.shape[1])
+            x = torch.stack([row for head in heads for i in range(half) for row in (head[i], head[i + half])])
+        for theirs, metas in names.items():
+            name = name.replace(theirs, metas)
+        written[name] = x.clone()
+    folder.mkdir()
+    torch.save(written, folder / "consolidated.00.pth")
+    sizes = {"dim": config.hidden_size, "n_layers": config.num_hidden_layers, "n_heads": config.num_attention_heads}
+    sizes |= {"n_kv_heads": config.num_key_value_heads, "vocab_size": config.vocab_size, "norm_eps": config.rms_norm_eps}
+    sizes |= {"multiple_of": 1, "ffn_dim_multiplier": (config.intermediate_size + 0.5) / int(8 * config.hidden_size / 3)}
+    (folder / "params.json").write_text(json.dumps(sizes))
+
+
+def test_a_dropped_permutation_is_noticed(pair, tmp_path, monkeypatch):
+    """Of Meta's files, by which llama.cpp and others were once caught out."""
+    _, reference = pair("llama2_70b", heads=6, kv_heads=2)
+    write_meta(reference, tmp_path / "meta")
+    check_near(load_pretrained(tmp_path / "meta"), reference)
+    monkeypatch.setattr(meta, "pairs_to_halves", lambda x: x)
+    with pytest.raises(AssertionError):
+        check_near(load_pretrained(tmp_path / "meta"), reference)
 
 
 def untied(model):
