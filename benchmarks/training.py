@@ -1,7 +1,7 @@
 """Training steps side by side: `python -m benchmarks.training [key=value]… [--rounds 3] [--peers …]`.
 
-Every side runs in a process of its own, in interleaved rounds, at the same shapes, batch, precision, optimizer and threads. Prints a table of
-medians and writes it with everything measured to `--out`.
+Every side runs in a process of its own, in interleaved rounds, at the same shapes, batch, precision, optimizer and threads.
+Prints a table of medians and writes it with everything measured to `--out`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A Llama in JAX alone: a dict of stacked arrays, one scan, AdamW by hand, donated state. What is slower than this is a framework's cost."""
+"""A Llama in JAX alone: a dict of stacked arrays, one scan, AdamW by hand, donated state. What we lose to it is a framework's cost."""
 
 import os
 import zlib
