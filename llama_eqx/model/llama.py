@@ -77,7 +77,8 @@ class Llama(eqx.Module):
             caches = jax.tree.map(lambda c, new: jax.lax.dynamic_update_index_in_dim(c, new, layer, axis=0), caches, cache)
             return (x, caches), None
 
-        (x, cache), _ = jax.lax.scan(fold, (x, cache), (self.blocks, jnp.arange(self.config.dims.layers)))
+        unroll = getattr(self.blocks, "unroll", 1)  # of blocks that a policy has wrapped
+        (x, cache), _ = jax.lax.scan(fold, (x, cache), (self.blocks, jnp.arange(self.config.dims.layers)), unroll=unroll)
         return self.final_norm(x), cache
 
     def head(self, x: Float[Array, "batch seq embed"]) -> Float32[Array, "batch seq vocab"]:

@@ -41,6 +41,6 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
 
     shapes = eqx.filter_eval_shape(initial, jax.random.key(0))
     check_shapes(shapes.model, config.model.dims)
-    view = policy_view(config.precision, config.remat, layout)
+    view = policy_view(config.precision, config.remat, layout, config.kernel, config.train.unroll)
     step = make_step(optimizer, lambda step: config.schedule.rate(step, config.train.steps), view, layout)
     return Program(initial, step, view, shapes, layout.shardings(shapes))

@@ -10,9 +10,10 @@ from llama_eqx.config import Config, dump
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError
+from llama_eqx.model.kernel import KernelConfig
 from llama_eqx.model.llama import LlamaConfig
 from llama_eqx.precision import PrecisionConfig
-from llama_eqx.remat import RematConfig
+from llama_eqx.remat import Remat
 from llama_eqx.sharding import MeshConfig, Rules
 from llama_eqx.tracking.tracker import TrackingConfig
 from llama_eqx.training.optimizer import OptimizerConfig
@@ -20,11 +21,15 @@ from llama_eqx.training.schedule import ScheduleConfig
 
 
 class TrainConfig(Config):
-    """`batch_size` in sequences over all devices, `seq_len` in tokens; `log_every` and `eval_every` in steps."""
+    """`batch_size` in sequences over all devices, `seq_len` in tokens; `log_every` and `eval_every` in steps.
+
+    `unroll` layers make one turn of the loop over layers: more to compile, fewer copies while it runs.
+    """
 
     steps: int
     batch_size: int
     seq_len: int
+    unroll: int
     log_every: int
     eval_every: int
     sample_tokens: int
@@ -42,7 +47,8 @@ class RunConfig(Config):
     mesh: MeshConfig
     sharding: Rules
     precision: PrecisionConfig
-    remat: RematConfig
+    remat: Remat
+    kernel: KernelConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     checkpoint: CheckpointConfig
@@ -69,10 +75,12 @@ FREE = (
     "mesh",
     "sharding",
     "remat",
+    "kernel",
     "checkpoint",
     "tracking",
     "train.steps",
     "data.prompt",
+    "train.unroll",
     "train.log_every",
     "train.eval_every",
     "train.sample_tokens",
