@@ -109,7 +109,7 @@ def compiled_step(option, shape, *overrides):
     batch = eqx.filter_eval_shape(lambda a, b: Batch(a, a, b), ids, mask)
     key = jax.eval_shape(lambda: jax.random.key(0))
     view = policy_view(config.precision, config.remat, where)
-    step = make_step(optimizer, lambda step: config.schedule.rate(step, 10), view, where)
+    step = make_step(optimizer, lambda step: config.schedule.rate(step, 10), config.loss.build(view, where), where)
     inputs = (abstract(batch, where.shardings(batch)), abstract(key, where.sharding((), ())))
     shardings = where.shardings(state)
     return jax.jit(step, donate_argnums=1).lower(inputs, abstract(state, shardings)).compile(), state, shardings

@@ -83,8 +83,12 @@ class Llama(eqx.Module):
 
     def head(self, x: Float[Array, "batch seq embed"]) -> Float32[Array, "batch seq vocab"]:
         """Logits of `hidden`'s residual, in float32 whatever the dtype of the weights."""
-        table = self.embed.T if self.lm_head is None else self.lm_head
-        return jnp.einsum("bsd,dv->bsv", x, table, preferred_element_type=jnp.float32)
+        return jnp.einsum("bsd,dv->bsv", x, self.unembed, preferred_element_type=jnp.float32)
+
+    @property
+    def unembed(self) -> Float[Array, "embed vocab"]:
+        """What `head` multiplies with."""
+        return self.embed.T if self.lm_head is None else self.lm_head
 
     def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None = None) -> Annotated[KVCache, "layers"]:
         """An empty cache of `slots` tokens per row, in the dtype of the weights unless another is given."""
