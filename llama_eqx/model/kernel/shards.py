@@ -28,12 +28,13 @@ def on_shards(
     name: str, blocks: Blocks, mesh: Mesh, spec: Spec, q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, Array] | None
 ) -> Array:
     """As `attend`, by a kernel that XLA could not partition. Slots are whole on every device; queries may be split."""
-    q_spec = spec(("batch", "seq", "heads", "head_dim"), q.shape)
-    batch, seq, heads, _ = q_spec
-    kv_spec = spec(("batch", "slots", "kv_heads", "head_dim"), k.shape)
-    if heads != kv_spec[2]:  # key heads that do not divide: as many copies as it takes
+    batch, seq, heads, _ = spec(("batch", "seq", "heads", "head_dim"), q.shape)
+    kv_heads = spec(("batch", "slots", "kv_heads", "head_dim"), k.shape)[2]
+    if heads != kv_heads:  # key heads that do not divide: as many copies as it takes
         k, v = (_repeated(x, q.shape[2], _ways(mesh, heads)) for x in (k, v))
-        kv_spec = PartitionSpec(batch, None, heads, None)
+    # Axes of one device go with the batch: gradients would be summed over axes that are not named.
+    batch = (*_axes(batch), *(axis for axis, size in mesh.shape.items() if size == 1))
+    q_spec, kv_spec = PartitionSpec(batch, seq, heads, None), PartitionSpec(batch, None, heads, None)
 
     kernel, kernel_spec = None, None
     if name == "splash":
@@ -59,7 +60,11 @@ def on_shards(
 
 def _ways(mesh: Mesh, part: Any) -> int:
     """Into how many the mesh splits an axis, of which `part` is what a PartitionSpec says."""
-    return math.prod(mesh.shape[axis] for axis in ((part,) if isinstance(part, str) else part or ()))
+    return math.prod(mesh.shape[axis] for axis in _axes(part))
+
+
+def _axes(part: Any) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else tuple(part or ())
 
 
 def _repeated(x: Array, heads: int, ways: int) -> Array:
