@@ -31,6 +31,7 @@ def files(tmp_path_factory):
     """A folder with a model of each library: spm.model, ranks.model and, from the latter, a Hugging Face folder hf."""
     from sentencepiece import SentencePieceTrainer
     from tiktoken._educational import bpe_train
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -48,6 +49,7 @@ def files(tmp_path_factory):
     (folder / "ranks.model").write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items()))
     special = list(TiktokenTokenizer((folder / "ranks.model").read_bytes()).special)
     library = TikTokenConverter(str(folder / "ranks.model"), PATTERN, extra_special_tokens=special).converted()
+    library.post_processor = TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 320)])
     PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>").save_pretrained(folder / "hf")
     return folder
 
