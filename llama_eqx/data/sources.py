@@ -139,7 +139,7 @@ def _kind(source: Source) -> str:
     return next((kind for kind in (LINES, PARQUET) if name.endswith(kind)), TEXT)
 
 
-def _open(source: Source) -> IO[bytes]:
+def _open(source: Source) -> Any:
     if source.name.endswith(".gz"):
         return gzip.open(source.path)
     if source.name.endswith(".zst"):
