@@ -16,12 +16,11 @@ def main(config: Any, overrides: list[str]) -> None:
         sys.exit(130)
     for split, count in done.counts.items():
         print(f"{split:<11} {count['tokens']:,} tokens, {count['documents']:,} documents, {count['bytes']:,} bytes of text")
-    megabytes = sum(count["bytes"] for count in done.counts.values()) / 1e6
-    speed = f"{done.seconds:,.1f} s, {megabytes / done.seconds:,.1f} MB/s" if done.seconds else "was done before"
     print(f"dropped     {done.duplicates:,} duplicates, {done.empty:,} empty, {done.refused:,} that cannot be read")
     for name in done.named:
         print(f"            {name}")
-    print(f"time        {speed}")
+    if done.read:
+        print(f"speed       {done.read / 1e6 / done.seconds:,.2f} MB/s, {done.read:,} bytes of files in {done.seconds:,.1f} s")
     print(f"train       python -m llama_eqx.train data=prepared data.path={done.folder}")
 
 

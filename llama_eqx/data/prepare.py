@@ -91,8 +91,8 @@ class InputConfig(DataConfig):
 
 
 class Prepared(NamedTuple):
-    """What came of it. `refused` are records that could not be read, and some of them by name; `seconds` those of this call, 0 if all
-    had been done before."""
+    """What came of it. `refused` are records that could not be read, and `named` some of them; `read` are the bytes of files that were
+    encoded in these `seconds`, and not in a call before."""
 
     folder: Path
     counts: dict[str, dict[str, int]]
@@ -101,6 +101,7 @@ class Prepared(NamedTuple):
     empty: int
     refused: int
     named: list[str]
+    read: int
     seconds: float
 
 
@@ -156,7 +157,7 @@ def prepare(config: PrepareConfig) -> Prepared:
     }
     assembly = {name: getattr(config, name) for name in ("validation_fraction", "dedup", "shard_tokens")}
     if (output / "index.json").exists():
-        return _finished(output, encoding | assembly, 0.0)
+        return _finished(output, encoding | assembly)
 
     partial = output / "partial"
     try:
@@ -170,7 +171,8 @@ def prepare(config: PrepareConfig) -> Prepared:
         with config.prepare.open() as pool:
             todo = [unit for unit in units if not task.path(unit.number, "json").exists()]
             weights = [sum(piece.weight for piece in unit.pieces) for unit in units]
-            with _bar("tokenizing", "B", sum(weights), sum(weights) - sum(weights[unit.number] for unit in todo)) as bar:
+            read = sum(weights[unit.number] for unit in todo)
+            with _bar("tokenizing", "B", sum(weights), sum(weights) - read) as bar:
                 for i in pool(run_unit, [(task, unit) for unit in todo]):
                     bar.update(weights[todo[i].number])
             groups, dropped = _plan(task, config, units)
@@ -187,7 +189,7 @@ def prepare(config: PrepareConfig) -> Prepared:
         raise StorageError(
             f"cannot write: {error}", where=str(output), kept=f"the work in {partial}", next="the same command continues"
         ) from error
-    return _finished(output, encoding | assembly, time.monotonic() - began)
+    return _finished(output, encoding | assembly)._replace(read=read, seconds=time.monotonic() - began)
 
 
 def run_unit(task: Task, unit: Unit) -> None:
@@ -296,7 +298,9 @@ def _plan(task: Task, config: PrepareConfig, units: list[Unit]) -> tuple[list[Gr
     firsts = np.cumsum([0, *(len(np.load(task.path(unit.number, "npy"), mmap_mode="r")) for unit in units)]).tolist()
     kept = None
     if config.dedup:
-        kept = _first_of_each(np.concatenate([np.load(task.path(unit.number, "npy"))["hash"] for unit in units]))
+        kept = _first_of_each(
+            np.concatenate([np.empty((0, 2), "<u8"), *(np.load(task.path(unit.number, "npy"))["hash"] for unit in units)])
+        )
         with _whole(task.folder / "kept.npy") as file:
             np.save(file, kept)
 
@@ -416,7 +420,7 @@ def _compare(old: dict[str, Any], new: dict[str, Any], folder: Path, what: str) 
         )
 
 
-def _finished(folder: Path, settings: dict[str, Any], seconds: float) -> Prepared:
+def _finished(folder: Path, settings: dict[str, Any]) -> Prepared:
     """Raises `DataError` when the dataset in `folder` is another or damaged."""
     data = open_dataset(folder, remedy="delete this folder, and the same command makes it anew")
     index = json.loads((folder / "index.json").read_text())
@@ -425,7 +429,7 @@ def _finished(folder: Path, settings: dict[str, Any], seconds: float) -> Prepare
     shutil.rmtree(folder / "partial", ignore_errors=True)
     dropped = {"duplicates": 0, "empty": 0, "refused": 0, "named": [], **index["dropped"]}
     counts = {split.name: {count: getattr(split, count) for count in COUNTS} for split in (data.train, data.val)}
-    return Prepared(folder, counts, len(index["shards"]), seconds=seconds, **dropped)
+    return Prepared(folder, counts, len(index["shards"]), read=0, seconds=0.0, **dropped)
 
 
 def _bar(what: str, unit: str, total: int, done: int) -> tqdm:

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from llama_eqx.config import nearest
 from llama_eqx.errors import DataError
@@ -149,7 +149,7 @@ def _open(source: Source) -> Any:
     return open(source.path, "rb")
 
 
-def _lines(file: IO[bytes], piece: Piece) -> Iterator[bytes]:
+def _lines(file: Any, piece: Piece) -> Iterator[bytes]:
     if piece.stop - piece.start == piece.source.size:  # not cut, and if it is compressed, longer than its size says
         yield from file
         return
