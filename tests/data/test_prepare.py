@@ -301,7 +301,7 @@ def test_unfinished_work_is_not_mixed_with_other(corpus, tmp_path, monkeypatch):
         patch.setattr(module, "_plan", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(config(*overrides))
-    with pytest.raises(DataError, match="unfinished work here, and not this one:\n +bos: True -> False"):
+    with pytest.raises(DataError, match=r"unfinished work here, and not this one:\n +bos: True -> False"):
         prepare(config(*overrides, "bos=false"))
     os.utime(folder / "a1.txt", (0, 0))
     with pytest.raises(DataError, match=r"modified: .*a1\.txt"):
