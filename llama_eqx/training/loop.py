@@ -62,14 +62,14 @@ def train(config: RunConfig) -> Result:
     windows, held_out = TokenWindows(data.train, length), TokenWindows(data.val, length)
 
     # What the devices are to compute, and the files of the run.
-    initial, step, view, shapes, shardings = make_program(config, layout)
+    initial, step, loss, shapes, shardings = make_program(config, layout)
     run_dir, key = pathlib.Path(config.run_dir), jax.random.key(config.seed)
     check_export(config)
     weights = open_start(config)
     changed = claim(config, data.fingerprint)
     tokenizer.save(run_dir / "tokenizer")
 
-    step_fn, evaluate_on = eqx.filter_jit(step, donate="all-except-first"), make_evaluate(view)
+    step_fn, evaluate_on = eqx.filter_jit(step, donate="all-except-first"), make_evaluate(loss)
     dropout_key = jax.jit(lambda key: named(key, "dropout"), out_shardings=layout.sharding((), ()))(key)
     flops = flops_per_token(shapes.model, length)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.model))
