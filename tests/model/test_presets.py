@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import pytest
 import yaml
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AxisType
 
 from llama_eqx import load_config
 from llama_eqx.sharding import MESH_AXES, Layout, axis_names, parameter_names
@@ -69,8 +69,8 @@ def table(preset: str) -> str:
     """Path, shape, axes, and specs under sharding=fsdp_tensor on a mesh of 4 x 2, of every parameter."""
     config = load_config(f"model={preset}").model
     model = eqx.filter_eval_shape(lambda key: config.build(key=key), jax.eval_shape(lambda: jax.random.key(0)))
-    mesh = AbstractMesh((1, 4, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-    layout = Layout(mesh, load_config("sharding=fsdp_tensor").sharding)  # pyright: ignore[reportArgumentType]
+    mesh = jax.make_mesh((1, 4, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    layout = Layout(mesh, load_config("sharding=fsdp_tensor").sharding)
     rows = [("parameter", "shape", "axes", "fsdp=4 tensor=2")]
     leaves = jax.tree.leaves(model)
     for name, axes, leaf in zip(parameter_names(model), axis_names(model), leaves, strict=True):
@@ -146,5 +146,6 @@ def test_what_differs_between_generations(preset, eps, theta, factor):
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)
     for name in PARAMETERS:
         (TABLES / f"{name}.txt").write_text(table(name))
