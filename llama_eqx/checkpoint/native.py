@@ -122,8 +122,9 @@ def _opened(path: pathlib.Path, step: int | None) -> tuple[LlamaConfig, pathlib.
     except ConfigError as error:
         raise _config_error(path, error) from error
     found = restore.filed(checkpoint, "model")
+    leaves: list[Any]
     leaves, structure = jax.tree.flatten(model)
-    filed = [found.get(name, leaf).dtype for name, leaf in zip(parameter_names(model), leaves, strict=True)]
+    filed = [found[name].dtype if name in found else leaf.dtype for name, leaf in zip(parameter_names(model), leaves, strict=True)]
     model = structure.unflatten([jax.ShapeDtypeStruct(leaf.shape, kind) for leaf, kind in zip(leaves, filed, strict=True)])
     return config, checkpoint, model
 

@@ -132,8 +132,8 @@ def to_model(weights: Weights, dtype: DTypeLike | None = None, shardings: PyTree
     for name, leaf, place in zip(parameter_names(model), leaves, places, strict=True):
         tensors = [tensor for (parameter, _), tensor in weights.tensors.items() if parameter == name]
         kind = np.dtype(jnp.result_type(*(tensor.dtype for tensor in tensors)) if dtype is None else dtype)
-        stacked = (name, 0) in weights.tensors
-        filled.append(_stack(tensors, leaf.shape, kind, place) if stacked else _place(tensors[0], kind, place))
+        layered = (name, 0) in weights.tensors
+        filled.append(_place_layers(tensors, kind, place) if layered else _place(tensors[0], kind, place))
     # Modules are never constructed from stacked arrays: their constructors describe a single layer.
     return structure.unflatten(filled)
 
@@ -146,14 +146,19 @@ def _place(tensor: Tensor, dtype: np.dtype, place: Sharding) -> jax.Array:
     return jax.make_array_from_callback(tensor.shape, place, part, dtype=dtype)
 
 
-def _stack(tensors: list[Tensor], shape: tuple[int, ...], dtype: np.dtype, place: Sharding) -> jax.Array:
+def _place_layers(layers: list[Tensor], dtype: np.dtype, place: Sharding) -> jax.Array:
+    shape = (len(layers), *layers[0].shape)
+    if math.prod(shape) * dtype.itemsize <= PIECE_BYTES:
+        stacked = Tensor(shape, dtype, lambda index: np.stack([layer.read(index[1:]).astype(dtype) for layer in layers[index[0]]]))
+        return _place(stacked, dtype, place)
+    # One layer after the other into the array on the devices: the host never holds more than one.
     if not isinstance(place, NamedSharding | SingleDeviceSharding):  # what a layer's own sharding is, only these say
         raise TypeError(f"weights are put into a NamedSharding or a SingleDeviceSharding, not a {type(place).__name__}")
     within = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:])) if isinstance(place, NamedSharding) else place
     stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)()
     update = _updater(place)
-    for i, tensor in enumerate(tensors):
-        stack = update(stack, _place(tensor, dtype, within), i)
+    for i, layer in enumerate(layers):
+        stack = update(stack, _place(layer, dtype, within), i)
     return stack
 
 

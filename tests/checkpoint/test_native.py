@@ -77,7 +77,7 @@ def test_a_run_directory_by_step(tmp_path, model):
 
 
 def test_the_folder_is_that_of_a_run(tmp_path, saved, model):
-    assert sorted(path.name for path in saved.iterdir()) == ["checkpoints", "config.yaml"]
+    assert sorted(path.name for path in saved.iterdir()) == ["checkpoints", "config.yaml", "manifest.json"]
     assert list(read_config(saved)) == ["model"]
     assert load(read_config(saved)["model"]) == model.config
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
