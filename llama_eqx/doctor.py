@@ -3,6 +3,8 @@
 import sys
 from typing import Any
 
+import yaml
+
 from llama_eqx.compose import compose, conf_dir, resolve, run_verb
 
 
@@ -14,7 +16,7 @@ def main(config: Any, overrides: list[str]) -> None:
     elif config.against is None:
         from llama_eqx.diagnosis.examination import examine
 
-        report = examine(config.path, published(), weights=config.weights)
+        report = examine(config.path, published, weights=config.weights)
     else:
         from llama_eqx.diagnosis.comparison import compare
 
@@ -24,11 +26,14 @@ def main(config: Any, overrides: list[str]) -> None:
         sys.exit(4)
 
 
-def published() -> dict[str, Any]:
-    """The config of every preset whose sizes are all known."""
-    names = sorted(path.stem for path in (conf_dir() / "model").glob("llama*.yaml"))
-    configs = {name: resolve(compose(f"model/{name}", []))["model"] for name in names}
-    return {name: config for name, config in configs.items() if config.dims.vocab is not None}
+def published(dims: Any) -> dict[str, Any]:
+    """By name, the config of every preset of this width and depth."""
+    found = {}
+    for file in sorted((conf_dir() / "model").glob("llama*.yaml")):
+        sizes = yaml.safe_load(file.read_text(encoding="utf-8")).get("dims", {})  # composing all of them would take seconds
+        if (sizes.get("embed"), sizes.get("layers")) == (dims.embed, dims.layers):
+            found[file.stem] = resolve(compose(f"model/{file.stem}", []))["model"]
+    return found
 
 
 if __name__ == "__main__":

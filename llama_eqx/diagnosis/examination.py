@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
 
 from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG
 from llama_eqx.diagnosis.dataset import examine_dataset
@@ -10,27 +9,29 @@ from llama_eqx.diagnosis.files import check_manifest
 from llama_eqx.diagnosis.huggingface import examine_huggingface
 from llama_eqx.diagnosis.opened import examine_meta, examine_native
 from llama_eqx.diagnosis.report import Report
+from llama_eqx.diagnosis.settings import Published
 from llama_eqx.errors import CheckpointError
 from llama_eqx.interop.meta import PARAMS
 from llama_eqx.interop.pretrained import located
-from llama_eqx.model.llama import LlamaConfig
 
 
-def examine(path: str, presets: Mapping[str, LlamaConfig], *, weights: bool) -> Report:
+def examine(path: str, published: Published, *, weights: bool) -> Report:
     """What is wrong with the model or dataset at `path`, which is never in memory as a whole.
 
-    `presets` are the published models to hold its settings against. Raises `CheckpointError` when there is nothing to examine.
+    `published` gives the models to hold its settings against.
+
+    Raises `CheckpointError` when there is nothing to examine.
     """
     folder, _ = located(path)
     if not folder.is_dir():
         raise CheckpointError("a file, not a folder" if folder.exists() else "the folder does not exist", where=path, next="check the path")
     names = {file.name for file in folder.iterdir()}
     if {CONFIG, CHECKPOINTS} & names:
-        report = examine_native(pathlib.Path(path), presets, weights)
+        report = examine_native(pathlib.Path(path), published, weights)
     elif "config.json" in names or any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
-        report = examine_huggingface(folder, presets, weights)
+        report = examine_huggingface(folder, published, weights)
     elif PARAMS in names or any(name.startswith("consolidated.") for name in names):
-        report = examine_meta(folder, presets, weights)
+        report = examine_meta(folder, published, weights)
     elif "index.json" in names:
         return examine_dataset(folder, weights)
     else:

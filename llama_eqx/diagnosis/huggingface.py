@@ -11,7 +11,7 @@ import numpy as np
 from llama_eqx.diagnosis.files import check_files, read_json
 from llama_eqx.diagnosis.numbers import Tensor, check_numbers, condensed, said_size
 from llama_eqx.diagnosis.report import Finding, Report, finding_of
-from llama_eqx.diagnosis.settings import check_settings
+from llama_eqx.diagnosis.settings import Published, check_settings
 from llama_eqx.diagnosis.vocabulary import check_ends, check_vocabulary
 from llama_eqx.errors import CheckpointError
 from llama_eqx.interop.files import inside, mistaken, refuse_code
@@ -33,7 +33,7 @@ AGAIN = "download it again"
 Files = dict[str, dict[str, Filed]]  # the tensors of every file that could be opened
 
 
-def examine_huggingface(folder: pathlib.Path, presets: Mapping[str, LlamaConfig], weights: bool) -> Report:
+def examine_huggingface(folder: pathlib.Path, published: Published, weights: bool) -> Report:
     findings, facts = check_files(folder), []
     try:
         refuse_code(folder, CONFIG, "tokenizer_config.json")
@@ -54,7 +54,7 @@ def examine_huggingface(folder: pathlib.Path, presets: Mapping[str, LlamaConfig]
         mean_square, wrong = check_numbers(tensors, EMBED)
         findings += wrong + _check_tie(config, tensors)
     if config is not None:
-        said, wrong = check_settings(config, presets, where=CONFIG, mean_square=mean_square)
+        said, wrong = check_settings(config, published(config.dims), where=CONFIG, mean_square=mean_square)
         facts += said
         findings += wrong
         tokenizer, wrong = check_vocabulary(folder, config, facts)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -10,6 +10,8 @@ from llama_eqx.diagnosis.report import Finding
 from llama_eqx.dims import Dims
 from llama_eqx.model.llama import LlamaConfig
 from llama_eqx.model.rotary import RotaryConfig
+
+Published = Callable[[Dims], Mapping[str, LlamaConfig]]  # the published models of about these sizes, by name
 
 # Code Llama (Rozière et al., 2023, arXiv 2308.12950) was trained on from Llama 2, with its sizes, at this theta.
 CODE_LLAMA_THETA = 1e6

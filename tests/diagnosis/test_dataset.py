@@ -9,6 +9,7 @@ from llama_eqx.data.corpus import TextConfig
 from llama_eqx.data.shards import tokenize
 from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer
 from llama_eqx.diagnosis.examination import examine
+from llama_eqx.doctor import published
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ BROKEN = {
 
 
 def test_a_good_dataset_gives_no_finding(folder):
-    report = examine(str(folder), {}, weights=True)
+    report = examine(str(folder), published, weights=True)
     assert report.findings == ()
     assert "train: 306 tokens in 1 documents, 304 bytes of text" in str(report)
     assert "tokenizer: bytes, 258 ids" in str(report)
@@ -77,6 +78,6 @@ def test_a_good_dataset_gives_no_finding(folder):
 def test_broken_datasets(folder, broken):
     break_, where, words = BROKEN[broken]
     break_(folder)
-    report = examine(str(folder), {}, weights=True)
+    report = examine(str(folder), published, weights=True)
     assert [finding.severity for finding in report.findings if finding.where == where and words in finding.what] == ["error"], str(report)
     assert report.wrong

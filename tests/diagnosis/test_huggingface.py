@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from llama_eqx import save_pretrained
 from llama_eqx.diagnosis.examination import examine
+from llama_eqx.doctor import published
 from llama_eqx.interop import huggingface
 from llama_eqx.model.llama import build_model
 
@@ -260,14 +261,14 @@ TIED = {
 
 
 @pytest.mark.parametrize("made", [{}, {"tied": True}, {"sharded": True}, {"dtype": "bfloat16"}, {"dtype": "float16", "sharded": True}])
-def test_good_folders_give_no_finding(folder, presets, made):
-    report = examine(str(folder(**made)), presets, weights=True)
+def test_good_folders_give_no_finding(folder, made):
+    report = examine(str(folder(**made)), published, weights=True)
     assert report.findings == ()
     assert str(report).endswith("nothing wrong found")
     assert not report.wrong
 
 
-def test_a_copy_of_a_tied_table_and_old_frequencies_are_no_finding(folder, presets):
+def test_a_copy_of_a_tied_table_and_old_frequencies_are_no_finding(folder):
     folder = folder(tied=True)
     extra = {HEAD: "model.embed_tokens.weight"}
     edit(
@@ -277,15 +278,15 @@ def test_a_copy_of_a_tied_table_and_old_frequencies_are_no_finding(folder, prese
             **{"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)},
         ),
     )
-    assert examine(str(folder), presets, weights=True).findings == ()
+    assert examine(str(folder), published, weights=True).findings == ()
 
 
 @pytest.mark.parametrize("broken", [*BROKEN, *SHARDED, *TIED])
-def test_broken_folders(folder, presets, change_json, broken):
+def test_broken_folders(folder, change_json, broken):
     break_, severity, where, words = (BROKEN | SHARDED | TIED)[broken]
     path = folder(tied=broken in TIED, sharded=broken in SHARDED)
     break_(path, change_json)
-    report = examine(str(path), presets, weights=True)
+    report = examine(str(path), published, weights=True)
     found = [finding for finding in report.findings if finding.where.startswith(where) and words in str(finding)]
     assert [finding.severity for finding in found] == [severity], str(report)
     assert report.wrong is any(finding.severity != "note" for finding in report.findings)

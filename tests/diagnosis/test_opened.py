@@ -12,6 +12,7 @@ import yaml
 from llama_eqx import save_pretrained
 from llama_eqx.data.tokenizer import BytesTokenizer
 from llama_eqx.diagnosis.examination import examine
+from llama_eqx.doctor import published
 from llama_eqx.errors import CheckpointError
 from llama_eqx.model.llama import build_model
 
@@ -89,47 +90,47 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("format", ["native", "meta", "hf"])
-def test_good_folders_give_no_finding(folder, presets, format):
-    report = examine(str(folder(format)), presets, weights=True)
+def test_good_folders_give_no_finding(folder, format):
+    report = examine(str(folder(format)), published, weights=True)
     assert report.findings == (), str(report)
 
 
 @pytest.mark.parametrize(("format", "broken"), [(format, name) for format, table in BROKEN.items() for name in table])
-def test_broken_folders(folder, presets, change_json, format, broken):
+def test_broken_folders(folder, change_json, format, broken):
     break_, where, words = BROKEN[format][broken]
     path = folder(format)
     break_(path, change_json)
-    report = examine(str(path), presets, weights=True)
+    report = examine(str(path), published, weights=True)
     assert [finding.severity for finding in report.findings if finding.where == where and words in finding.what] == ["error"], str(report)
 
 
-def test_numbers_of_a_run(folder, presets):
+def test_numbers_of_a_run(folder):
     path = folder("nan")
-    report = examine(str(path), presets, weights=True)
+    report = examine(str(path), published, weights=True)
     assert [str(finding) for finding in report.findings] == [
         "error    checkpoints: blocks.attention.k_proj of layer 1 has 1 NaN and 0 infinite of 512 numbers, the first at (3, 0, 2). "
         "Next: an earlier checkpoint, or download or convert it again"
     ]
-    assert examine(str(path), presets, weights=False).findings == ()
-    assert not examine(str(path / "checkpoints" / "0"), presets, weights=False).wrong
+    assert examine(str(path), published, weights=False).findings == ()
+    assert not examine(str(path / "checkpoints" / "0"), published, weights=False).wrong
 
 
 @pytest.mark.parametrize("format", ["native", "meta", "hf"])
-def test_a_manifest_tells_what_nothing_else_can(folder, presets, format):
+def test_a_manifest_tells_what_nothing_else_can(folder, format):
     path = folder(format, manifest=True)
     files = [file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json"]
     largest = max(files, key=lambda file: file.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[-3] ^= 1
     largest.write_bytes(content)
-    report = examine(str(path), presets, weights=True)
+    report = examine(str(path), published, weights=True)
     damaged = [finding for finding in report.findings if "its SHA-256 is not that of manifest.json" in finding.what]
     assert [finding.where for finding in damaged] == [largest.relative_to(path).as_posix()]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "file"])
-def test_nothing_to_examine(tmp_path, presets, name):
+def test_nothing_to_examine(tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError):
-        examine(str(tmp_path / name), presets, weights=True)
+        examine(str(tmp_path / name), published, weights=True)

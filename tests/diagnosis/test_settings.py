@@ -8,6 +8,7 @@ import pytest
 
 from llama_eqx.diagnosis.examination import examine
 from llama_eqx.diagnosis.settings import check_settings, said_phase_error
+from llama_eqx.doctor import published
 from llama_eqx.interop.huggingface import config_to_huggingface
 from llama_eqx.model.norm import RMSNormConfig
 
@@ -24,6 +25,11 @@ def test_every_preset_is_right(presets):
         facts, findings = check_settings(config, presets, where="config.json")
         assert findings == []
         assert name in facts[0] or name == "llama3_3_70b"  # which is llama3_1_70b in all its settings
+
+
+def test_published_models_are_found_by_their_sizes(presets):
+    assert published(presets["llama3_2_1b"].dims) == {"llama3_2_1b": presets["llama3_2_1b"]}
+    assert published(presets["llama2_7b"].dims).keys() == {"llama1_7b", "llama2_7b", "llama3_8b", "llama3_1_8b"}
 
 
 # The preset, what is changed in it, the severity, and what is said: all of it, so that a number is seen to move.
@@ -151,6 +157,6 @@ def test_in_a_folder_without_weights(presets, tmp_path):
     config = config_to_huggingface(presets["llama3_2_1b"])
     config["rope_scaling"]["factor"] = config["rope_parameters"]["factor"] = 8.0
     (tmp_path / "config.json").write_text(json.dumps(config))
-    report = examine(str(tmp_path), presets, weights=True)
+    report = examine(str(tmp_path), published, weights=True)
     assert "position 1,050" in str(report)
     assert "no weights here" in str(report)
