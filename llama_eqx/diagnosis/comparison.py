@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from llama_eqx.diagnosis.reference import transformers_parts
 from llama_eqx.diagnosis.report import Finding, Report
-from llama_eqx.diagnosis.settings import said_phase_error, said_rotary
+from llama_eqx.diagnosis.settings import rotary_differences, said_phase_error
 from llama_eqx.interop.pretrained import open_pretrained
 from llama_eqx.interop.table import halves_to_pairs, pairs_to_halves
 from llama_eqx.interop.weights import Weights, abstract
@@ -150,10 +150,10 @@ def _reasons(ours: Weights, theirs: Weights, part: str) -> list[Finding]:
     findings = []
     if a.norm != b.norm and part != "embedding":
         findings.append(Finding("error", "norm", f"{a.norm} and {b.norm}: it shows at every position", "the same norm and eps"))
-    if part.endswith("attention") and said_rotary(a.rotary) != said_rotary(b.rotary):
-        what = f"{said_rotary(a.rotary)} and {said_rotary(b.rotary)}: {said_phase_error(a, b)}"
-        findings.append(Finding("error", "rotary", what, "the same rotary settings"))
-    elif part.endswith("attention") and a.rotary != b.rotary:
+    rotary = rotary_differences(a.rotary, b.rotary) if part.endswith("attention") else []
+    for name, here, there in rotary:
+        findings.append(Finding("error", f"rotary {name}", f"{here} and {there}: {said_phase_error(a, b)}", "the same rotary settings"))
+    if part.endswith("attention") and not rotary and a.rotary != b.rotary:
         findings.append(Finding("error", "rotary", "rounding differs (round_at)", "the same rotary settings"))
     if part.endswith("feed-forward") and a.feed_forward != b.feed_forward:
         findings.append(Finding("error", "feed_forward", f"{a.feed_forward} and {b.feed_forward}", "the same feed-forward"))

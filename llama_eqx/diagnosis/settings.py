@@ -37,7 +37,7 @@ def check_settings(
         hint = f"set {field} to {value}, if this is to be {nearest}"
         if others := [name for name in alike if name not in same_context and not wrong[name]]:
             hint += f"; all would be right for {' or '.join(others)}, but for the context of {config.context:,}"
-        if field == "rotary" and getattr(config.rotary, "theta", None) == CODE_LLAMA_THETA:
+        if field == "rotary theta" and getattr(config.rotary, "theta", None) == CODE_LLAMA_THETA:
             findings.append(Finding("note", where, f"{what}. This theta is Code Llama's, which has the sizes of Llama 2"))
         else:
             findings.append(Finding("warning", where, f"{field}: {what}", hint))
@@ -66,11 +66,17 @@ def said_phase_error(a: LlamaConfig, b: LlamaConfig) -> str:
     )
 
 
-def said_rotary(rotary: RotaryConfig) -> str:
-    """`theta 500,000, factor 32` of a rotary config."""
-    values = {field.name: getattr(rotary, field.name) for field in dataclasses.fields(rotary)}
-    said = [f"{name} {value:,g}" for name, value in values.items() if isinstance(value, int | float)]
-    return ", ".join(said if "factor" in values else [*said, "no scaling"])
+def rotary_differences(a: RotaryConfig, b: RotaryConfig) -> list[tuple[str, str, str]]:
+    """What differs in the settings that decide the angles: its name, and both values in words."""
+    here, there = (
+        {field.name: getattr(rotary, field.name) for field in dataclasses.fields(rotary) if field.name != "round_at"} for rotary in (a, b)
+    )
+    if ("factor" in here) != ("factor" in there):
+        scaling = [f"factor {values['factor']:g}" if "factor" in values else "none" for values in (here, there)]
+        here, there = ({"theta": x.get("theta"), "scaling": said} for x, said in zip((here, there), scaling, strict=True))
+    said = [{name: f"{value:,g}" if isinstance(value, int | float) else str(value) for name, value in x.items()} for x in (here, there)]
+    names = [name for name in said[0] | said[1] if said[0].get(name) != said[1].get(name)]
+    return [(name, said[0].get(name, "not set"), said[1].get(name, "not set")) for name in names]
 
 
 def _sizes(dims: Dims, near: int | None = None) -> dict[str, int | None]:
@@ -84,9 +90,8 @@ def _sizes(dims: Dims, near: int | None = None) -> dict[str, int | None]:
 def _differences(config: LlamaConfig, preset: LlamaConfig, mean_square: float | None) -> list[tuple[str, str, str]]:
     """Field, what is wrong with it, and the right value."""
     rows = []
-    if said_rotary(config.rotary) != said_rotary(preset.rotary):
-        here, there = said_rotary(config.rotary), said_rotary(preset.rotary)
-        rows.append(("rotary", f"{here}, where {there} is expected: {said_phase_error(config, preset)}", there))
+    for name, here, there in rotary_differences(config.rotary, preset.rotary):
+        rows.append((f"rotary {name}", f"{here}, where {there} is expected: {said_phase_error(config, preset)}", there))
     here, there = getattr(config.norm, "eps", math.nan), getattr(preset.norm, "eps", math.nan)
     if here != there:
         shows = "it shows at every position"

@@ -40,8 +40,7 @@ WRONG = {
         lambda c, p: changed(c, rotary={"factor": 8.0}),
         "warning",
         [
-            "factor 8,",
-            "where theta 500,000, factor 32,",
+            "rotary factor: 8, where 32 is expected",
             "17 of 32 frequencies differ",
             "passes 0.1 rad at position 1,050 and 1 rad at position 10,495",
             "if this is to be llama3_2_1b",
@@ -52,7 +51,7 @@ WRONG = {
         lambda c, p: changed(c, rotary=p["llama3_8b"].rotary),
         "warning",
         [
-            "theta 500,000, no scaling, where",
+            "rotary scaling: none, where factor 8 is expected",
             "35 of 64 frequencies differ",
             "0.1 rad at position 113 and 1 rad at position 1,125",
             "all would be right for llama3_8b, but for the context of 131,072",
@@ -63,7 +62,7 @@ WRONG = {
         lambda c, p: changed(c, rotary={"theta": 1e4}),
         "warning",
         [
-            "theta 10,000, no scaling, where theta 500,000, no scaling",
+            "rotary theta: 10,000, where 500,000 is expected",
             "63 of 64 frequencies differ",
             "1 rad at position 8",
         ],
