@@ -54,12 +54,12 @@ def train(config: RunConfig) -> Result:
     tokenizer = config.tokenizer.build(config.data)
     data = tokenize(config.data, tokenizer)
     config = with_vocab(config, tokenizer)
-    prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.ids()[:1].tolist()
+    prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.read(0, 1).tolist()
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
     windows, held_out = TokenWindows(data.train, length), TokenWindows(data.val, length)
 
     # What the devices are to compute, and the files of the run.
-    initial, step, loss, shapes, shardings = make_program(config, layout)
+    initial, step, loss, shapes, shardings, remarks = make_program(config, layout)
     run_dir, key = pathlib.Path(config.run_dir), jax.random.key(config.seed)
     changed = claim(config, data.fingerprint)
     tokenizer.save(run_dir / "tokenizer")
@@ -90,7 +90,7 @@ def train(config: RunConfig) -> Result:
             tracker.say(f"run_dir={run_dir}")
             tracker.say(f"{parameters:,} parameters, {flops.causal:,.0f} FLOPs per token, {layout.mesh.size} x {device_kind}")
             tracker.say(f"{data.train.tokens:,} tokens to train on, {data.val.tokens:,} held out, vocabulary of {tokenizer.vocab:,}")
-            for warning in warnings(config, tokenizer) + changed:
+            for warning in warnings(config, tokenizer) + remarks + changed:
                 tracker.say(f"warning: {warning}")
             if begin:
                 tracker.say(f"resumed from step {begin} of {steps}" if begin < steps else f"trained to step {begin} already")
