@@ -77,11 +77,11 @@ class KernelConfig(Config):
             "splash": "it is for TPUs" if platform != "tpu" else unfit_for_splash(seq, slots, start),
             "cudnn": "it is for NVIDIA GPUs" if platform != "gpu" else unfit_for_cudnn(jnp.dtype(dtype), seq, slots, head_dim),
         }
+        if reason := unfit.get(self.name):
+            raise ConfigError(f"attention cannot be computed by {self.name}: {reason}", where="kernel.name", next="kernel.name=auto")
         if self.name != "auto":
-            if reason := unfit.get(self.name):
-                raise ConfigError(f"attention cannot be computed by {self.name}: {reason}", where="kernel.name", next="kernel.name=auto")
             return Choice(self.name, "")
-        own = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
+        own: Name | None = "splash" if platform == "tpu" else "cudnn" if platform == "gpu" else None
         if own and not unfit[own]:
             return Choice(own, "")
         return Choice("blocked" if seq > SHORT else "plain", f"not {own}: {unfit[own]}" if own else "")
