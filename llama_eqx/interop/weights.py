@@ -70,6 +70,7 @@ def tensor_axes(config: LlamaConfig) -> dict[Key, tuple[str, ...]]:
     return {key: axes for key, (axes, _) in _tensors(config).items()}
 
 
+@functools.lru_cache(maxsize=8)
 def _tensors(config: LlamaConfig) -> dict[Key, tuple[tuple[str, ...], tuple[int, ...]]]:
     model, tensors = abstract(config), {}
     for name, axes, leaf in zip(parameter_names(model), axis_names(model), jax.tree.leaves(model), strict=True):
@@ -84,6 +85,7 @@ def parameter_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
     return dict(zip(parameter_names(model), (leaf.shape for leaf in jax.tree.leaves(model)), strict=True))
 
 
+@functools.lru_cache(maxsize=8)
 def abstract(config: LlamaConfig) -> Llama:
     """The model's structure without its arrays."""
     return eqx.filter_eval_shape(lambda key: config.build(key=key), jax.eval_shape(lambda: jax.random.key(0)))
