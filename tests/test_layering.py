@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "llama_eqx"
 LAYERS = [  # highest first; a module belongs to its longest prefix
-    ["train", "generate", "prepare", "supervise", "compose"],
-    ["training.loop", "training.run", "training.program", "training.reporter"],
+    ["train", "generate", "prepare", "convert", "supervise", "compose"],
+    ["training.loop", "training.run", "training.program", "training.reporter", "training.ends"],
     ["generation", "interop"],
     ["checkpoint", "tracking", "data"],
     ["training"],

@@ -19,6 +19,7 @@ from llama_eqx.sharding import Layout
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
+from llama_eqx.training.ends import check_export, export, open_start, start
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
 from llama_eqx.training.program import make_program
 from llama_eqx.training.reporter import Reporter
@@ -28,6 +29,7 @@ from llama_eqx.training.state import TrainState, abstract
 
 class Result(NamedTuple):
     """What a finished run has to show: `checkpoint` is the folder of its last step, `sample` a continuation of the data's prompt.
+    `export` is the folder with the model for others, if there was to be one.
 
     `speed` are the typical values of `perf/tokens_per_second` and the like; empty when nothing was trained.
     """
@@ -37,6 +39,7 @@ class Result(NamedTuple):
     speed: dict[str, float]
     run_dir: pathlib.Path
     checkpoint: pathlib.Path
+    export: pathlib.Path | None
 
 
 def train(config: RunConfig) -> Result:
@@ -61,6 +64,8 @@ def train(config: RunConfig) -> Result:
     # What the devices are to compute, and the files of the run.
     initial, step, loss, shapes, shardings, remarks = make_program(config, layout)
     run_dir, key = pathlib.Path(config.run_dir), jax.random.key(config.seed)
+    check_export(config)
+    weights = open_start(config)
     changed = claim(config, data.fingerprint)
     tokenizer.save(run_dir / "tokenizer")
 
@@ -80,6 +85,8 @@ def train(config: RunConfig) -> Result:
             target = abstract(shapes, shardings)
             model, (step, opt_state) = checkpoints.restore(begin, target.model, (target.step, target.opt_state))
             state = TrainState(step, model, opt_state)
+        elif weights is not None:
+            state = start(weights, config, shardings)
         else:
             state = jax.jit(initial, out_shardings=shardings)(named(key, "init"))
 
@@ -92,6 +99,10 @@ def train(config: RunConfig) -> Result:
             tracker.say(f"{data.train.tokens:,} tokens to train on, {data.val.tokens:,} held out, vocabulary of {tokenizer.vocab:,}")
             for warning in warnings(config, tokenizer) + remarks + changed:
                 tracker.say(f"warning: {warning}")
+            if weights is not None:
+                tracker.say(f"starts from the weights in {config.init_from}")
+                for note in weights.notes:
+                    tracker.say(f"note: {note}")
             if begin:
                 tracker.say(f"resumed from step {begin} of {steps}" if begin < steps else f"trained to step {begin} already")
             reporter = Reporter(
@@ -125,4 +136,4 @@ def train(config: RunConfig) -> Result:
                 tracker.sample(steps, sample)
 
     plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png")
-    return Result(evaluation, sample, reporter.typical(), run_dir, run_dir / "checkpoints" / str(max(begin, steps)))
+    return Result(evaluation, sample, reporter.typical(), run_dir, run_dir / "checkpoints" / str(max(begin, steps)), export(config))

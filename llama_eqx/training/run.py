@@ -59,6 +59,7 @@ class RunConfig(Config):
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     train: TrainConfig
+    init_from: str | None
     run_dir: str
     seed: int
 
@@ -95,11 +96,15 @@ FREE = (
 
 
 def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """`config` with the tokenizer's size where `dims.vocab` is None.
+    """`config` with the tokenizer's size where `dims.vocab` is None, and its BOS and EOS where `tokens` has none.
 
     Raises `ConfigError` when the tokenizer has ids that the model has not.
     """
-    vocab = config.model.dims.vocab
+    vocab, tokens = config.model.dims.vocab, config.model.tokens
+    if tokens.bos is None and not tokens.eos:
+        eos = () if tokenizer.eos is None else (tokenizer.eos,)
+        tokens = dataclasses.replace(tokens, bos=tokenizer.bos, eos=eos)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, tokens=tokens))
     if vocab is None:
         dims = dataclasses.replace(config.model.dims, vocab=tokenizer.vocab)
         return dataclasses.replace(config, model=dataclasses.replace(config.model, dims=dims))
@@ -116,6 +121,12 @@ def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
     """What is allowed but seldom meant."""
     unused = config.model.dims.of("vocab")[0] - tokenizer.vocab
     said = [f"{unused} token ids of the model are not in the tokenizer, and will not be trained"] if unused else []
+    tokens = config.model.tokens
+    if tokens.eos and (tokenizer.bos != tokens.bos or tokenizer.eos not in tokens.eos):
+        said.append(
+            f"texts begin and end with the tokenizer's ids {tokenizer.bos} and {tokenizer.eos}, in the model's config they are "
+            f"{tokens.bos} and {', '.join(map(str, tokens.eos))}: see model.tokens"
+        )
     if config.schedule.warmup_steps >= config.train.steps:
         said.append(f"the warm-up of {config.schedule.warmup_steps} steps is not over after {config.train.steps}")
     return said

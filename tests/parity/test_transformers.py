@@ -13,7 +13,9 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llama_eqx.compose import compose, resolve
-from llama_eqx.interop.huggingface import huggingface_tensors, load_huggingface, save_huggingface
+from llama_eqx.interop.conversion import save_pretrained
+from llama_eqx.interop.huggingface import huggingface_tensors
+from llama_eqx.interop.pretrained import load_pretrained
 from llama_eqx.model.feed_forward import GatedFeedForwardConfig
 from llama_eqx.model.llama import build_model
 from llama_eqx.model.norm import RMSNorm, RMSNormConfig
@@ -60,7 +62,7 @@ def pair(tmp_path_factory):
         config = resolve(compose(f"model/{preset}", [f"model.dims.{name}={size}" for name, size in sizes.items()]))["model"]
         model = jitter(build_model(config, key=jax.random.key(0)))
         folder = tmp_path_factory.mktemp("parity") / preset
-        save_huggingface(model, folder)
+        save_pretrained(model, folder, format="hf")
         return model, read(folder)
 
     return make
@@ -264,7 +266,7 @@ def test_reads_what_transformers_writes(tmp_path, tied, shard):
                 parameter.uniform_(0.7, 1.3)
     reference.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) is (shard == "100KB")
-    model = load_huggingface(tmp_path)
+    model = load_pretrained(tmp_path)
     check_near(model, reference)
     check_frequencies(model, reference)
     check_gradients(model, reference)
