@@ -127,17 +127,16 @@ def to_model(weights: Weights, dtype: DTypeLike | None = None, shardings: PyTree
     Each process reads what its devices hold, a layer at a time, so the host never has a whole model.
     """
     model = abstract(weights.config)
-    leaves, structure = jax.tree.flatten(model)
     everywhere = SingleDeviceSharding(jax.devices()[0]) if shardings is None else shardings
     places = jax.tree.leaves(jax.tree.broadcast(everywhere, model))
     filled = []
-    for name, leaf, place in zip(parameter_names(model), leaves, places, strict=True):
+    for name, place in zip(parameter_names(model), places, strict=True):
         tensors = [tensor for (parameter, _), tensor in weights.tensors.items() if parameter == name]
         kind = np.dtype(jnp.result_type(*(tensor.dtype for tensor in tensors)) if dtype is None else dtype)
         layered = (name, 0) in weights.tensors
         filled.append(_place_layers(tensors, kind, place) if layered else _place(tensors[0], kind, place))
     # Modules are never constructed from stacked arrays: their constructors describe a single layer.
-    return structure.unflatten(filled)
+    return jax.tree.structure(model).unflatten(filled)
 
 
 def _place(tensor: Tensor, dtype: np.dtype, place: Sharding) -> jax.Array:
