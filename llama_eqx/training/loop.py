@@ -54,7 +54,7 @@ def train(config: RunConfig) -> Result:
     tokenizer = config.tokenizer.build(config.data)
     data = tokenize(config.data, tokenizer)
     config = with_vocab(config, tokenizer)
-    prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.ids()[:1].tolist()
+    prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.read(0, 1).tolist()
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
     windows, held_out = TokenWindows(data.train, length), TokenWindows(data.val, length)
 
