@@ -1,6 +1,7 @@
 """From documents one after another to rows of equal length: three ways, each a function of the row's number."""
 
 import abc
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from llama_eqx.errors import DataError
 
 
 class Piece(NamedTuple):
-    """The tokens `begin` up to `end` of a split. The last one is only a target."""
+    """The tokens `begin` up to `end` of a split that a row has one after another, as inputs, as targets, or both."""
 
     split: Split
     begin: int
@@ -111,7 +112,7 @@ class Documents(Rows):
         columns = np.arange(self.seq_len, dtype=np.int32)
         segments = np.cumsum(begins, 1, dtype=np.int32)
         positions = columns - np.maximum.accumulate(np.where(begins, columns, 0), 1)
-        return Batch(ids[:, :-1], np.where(ends, 0, ids[:, 1:]), (real & ~ends).astype(np.float32), segments, positions)
+        return Batch(ids[:, :-1], np.where(ends, 0, ids[:, 1:]), (real & ~ends).astype(np.float32), segments, np.where(real, positions, 0))
 
     def counted(self, rows: Int[np.ndarray, " batch"]) -> int:
         first = rows[rows >= 0] * self.seq_len + 1
@@ -120,8 +121,8 @@ class Documents(Rows):
 
     def pieces(self, row: int) -> list[Piece]:
         begin, end = row * self.seq_len, (row + 1) * self.seq_len + 1
-        inner = self.split.starts(begin + 1, end).tolist()
-        return [Piece(self.split, a, b) for a, b in zip([begin, *inner], [*inner, end], strict=True)]
+        edges = [begin, *self.split.starts(begin + 1, end).tolist(), end]
+        return [Piece(self.split, a, b) for a, b in itertools.pairwise(edges) if a < end - 1]
 
 
 class Packed(Rows):
