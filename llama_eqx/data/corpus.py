@@ -36,19 +36,9 @@ class Part(NamedTuple):
 
 
 class DataConfig(Config):
-    """A corpus. `prompt` is what a sample after training starts from.
-
-    `validation_fraction` of the corpus is held out. `holdout: tuning` holds out the last tenth of the training part instead and
-    leaves the true validation text alone: tune on that, and look at `validation` once.
-    """
+    """What a run trains on. `prompt` is what a sample after training starts from."""
 
     prompt: str
-    validation_fraction: float
-    holdout: Literal["validation", "tuning"]
-
-    def check(self) -> None:
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigError(f"{self.validation_fraction} is not between 0 and 1", where="validation_fraction")
 
     @abc.abstractmethod
     def documents(self) -> Iterator[Document]:
@@ -56,6 +46,27 @@ class DataConfig(Config):
 
         Raises `DataError` for what cannot be read, naming the file.
         """
+
+    @abc.abstractmethod
+    def parts(self) -> Iterator[Part]:
+        """Every document with its split, in order."""
+
+    @abc.abstractmethod
+    def identity(self) -> str:
+        """A sha256 of the names and texts of all documents and of how they are split."""
+
+
+class CorpusConfig(DataConfig):
+    """Text. `validation_fraction` of the corpus is held out. `holdout: tuning` holds out the last tenth of the training part instead and
+    leaves the true validation text alone: tune on that, and look at `validation` once.
+    """
+
+    validation_fraction: float
+    holdout: Literal["validation", "tuning"]
+
+    def check(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(f"{self.validation_fraction} is not between 0 and 1", where="validation_fraction")
 
     def parts(self) -> Iterator[Part]:
         """Every document with its split, in order.
@@ -80,7 +91,6 @@ class DataConfig(Config):
                 yield Part("train" if place < first else "val", document)
 
     def identity(self) -> str:
-        """A sha256 of the names and texts of all documents and of how they are split."""
         found = hashlib.sha256(repr(self._held_out()).encode())
         for document in self.documents():
             for content in (_bytes(document.name), document.text.encode()):
@@ -93,7 +103,7 @@ class DataConfig(Config):
         return (end, 1.0) if self.holdout == "validation" else (0.9 * end, end)
 
 
-class StdlibConfig(DataConfig):
+class StdlibConfig(CorpusConfig):
     """The source and documentation of the standard library of the Python that runs this: some 10 MB of text that is always at hand.
 
     Without its tests, and without files that are longer than 2²⁰ characters or not UTF-8.
@@ -119,7 +129,7 @@ class StdlibConfig(DataConfig):
             raise DataError("this Python has no sources of its standard library", where=root, next="data=text data.path=FOLDER")
 
 
-class TextConfig(DataConfig):
+class TextConfig(CorpusConfig):
     """Text of one's own: a file, a glob, or a folder with all *.txt, *.md and *.jsonl below it.
 
     A text file is a document. So is each line of a .jsonl file: an object whose "text" is a string.
@@ -152,7 +162,7 @@ class TextConfig(DataConfig):
             )
 
 
-class ShakespeareConfig(DataConfig):
+class ShakespeareConfig(CorpusConfig):
     """Tiny Shakespeare (Karpathy, 2015), 1.1 MB, whose last tenth is held out as in nanoGPT. Downloaded once unless `path` is given.
 
     `sha256` is that of the file at `url`.

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from llama_eqx.data.cache import cache_dir as cache_dir
 from llama_eqx.data.cache import publish
-from llama_eqx.data.corpus import DataConfig, Part
-from llama_eqx.data.tokenizer import Tokenizer
-from llama_eqx.errors import DataError
+from llama_eqx.data.corpus import DataConfig, Document, Part
+from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+from llama_eqx.errors import ConfigError, DataError
 
 FORMAT = 2  # counts the changes of what is written: shards of another format are made anew
 SPLITS = ("train", "val")
@@ -33,6 +33,8 @@ COUNTS = ("tokens", "documents", "bytes")
 CHUNK = 2**22  # characters that are encoded at once
 VERIFIED = 2**30  # bytes: up to here a dataset is hashed whenever it is opened
 HEADER = 128  # bytes, of each .npy file
+OWN = "leave tokenizer=... out, so that it is the data's own"
+AGAIN = "restore the folder, or write another with python -m llama_eqx.prepare"
 
 
 def token_dtype(vocab: int) -> np.dtype:
@@ -114,7 +116,7 @@ class Split:
                 raise DataError(
                     f"id {ids[at]} is not in the vocabulary of {shard.vocab}",
                     where=f"{shard.file('ids')}, offset {begin + at}",
-                    next="the file has changed since it was written: prepare the data again, or restore it",
+                    next=AGAIN,
                 )
             parts.append(ids)
         return parts[0].copy() if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.uint16)
@@ -185,11 +187,53 @@ class TokenData:
     fingerprint: str
 
 
-def tokenize(data: DataConfig, tokenizer: Tokenizer) -> TokenData:
-    """The corpus as ids, from the cache when the same text was encoded by the same tokenizer before.
+class PreparedConfig(DataConfig):
+    """A dataset that was prepared before: a folder. `verify` as in `open_dataset`."""
 
-    Raises `DataError` when a split is empty, `StorageError` when the cache cannot be written.
+    path: str | None
+    verify: bool | None
+
+    @property
+    def folder(self) -> Path:
+        if not self.path:
+            raise ConfigError("data=prepared needs data.path=FOLDER", where="data.path", next="python -m llama_eqx.prepare makes one")
+        return Path(self.path).expanduser()
+
+    def documents(self) -> Iterator[Document]:
+        raise self._no_text()
+
+    def parts(self) -> Iterator[Part]:
+        raise self._no_text()
+
+    def identity(self) -> str:
+        raise self._no_text()
+
+    def _no_text(self) -> ConfigError:
+        return ConfigError("data=prepared has tokens, and no text for a tokenizer to be trained on", where="tokenizer", next=OWN)
+
+
+class PreparedTokenizerConfig(TokenizerConfig):
+    """The tokenizer that data was prepared with."""
+
+    def build(self, data: DataConfig) -> Tokenizer:
+        if not isinstance(data, PreparedConfig):
+            raise ConfigError(
+                "only data=prepared comes with a tokenizer", where="tokenizer", next="tokenizer=sentencepiece, or data=prepared"
+            )
+        if not (data.folder / "index.json").is_file():
+            raise DataError(
+                "no prepared data here", where=str(data.folder), next="data.path=FOLDER, as python -m llama_eqx.prepare wrote it"
+            )
+        return load_tokenizer(data.folder / "tokenizer")
+
+
+def tokenize(data: DataConfig, tokenizer: Tokenizer) -> TokenData:
+    """The data as ids: prepared, or from the cache when the same text was encoded by the same tokenizer before.
+
+    Raises `DataError` when a split is empty, and those of `open_dataset`; `StorageError` when the cache cannot be written.
     """
+    if isinstance(data, PreparedConfig):
+        return open_dataset(data.folder, remedy=AGAIN, tokenizer=tokenizer, verify=data.verify)
     identity = {"corpus": data.identity()}
     key = hashlib.sha256(json.dumps([FORMAT, identity, tokenizer.fingerprint]).encode()).hexdigest()
     folder = publish(cache_dir() / "tokens" / key, lambda folder: _tokenize(folder, data, tokenizer, identity))
@@ -212,7 +256,7 @@ def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = Non
         hashes: dict[Path, str] = {}
         sizes: dict[Path, int] = {}
         for record in index["shards"]:
-            shard = Shard(folder / record["name"], *(record[count] for count in COUNTS), index["vocab"])
+            shard = Shard(folder / record["name"], vocab=index["vocab"], **{count: record[count] for count in COUNTS})
             splits[record["split"]].append(shard)
             for kind, (shape, dtype) in shard.content.items():
                 sizes[shard.file(kind)] = HEADER + int(np.prod(shape)) * dtype.itemsize
@@ -228,7 +272,7 @@ def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = Non
             f"this data was prepared with the tokenizer {fingerprint[:12]}… of {index['vocab']} ids,"
             f" and the one given is {tokenizer.fingerprint[:12]}… of {tokenizer.vocab}",
             where=str(folder),
-            next=f"the data's own is in {folder / 'tokenizer'}",
+            next=OWN,
         )
     if verify is None:
         verify = sum(sizes.values()) <= VERIFIED
