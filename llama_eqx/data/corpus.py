@@ -8,7 +8,7 @@ import json
 import os
 import sysconfig
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -55,8 +55,30 @@ class DataConfig(Config):
     def identity(self) -> str:
         """A sha256 of the names and texts of all documents and of how they are split."""
 
+    @abc.abstractmethod
+    def sources(self) -> "dict[str, tuple[float, SourceConfig]]":
+        """What it is mixed of: for each name the weight and the source."""
 
-class CorpusConfig(DataConfig):
+
+class SourceConfig(DataConfig):
+    """Documents of one kind. `rows` says how the rows of a batch are made of them:
+
+    windows: of all documents one after another, cut wherever a row is full; attention sees through the edges of documents.
+    documents: the same, but attention stays within a document, and nothing is predicted across an edge.
+    packed: of whole documents, several to a row, each of which sees only itself.
+    single: a document a row.
+
+    The last two leave the rest of a row empty, and `refuse` a document that is longer, or `cut` it into pieces.
+    """
+
+    rows: Literal["windows", "documents", "packed", "single"]
+    long_documents: Literal["refuse", "cut"]
+
+    def sources(self) -> "dict[str, tuple[float, SourceConfig]]":
+        return {"": (1.0, self)}
+
+
+class CorpusConfig(SourceConfig):
     """Text. `validation_fraction` of the corpus is held out. `holdout: tuning` holds out the last tenth of the training part instead and
     leaves the true validation text alone: tune on that, and look at `validation` once.
     """
@@ -74,7 +96,7 @@ class CorpusConfig(DataConfig):
         Each document has a place in [0, 1) given by a hash of its name, and the held-out range is cut from the end: a document stays
         where it is when others come or go. In a corpus of few documents each one is cut by characters in the same proportions.
         """
-        first, last = self._held_out()
+        first, last = self.held_out()
         documents = self.documents()
         few = int(MIN_HELD_OUT / self.validation_fraction)
         head = list(itertools.islice(documents, few))
@@ -85,20 +107,26 @@ class CorpusConfig(DataConfig):
                 parts = Part("train", Document(name, text[:begin])), Part("val", Document(name, text[begin:end]))
                 yield from (part for part in parts if part.document.text)
             return
-        for document in itertools.chain(head, documents):
+        yield from self.whole(itertools.chain(head, documents))
+
+    def whole(self, documents: Iterable[Document]) -> Iterator[Part]:
+        """Documents with their splits, each in one of them."""
+        first, last = self.held_out()
+        for document in documents:
             place = int.from_bytes(hashlib.sha256(_bytes(document.name)).digest()[:6]) / 2**48
             if place < last:
                 yield Part("train" if place < first else "val", document)
 
     def identity(self) -> str:
-        found = hashlib.sha256(repr(self._held_out()).encode())
+        found = hashlib.sha256(repr(self.held_out()).encode())
         for document in self.documents():
             for content in (_bytes(document.name), document.text.encode()):
                 found.update(len(content).to_bytes(8))
                 found.update(content)
         return found.hexdigest()
 
-    def _held_out(self) -> tuple[float, float]:
+    def held_out(self) -> tuple[float, float]:
+        """The range of places in [0, 1) that is held out; what lies behind it is in no split."""
         end = 1 - self.validation_fraction
         return (end, 1.0) if self.holdout == "validation" else (0.9 * end, end)
 
@@ -140,16 +168,8 @@ class TextConfig(CorpusConfig):
     def documents(self) -> Iterator[Document]:
         if not self.path:
             raise ConfigError("data=text needs data.path=FOLDER_OR_GLOB", where="data.path")
-        path = Path(self.path).expanduser()
-        if path.is_dir():
-            root, files = path, [file for suffix in ("txt", "md", "jsonl") for file in path.rglob(f"*.{suffix}")]
-        else:
-            # What comes before the first wildcard, so that names do not depend on what else matches.
-            root = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
-            files = [path] if path.is_file() else [Path(file) for file in glob.glob(str(path), recursive=True)]
-        empty = True
-        for file in sorted(file for file in files if file.is_file()):
-            name = file.relative_to(root).as_posix()
+        empty, files = True, found_files(self.path, ("txt", "md", "jsonl"))
+        for file, name in files:
             for document in _json_lines(file, name) if file.suffix == ".jsonl" else [Document(name, _text(_read(file), str(file)))]:
                 if document.text:
                     empty = False
@@ -157,7 +177,7 @@ class TextConfig(CorpusConfig):
         if empty:
             raise DataError(
                 "no text here" if files else "nothing matches",
-                where=str(path),
+                where=self.path,
                 next="data.path=FOLDER with .txt, .md or .jsonl files, or a glob such as data.path='FOLDER/**/*.txt'",
             )
 
@@ -188,19 +208,36 @@ class ShakespeareConfig(CorpusConfig):
         (folder / "input.txt").write_bytes(content)
 
 
-def _json_lines(path: Path, name: str) -> Iterator[Document]:
+def found_files(path: str, suffixes: Iterable[str]) -> list[tuple[Path, str]]:
+    """A file, those that a glob matches, or those below a folder that end so, in order; and their names relative to the corpus."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        root, files = place, [file for suffix in suffixes for file in place.rglob(f"*.{suffix}")]
+    else:
+        # What comes before the first wildcard, so that names do not depend on what else matches.
+        root = next(folder for folder in place.parents if not glob.has_magic(str(folder)))
+        files = [place] if place.is_file() else [Path(file) for file in glob.glob(str(place), recursive=True)]
+    return [(file, file.relative_to(root).as_posix()) for file in sorted(file for file in files if file.is_file())]
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers from 1. Raises `DataError` naming file and line."""
     with _open(path) as lines:
         for number, line in enumerate(lines, 1):
+            content = _text(line, f"{path}:{number}")
+            if content.strip():
+                yield number, content
+
+
+def _json_lines(path: Path, name: str) -> Iterator[Document]:
+    for number, content in text_lines(path):
+        try:
+            text = json.loads(content)["text"]
+            text.encode()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             where = f"{path}:{number}"
-            content = _text(line, where)
-            if not content.strip():
-                continue
-            try:
-                text = json.loads(content)["text"]
-                text.encode()
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                raise DataError('not a JSON object with a string "text"', where=where, next="mend the line, or take it out") from error
-            yield Document(f"{name}:{number}", text)
+            raise DataError('not a JSON object with a string "text"', where=where, next="mend the line, or take it out") from error
+        yield Document(f"{name}:{number}", text)
 
 
 def _open(path: Path) -> BinaryIO:

@@ -52,6 +52,10 @@ class Rows(abc.ABC):
     def pieces(self, row: int) -> list[Piece]:
         """What a row consists of, in its order."""
 
+    def first(self) -> list[int]:
+        """The first token of the first row."""
+        return self.read(np.zeros(1, np.int64)).tokens[0, :1].tolist()
+
 
 class Windows(Rows):
     """The stream of all documents in rows of `seq_len` + 1 tokens: the last of a row is the first of the next, so that every token but

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from llama_eqx.data.cache import cache_dir as cache_dir
 from llama_eqx.data.cache import publish
-from llama_eqx.data.corpus import DataConfig, Document, Part
+from llama_eqx.data.corpus import DataConfig, Document, Part, SourceConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from llama_eqx.errors import ConfigError, DataError
 
@@ -187,7 +187,7 @@ class TokenData:
     fingerprint: str
 
 
-class PreparedConfig(DataConfig):
+class PreparedConfig(SourceConfig):
     """A dataset that was prepared before: a folder. `verify` as in `open_dataset`."""
 
     path: str | None
