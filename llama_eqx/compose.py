@@ -23,7 +23,7 @@ from llama_eqx.config import Config, load, nearest
 from llama_eqx.errors import ConfigError, StorageError, UserError
 
 # Keys whose values are text or paths: what a user types after "=" is taken as it stands, whatever commas, quotes or braces it has.
-VERBATIM = ("prompt", "checkpoint", "run_dir", "data.path", "data.prompt", "tokenizer.path")
+VERBATIM = ("prompt", "checkpoint", "run_dir", "data.path", "data.prompt", "tokenizer.path", "input", "output")
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 

@@ -1,10 +1,8 @@
 """Where text comes from, and which of it is held out."""
 
 import abc
-import glob
 import hashlib
 import itertools
-import json
 import os
 import sysconfig
 import urllib.request
@@ -12,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from llama_eqx.config import Config
 from llama_eqx.data.cache import cache_dir, publish
+from llama_eqx.data.sources import LISTED, find, pieces, read_text, records, refusal
 from llama_eqx.errors import ConfigError, DataError
 
 # With fewer documents expected in the validation split, every document is cut instead of the corpus.
@@ -147,7 +146,7 @@ class StdlibConfig(CorpusConfig):
                 if path.suffix not in (".py", ".txt", ".rst"):
                     continue
                 try:
-                    text = _text(_read(path), str(path))
+                    text = read_text(path)
                 except DataError:
                     continue
                 if 0 < len(text) <= 2**20:
@@ -158,9 +157,9 @@ class StdlibConfig(CorpusConfig):
 
 
 class TextConfig(CorpusConfig):
-    """Text of one's own: a file, a glob, or a folder with all *.txt, *.md and *.jsonl below it.
+    """Text of one's own: a file, a glob, or a folder with all *.txt, *.md, *.jsonl and *.parquet below it, or *.gz and *.zst of them.
 
-    A text file is a document. So is each line of a .jsonl file: an object whose "text" is a string.
+    A text file is a document. So is each line of a .jsonl file, an object whose "text" is a string, and each row of a .parquet file.
     """
 
     path: str | None
@@ -168,18 +167,17 @@ class TextConfig(CorpusConfig):
     def documents(self) -> Iterator[Document]:
         if not self.path:
             raise ConfigError("data=text needs data.path=FOLDER_OR_GLOB", where="data.path")
-        empty, files = True, found_files(self.path, ("txt", "md", "jsonl"))
-        for file, name in files:
-            for document in _json_lines(file, name) if file.suffix == ".jsonl" else [Document(name, _text(_read(file), str(file)))]:
-                if document.text:
-                    empty = False
-                    yield document
+        empty = True
+        for number, source in enumerate(find(self.path, "data.path")):
+            for piece in pieces(number, source, None, "text"):
+                for record in records(piece, "text"):
+                    if record.problem:
+                        raise refusal(piece, record, "data.path")
+                    if record.text:
+                        empty = False
+                        yield Document(f"{source.name}:{record.number}" if record.number else source.name, record.text)
         if empty:
-            raise DataError(
-                "no text here" if files else "nothing matches",
-                where=self.path,
-                next="data.path=FOLDER with .txt, .md or .jsonl files, or a glob such as data.path='FOLDER/**/*.txt'",
-            )
+            raise DataError("no text here", where=self.path, next=f"data.path=FOLDER with {LISTED} files, or a glob")
 
 
 class ShakespeareConfig(CorpusConfig):
@@ -194,7 +192,7 @@ class ShakespeareConfig(CorpusConfig):
 
     def documents(self) -> Iterator[Document]:
         path = Path(self.path).expanduser() if self.path else publish(cache_dir() / "downloads" / self.sha256, self._download) / "input.txt"
-        yield Document("input.txt", _text(_read(path), str(path)))
+        yield Document("input.txt", read_text(path))
 
     def _download(self, folder: Path) -> None:
         advice = f"download {self.url} yourself and pass data.path=FILE"
@@ -206,59 +204,6 @@ class ShakespeareConfig(CorpusConfig):
         if (found := hashlib.sha256(content).hexdigest()) != self.sha256:
             raise DataError(f"what was downloaded is another file: sha256 {found}, not {self.sha256}", where=self.url, next=advice)
         (folder / "input.txt").write_bytes(content)
-
-
-def found_files(path: str, suffixes: Iterable[str]) -> list[tuple[Path, str]]:
-    """A file, those that a glob matches, or those below a folder that end so, in order; and their names relative to the corpus."""
-    place = Path(path).expanduser()
-    if place.is_dir():
-        root, files = place, [file for suffix in suffixes for file in place.rglob(f"*.{suffix}")]
-    else:
-        # What comes before the first wildcard, so that names do not depend on what else matches.
-        root = next(folder for folder in place.parents if not glob.has_magic(str(folder)))
-        files = [place] if place.is_file() else [Path(file) for file in glob.glob(str(place), recursive=True)]
-    return [(file, file.relative_to(root).as_posix()) for file in sorted(file for file in files if file.is_file())]
-
-
-def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file that are not blank, with their numbers from 1. Raises `DataError` naming file and line."""
-    with _open(path) as lines:
-        for number, line in enumerate(lines, 1):
-            content = _text(line, f"{path}:{number}")
-            if content.strip():
-                yield number, content
-
-
-def _json_lines(path: Path, name: str) -> Iterator[Document]:
-    for number, content in text_lines(path):
-        try:
-            text = json.loads(content)["text"]
-            text.encode()
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            where = f"{path}:{number}"
-            raise DataError('not a JSON object with a string "text"', where=where, next="mend the line, or take it out") from error
-        yield Document(f"{name}:{number}", text)
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror}", where=str(path)) from error
-
-
-def _read(path: Path) -> bytes:
-    with _open(path) as file:
-        return file.read()
-
-
-def _text(content: bytes, where: str) -> str:
-    if b"\0" not in content:
-        try:
-            return content.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            pass
-    raise DataError("not UTF-8 text", where=where, next="convert it to UTF-8, or leave it out with a glob such as data.path='FOLDER/*.md'")
 
 
 def _bytes(name: str) -> bytes:

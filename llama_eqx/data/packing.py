@@ -18,7 +18,7 @@ Long = Literal["refuse", "cut"]
 
 
 class PackIndex(NamedTuple):
-    """Row r holds the pieces `firsts[r]` up to `firsts[r + 1]`; piece p is the tokens `begins[p]` up to `begins[p] + lengths[p]` of a split.
+    """Row r holds the pieces `firsts[r]` up to `firsts[r + 1]`; piece p has the `lengths[p]` tokens of a split from `begins[p]` on.
 
     A piece takes one place less than it has tokens, as its last one is only a target. `counted` are the targets of a row that the loss
     is to count. All are mapped from disk.

@@ -13,23 +13,20 @@ from tqdm import tqdm
 
 from llama_eqx.data.cache import cache_dir, publish
 from llama_eqx.data.chat import chat_format
-from llama_eqx.data.corpus import CorpusConfig, Document, Part, found_files, text_lines
+from llama_eqx.data.corpus import CorpusConfig, Document, Part
 from llama_eqx.data.shards import FORMAT, Shard, ShardWriter, Split, TokenData, open_dataset, token_dtype, write_index
+from llama_eqx.data.sources import Record, Source, find, lines
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
 class Conversation(Document):
-    """`messages` are of a role and a content each, from line `record` of the file `source`, which lies at `path`.
-
-    `text` is what they say, for a tokenizer to be trained on.
-    """
+    """`messages` are of a role and a content each, from line `record` of `source`. `text` is what they say."""
 
     messages: tuple[dict[str, str], ...]
-    source: str
+    source: Source
     record: int
-    path: Path
 
 
 class SftConfig(CorpusConfig):
@@ -37,14 +34,14 @@ class SftConfig(CorpusConfig):
     "content", or with two strings, of which the second answers the first: `prompt_key` and `response_key` name them.
 
     They become ids by the chat format of the tokenizer. Only what the assistant says is learned. Whole conversations are held out.
-    `bad_lines`, which are no such objects, are refused, or skipped and counted.
+    Lines that are no such objects end the run, or are counted, as `on_error` says.
     """
 
     rows: Literal["packed", "single"]
     path: str | None
     prompt_key: str
     response_key: str
-    bad_lines: Literal["refuse", "skip"]
+    on_error: Literal["refuse", "skip"]
 
     def documents(self) -> Iterator[Document]:
         yield from self.conversations([])
@@ -65,26 +62,32 @@ class SftConfig(CorpusConfig):
         """
         if not self.path:
             raise ConfigError("data=sft needs data.path=FILE.jsonl", where="data.path")
-        empty = True
-        for path, source in found_files(self.path, ("jsonl",)):
-            for number, line in text_lines(path):
+        empty, found = True, find(self.path, "data.path")
+        if Path(self.path).expanduser().is_dir():
+            found = [source for source in found if ".jsonl" in source.name]
+        for source in found:
+            for line in lines(source):
+                where = f"{source.path}:{line.number}"
                 try:
                     messages = self._messages(line)
                 except ValueError as error:
-                    if self.bad_lines == "refuse":
-                        raise DataError(str(error), where=f"{path}:{number}", next="mend the line, or data.bad_lines=skip") from error
-                    skipped.append(f"{path}:{number}")
+                    if self.on_error == "refuse":
+                        raise DataError(str(error), where=where, next="mend the line, or data.on_error=skip") from error
+                    skipped.append(where)
                     continue
                 empty = False
                 text = "\n".join(message["content"] for message in messages)
-                yield Conversation(f"{source}:{number}", text, messages, source, number, path)
+                yield Conversation(f"{source.name}:{line.number}", text, messages, source, line.number)
         if empty:
             raise DataError("no conversation here", where=self.path, next="data.path=FILE.jsonl, a folder of such files, or a glob")
 
-    def _messages(self, line: str) -> tuple[dict[str, str], ...]:
+    def _messages(self, line: Record) -> tuple[dict[str, str], ...]:
+        """Raises `ValueError` saying what is wrong."""
+        if line.text is None:
+            raise ValueError(line.problem)
         try:
-            example: Any = json.loads(line)
-            line.encode()
+            example: Any = json.loads(line.text)
+            json.dumps(example, ensure_ascii=False).encode()  # no halves of surrogate pairs
         except (ValueError, RecursionError) as error:
             raise ValueError("not JSON") from error
         if not isinstance(example, dict):
@@ -110,7 +113,7 @@ def encode_conversations(data: SftConfig, tokenizer: Tokenizer) -> tuple[TokenDa
 
     The `bytes` of the splits are those of what the assistant says.
 
-    Raises `DataError` when a split is empty or a conversation does not fit the chat format, `StorageError` when the cache cannot be written.
+    Raises `DataError` when a split is empty or a conversation does not fit the chat format, `StorageError` when it cannot be written.
     """
     skipped: list[str] = []
     for _ in data.conversations(skipped):
@@ -140,10 +143,10 @@ def _encode(folder: Path, data: SftConfig, tokenizer: Tokenizer) -> None:
             try:
                 ids, learn = form.encode(conversation.messages, tokenizer, generate=False)
             except DataError as error:
-                where = f"{conversation.path}:{conversation.record}, {error.where}"
+                where = f"{conversation.source.path}:{conversation.record}, {error.where}"
                 raise DataError(error.what, where=where, next=error.next or "mend the line, or take it out") from error
             said = sum(len(message["content"].encode()) for message in conversation.messages if message["role"] == "assistant")
-            origin = np.array([[names.setdefault(conversation.source, len(names)), conversation.record]])
+            origin = np.array([[names.setdefault(conversation.source.name, len(names)), conversation.record]])
             for kind, row, dtype in (("00000", ids, token_dtype(tokenizer.vocab)), ("learned", learn, token_dtype(2))):
                 writers[split, kind].add(np.array(row, dtype), np.array([len(row)]), said, origin)
         for split in ("train", "val"):

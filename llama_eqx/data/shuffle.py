@@ -10,7 +10,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Shuffle:
-    """An endless sequence for each of several sets of rows: set c is drawn `sizes[c]` rows at a time, every row once, in a new order each time.
+    """An endless sequence for each of several sets of rows: in every epoch of `sizes[c]` draws from set c each of its rows comes once.
 
     Draw number j of a set stands in its epoch j // size. Orders of different seeds, sets and epochs have nothing in common.
 

@@ -9,6 +9,7 @@ import os
 import pathlib
 import sys
 
+import grain  # noqa: F401 to have it imported before the processes are forked
 import jax
 import numpy as np
 
@@ -31,15 +32,14 @@ def config(folder, *overrides):
     )
 
 
-def opened(folder, *overrides):
-    settings = config(folder, *overrides)
+def opened(settings):
     tokenizer = settings.tokenizer.build(settings.data)
     return open_data(settings.data, tokenizer, seq_len=SEQ, seed=settings.seed)
 
 
-def run(folder: pathlib.Path, shard: int, n_shards: int, first: int, last: int) -> None:
+def run(folder: pathlib.Path, settings, shard: int, n_shards: int, first: int, last: int) -> None:
     """One process: reads its part of some batches, and continues the ledger that the processes before it left."""
-    data = opened(folder)
+    data = opened(settings)
     parts = Parts(data.train, data.order, BATCH, shard, n_shards)
     progress = Progress(*json.loads((folder / f"{first}.json").read_text())) if first else START
     with read(parts, first) as drawn:
@@ -51,11 +51,12 @@ def run(folder: pathlib.Path, shard: int, n_shards: int, first: int, last: int) 
 
 if __name__ == "__main__":
     folder = pathlib.Path(sys.argv[1])
+    settings = config(folder)
     for count, first, last in PARTS:
         children = []
         for shard in range(count):
             if not (child := os.fork()):
-                run(folder, shard, count, first, last)
+                run(folder, settings, shard, count, first, last)
                 os._exit(0)
             children.append(child)
         for child in children:

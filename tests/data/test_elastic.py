@@ -7,11 +7,10 @@ import random
 import subprocess
 import sys
 
-import elastic
 import jax
 import numpy as np
 import pytest
-from elastic import BATCH, PARTS, opened
+from elastic import BATCH, PARTS, config, opened
 
 from llama_eqx.data.pipeline import Parts
 
@@ -40,7 +39,7 @@ def ran(folder):
 
 def test_batches_and_ledger_do_not_depend_on_the_processes(ran, monkeypatch):
     monkeypatch.setenv("LLAMA_EQX_CACHE", str(ran / "cache"))
-    data = opened(ran)
+    data = opened(config(ran))
     parts = Parts(data.train, data.order, BATCH)
     for count, first, last in PARTS:
         for step in range(first, last):
@@ -53,14 +52,13 @@ def test_batches_and_ledger_do_not_depend_on_the_processes(ran, monkeypatch):
     assert data.epochs(0) == {"data/epoch/prose": 0, "data/epoch/notes": 0, "data/epoch/answers": 0}
 
 
-@pytest.mark.parametrize("change", ["seed=8", "data.weights.prose=0.4 data.weights.notes=0.4", "data.components.notes.rows=packed"])
+@pytest.mark.parametrize("change", ["seed=8", "data.weights.prose=0.4 data.weights.notes=0.4", "data.components.notes.rows=windows"])
 def test_the_ledger_tells_another_run_apart(ran, monkeypatch, change):
     monkeypatch.setenv("LLAMA_EQX_CACHE", str(ran / "cache"))
-    ledgers = [Parts(data.train, data.order, BATCH).after(3).ledger for data in (opened(ran), opened(ran, *change.split()))]
+    ledgers = [Parts(data.train, data.order, BATCH).after(3).ledger for data in (opened(config(ran)), opened(config(ran, *change.split())))]
     assert ledgers[0] != ledgers[1]
 
 
 def test_the_parts_cover_the_counts_of_processes():
     assert {count for count, _, _ in PARTS} == {1, 2, 3, 4, 8}
     assert BATCH % 3 == BATCH % 8 == 0
-    assert elastic.SEQ

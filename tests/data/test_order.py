@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -27,7 +29,7 @@ def test_each_source_is_shuffled_and_repeated_on_its_own():
         assert len({tuple(epoch) for epoch in epochs.tolist()}) > 0.95 * len(epochs) > 1
         assert order.epochs(4000)[i] == len(mine) / size
     for count in (0, 1, 19, 20, 77):
-        drawn = [((rows[:count] >= a) & (rows[:count] < b)).sum() for a, b in zip(firsts, firsts[1:], strict=False)]
+        drawn = [((rows[:count] >= a) & (rows[:count] < b)).sum() for a, b in itertools.pairwise(firsts)]
         assert order.epochs(count) == [n / size for n, size in zip(drawn, sizes, strict=True)]
 
 

@@ -142,12 +142,9 @@ def test_an_id_out_of_range_ends_the_run_at_its_batch_with_shard_and_offset(spli
     ids = np.load(made.shards[0].file("ids"))
     ids[17] = 99
     np.save(made.shards[0].file("ids"), ids)
-    with (
-        pytest.raises(DataError, match="id 99 is not in the vocabulary of 41") as error,
-        training_batches(parts(Windows(made, SEQ)), sharding("data"), 8, START) as batches,
-    ):
-        for _ in range(3):
-            next(batches)
+    with training_batches(parts(Windows(made, SEQ)), sharding("data"), 8, START) as batches:
+        with pytest.raises(DataError, match="id 99 is not in the vocabulary of 41") as error:
+            list(itertools.islice(batches, 3))
     assert error.value.where.endswith("ids.npy, offset 17")
 
 
