@@ -15,7 +15,7 @@ from llama_eqx.errors import DataError
 
 
 class Dataset(NamedTuple):
-    """`fingerprint` is a sha256 of the ids of all sources. `names` are those of the sources of `order`, "" when there is but one.
+    """`fingerprint` is a sha256 of the rows of all sources. `names` are those of the sources of `order`, "" when there is but one.
 
     `notes` are what a person should know about the data.
     """
@@ -48,10 +48,10 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: i
             raise DataError(f"the component {name}: {error.what}", where=error.where, kept=error.kept, next=error.next) from error
         train.append(rows["train"])
         val.append(rows["val"])
-        fingerprints.append(fingerprint)
+        fingerprints.append(f"{fingerprint} {source.rows} {source.long_documents} {seq_len}")
         notes += said
         weights.append(weight)
-    together = fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()
+    together = hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
     order = Order([len(rows) for rows in train], shares(weights), seed)
     return Dataset(_joined(train), _joined(val), order, list(config.sources()), together, notes)
 

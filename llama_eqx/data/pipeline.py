@@ -22,15 +22,12 @@ T = TypeVar("T")
 class Progress(NamedTuple):
     """What has been drawn in `step` batches: `tokens` are targets that the loss counted.
 
-    `ledger` is a hash of which rows each of the batches had, in their order: two runs that agree in it saw the same batches.
+    `ledger` is a hash of the data and of which rows of it each batch had, in their order: two runs that agree in it saw the same batches.
     """
 
     step: int
     ledger: int
     tokens: int
-
-
-START = Progress(0, 0, 0)
 
 
 class Part(NamedTuple):
@@ -44,12 +41,21 @@ class Part(NamedTuple):
 class Parts:
     """The part of this process of every batch, by its index."""
 
-    def __init__(self, rows: Rows, order: Callable[[np.ndarray], np.ndarray], batch_size: int, shard: int = 0, n_shards: int = 1):
-        """Raises `ConfigError` when the shards do not divide the batch."""
+    def __init__(
+        self,
+        rows: Rows,
+        order: Callable[[np.ndarray], np.ndarray],
+        batch_size: int,
+        shard: int = 0,
+        n_shards: int = 1,
+        fingerprint: str = "",
+    ):
+        """`fingerprint` is that of the rows. Raises `ConfigError` when the shards do not divide the batch."""
         share, rest = divmod(batch_size, n_shards)
         if rest or not share:
             raise ConfigError(f"batch_size={batch_size} does not divide into {n_shards} parts", where="train.batch_size")
         self._rows, self._order, self._batch_size, self._mine = rows, order, batch_size, slice(shard * share, (shard + 1) * share)
+        self._start = Progress(0, chained(0, fingerprint.encode()), 0)
 
     def __len__(self) -> int:
         return 2**62 // self._batch_size
@@ -62,8 +68,9 @@ class Parts:
         """The rows of the whole batch."""
         return self._order(np.arange(index * self._batch_size, (index + 1) * self._batch_size))
 
-    def after(self, step: int, known: Progress = START) -> Progress:
+    def after(self, step: int, known: Progress | None = None) -> Progress:
         """The progress after `step` batches, from that after some of them; no token is read for it."""
+        known = known or self._start
         for index in range(known.step, step):
             rows = self.numbers(index)
             known = Progress(index + 1, chained(known.ledger, digest(rows)), known.tokens + self._rows.counted(rows))

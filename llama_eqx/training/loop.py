@@ -53,7 +53,7 @@ def train(config: RunConfig) -> Result:
     # Text to tokens, and the sizes that follow from it.
     tokenizer = config.tokenizer.build(config.data)
     data = open_data(config.data, tokenizer, seq_len=length, seed=config.seed)
-    parts = Parts(data.train, data.order, size, *process_rows(batch_sharding, size, length))
+    parts = Parts(data.train, data.order, size, *process_rows(batch_sharding, size, length), data.fingerprint)
     config = with_vocab(config, tokenizer)
     prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.first()
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))

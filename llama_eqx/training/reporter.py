@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from llama_eqx.data.pipeline import START, Progress
+from llama_eqx.data.pipeline import Progress
 from llama_eqx.errors import NonFiniteError
 from llama_eqx.flops import mfu
 from llama_eqx.tracking.jsonl import read_metrics
@@ -19,11 +19,11 @@ MAX_WITHHELD = 3  # updates in a row that may be withheld before a run is given 
 LEDGER = "data/ledger"
 
 
-def recorded(run_dir: pathlib.Path, step: int) -> Progress:
-    """The progress that `metrics.jsonl` has of the last step up to `step`; without such a record, that of the start."""
+def recorded(run_dir: pathlib.Path, step: int) -> Progress | None:
+    """The progress that `metrics.jsonl` has of the last step up to `step`."""
     path = run_dir / "metrics.jsonl"
     known = [record for record in read_metrics(path) if record["step"] <= step and LEDGER in record] if path.exists() else []
-    return Progress(int(known[-1]["step"]), int(known[-1][LEDGER]), int(known[-1]["tokens"])) if known else START
+    return Progress(int(known[-1]["step"]), int(known[-1][LEDGER]), int(known[-1]["tokens"])) if known else None
 
 
 class Reporter:

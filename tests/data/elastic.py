@@ -15,7 +15,7 @@ import numpy as np
 
 from llama_eqx import load_config
 from llama_eqx.data.dataset import open_data
-from llama_eqx.data.pipeline import START, Parts, Progress, chained, read
+from llama_eqx.data.pipeline import Parts, Progress, chained, read
 
 BATCH, SEQ = 24, 64
 PARTS = [(1, 0, 4), (2, 4, 7), (3, 7, 12), (4, 12, 14), (8, 14, 19), (1, 19, 25)]  # processes, first step, last step
@@ -40,8 +40,8 @@ def opened(settings):
 def run(folder: pathlib.Path, settings, shard: int, n_shards: int, first: int, last: int) -> None:
     """One process: reads its part of some batches, and continues the ledger that the processes before it left."""
     data = opened(settings)
-    parts = Parts(data.train, data.order, BATCH, shard, n_shards)
-    progress = Progress(*json.loads((folder / f"{first}.json").read_text())) if first else START
+    parts = Parts(data.train, data.order, BATCH, shard, n_shards, data.fingerprint)
+    progress = Progress(*json.loads((folder / f"{first}.json").read_text())) if first else parts.after(0)
     with read(parts, first) as drawn:
         for part in itertools.islice(drawn, last - first):
             np.savez(folder / f"{progress.step}-{shard}.npz", *jax.tree.leaves(part.batch))

@@ -37,15 +37,19 @@ def ran(folder):
     return folder
 
 
+def whole(data):
+    return Parts(data.train, data.order, BATCH, fingerprint=data.fingerprint)
+
+
 def test_batches_and_ledger_do_not_depend_on_the_processes(ran, monkeypatch):
     monkeypatch.setenv("LLAMA_EQX_CACHE", str(ran / "cache"))
     data = opened(config(ran))
-    parts = Parts(data.train, data.order, BATCH)
+    parts = whole(data)
     for count, first, last in PARTS:
         for step in range(first, last):
-            whole = jax.tree.leaves(parts[step].batch)
+            leaves = jax.tree.leaves(parts[step].batch)
             read = [np.load(ran / f"{step}-{shard}.npz") for shard in range(count)]
-            for i, leaf in enumerate(whole):
+            for i, leaf in enumerate(leaves):
                 assert np.array_equal(np.concatenate([part[f"arr_{i}"] for part in read]), leaf)
         assert tuple(json.loads((ran / f"{last}.json").read_text())) == parts.after(last)
     assert min(data.epochs(PARTS[-1][-1] * BATCH).values()) > 1  # every source was shuffled anew
@@ -55,8 +59,8 @@ def test_batches_and_ledger_do_not_depend_on_the_processes(ran, monkeypatch):
 @pytest.mark.parametrize("change", ["seed=8", "data.weights.prose=0.4 data.weights.notes=0.4", "data.components.notes.rows=windows"])
 def test_the_ledger_tells_another_run_apart(ran, monkeypatch, change):
     monkeypatch.setenv("LLAMA_EQX_CACHE", str(ran / "cache"))
-    ledgers = [Parts(data.train, data.order, BATCH).after(3).ledger for data in (opened(config(ran)), opened(config(ran, *change.split())))]
-    assert ledgers[0] != ledgers[1]
+    here, there = (whole(opened(config(ran, *overrides))).after(3) for overrides in ((), change.split()))
+    assert here.ledger != there.ledger
 
 
 def test_the_parts_cover_the_counts_of_processes():

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llama_eqx.batch import Batch
 from llama_eqx.data.order import Order
-from llama_eqx.data.pipeline import START, Parts, ahead, place, process_rows, read, training_batches, validation_batches
+from llama_eqx.data.pipeline import Parts, ahead, place, process_rows, read, training_batches, validation_batches
 from llama_eqx.data.rows import Documents, Windows
 from llama_eqx.errors import ConfigError, DataError
 
@@ -123,7 +123,7 @@ def test_the_rows_of_a_process_follow_from_its_devices(sharding, monkeypatch, de
 def test_training_batches_are_placed_parts_with_what_has_been_drawn(windows, sharding):
     rows, layout = windows(11), sharding("data", "sequence")
     drawn = parts(rows)
-    with training_batches(drawn, layout, 8, START) as batches:
+    with training_batches(drawn, layout, 8, drawn.after(0)) as batches:
         begun = list(itertools.islice(batches, 5))
     for index, (batch, progress) in enumerate(begun):
         assert same(batch, drawn[index].batch)
@@ -142,9 +142,10 @@ def test_an_id_out_of_range_ends_the_run_at_its_batch_with_shard_and_offset(spli
     ids = np.load(made.shards[0].file("ids"))
     ids[17] = 99
     np.save(made.shards[0].file("ids"), ids)
-    with training_batches(parts(Windows(made, SEQ)), sharding("data"), 8, START) as batches:
-        with pytest.raises(DataError, match="id 99 is not in the vocabulary of 41") as error:
-            list(itertools.islice(batches, 3))
+    drawn = parts(Windows(made, SEQ))
+    batches = training_batches(drawn, sharding("data"), 8, drawn.after(0))
+    with batches as taken, pytest.raises(DataError, match="id 99 is not in the vocabulary of 41") as error:
+        list(itertools.islice(taken, 3))
     assert error.value.where.endswith("ids.npy, offset 17")
 
 
