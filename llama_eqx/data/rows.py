@@ -52,6 +52,10 @@ class Rows(abc.ABC):
     def pieces(self, row: int) -> list[Piece]:
         """What a row consists of, in its order."""
 
+    def source(self, row: int) -> int:
+        """The number of the source that a row is of, where several are joined."""
+        return 0
+
     def first(self) -> list[int]:
         """The first token of the first row."""
         return self.read(np.zeros(1, np.int64)).tokens[0, :1].tolist()
@@ -198,6 +202,9 @@ class Joined(Rows):
     def pieces(self, row: int) -> list[Piece]:
         source, _, inner = self._parts(np.array([row]))[0]
         return source.pieces(int(inner[0]))
+
+    def source(self, row: int) -> int:
+        return int(np.searchsorted(self._firsts, row, side="right")) - 1
 
     def _parts(self, rows: np.ndarray) -> list[tuple[Rows, np.ndarray, np.ndarray]]:
         """The sources that have some of `rows`: which of `rows` they are, and their numbers in the source."""
