@@ -108,8 +108,8 @@ def compiled_step(option, shape, *overrides):
     ids, mask = jax.ShapeDtypeStruct((16, 96), jnp.int32), jax.ShapeDtypeStruct((16, 96), jnp.float32)
     batch = eqx.filter_eval_shape(lambda a, b: Batch(a, a, b), ids, mask)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    view = policy_view(config.precision, config.remat, where)
-    step = make_step(optimizer, lambda step: config.schedule.rate(step, 10), view, where)
+    view = policy_view(config.precision, config.remat, where, config.kernel)
+    step = make_step(optimizer, lambda step: config.schedule.rate(step, 10), config.loss.build(view, where), where)
     inputs = (abstract(batch, where.shardings(batch)), abstract(key, where.sharding((), ())))
     shardings = where.shardings(state)
     return jax.jit(step, donate_argnums=1).lower(inputs, abstract(state, shardings)).compile(), state, shardings
@@ -133,16 +133,15 @@ def test_no_axis_is_lost_in_a_step(option, shape):
 
 
 def test_fsdp_gathers_weights_and_leaves_activations_where_they_are():
-    compiled, _, _ = compiled_step("fsdp", (1, 8, 1, 1))
+    compiled, _, _ = compiled_step("fsdp", (1, 8, 1, 1), "kernel.name=blocked", "remat=names")
     moved = collectives(compiled)
     assert any(kind == "all-gather" and np.prod(shape) == 64 * 320 for kind, shape in moved)
-    activations = {(2, 96, 64), (16, 96, 64), (2, 96, 320), (16, 96, 320), (2, 96, 512), (16, 96, 512)}
-    assert not {shape for _, shape in moved} & activations, moved
+    assert not any(96 in shape for _, shape in moved), moved  # the rows' length is a size that only activations have
+    assert ("reduce-scatter", (64 // 8, 512)) in moved  # the head's gradient
 
 
 def test_the_check_sees_activations_that_are_reduced(monkeypatch):
     """Without the constraints at the edges of blocks the partitioner does what the test above forbids."""
     monkeypatch.setattr(Layout, "constrain_residual", lambda self, block: block)
     monkeypatch.setattr(Layout, "gathered", lambda self, model: model)
-    moved = collectives(compiled_step("fsdp", (1, 8, 1, 1))[0])
-    assert {shape for _, shape in moved} & {(2, 96, 64), (16, 96, 64), (2, 96, 320), (16, 96, 320), (2, 96, 512), (16, 96, 512)}
+    assert any(96 in shape for _, shape in collectives(compiled_step("fsdp", (1, 8, 1, 1))[0]))

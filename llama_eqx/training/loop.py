@@ -59,12 +59,12 @@ def train(config: RunConfig) -> Result:
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
 
     # What the devices are to compute, and the files of the run.
-    initial, step, view, shapes, shardings = make_program(config, layout)
+    initial, step, loss, shapes, shardings = make_program(config, layout)
     run_dir, key = pathlib.Path(config.run_dir), jax.random.key(config.seed)
     changed = claim(config, data.fingerprint)
     tokenizer.save(run_dir / "tokenizer")
 
-    step_fn, evaluate_on = eqx.filter_jit(step, donate="all-except-first"), make_evaluate(view)
+    step_fn, evaluate_on = eqx.filter_jit(step, donate="all-except-first"), make_evaluate(loss)
     dropout_key = jax.jit(lambda key: named(key, "dropout"), out_shardings=layout.sharding((), ()))(key)
     flops = flops_per_token(shapes.model, length)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.model))

@@ -8,23 +8,22 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from llama_eqx.batch import Batch
-from llama_eqx.model.llama import Llama
 from llama_eqx.sharding import Layout, check_shapes
-from llama_eqx.training.loss import policy_view
+from llama_eqx.training.loss import Loss, policy_view
 from llama_eqx.training.run import RunConfig
 from llama_eqx.training.state import TrainState, init_state
 from llama_eqx.training.step import Metrics, make_step
 
 
 class Program(NamedTuple):
-    """Pure functions, not yet jitted: `initial(key)` and `step((batch, key), state)`; `view` is the model as its loss sees it.
+    """Pure functions, not yet jitted: `initial(key)`, `step((batch, key), state)` and the `loss` that the step minimises.
 
     `shapes` is the abstract state, `shardings` says where each of its leaves lives.
     """
 
     initial: Callable[[PRNGKeyArray], TrainState]
     step: Callable[[tuple[Batch, PRNGKeyArray], TrainState], tuple[TrainState, Metrics]]
-    view: Callable[[Llama], Llama]
+    loss: Loss
     shapes: TrainState
     shardings: TrainState
 
@@ -41,6 +40,8 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
 
     shapes = eqx.filter_eval_shape(initial, jax.random.key(0))
     check_shapes(shapes.model, config.model.dims)
-    view = policy_view(config.precision, config.remat, layout)
-    step = make_step(optimizer, lambda step: config.schedule.rate(step, config.train.steps), view, layout)
-    return Program(initial, step, view, shapes, layout.shardings(shapes))
+    view = policy_view(config.precision, config.remat, layout, config.kernel, config.train.unroll)
+    loss = config.loss.build(view, layout)
+    rate = lambda step: config.schedule.rate(step, config.train.steps)  # noqa: E731
+    step = make_step(optimizer, rate, loss, layout, config.train.microbatch_size)
+    return Program(initial, step, loss, shapes, layout.shardings(shapes))

@@ -10,29 +10,38 @@ from llama_eqx.config import Config, dump
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError
+from llama_eqx.model.kernel import KernelConfig
 from llama_eqx.model.llama import LlamaConfig
 from llama_eqx.precision import PrecisionConfig
-from llama_eqx.remat import RematConfig
+from llama_eqx.remat import Remat
 from llama_eqx.sharding import MeshConfig, Rules
 from llama_eqx.tracking.tracker import TrackingConfig
+from llama_eqx.training.loss import LossConfig
 from llama_eqx.training.optimizer import OptimizerConfig
 from llama_eqx.training.schedule import ScheduleConfig
 
 
 class TrainConfig(Config):
-    """`batch_size` in sequences over all devices, `seq_len` in tokens; `log_every` and `eval_every` in steps."""
+    """`batch_size` in sequences over all devices, `seq_len` in tokens; `log_every` and `eval_every` in steps.
+
+    `microbatch_size` is how many of the sequences go through the model at a time, None for all; gradients are added up.
+    `unroll` layers make one turn of the loop over layers: more to compile, fewer copies while it runs.
+    """
 
     steps: int
     batch_size: int
+    microbatch_size: int | None
     seq_len: int
+    unroll: int
     log_every: int
     eval_every: int
     sample_tokens: int
 
     def check(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < (0 if field.name == "sample_tokens" else 1):
-                raise ConfigError(f"{getattr(self, field.name)} is too small", where=field.name)
+            value = getattr(self, field.name)
+            if value is not None and value < (0 if field.name == "sample_tokens" else 1):
+                raise ConfigError(f"{value} is too small", where=field.name)
 
 
 class RunConfig(Config):
@@ -42,7 +51,9 @@ class RunConfig(Config):
     mesh: MeshConfig
     sharding: Rules
     precision: PrecisionConfig
-    remat: RematConfig
+    remat: Remat
+    kernel: KernelConfig
+    loss: LossConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     checkpoint: CheckpointConfig
@@ -69,10 +80,14 @@ FREE = (
     "mesh",
     "sharding",
     "remat",
+    "kernel",
     "checkpoint",
     "tracking",
     "train.steps",
     "data.prompt",
+    "train.unroll",
+    "train.microbatch_size",
+    "loss.chunk",
     "train.log_every",
     "train.eval_every",
     "train.sample_tokens",

@@ -5,6 +5,7 @@ import math
 import pathlib
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,7 +119,7 @@ def test_a_document_has_the_loss_in_its_row_that_it_has_alone(run, data):
     for line, (row, place) in enumerate(zip(rows, places, strict=True)):
         for leaf, source in zip(jax.tree.leaves(alone), jax.tree.leaves(batch), strict=False):
             leaf[line, : len(place)] = source[row, place]
-    model = load_pretrained(run.run_dir)
-    together, apart = (np.asarray(token_losses(model, jax.tree.map(jnp.asarray, b), None)) for b in (batch, alone))
+    model, losses = load_pretrained(run.run_dir), eqx.filter_jit(token_losses)
+    together, apart = (np.asarray(losses(model, jax.tree.map(jnp.asarray, b), None)) for b in (batch, alone))
     for line, (row, place) in enumerate(zip(rows, places, strict=True)):
         np.testing.assert_allclose(apart[line, : len(place)], together[row, place], rtol=2e-5)

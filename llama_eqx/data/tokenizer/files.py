@@ -52,14 +52,12 @@ def is_tiktoken(content: bytes) -> bool:
     return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content[:1000]) is not None
 
 
-def described(content: bytes, where: str, wanted: str) -> DataError:
+def described(content: bytes, wanted: str) -> DataError:
     """Why `content` is not the `wanted` file, and which option reads it."""
-    path = f"tokenizer.path={where}" if where else "tokenizer.path=FILE"
     if is_tiktoken(content):
-        return DataError(f"a tiktoken file, as Llama 3 has, not {wanted}", where=where, next=f"tokenizer=tiktoken {path}")
+        return DataError(f"a tiktoken file, as Llama 3 has, not {wanted}", next="tokenizer=tiktoken tokenizer.path=FILE")
     if content.lstrip()[:1] == b"{":
-        folder = Path(where).parent if where else "FOLDER"
-        return DataError(f"a JSON file, not {wanted}", where=where, next=f"tokenizer=hf tokenizer.path={folder} if it is a tokenizer.json")
+        return DataError(f"a JSON file, not {wanted}", next="tokenizer=hf tokenizer.path=FOLDER, if it is a tokenizer.json")
     if is_sentencepiece(content):
-        return DataError(f"a SentencePiece model, as Llama 1 and 2 have, not {wanted}", where=where, next=f"tokenizer=sentencepiece {path}")
-    return DataError(f"not {wanted}", where=where, next="tokenizer.path=FILE with another file, or download this one again")
+        return DataError(f"a SentencePiece model, as Llama 1 and 2 have, not {wanted}", next="tokenizer=sentencepiece tokenizer.path=FILE")
+    return DataError(f"not {wanted}", next="another file, or download this one again")

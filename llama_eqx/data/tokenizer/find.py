@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from llama_eqx.data.tokenizer.base import MARK, Tokenizer, fingerprint
-from llama_eqx.data.tokenizer.files import described, is_sentencepiece, is_tiktoken, read
+from llama_eqx.data.tokenizer.files import is_tiktoken, read
 from llama_eqx.data.tokenizer.huggingface import HuggingFaceTokenizer, read_huggingface, special_ids
 from llama_eqx.data.tokenizer.plain import BytesTokenizer, CharsTokenizer
 from llama_eqx.data.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -49,13 +49,14 @@ def find_tokenizer(folder: Path) -> Tokenizer:
             next="copy the tokenizer's files into that folder",
         )
     content = read(str(file), "a tokenizer", "sentencepiece")
-    if is_tiktoken(content):
-        tokenizer = TiktokenTokenizer(content, chat=_generation(folder))
-    elif is_sentencepiece(content):
-        tokenizer = SentencePieceTokenizer(content)
-    else:
-        raise described(content, str(file), "a SentencePiece or tiktoken file")
-    tokenizer.stop = tuple(dict.fromkeys((*special_ids(folder, tokenizer.special)["stop"], *tokenizer.stop)))
+    try:
+        if is_tiktoken(content):
+            tokenizer = TiktokenTokenizer(content, chat=_generation(folder))
+        else:
+            tokenizer = SentencePieceTokenizer(content)
+    except DataError as error:
+        raise DataError(error.what, where=str(file), next="download it again") from error
+    tokenizer.stop = tuple(dict.fromkeys((*tokenizer.stop, *special_ids(folder, tokenizer.special)["stop"])))
     return tokenizer
 
 

@@ -25,36 +25,40 @@ class HuggingFaceTokenizer(Tokenizer):
 
     kind, file = "hf", "tokenizer.json"
 
-    def __init__(
+    def __init__(self, definition: bytes, **settings: Any):
+        from tokenizers import Tokenizer as Library
+
+        self.definition = definition
+        try:
+            self.library = Library.from_str(definition.decode())
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(f"a damaged tokenizer.json: {error}", next="download it again") from error
+        added = self.library.get_added_tokens_decoder()
+        self.special = {token.content: i for i, token in added.items()}
+        self.unspoken = frozenset(i for i, token in added.items() if token.special)
+        # The library leaves alone what it calls special, and so must call all of them that.
+        self.library.add_special_tokens(list(added.values()))
+        self.library.encode_special_tokens = True
+        self.library.no_truncation()
+        self.library.no_padding()
+        self.vocab = 1 + max(self.library.get_vocab().values(), default=-1)
+        self.mark(**settings)
+
+    def mark(
         self,
-        definition: bytes,
         *,
         bos: int | None = None,
         eos: int | None = None,
         stop: Sequence[int] = (),
         pad: int | None = None,
         chat: str | None = None,
-    ):
-        from tokenizers import Tokenizer as Library
-
-        self.definition, self.bos, self.eos, self.pad = definition, bos, eos, pad
-        try:
-            tree = json.loads(definition)
-            added = tree.get("added_tokens") or []
-            self.special = {token["content"]: token["id"] for token in added}
-            self.unspoken = frozenset(token["id"] for token in added if token["special"])
-            # So that one setting keeps all of them from being found in text.
-            self.library = Library.from_str(json.dumps({**tree, "added_tokens": [{**token, "special": True} for token in added]}))
-        except Exception as error:  # the library raises nothing narrower
-            raise DataError(f"a damaged tokenizer.json: {error}", next="download it again") from error
-        self.library.encode_special_tokens = True
-        self.library.no_truncation()
-        self.library.no_padding()
-        self.vocab = 1 + max(self.library.get_vocab().values(), default=-1)
-        self.chat = chat or _chat(self.special)
-        self.stop = tuple(dict.fromkeys([*stop, *([] if eos is None else [eos]), *turn_ends(self.special)]))
-        if wrong := [i for i in (bos, eos, pad, *self.stop) if i is not None and not 0 <= i < self.vocab]:
+    ) -> None:
+        """Says which ids begin and end a text. Raises `DataError` when one is not in the vocabulary."""
+        if wrong := [i for i in (bos, eos, pad, *stop) if i is not None and not 0 <= i < self.vocab]:
             raise DataError(f"a special id is {wrong[0]}, but tokenizer.json has {self.vocab} ids", next="files of two models are mixed")
+        self.bos, self.eos, self.pad = bos, eos, pad
+        self.stop = tuple(dict.fromkeys([*([] if eos is None else [eos]), *stop, *turn_ends(self.special)]))
+        self.chat = chat or _chat(self.special)
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
@@ -106,13 +110,11 @@ def read_huggingface(folder: Path, chat: str | None = None) -> HuggingFaceTokeni
         raise DataError(f"cannot read: {error.strerror}", where=str(file), next=advice) from error
     refuse_stand_in(content, str(file))
     try:
-        names = {token["content"]: token["id"] for token in json.loads(content).get("added_tokens") or []}
-        marks = special_ids(folder, names)
-        return HuggingFaceTokenizer(content, **marks, chat=chat)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"a damaged tokenizer.json: {error}", where=str(file), next="download it again") from error
+        tokenizer = HuggingFaceTokenizer(content)
+        tokenizer.mark(**special_ids(folder, tokenizer.special), chat=chat)
     except DataError as error:
         raise DataError(error.what, where=error.where or str(file), next=error.next) from error
+    return tokenizer
 
 
 def special_ids(folder: Path, names: Mapping[str, int]) -> dict[str, Any]:
@@ -121,15 +123,18 @@ def special_ids(folder: Path, names: Mapping[str, int]) -> dict[str, Any]:
     The first of several EOS ids ends documents, all end generation. `names` are the ids of special tokens; where no file says anything,
     BOS and EOS are those of Llama's names.
     """
-    files = [_json(folder / name) for name in ("generation_config.json", "config.json", "tokenizer_config.json")]
+    *numbers, words = [_json(folder / name) for name in ("generation_config.json", "config.json", "tokenizer_config.json")]
 
     def said(which: str) -> list[int]:
-        for tree in files[:2]:
+        for tree in numbers:
             if (ids := tree.get(f"{which}_token_id")) is not None:
-                return [int(i) for i in (ids if isinstance(ids, list) else [ids])]
-        token = files[2].get(f"{which}_token")
+                ids = ids if isinstance(ids, list) else [ids]
+                if not all(type(i) is int for i in ids):
+                    raise DataError(f"{which}_token_id is {ids}, not an id", where=str(folder))
+                return ids
+        token = words.get(f"{which}_token")
         token = token.get("content") if isinstance(token, dict) else token
-        return [names[token]] if token in names else []
+        return [names[token]] if isinstance(token, str) and token in names else []
 
     bos = said("bos") or [names[name] for name in ("<|begin_of_text|>", "<s>") if name in names]
     eos = said("eos") or [names[name] for name in ("<|end_of_text|>", "</s>") if name in names]

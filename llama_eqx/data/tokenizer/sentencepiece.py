@@ -32,7 +32,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self.pieces.LoadFromSerializedProto(definition)
         except RuntimeError as error:
-            raise described(definition, "", "a SentencePiece model") from error
+            raise described(definition, "a SentencePiece model") from error
         self.vocab = self.pieces.vocab_size()
         ids = (self.pieces.bos_id(), self.pieces.eos_id(), self.pieces.pad_id())
         self.bos, self.eos, self.pad = (None if i < 0 else i for i in ids)
@@ -68,8 +68,8 @@ class SentencePieceTokenizerConfig(TokenizerConfig):
             content = read(self.path, "a SentencePiece model", "sentencepiece")
             try:
                 return SentencePieceTokenizer(content)
-            except DataError:
-                raise described(content, self.path, "a SentencePiece model") from None
+            except DataError as error:
+                raise DataError(error.what, where=self.path, next=error.next.replace("FILE", self.path)) from None
         key = hashlib.sha256(f"{data.identity()} {self.vocab} {LLAMA_SETTINGS}".encode()).hexdigest()
         folder = publish(cache_dir() / "tokenizers" / key, lambda folder: self._train(data, folder))
         return SentencePieceTokenizer((folder / "tokenizer.model").read_bytes())

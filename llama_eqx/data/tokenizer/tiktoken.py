@@ -107,7 +107,7 @@ def _parsed(definition: bytes) -> dict[bytes, int]:
         lines = [line.split() for line in definition.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except (ValueError, binascii.Error):
-        raise described(definition, "", wanted) from None
+        raise described(definition, wanted) from None
     if sorted(ranks.values()) != list(range(len(lines))):
         raise DataError(f"not {wanted}: its ranks are not 0, 1, 2 … to the number of its lines", next="download it again")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
