@@ -158,7 +158,9 @@ def starvation(options: argparse.Namespace) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     records = [json.loads(line) for line in pathlib.Path(run_dir, "metrics.jsonl").read_text().splitlines()]
     shares = [record["data/starved_fraction"] for record in records if "data/starved_fraction" in record][1:]
-    print(json.dumps({"name": "default run", "starved_fraction": statistics.median(shares), "largest": max(shares), "records": len(shares)}))
+    print(
+        json.dumps({"name": "default run", "starved_fraction": statistics.median(shares), "largest": max(shares), "records": len(shares)})
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 from jax.sharding import Sharding
+from jaxtyping import Int
 
 from llama_eqx.batch import Batch
 from llama_eqx.data.order import chained, digest
@@ -17,6 +18,8 @@ from llama_eqx.data.rows import Rows
 from llama_eqx.errors import ConfigError
 
 T = TypeVar("T")
+
+AT_ONCE = 2**20  # tokens
 
 
 class Progress(NamedTuple):
@@ -61,18 +64,26 @@ class Parts:
         return 2**62 // self._batch_size
 
     def __getitem__(self, index: int) -> Part:
-        rows = self.numbers(index)
-        return Part(self._rows.read(rows[self._mine]), digest(rows), self._rows.counted(rows))
+        return self.several(index, 1)[0]
 
-    def numbers(self, index: int) -> np.ndarray:
-        """The rows of the whole batch."""
-        return self._order(np.arange(index * self._batch_size, (index + 1) * self._batch_size))
+    def several(self, first: int, count: int) -> list[Part]:
+        """Batches one after another."""
+        return [Part(self._rows.read(rows[self._mine]), digest(rows), self._rows.counted(rows)) for rows in self.numbers(first, count)]
+
+    def numbers(self, first: int, count: int) -> Int[np.ndarray, "count batch"]:
+        """The rows of whole batches."""
+        return self._order(np.arange(first * self._batch_size, (first + count) * self._batch_size)).reshape(count, -1)
+
+    @property
+    def together(self) -> int:
+        """How many batches are best read at once."""
+        return max(1, min(64, AT_ONCE // ((self._mine.stop - self._mine.start) * self._rows.seq_len)))
 
     def after(self, step: int, known: Progress | None = None) -> Progress:
         """The progress after `step` batches, from that after some of them; no token is read for it."""
         known = known or self._start
         for index in range(known.step, step):
-            rows = self.numbers(index)
+            (rows,) = self.numbers(index, 1)
             known = Progress(index + 1, chained(known.ledger, digest(rows)), known.tokens + self._rows.counted(rows))
         return known
 
@@ -85,11 +96,14 @@ def read(parts: Parts, start: int = 0) -> Iterator[Iterator[Part]]:
     """
     import grain
 
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # more threads are slower
-    iterator: Any = iter(grain.MapDataset.source(parts).to_iter_dataset(options))
-    iterator.set_state({"next_index": start})
+    # An element of grain's costs about as much whatever is in it, and so it has several batches.
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # more threads are slower
+    runs = grain.MapDataset.range(len(parts) // parts.together).map(lambda run: parts.several(run * parts.together, parts.together))
+    iterator: Any = iter(runs.to_iter_dataset(options))
+    run, within = divmod(start, parts.together)
+    iterator.set_state({"next_index": run})
     try:
-        yield iterator
+        yield itertools.islice(itertools.chain.from_iterable(iterator), within, None)
     finally:
         iterator.close()
 

@@ -1,6 +1,7 @@
 """From documents one after another to rows of equal length: three ways, each a function of the row's number."""
 
 import abc
+import bisect
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from llama_eqx.batch import Batch
 from llama_eqx.data.packing import PackIndex
 from llama_eqx.data.shards import Split
 from llama_eqx.errors import DataError
+
+MAPS = 400  # shards that are mapped at once: each takes file descriptors
 
 
 class Piece(NamedTuple):
@@ -71,23 +74,23 @@ class Windows(Rows):
     segmented = False
 
     def __init__(self, split: Split, seq_len: int):
-        self.split, self.seq_len = split, seq_len
-        self.targets = _check(self) * seq_len
+        self._tokens, self.seq_len = Tokens(split), seq_len
+        self.targets = _count(split, seq_len) * seq_len
         self.bytes = self.targets * split.bytes / split.tokens
 
     def __len__(self) -> int:
-        return _windows(self.split, self.seq_len)
+        return self.targets // self.seq_len
 
     def read(self, rows: Int[np.ndarray, " batch"]) -> Batch:
-        ids = _ids(self.split, self.seq_len, rows)
-        mask = np.broadcast_to((rows >= 0)[:, None], (len(rows), self.seq_len)).astype(np.float32)
+        ids = self._tokens.windows(rows * self.seq_len, self.seq_len + 1)
+        mask = np.broadcast_to((rows >= 0).astype(np.float32)[:, None], (len(rows), self.seq_len))
         return Batch(ids[:, :-1], ids[:, 1:], mask)
 
     def counted(self, rows: Int[np.ndarray, " batch"]) -> int:
         return int((rows >= 0).sum()) * self.seq_len
 
     def pieces(self, row: int) -> list[Piece]:
-        return [Piece(self.split, row * self.seq_len, (row + 1) * self.seq_len + 1)]
+        return [Piece(self._tokens.split, row * self.seq_len, (row + 1) * self.seq_len + 1)]
 
 
 class Documents(Rows):
@@ -99,38 +102,42 @@ class Documents(Rows):
     segmented = True
 
     def __init__(self, split: Split, seq_len: int):
-        self.split, self.seq_len = split, seq_len
-        end = _check(self) * seq_len
-        self.targets = end - int(_documents_before(split, np.array([end + 1]))[0]) + 1  # all tokens but those that begin a document
+        self._tokens, self.seq_len = Tokens(split), seq_len
+        self._len = _count(split, seq_len)
+        end = self._len * seq_len + 1
+        self.targets = end - int(self._tokens.documents_before(np.array([end]))[0])  # all tokens but those that begin a document
         self.bytes = self.targets * split.bytes / max(split.tokens - split.documents, 1)
 
     def __len__(self) -> int:
-        return _windows(self.split, self.seq_len)
+        return self._len
 
     def read(self, rows: Int[np.ndarray, " batch"]) -> Batch:
-        ids = _ids(self.split, self.seq_len, rows)
+        ids = self._tokens.windows(rows * self.seq_len, self.seq_len + 1)
         begins = np.zeros(ids.shape, bool)
         for line, row in zip(begins, rows.tolist(), strict=True):
             if row >= 0:
-                first = row * self.seq_len
-                line[self.split.starts(first, first + self.seq_len + 1) - first] = True
-        real = rows[:, None] >= 0
-        ends, begins = begins[:, 1:], begins[:, :-1]
-        begins[:, :1] = real
-        columns = np.arange(self.seq_len, dtype=np.int32)
-        segments = np.cumsum(begins, 1, dtype=np.int32)
-        positions = columns - np.maximum.accumulate(np.where(begins, columns, 0), 1)
-        return Batch(ids[:, :-1], np.where(ends, 0, ids[:, 1:]), (real & ~ends).astype(np.float32), segments, np.where(real, positions, 0))
+                line[self._tokens.starts(row * self.seq_len, self.seq_len + 1)] = True
+        real = rows >= 0
+        ends = begins[:, 1:].copy()
+        begins[:, 0] = True
+        lines, columns = np.divmod(np.flatnonzero(begins[:, :-1]), self.seq_len)
+        segments, positions = _segments(lines, np.diff(lines * self.seq_len + columns, append=len(rows) * self.seq_len))
+        shape = len(rows), self.seq_len
+        mask = real[:, None] & ~ends
+        if not real.all():
+            segments, positions = segments * np.repeat(real, self.seq_len), positions * np.repeat(real, self.seq_len)
+        targets = np.where(ends, 0, ids[:, 1:])
+        return Batch(ids[:, :-1], targets, mask.astype(np.float32), segments.reshape(shape), positions.reshape(shape))
 
     def counted(self, rows: Int[np.ndarray, " batch"]) -> int:
         first = rows[rows >= 0] * self.seq_len + 1
-        begun = _documents_before(self.split, first + self.seq_len) - _documents_before(self.split, first)
+        begun = self._tokens.documents_before(first + self.seq_len) - self._tokens.documents_before(first)
         return len(first) * self.seq_len - int(begun.sum())
 
     def pieces(self, row: int) -> list[Piece]:
         begin, end = row * self.seq_len, (row + 1) * self.seq_len + 1
-        edges = [begin, *self.split.starts(begin + 1, end).tolist(), end]
-        return [Piece(self.split, a, b) for a, b in itertools.pairwise(edges) if a < end - 1]
+        edges = [begin, *self._tokens.split.starts(begin + 1, end).tolist(), end]
+        return [Piece(self._tokens.split, a, b) for a, b in itertools.pairwise(edges) if a < end - 1]
 
 
 class Packed(Rows):
@@ -142,7 +149,8 @@ class Packed(Rows):
     segmented = True
 
     def __init__(self, split: Split, learned: Split | None, index: PackIndex, seq_len: int):
-        self.split, self.learned, self.index, self.seq_len = split, learned, index, seq_len
+        self._tokens, self._learned = Tokens(split), None if learned is None else Tokens(learned)
+        self.index, self.seq_len = index, seq_len
         self.targets, self.bytes = int(index.counted.sum(dtype=np.int64)), split.bytes
 
     def __len__(self) -> int:
@@ -152,16 +160,28 @@ class Packed(Rows):
         shape = len(rows), self.seq_len
         tokens, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
         mask = np.zeros(shape, np.float32)
-        columns = np.arange(self.seq_len, dtype=np.int32)
-        for line, row in enumerate(rows.tolist()):
-            at = 0
-            for segment, (split, begin, end) in enumerate(self.pieces(row) if row >= 0 else (), 1):
-                ids = split.read(begin, end)
-                here = slice(at, at + len(ids) - 1)
-                tokens[line, here], targets[line, here] = ids[:-1], ids[1:]
-                mask[line, here] = 1 if self.learned is None else self.learned.read(begin + 1, end)
-                segments[line, here], positions[line, here] = segment, columns[: len(ids) - 1]
-                at = here.stop
+        real = rows >= 0
+        firsts = np.where(real, self.index.firsts[rows], 0)
+        counts = np.where(real, self.index.firsts[rows + 1] - firsts, 0)
+        pieces = np.repeat(firsts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        lines = np.repeat(np.arange(len(rows)), counts)
+        begins, places = self.index.begins[pieces], self.index.lengths[pieces].astype(np.int64) - 1
+        ends = np.cumsum(places)
+        used = np.bincount(lines, places, len(rows)).astype(np.int64)
+        at = ends - places - np.repeat(np.cumsum(used) - used, counts)  # of a piece in its row
+
+        runs = self._tokens.runs(begins, places + 1)
+        for line, first, count, ids in zip(lines.tolist(), at.tolist(), places.tolist(), runs, strict=True):
+            tokens[line, first : first + count], targets[line, first : first + count] = ids[:-1], ids[1:]
+        for ids in (tokens, targets):
+            self._tokens.check(ids, begins, places + 1)
+        filled = np.arange(self.seq_len) < used[:, None]
+        segments[filled], positions[filled] = _segments(lines, places)
+        if self._learned is None:
+            mask[filled] = 1
+        else:
+            for line, first, learned in zip(lines.tolist(), at.tolist(), self._learned.runs(begins + 1, places), strict=True):
+                mask[line, first : first + len(learned)] = learned
         return Batch(tokens, targets, mask, segments, positions)
 
     def counted(self, rows: Int[np.ndarray, " batch"]) -> int:
@@ -170,7 +190,7 @@ class Packed(Rows):
     def pieces(self, row: int) -> list[Piece]:
         here = slice(*self.index.firsts[row : row + 2].tolist())
         begins, lengths = self.index.begins[here].tolist(), self.index.lengths[here].tolist()
-        return [Piece(self.split, begin, begin + length) for begin, length in zip(begins, lengths, strict=True)]
+        return [Piece(self._tokens.split, begin, begin + length) for begin, length in zip(begins, lengths, strict=True)]
 
 
 class Joined(Rows):
@@ -213,14 +233,80 @@ class Joined(Rows):
         return [(self.sources[i], at, rows[at] - self._firsts[i]) for i, at in enumerate(places) if len(at)]
 
 
-def _windows(split: Split, seq_len: int) -> int:
-    return max(0, split.tokens - 1) // seq_len
+class Tokens:
+    """Many short reads from a split at once."""
+
+    def __init__(self, split: Split):
+        self.split = split
+        self._firsts = np.cumsum([0, *(shard.tokens for shard in split.shards)])
+        self._documents = np.cumsum([0, *(shard.documents for shard in split.shards)])
+        self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def windows(self, begins: Int[np.ndarray, " count"], length: int) -> Int[np.ndarray, "count length"]:
+        """`length` ids from each token on, zeros where it is negative. Raises as `check` does."""
+        real = np.flatnonzero(begins >= 0)
+        ids = (np.empty if len(real) == len(begins) else np.zeros)((len(begins), length), np.int32)
+        lengths = np.full(len(real), length)
+        for line, run in zip(real.tolist(), self.runs(begins[real], lengths), strict=True):
+            ids[line] = run
+        self.check(ids, begins[real], lengths)
+        return ids
+
+    def check(self, ids: Int[np.ndarray, "..."], begins: Int[np.ndarray, " count"], lengths: Int[np.ndarray, " count"]) -> None:
+        """Raises `DataError` naming shard and offset when one of `ids`, which were read from there, is not in the vocabulary."""
+        if ids.size and ids.view(np.uint32).max() >= self.split.shards[0].vocab:
+            for begin, length in zip(begins.tolist(), lengths.tolist(), strict=True):
+                self.split.read(begin, begin + length)
+
+    def runs(self, begins: Int[np.ndarray, " count"], lengths: Int[np.ndarray, " count"]) -> list[np.ndarray]:
+        """The ids of the tokens from each of `begins` on, as they are on disk."""
+        shards = np.searchsorted(self._firsts[1:-1], begins, side="right")
+        firsts, ends = begins - self._firsts[shards], begins + lengths
+        whole = ends <= self._firsts[shards + 1]
+        found = []
+        for shard, first, begin, end, fits in zip(*(array.tolist() for array in (shards, firsts, begins, ends, whole)), strict=True):
+            found.append(self._map(shard)[0][first : first + end - begin] if fits else self.split.read(begin, end))
+        return found
+
+    def starts(self, begin: int, length: int) -> np.ndarray:
+        """Which of the tokens from `begin` on begin a document, counted from it."""
+        shard = bisect.bisect_right(self._firsts, begin) - 1
+        if begin + length > self._firsts[shard + 1]:
+            return self.split.starts(begin, begin + length) - begin
+        first = begin - int(self._firsts[shard])
+        offsets = self._map(shard)[1]
+        a, b = offsets.searchsorted([first, first + length])
+        return offsets[a:b] - first
+
+    def documents_before(self, tokens: Int[np.ndarray, " count"]) -> Int[np.ndarray, " count"]:
+        """How many documents begin before each token."""
+        found, shards = np.empty(len(tokens), np.int64), np.searchsorted(self._firsts[1:-1], tokens, side="right")
+        for shard in np.unique(shards).tolist():
+            here = shards == shard
+            found[here] = self._documents[shard] + self._map(shard)[1].searchsorted(tokens[here] - self._firsts[shard])
+        return found
+
+    def _map(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids, and where documents begin."""
+        if shard not in self._maps:
+            if len(self._maps) == MAPS:
+                self._maps.clear()
+            self._maps[shard] = self.split.shards[shard].ids(), self.split.shards[shard].offsets()[:-1]
+        return self._maps[shard]
 
 
-def _check(rows: Windows | Documents) -> int:
-    """The number of rows."""
-    split, seq_len = rows.split, rows.seq_len
-    if count := len(rows):
+def _segments(lines: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Segment ids and positions of pieces one after another, each of so many places, in the lines where they lie."""
+    firsts = np.flatnonzero(np.diff(lines, prepend=-1))  # of the pieces, the first of a line
+    numbers = np.arange(1, len(lines) + 1) - np.repeat(firsts, np.diff(firsts, append=len(lines)))
+    ends = np.cumsum(places)
+    positions = np.arange(places.sum(), dtype=np.int32) - np.repeat((ends - places).astype(np.int32), places)
+    return np.repeat(numbers.astype(np.int32), places), positions
+
+
+def _count(split: Split, seq_len: int) -> int:
+    """How many rows there are. Raises `DataError` when there is none."""
+    if count := max(0, split.tokens - 1) // seq_len:
         return count
     shorter = f"train.seq_len={split.tokens - 1} or less, " if split.tokens > 1 else ""
     raise DataError(
@@ -228,22 +314,3 @@ def _check(rows: Windows | Documents) -> int:
         where="train.seq_len",
         next=f"{shorter}more text, or another data.validation_fraction",
     )
-
-
-def _ids(split: Split, seq_len: int, rows: np.ndarray) -> Int[np.ndarray, "batch window"]:
-    ids = np.zeros((len(rows), seq_len + 1), np.int32)
-    for line, row in zip(ids, rows.tolist(), strict=True):
-        if row >= 0:
-            line[:] = split.read(row * seq_len, (row + 1) * seq_len + 1)
-    return ids
-
-
-def _documents_before(split: Split, tokens: np.ndarray) -> np.ndarray:
-    """[count] int64: how many documents begin before each token."""
-    firsts = np.cumsum([0, *(shard.tokens for shard in split.shards)])
-    numbers = np.cumsum([0, *(shard.documents for shard in split.shards)])
-    found = np.empty(len(tokens), np.int64)
-    of = np.searchsorted(firsts[1:-1], tokens, side="right")
-    for i in np.unique(of):
-        found[of == i] = numbers[i] + np.searchsorted(split.shards[i].offsets()[:-1], tokens[of == i] - firsts[i])
-    return found
