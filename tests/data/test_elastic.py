@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import socket
 import subprocess
 import sys
 
@@ -54,6 +55,24 @@ def test_batches_and_ledger_do_not_depend_on_the_processes(ran, monkeypatch):
         assert tuple(json.loads((ran / f"{last}.json").read_text())) == parts.after(last)
     assert min(data.epochs(PARTS[-1][-1] * BATCH).values()) > 1  # every source was shuffled anew
     assert data.epochs(0) == {"data/epoch/prose": 0, "data/epoch/notes": 0, "data/epoch/answers": 0}
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_their_devices_place_the_same_batches(ran, monkeypatch):
+    monkeypatch.setenv("LLAMA_EQX_CACHE", str(ran / "cache"))
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, HERE / "two_processes.py", ran]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    processes = [subprocess.Popen([*command, str(process), str(port)], env=environment) for process in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    parts = whole(opened(config(ran)))
+    for step in range(4, 8):
+        halves = [np.load(ran / f"two-{step}-{process}.npz") for process in range(2)]
+        assert [int(half["first"]) for half in halves] == [0, BATCH // 2]
+        assert np.array_equal(np.concatenate([half["rows"] for half in halves]), parts[step - 1].batch.tokens)
+        assert {int(half["ledger"]) for half in halves} == {parts.after(step).ledger}
 
 
 @pytest.mark.parametrize("change", ["seed=8", "data.weights.prose=0.4 data.weights.notes=0.4", "data.components.notes.rows=windows"])
