@@ -21,6 +21,7 @@ from llama_eqx.errors import CheckpointError, ConfigError, DataError
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.training.loop import train
 from llama_eqx.training.loss import token_losses
+from llama_eqx.training.reporter import recorded
 
 BATCH, SEQ, STEPS = 8, 64, 5
 
@@ -67,6 +68,8 @@ def test_records_have_the_ledger_the_counted_tokens_and_the_epochs(run, data):
         assert (step, record["data/ledger"], record["tokens"]) == parts.after(step)
         assert record["tokens"] == sum(parts[i].batch.loss_mask.sum() for i in range(step))
         assert {name: record[name] for name in record if "epoch" in name} == data.epochs(step * BATCH)
+    assert [recorded(pathlib.Path(run.run_dir), step) for step in (1, 3, 4)] == [parts.after(step) for step in (1, 2, 4)]
+    assert recorded(pathlib.Path(run.run_dir), 0) is None
     evaluated = read_metrics(f"{run.run_dir}/metrics.jsonl")[-1]
     assert evaluated["val/bits_per_byte"] == pytest.approx(evaluated["val/loss"] / math.log(2) * data.val.targets / data.val.bytes)
 
