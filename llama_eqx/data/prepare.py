@@ -9,6 +9,7 @@ import collections
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -181,7 +182,8 @@ def prepare(config: PrepareConfig) -> Prepared:
             with _bar("writing", " shards", len(groups), len(groups) - len(todo)) as bar:
                 for _ in pool(run_shards, [(task, group, tokenizer.vocab, config.dedup) for group in todo]):
                     bar.update()
-        shards = [shard for group in groups for shard in json.loads((partial / f"group-{group.number:05}.json").read_text())]
+        written = [json.loads((partial / f"group-{group.number:05}.json").read_text()) for group in groups]
+        shards = [(split, entry) for group in written for split, entry in group]
         settings = {name: value for name, value in (encoding | assembly).items() if name not in ("format", "tokenizer", "sources")}
         write_index(output, tokenizer, shards, encoding["sources"], settings=settings, dropped=dropped)
         shutil.rmtree(partial)
@@ -261,23 +263,23 @@ def run_shards(task: Task, group: Group, vocab: int, dedup: bool) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=task.folder)))
         writers = {split: stack.enter_context(ShardWriter(folder / f"{split}-{group.number:05}", vocab)) for split in SPLITS}
         for number, first, before in group.units:
-            documents = np.load(task.path(number, "npy"))
+            if not len(documents := np.load(task.path(number, "npy"))):
+                continue
             held_out = _held_out(documents["hash"], task.validation_fraction)
             origins = np.stack([documents["source"], documents["record"] + _before(documents, before)], 1)
             ends = np.cumsum(documents["tokens"])
-            blocks = np.searchsorted(ends, np.arange(0, ends[-1], BLOCK)) if len(ends) else []
-            ids = np.memmap(task.path(number, "ids"), token_dtype(vocab), "r") if len(ends) else np.empty(0)
-            for begin, end in zip(blocks, [*blocks[1:], len(documents)], strict=True):
-                if begin < end:
-                    part = slice(begin, end)
-                    lengths = documents["tokens"][part]
-                    here = ids[ends[begin] - lengths[0] : ends[end - 1]]
-                    for split, chosen in (("train", ~held_out[part]), ("val", held_out[part])):
-                        if kept is not None:
-                            chosen &= kept[first + begin : first + end]
-                        if chosen.any():
-                            row = here if chosen.all() else here[np.repeat(chosen, lengths)]
-                            writers[split].add(row, lengths[chosen], int(documents["bytes"][part][chosen].sum()), origins[part][chosen])
+            ids = np.memmap(task.path(number, "ids"), token_dtype(vocab), "r")
+            cuts = np.unique([*np.searchsorted(ends, np.arange(0, ends[-1], BLOCK)), len(documents)])
+            for begin, end in itertools.pairwise(cuts.tolist()):
+                part = slice(begin, end)
+                lengths = documents["tokens"][part]
+                here = ids[ends[begin] - lengths[0] : ends[end - 1]]
+                for split, chosen in (("train", ~held_out[part]), ("val", held_out[part])):
+                    if kept is not None:
+                        chosen &= kept[first + begin : first + end]
+                    if chosen.any():
+                        row = here if chosen.all() else here[np.repeat(chosen, lengths)]
+                        writers[split].add(row, lengths[chosen], int(documents["bytes"][part][chosen].sum()), origins[part][chosen])
         entries = [(split, writer.finish()) for split, writer in writers.items() if writer.documents]
         for _, entry in entries:
             for kind in entry["sha256"]:

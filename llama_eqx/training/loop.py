@@ -59,7 +59,7 @@ def train(config: RunConfig) -> Result:
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
 
     # What the devices are to compute, and the files of the run.
-    initial, step, loss, shapes, shardings = make_program(config, layout)
+    initial, step, loss, shapes, shardings, remarks = make_program(config, layout)
     run_dir, key = pathlib.Path(config.run_dir), jax.random.key(config.seed)
     changed = claim(config, data.fingerprint)
     tokenizer.save(run_dir / "tokenizer")
@@ -90,7 +90,7 @@ def train(config: RunConfig) -> Result:
             tracker.say(f"run_dir={run_dir}")
             tracker.say(f"{parameters:,} parameters, {flops.causal:,.0f} FLOPs per token, {layout.mesh.size} x {device_kind}")
             tracker.say(f"{data.train.targets:,} tokens to train on, {data.val.targets:,} held out, vocabulary of {tokenizer.vocab:,}")
-            for warning in warnings(config, tokenizer) + changed + data.notes:
+            for warning in warnings(config, tokenizer) + remarks + changed + data.notes:
                 tracker.say(f"warning: {warning}")
             if begin:
                 tracker.say(f"resumed from step {begin} of {steps}" if begin < steps else f"trained to step {begin} already")

@@ -12,13 +12,14 @@ from llama_eqx.sharding import Layout, check_shapes
 from llama_eqx.training.loss import Loss, policy_view
 from llama_eqx.training.run import RunConfig
 from llama_eqx.training.state import TrainState, init_state
-from llama_eqx.training.step import Metrics, make_step
+from llama_eqx.training.step import Metrics, make_step, microbatches
 
 
 class Program(NamedTuple):
     """Pure functions, not yet jitted: `initial(key)`, `step((batch, key), state)` and the `loss` that the step minimises.
 
-    `shapes` is the abstract state, `shardings` says where each of its leaves lives.
+    `shapes` is the abstract state, `shardings` says where each of its leaves lives. `remarks` are what a user may not expect of the
+    settings on that platform.
     """
 
     initial: Callable[[PRNGKeyArray], TrainState]
@@ -26,13 +27,22 @@ class Program(NamedTuple):
     loss: Loss
     shapes: TrainState
     shardings: TrainState
+    remarks: list[str]
 
 
 def make_program(config: RunConfig, layout: Layout) -> Program:
     """Allocates nothing. `config.model.dims.vocab` must be known.
 
-    Raises `ConfigError` when a size does not divide over the mesh.
+    Raises `ConfigError` when a size does not divide over the mesh, or a kernel cannot be had there.
     """
+    train, platform = config.train, layout.mesh.devices.flat[0].platform
+    microbatches(train.batch_size, train.microbatch_size or train.batch_size, layout)
+    kernel = config.kernel.choose(
+        platform, dtype=config.precision.compute, seq=train.seq_len, slots=train.seq_len, head_dim=config.model.dims.head_dim
+    )
+    remarks = [f"attention is computed by {kernel.name}, {kernel.reason}"] if kernel.reason else []
+    if platform == "cpu" and getattr(config.remat, "offloaded", ()):
+        remarks.append("a CPU has one memory: what remat is to offload stays in it")
     optimizer = config.optimizer.build()
 
     def initial(key: PRNGKeyArray) -> TrainState:
@@ -40,8 +50,8 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
 
     shapes = eqx.filter_eval_shape(initial, jax.random.key(0))
     check_shapes(shapes.model, config.model.dims)
-    view = policy_view(config.precision, config.remat, layout, config.kernel, config.train.unroll)
+    view = policy_view(config.precision, config.remat, layout, config.kernel, train.unroll)
     loss = config.loss.build(view, layout)
-    rate = lambda step: config.schedule.rate(step, config.train.steps)  # noqa: E731
-    step = make_step(optimizer, rate, loss, layout, config.train.microbatch_size)
-    return Program(initial, step, loss, shapes, layout.shardings(shapes))
+    rate = lambda step: config.schedule.rate(step, train.steps)  # noqa: E731
+    step = make_step(optimizer, rate, loss, layout, train.microbatch_size)
+    return Program(initial, step, loss, shapes, layout.shardings(shapes), remarks)

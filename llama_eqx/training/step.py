@@ -48,8 +48,8 @@ def make_step(
 
         zeros = layout.place(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model))
         begin = LossSums(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)), zeros
-        microbatches = split(batch, microbatch_size, layout)
-        return jax.lax.scan(add, begin, (microbatches, jnp.arange(len(microbatches.tokens))))[0]
+        parts = split(batch, microbatch_size, layout)
+        return jax.lax.scan(add, begin, (parts, jnp.arange(len(parts.tokens))))[0]
 
     def step(inputs: tuple[Batch, PRNGKeyArray], state: TrainState) -> tuple[TrainState, Metrics]:
         batch, key = inputs
@@ -74,12 +74,11 @@ def make_step(
     return step
 
 
-def split(batch: Batch, microbatch_size: int, layout: Layout) -> Batch:
-    """A batch whose arrays are "microbatches batch seq". Every microbatch has rows of every device, so that none moves.
+def microbatches(size: int, microbatch_size: int, layout: Layout) -> tuple[int, int]:
+    """How many microbatches a batch of `size` rows makes, and on how many devices the rows of each are.
 
-    Raises `ConfigError` when the rows of a microbatch do not divide over the devices.
+    Raises `ConfigError` when they do not divide.
     """
-    size = len(batch.tokens)
     part = layout.spec(("batch",), (size,))[0]
     ways = math.prod(layout.mesh.shape[axis] for axis in ((part,) if isinstance(part, str) else part or ()))
     if microbatch_size % ways or size % microbatch_size:
@@ -88,10 +87,16 @@ def split(batch: Batch, microbatch_size: int, layout: Layout) -> Batch:
             where="train.microbatch_size",
             next=f"one of: {', '.join(str(n) for n in range(ways, size + 1, ways) if size % n == 0)}",
         )
+    return size // microbatch_size, ways
+
+
+def split(batch: Batch, microbatch_size: int, layout: Layout) -> Batch:
+    """A batch whose arrays are "microbatches batch seq". Every microbatch has rows of every device, so that none moves."""
+    count, ways = microbatches(len(batch.tokens), microbatch_size, layout)
 
     def of_array(axes: tuple[str, ...], rows: Array) -> Array:
-        rows = rows.reshape(ways, size // microbatch_size, microbatch_size // ways, *rows.shape[1:])
-        rows = rows.swapaxes(0, 1).reshape(-1, microbatch_size, *rows.shape[3:])
+        rows = rows.reshape(ways, count, microbatch_size // ways, *rows.shape[1:]).swapaxes(0, 1)
+        rows = rows.reshape(count, microbatch_size, *rows.shape[3:])
         return jax.lax.with_sharding_constraint(rows, layout.sharding(("", *axes), rows.shape))
 
     leaves = [of_array(axes, leaf) for axes, leaf in zip(axis_names(batch), jax.tree.leaves(batch), strict=True)]

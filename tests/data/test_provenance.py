@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from llama_eqx import load_config, load_pretrained
@@ -20,7 +21,6 @@ from llama_eqx.data.tokenizer import BytesTokenizer
 from llama_eqx.errors import CheckpointError, ConfigError, DataError
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.training.loop import train
-from llama_eqx.training.loss import token_losses
 from llama_eqx.training.reporter import recorded
 
 BATCH, SEQ, STEPS = 8, 64, 5
@@ -122,7 +122,13 @@ def test_a_document_has_the_loss_in_its_row_that_it_has_alone(run, data):
     for line, (row, place) in enumerate(zip(rows, places, strict=True)):
         for leaf, source in zip(jax.tree.leaves(alone), jax.tree.leaves(batch), strict=False):
             leaf[line, : len(place)] = source[row, place]
-    model, losses = load_pretrained(run.run_dir), eqx.filter_jit(token_losses)
-    together, apart = (np.asarray(losses(model, jax.tree.map(jnp.asarray, b), None)) for b in (batch, alone))
+    model = load_pretrained(run.run_dir)
+
+    @eqx.filter_jit
+    def losses(batch):
+        logits = model(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+
+    together, apart = (np.asarray(losses(jax.tree.map(jnp.asarray, b))) for b in (batch, alone))
     for line, (row, place) in enumerate(zip(rows, places, strict=True)):
         np.testing.assert_allclose(apart[line, : len(place)], together[row, place], rtol=2e-5)

@@ -195,7 +195,7 @@ def test_muon_in_numpy(model):
     adam = trained(optimizer("adamw", "optimizer.b1=0.9", "optimizer.b2=0.95"), model, gradients, rate)
     found = trained(optimizer("muon"), model, gradients, rate)
     seen, beta = 0, settings.momentum
-    for name, axes, start, ours, others, *gs in zip(
+    for name, _axes, start, ours, others, *gs in zip(
         parameter_names(model), axis_names(model), *map(jax.tree.leaves, (model, found, adam, *gradients)), strict=True
     ):
         if not name.startswith("blocks") or "norm" in name:
