@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import equinox as eqx
@@ -22,40 +22,52 @@ MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 class MeshConfig(Config):
     """Devices in a grid with the axes `data fsdp sequence tensor`. One size may be -1: what the others leave.
 
-    `devices` is how many the grid needs, None for as many as there are; `virtual` splits the host's CPU into that many.
+    `devices` is how many the grid needs and `hosts` how many machines hold them, None for what is there; `topology` is the TPU
+    compiler's name for a slice, "v4:2x2x4". `virtual` splits the CPUs of the hosts into that many devices.
+    `compiler_options` are XLA's for the training step on that chip.
     """
 
     platform: Literal["cpu", "gpu", "tpu"] | None
+    topology: str | None
     devices: int | None
+    hosts: int | None
     virtual: bool
     data: int
     fsdp: int
     sequence: int
     tensor: int
+    compiler_options: dict[str, bool | int | float | str]
 
-    def build(self) -> Mesh:
-        """Raises `ConfigError` when the devices here are not those of the config."""
-        if self.virtual:
-            _split_cpu(self.devices)
-        found = jax.devices()
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """A mesh of `devices`, such as those of a topology to compile for, or of all that are here.
+
+        Raises `ConfigError` when they are not those of the config.
+        """
+        if self.virtual and devices is None:
+            _split_cpu((self.devices or 1) // (self.hosts or 1))
+        found = jax.devices() if devices is None else devices
+        kind = found[0].device_kind
         if self.platform not in (None, found[0].platform) or self.devices not in (None, len(found)):
+            spread = f" on {self.hosts} hosts, each of which runs this command" if (self.hosts or 1) > 1 else ""
             raise ConfigError(
-                f"this mesh needs {self.devices} {self.platform} devices, here are {len(found)} ({found[0].device_kind})",
+                f"this mesh needs {self.devices} {self.platform} devices{spread}; here are {len(found)} ({kind})",
                 where="mesh",
                 next="mesh=local uses the devices that are here; mesh=cpu-8 tries eight virtual ones",
             )
-        sizes = [getattr(self, axis) for axis in MESH_AXES]
-        rest, unused = divmod(len(found), math.prod(size for size in sizes if size != -1))
-        sizes = [rest if size == -1 else size for size in sizes]
-        if unused or math.prod(sizes) != len(found):
-            grid = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
-            raise ConfigError(f"{grid} does not make {len(found)} devices", where="mesh", next="mesh.fsdp=-1 takes what the others leave")
-        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+        sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+        rest, unused = divmod(len(found), math.prod(size for size in sizes.values() if size != -1))
+        grid = {axis: rest if size == -1 else size for axis, size in sizes.items()}
+        if unused or math.prod(grid.values()) != len(found):
+            wanted = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+            raise ConfigError(f"{wanted} does not make {len(found)} devices", where="mesh", next=_nearest_grid(sizes, len(found)))
+        return jax.make_mesh(tuple(grid.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(grid), devices=found)
 
     def check(self) -> None:
         sizes = [getattr(self, axis) for axis in MESH_AXES]
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise ConfigError("axis sizes are at least 1, and one at most may be -1", where="/".join(MESH_AXES))
+        if self.devices is not None and self.devices % (self.hosts or 1):
+            raise ConfigError(f"{self.devices} devices do not divide over {self.hosts} hosts", where="hosts")
 
 
 class Rules(Config):
@@ -202,6 +214,25 @@ def _axis_names(tree: Any, hint: Any, lead: Axes, *, sizes: Mapping[str, int], s
             yield from _axis_names(child, None, lead, sizes=sizes, strict=False)
 
 
-def _split_cpu(devices: int | None) -> None:
+def _split_cpu(devices: int) -> None:
     with contextlib.suppress(RuntimeError):  # a backend is up already: the caller counts its devices
+        jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
+
+
+def _nearest_grid(wanted: Mapping[str, int], devices: int, fits: Callable[[Mapping[str, int]], bool] = lambda grid: True) -> str:
+    """The overrides that give the grid most like `wanted` of those with that many devices which fit."""
+
+    def grids(count: int, axes: int) -> Iterator[tuple[int, ...]]:
+        if axes == 1:
+            yield (count,)
+        else:
+            yield from ((n, *rest) for n in range(1, count + 1) if count % n == 0 for rest in grids(count // n, axes - 1))
+
+    def distance(grid: Mapping[str, int]) -> float:
+        return sum(abs(math.log(grid[axis] / size)) for axis, size in wanted.items() if size != -1)
+
+    fitting = [grid for sizes in grids(devices, len(MESH_AXES)) if fits(grid := dict(zip(MESH_AXES, sizes, strict=True)))]
+    if not fitting:
+        return f"no grid of {devices} devices fits: other sizes, or another number of devices"
+    return " ".join(f"mesh.{axis}={size}" for axis, size in min(fitting, key=distance).items()) + " is the nearest that does"

@@ -1,21 +1,38 @@
 import collections
+import math
+import os
 import re
+import subprocess
+import sys
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from llama_eqx import build_model, load_config
 from llama_eqx.batch import Batch
+from llama_eqx.compose import conf_dir
 from llama_eqx.errors import ConfigError
 from llama_eqx.sharding import MESH_AXES, Layout, Rules, axis_names, check_shapes, parameter_names
 from llama_eqx.training.loss import policy_view
 from llama_eqx.training.state import abstract, init_state
 from llama_eqx.training.step import make_step
+
+# A TPU's compiler without a TPU, beside others that run at the same time.
+TPU_COMPILER = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +102,8 @@ def test_shapes_that_constructors_did_not_see(tiny):
     [
         (["mesh=v4-32"], "16 tpu devices"),
         (["mesh.fsdp=3"], "does not make 8 devices"),
+        (["mesh.fsdp=-1", "mesh.tensor=3"], "mesh.tensor=4 is the nearest"),
+        (["mesh=cpu-8", "mesh.hosts=3"], "do not divide over 3 hosts"),
         (["mesh.fsdp=-1", "mesh.tensor=-1"], "one at most may be -1"),
         (["mesh.data=0"], "at least 1"),
     ],
@@ -97,6 +116,43 @@ def test_meshes_that_cannot_be(overrides, said):
 def test_a_mesh_of_what_is_here():
     assert dict(load_config("mesh.tensor=2").mesh.build().shape) == {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 2}
     assert load_config("mesh=cpu-8").mesh.build().size == 8
+
+
+TPU_MESHES = sorted(path.stem for path in (conf_dir() / "mesh").glob("v*.yaml"))
+
+
+@pytest.mark.parametrize("name", TPU_MESHES)
+def test_a_slice_has_the_chips_of_its_topology(name):
+    mesh = load_config(f"mesh={name}").mesh
+    generation, number = name.split("-")
+    assert mesh.topology.startswith(f"{generation}:")
+    assert math.prod(map(int, mesh.topology.split(":")[1].split("x"))) == mesh.devices
+    assert mesh.devices == (int(number) // 2 if generation in ("v4", "v5p") else int(number))
+    assert mesh.hosts == max(1, mesh.devices // 4)
+
+
+def test_the_tpu_compiler_knows_every_slice():
+    """Where libtpu is installed: each topology has the devices of its mesh, and each generation's compiler takes its options."""
+    pytest.importorskip("libtpu")
+    done = subprocess.run([sys.executable, __file__, *TPU_MESHES], env=TPU_COMPILER, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == TPU_MESHES, done.stderr
+
+
+def open_topologies(names):
+    """Prints each name whose topology opens with the devices of its mesh, and whose generation's compiler takes its options."""
+    compiled = set()
+    for name in names:
+        config = load_config(f"mesh={name}").mesh
+        generation = config.topology.split(":")[0]
+        more = {"chip_config_name": "megacore"} if generation == "v4" else {}
+        if config.devices == 1:
+            more["chips_per_host_bounds"] = (1, 1, 1)
+        mesh = config.build(topologies.get_topology_desc(platform="tpu", topology_name=config.topology, **more).devices)
+        if generation not in compiled and mesh.size > 1:
+            compiled.add(generation)
+            x = jax.ShapeDtypeStruct((mesh.size, 128), jnp.float32, sharding=jax.NamedSharding(mesh, P("fsdp")))
+            jax.jit(lambda x: x @ x.T).lower(x).compile(config.compiler_options)
+        print(name, flush=True)
 
 
 def compiled_step(option, shape, *overrides):
@@ -146,3 +202,7 @@ def test_the_check_sees_activations_that_are_reduced(monkeypatch):
     monkeypatch.setattr(Layout, "gathered", lambda self, model: model)
     moved = collectives(compiled_step("fsdp", (1, 8, 1, 1))[0])
     assert {shape for _, shape in moved} & {(2, 96, 64), (16, 96, 64), (2, 96, 320), (16, 96, 320), (2, 96, 512), (16, 96, 512)}
+
+
+if __name__ == "__main__":
+    open_topologies(sys.argv[1:])

@@ -64,7 +64,8 @@ def train(config: RunConfig) -> Result:
     changed = claim(config, data.fingerprint)
     tokenizer.save(run_dir / "tokenizer")
 
-    step_fn, evaluate_on = eqx.filter_jit(step, donate="all-except-first"), make_evaluate(view)
+    step_fn = eqx.filter_jit(step, donate="all-except-first", compiler_options=config.mesh.compiler_options)
+    evaluate_on = make_evaluate(view)
     dropout_key = jax.jit(lambda key: named(key, "dropout"), out_shardings=layout.sharding((), ()))(key)
     flops = flops_per_token(shapes.model, length)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.model))
