@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,6 +81,8 @@ class Rules(Config):
             for name in split:
                 if name not in MESH_AXES:
                     raise ConfigError(f"{name} is not an axis of a mesh", where=f"axes.{axis}", next=f"one of: {', '.join(MESH_AXES)}")
+            if len(set(split)) < len(split):
+                raise ConfigError(f"a mesh axis is used twice: {', '.join(split)}", where=f"axes.{axis}", next="name it once")
 
     def without(self, *mesh_axes: str) -> "Rules":
         return Rules(axes={axis: tuple(name for name in split if name not in mesh_axes) for axis, split in self.axes.items()})
@@ -91,6 +94,33 @@ class Layout:
 
     mesh: Mesh
     rules: Rules
+
+    def check(self, sizes: Mapping[str, int]) -> list[str]:
+        """Holds the sizes of axes by name against the mesh. The result says what is replicated because it does not divide.
+
+        Raises `ConfigError` listing every axis that does not divide and every mesh axis that splits nothing, with the nearest mesh
+        of as many devices over which they do.
+        """
+        used = {name for axis in sizes for name in self.rules.axes.get(axis, ())}
+
+        def ways(axis: str, grid: Mapping[str, int]) -> int:
+            return math.prod(grid[name] for name in self.rules.axes.get(axis, ()))
+
+        def wrong(grid: Mapping[str, int]) -> list[str]:
+            rest = [axis for axis, size in sizes.items() if axis != "kv_heads" and size % ways(axis, grid)]
+            said = [f"{axis}={sizes[axis]} does not divide by {' x '.join(self.rules.axes[axis])} = {ways(axis, grid)}" for axis in rest]
+            return said + [f"{name}={grid[name]} splits nothing under these rules" for name in grid if name not in used and grid[name] > 1]
+
+        grid = self.mesh.shape
+        if found := wrong(grid):
+            hint = _nearest_grid(grid, self.mesh.size, lambda other: not wrong(other))
+            if any("splits nothing" in line for line in found):
+                hint += "; the rules of sharding=sequence use every axis of a mesh"
+            elif found[0].startswith("batch") and len(found) == 1:
+                hint = f"train.batch_size={-(-sizes['batch'] // ways('batch', grid)) * ways('batch', grid)}; as a mesh, {hint}"
+            raise ConfigError("\n".join(found), where="mesh, sharding", next=hint)
+        heads, split = sizes.get("kv_heads", 0), ways("kv_heads", grid)
+        return [f"kv_heads={heads} does not divide by {split}: all of those devices hold every key and value"] if heads % split else []
 
     def spec(self, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
         """The mesh axes of each axis of an array. A mesh axis splits an array once: the first axis that asks for it gets it.
@@ -121,17 +151,21 @@ class Layout:
     def shardings(self, tree: Any) -> Any:
         """The sharding of every leaf of a tree of (possibly abstract) arrays.
 
-        Raises `ConfigError` listing every axis that does not divide.
+        Raises `ConfigError` listing every axis that does not divide, and every array of which the rules split two axes alike.
         """
         leaves, structure = jax.tree.flatten(tree)
         found, wrong = [], {}
         for axes, leaf in zip(axis_names(tree), leaves, strict=True):
+            asked = [(name, axis) for axis in axes for name in self.rules.axes.get(axis, ())]
+            for (name, axis), (other, second) in itertools.combinations(asked, 2):
+                if name == other and axis != second:
+                    wrong[f"{name} is used twice, for {axis} and {second} of one array ({' '.join(axes)})"] = None
             try:
                 found.append(self.sharding(axes, leaf.shape))
             except ConfigError as error:
-                wrong[error.what] = error
+                wrong[error.what] = None
         if wrong:
-            raise ConfigError("; ".join(wrong), where="sharding", next="change the sizes, or the axes of the mesh")
+            raise ConfigError("\n".join(wrong), where="sharding", next="change the sizes, the axes of the mesh, or sharding.axes")
         return structure.unflatten(found)
 
     def place(self, tree: Any) -> Any:
@@ -139,12 +173,13 @@ class Layout:
         return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
     def gathered(self, model: Any) -> Any:
-        """`model` with embedding, last norm and head whole along fsdp while they compute, as the loss sees it.
+        """`model` with embedding, last norm and head gathered along the mesh axes that split batch or seq, as the loss sees it.
 
         Left to itself the partitioner would compute with slices of them, and reduce activations instead of gathering weights.
         """
         outside = lambda m: (m.embed, m.final_norm, m.lm_head)  # noqa: E731
-        whole = Layout(self.mesh, self.rules.without("fsdp")).shardings(model)
+        tokens = (name for axis in ("batch", "seq") for name in self.rules.axes.get(axis, ()))
+        whole = Layout(self.mesh, self.rules.without(*tokens)).shardings(model)
         return eqx.tree_at(outside, model, jax.lax.with_sharding_constraint(outside(model), outside(whole)), is_leaf=lambda x: x is None)
 
     def constrain_residual(self, block: Callable) -> Callable:
@@ -235,4 +270,5 @@ def _nearest_grid(wanted: Mapping[str, int], devices: int, fits: Callable[[Mappi
     fitting = [grid for sizes in grids(devices, len(MESH_AXES)) if fits(grid := dict(zip(MESH_AXES, sizes, strict=True)))]
     if not fitting:
         return f"no grid of {devices} devices fits: other sizes, or another number of devices"
-    return " ".join(f"mesh.{axis}={size}" for axis, size in min(fitting, key=distance).items()) + " is the nearest that does"
+    best = min(fitting, key=lambda grid: (round(distance(grid), 6), grid["tensor"], grid["sequence"], grid["data"]))
+    return " ".join(f"mesh.{axis}={size}" for axis, size in best.items()) + " is the nearest that does"

@@ -83,10 +83,54 @@ def test_kv_heads_alone_are_replicated(tiny):
     assert attention.q_proj.spec == P(None, ("fsdp",), ("tensor",), None)
 
 
-def test_a_mesh_axis_splits_an_array_once():
+def test_a_mesh_axis_splits_an_activation_once():
     rules = Rules(axes={"embed": ("fsdp",), "mlp": ("fsdp", "tensor")})
     found = Layout(layout().mesh, rules).spec(("embed", "mlp"), (8, 8))
     assert found == P(("fsdp",), ("tensor",))
+
+
+def test_rules_that_use_a_mesh_axis_twice_for_a_parameter(tiny):
+    with pytest.raises(ConfigError, match="used twice: fsdp, fsdp"):
+        Rules(axes={"embed": ("fsdp", "fsdp")})
+    model = eqx.filter_eval_shape(lambda key: tiny().build(key=key), jax.random.key(0))
+    with pytest.raises(ConfigError, match=r"fsdp is used twice, for embed and mlp of one array \(layers embed mlp\)"):
+        Layout(layout().mesh, Rules(axes={"embed": ("fsdp",), "mlp": ("fsdp", "tensor")})).shardings(model)
+
+
+SIZES = {"batch": 16, "seq": 96, "vocab": 512, "layers": 2, "embed": 64, "heads": 8, "kv_heads": 8, "head_dim": 16, "mlp": 320}
+
+
+@pytest.mark.parametrize(
+    ("option", "shape", "sizes", "said", "mesh"),
+    [
+        ("fsdp_tensor", (1, 2, 1, 4), {"heads": 6, "mlp": 322, "embed": 63}, ["heads=6", "mlp=322", "embed=63"], (4, 1, 1, 2)),
+        ("fsdp_tensor", (1, 1, 1, 8), {"heads": 6}, ["heads=6 does not divide by tensor = 8"], (1, 4, 1, 2)),
+        ("sequence", (1, 1, 8, 1), {"seq": 100}, ["seq=100 does not divide by sequence = 8"], (1, 2, 4, 1)),
+        ("fsdp", (1, 4, 1, 2), {}, ["tensor=2 splits nothing"], (1, 8, 1, 1)),
+        ("ddp", (1, 4, 2, 1), {"batch": 12}, ["sequence=2 splits nothing"], None),
+        ("fsdp", (1, 8, 1, 1), {"batch": 12}, ["batch=12 does not divide by data x fsdp = 8"], None),
+    ],
+)
+def test_what_does_not_divide_and_the_nearest_mesh_that_does(option, shape, sizes, said, mesh):
+    with pytest.raises(ConfigError) as error:
+        layout(option, shape).check(SIZES | sizes)
+    assert [line for line in said if line not in error.value.what] == []
+    if mesh:
+        assert " ".join(f"mesh.{axis}={n}" for axis, n in zip(MESH_AXES, mesh, strict=True)) in error.value.next
+        layout(option, mesh).check(SIZES | sizes)
+    else:
+        assert "no grid of 8 devices fits" in error.value.next
+
+
+def test_a_batch_that_does_not_divide_is_told_the_next_that_does():
+    with pytest.raises(ConfigError, match="batch=12") as error:
+        layout("fsdp", (1, 8, 1, 1)).check(SIZES | {"batch": 12})
+    assert error.value.next.startswith("train.batch_size=16")
+
+
+def test_key_heads_that_are_replicated_are_mentioned():
+    assert "kv_heads=2" in layout("tensor", (1, 1, 1, 8)).check(SIZES | {"kv_heads": 2})[0]
+    assert not layout("tensor", (1, 1, 1, 8)).check(SIZES)
 
 
 def test_shapes_that_constructors_did_not_see(tiny):
@@ -180,28 +224,43 @@ def collectives(compiled):
     return found
 
 
-@pytest.mark.parametrize(("option", "shape"), [("fsdp", (1, 8, 1, 1)), ("fsdp_tensor", (2, 2, 1, 2))])
-def test_no_axis_is_lost_in_a_step(option, shape):
+RULES = [("ddp", (8, 1, 1, 1)), ("fsdp", (1, 8, 1, 1)), ("tensor", (1, 1, 1, 8)), ("fsdp_tensor", (2, 2, 1, 2)), ("sequence", (1, 4, 2, 1))]
+
+
+@pytest.mark.parametrize(("option", "shape"), RULES)
+def test_what_a_step_moves_and_what_it_leaves_where_it_is(option, shape):
+    """No axis of the state is lost; weights are gathered and activations stay, but where the rules are about activations."""
     compiled, state, shardings = compiled_step(option, shape)
     after = jax.tree.leaves(compiled.output_shardings[0])
     for leaf, wanted, found in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), after, strict=True):
         assert found.is_equivalent_to(wanted, leaf.ndim)
 
-
-def test_fsdp_gathers_weights_and_leaves_activations_where_they_are():
-    compiled, _, _ = compiled_step("fsdp", (1, 8, 1, 1))
     moved = collectives(compiled)
-    assert any(kind == "all-gather" and np.prod(shape) == 64 * 320 for kind, shape in moved)
-    activations = {(2, 96, 64), (16, 96, 64), (2, 96, 320), (16, 96, 320), (2, 96, 512), (16, 96, 512)}
-    assert not {shape for _, shape in moved} & activations, moved
+    rows, tokens = 16 // (shape[0] * shape[1]), 96 // shape[2]
+    activations = {(kind, dims) for kind, dims in moved if dims[0] in (16, rows) and {tokens, 96} & set(dims[1:])}
+    weights = {(kind, dims) for kind, dims in moved if np.prod(dims) > 64} - activations
+    if option == "ddp":
+        assert {kind for kind, _ in weights} == {"all-reduce"}, moved  # of gradients
+    if option in ("fsdp", "fsdp_tensor", "sequence"):
+        assert ("all-gather", (64, 320 // shape[3])) in weights, moved
+    if option in ("ddp", "fsdp"):
+        assert not activations, moved
+    if option == "tensor":
+        assert not weights, moved
+    if option in ("tensor", "fsdp_tensor"):  # the residual after attention and feed-forward, and the sums of a row's softmax
+        assert activations <= {("all-reduce", (rows, 96, *rest)) for rest in [(64,), (1,), ()]}, moved
+    if option == "sequence":  # keys and values of the whole row, and their gradients
+        reduced = {("all-reduce", (rows, 8, *rest)) for rest in [(16, 96), (96, 16)]}
+        assert activations == {("all-gather", (rows, 96, 8, 16)), *reduced}, moved
 
 
-def test_the_check_sees_activations_that_are_reduced(monkeypatch):
+@pytest.mark.parametrize(("option", "shape"), [("fsdp", (1, 8, 1, 1)), ("sequence", (1, 4, 2, 1))])
+def test_the_check_sees_activations_that_are_reduced(option, shape, monkeypatch):
     """Without the constraints at the edges of blocks the partitioner does what the test above forbids."""
     monkeypatch.setattr(Layout, "constrain_residual", lambda self, block: block)
     monkeypatch.setattr(Layout, "gathered", lambda self, model: model)
-    moved = collectives(compiled_step("fsdp", (1, 8, 1, 1))[0])
-    assert {shape for _, shape in moved} & {(2, 96, 64), (16, 96, 64), (2, 96, 320), (16, 96, 320), (2, 96, 512), (16, 96, 512)}
+    with pytest.raises(AssertionError):
+        test_what_a_step_moves_and_what_it_leaves_where_it_is(option, shape)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ def train(config: RunConfig) -> Result:
     # Where arrays are to live: first, since it asks least and may refuse.
     steps, size, length = config.train.steps, config.train.batch_size, config.train.seq_len
     layout = Layout(config.mesh.build(), config.sharding)
+    known = {axis: n for axis, n in vars(config.model.dims).items() if n is not None}
+    replicated = layout.check({"batch": size, "seq": length, **known})
     batch_sharding = layout.sharding(("batch", "seq"), (size, length))
 
     # Text to tokens, and the sizes that follow from it.
@@ -91,7 +93,7 @@ def train(config: RunConfig) -> Result:
             tracker.say(f"run_dir={run_dir}")
             tracker.say(f"{parameters:,} parameters, {flops.causal:,.0f} FLOPs per token, {layout.mesh.size} x {device_kind}")
             tracker.say(f"{data.train.tokens:,} tokens to train on, {data.val.tokens:,} held out, vocabulary of {tokenizer.vocab:,}")
-            for warning in warnings(config, tokenizer) + changed:
+            for warning in warnings(config, tokenizer) + replicated + changed:
                 tracker.say(f"warning: {warning}")
             if begin:
                 tracker.say(f"resumed from step {begin} of {steps}" if begin < steps else f"trained to step {begin} already")

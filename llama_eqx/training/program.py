@@ -34,6 +34,7 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
 
     Raises `ConfigError` when a size does not divide over the mesh.
     """
+    layout.check({"batch": config.train.batch_size, "seq": config.train.seq_len, **vars(config.model.dims)})
     optimizer = config.optimizer.build()
 
     def initial(key: PRNGKeyArray) -> TrainState:
