@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "llama_eqx"
 LAYERS = [  # highest first; a module belongs to its longest prefix
-    ["train", "generate", "compose"],
+    ["train", "generate", "supervise", "compose"],
     ["training.loop", "training.run", "training.program", "training.reporter"],
     ["generation", "interop"],
     ["checkpoint", "tracking", "data"],
