@@ -15,6 +15,7 @@ from llama_eqx.flops import flops_per_token
 from llama_eqx.generation.text import continued, prompt_tokens
 from llama_eqx.model.init import named
 from llama_eqx.model.llama import Llama
+from llama_eqx.processes import of_first, once, require_same
 from llama_eqx.sharding import Layout
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.plot import plot_loss
@@ -22,7 +23,7 @@ from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
 from llama_eqx.training.program import make_program
 from llama_eqx.training.reporter import Reporter
-from llama_eqx.training.run import RunConfig, claim, warnings, with_vocab
+from llama_eqx.training.run import RunConfig, check_shared, claim, warnings, with_vocab
 from llama_eqx.training.state import TrainState, abstract
 
 
@@ -63,10 +64,12 @@ def train(config: RunConfig) -> Result:
     # What the devices are to compute, and the files of the run.
     initial, step, view, shapes, shardings = make_program(config, layout)
     run_dir, key = pathlib.Path(config.run_dir), jax.random.key(config.seed)
-    changed = claim(config, data.fingerprint)
-    tokenizer.save(run_dir / "tokenizer")
+    require_same(data.fingerprint, "tokens")
+    changed = once(lambda: claim(config, data.fingerprint)) or []
+    check_shared(run_dir)
+    once(lambda: tokenizer.save(run_dir / "tokenizer"))
 
-    step_fn = eqx.filter_jit(step, donate="all-except-first", compiler_options=config.mesh.compiler_options)
+    step_fn = eqx.filter_jit(step, donate="all-except-first", compiler_options=config.mesh.compiler_options)  # pyright: ignore
     evaluate_on = make_evaluate(view)
     dropout_key = jax.jit(lambda key: named(key, "dropout"), out_shardings=layout.sharding((), ()))(key)
     flops = flops_per_token(shapes.model, length)
@@ -78,7 +81,7 @@ def train(config: RunConfig) -> Result:
         return evaluate_on(model, batches, data.val.bytes / data.val.tokens)
 
     with Checkpoints(run_dir / "checkpoints", config.checkpoint) as checkpoints:
-        begin = checkpoints.latest or 0
+        begin = of_first(checkpoints.latest or 0)
         if begin:
             target = abstract(shapes, shardings)
             model, (step, opt_state) = checkpoints.restore(begin, target.model, (target.step, target.opt_state))
@@ -127,5 +130,5 @@ def train(config: RunConfig) -> Result:
                 sample = continued(state.model, tokenizer, prompt, sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed)
                 tracker.sample(steps, sample)
 
-    plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png")
+    once(lambda: plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png"))
     return Result(evaluation, sample, reporter.typical(), run_dir, run_dir / "checkpoints" / str(max(begin, steps)))
