@@ -66,8 +66,10 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None]) -> None:
 
 
 def quoted(override: str) -> str:
-    """`prompt=it's` as Hydra must be given it for the value to arrive unchanged."""
+    """`prompt=it's` or `profile=true` as Hydra must be given it for the value to arrive unchanged."""
     key, equals, value = override.partition("=")
+    if value in ("true", "false") and (conf_dir() / key).is_dir():
+        return f'{key}="{value}"'  # the name of an option, which Hydra would take for a bool
     if not equals or key.lstrip("+") not in VERBATIM or value == "null":
         return override
     value = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)

@@ -13,7 +13,10 @@ def main(config: Any, overrides: list[str]) -> None:
 
     from llama_eqx.checkpoint.restore import steps  # after the config has been checked, so that a typo is answered at once
     from llama_eqx.training.loop import train
+    from llama_eqx.training.program import keep_compiled
 
+    if config.compile_cache:
+        keep_compiled()
     run_dir = shlex.quote(config.run_dir)
     same = [override for override in overrides if not override.startswith(("run_dir=", "train.steps="))]
     command = f"python -m llama_eqx.train {shlex.join([*same, ''])[:-2]}run_dir={run_dir}"

@@ -21,6 +21,7 @@ from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
+from llama_eqx.training.profile import Profile
 from llama_eqx.training.program import make_program
 from llama_eqx.training.reporter import Reporter
 from llama_eqx.training.run import RunConfig, check_shared, claim, warnings, with_vocab
@@ -91,6 +92,7 @@ def train(config: RunConfig) -> Result:
 
         with (
             Tracker(config.tracking, run_dir, settings=dump(config), steps=steps, start=begin) as tracker,
+            Profile(config.profile, run_dir, tracker.say) as profile,
             training_batches(windows, batch_sharding, batch_size=size, seed=config.seed, start=begin) as batches,
         ):
             tracker.say(f"run_dir={run_dir}")
@@ -113,8 +115,12 @@ def train(config: RunConfig) -> Result:
             for step in range(begin + 1, steps + 1):
                 with reporter.waiting():
                     batch = next(batches)
+                profile.begin(step)
                 state, metrics = step_fn((batch, dropout_key), state)
                 reporter.add(step, metrics)
+                if profile.ends_with(step):
+                    with reporter.pause():
+                        profile.end(metrics)
                 if step % config.train.eval_every == 0 or step == steps:
                     with reporter.pause():
                         evaluation = evaluate(state.model)

@@ -8,6 +8,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from llama_eqx.batch import Batch
+from llama_eqx.data.cache import cache_dir
 from llama_eqx.model.llama import Llama
 from llama_eqx.sharding import Layout, check_shapes
 from llama_eqx.training.loss import policy_view
@@ -45,3 +46,9 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
     view = policy_view(config.precision, config.remat, layout)
     step = make_step(optimizer, lambda step: config.schedule.rate(step, config.train.steps), view, layout)
     return Program(initial, step, view, shapes, layout.shardings(shapes))
+
+
+def keep_compiled() -> None:
+    """Programs that took a second to compile are kept in the cache folder for the next start, unless JAX was told another one."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))

@@ -18,6 +18,7 @@ from llama_eqx.remat import RematConfig
 from llama_eqx.sharding import MeshConfig, Rules
 from llama_eqx.tracking.tracker import TrackingConfig
 from llama_eqx.training.optimizer import OptimizerConfig
+from llama_eqx.training.profile import ProfileConfig
 from llama_eqx.training.schedule import ScheduleConfig
 
 
@@ -50,6 +51,8 @@ class RunConfig(Config):
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     distributed: DistributedConfig
+    profile: ProfileConfig
+    compile_cache: bool
     train: TrainConfig
     run_dir: str
     seed: int
@@ -75,6 +78,8 @@ FREE = (
     "checkpoint",
     "tracking",
     "distributed",
+    "profile",
+    "compile_cache",
     "train.steps",
     "data.prompt",
     "train.log_every",
