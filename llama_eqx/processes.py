@@ -153,10 +153,20 @@ class Lines:
         code = error.code if isinstance(error, UserError | SystemExit) else 130 if isinstance(error, KeyboardInterrupt) else 1
         if error is None or not code:
             self._tell({"done": True})
+            self.close()
         else:
             said = "interrupted" if code == 130 else f"error: {type(error).__name__}: {error}"
             self._tell({"error": str(error) if isinstance(error, UserError) else said, "code": code})
             self._see_off()
+
+    def close(self) -> None:
+        for line in self._peers.values():
+            with contextlib.suppress(OSError):  # the other end is closed
+                line.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for line in self._peers.values():
+            line.close()
 
     def _tell(self, message: dict[str, Any]) -> None:
         for line in self._peers.values():
@@ -227,15 +237,21 @@ def _receive(place: Place, deadline: float, timeout: float, config: dict[str, An
             server.settimeout(left)
             try:
                 line, _ = server.accept()
+            except OSError:
+                continue
+            try:
                 line.settimeout(min(left, 10))
                 hello = _read(line) or {}
-                process, host, theirs = hello["process"], hello["host"], hello["config"]
-            except (OSError, ValueError, KeyError):  # nobody came, or somebody else
+                process, host, theirs = int(hello["process"]), str(hello["host"]), hello["config"]
+            except (OSError, ValueError, KeyError):  # somebody else
+                line.close()
                 continue
-            if process in lines or process == 0:
-                problems.append(f"two processes have the number {process}")
-            problems += [f"process {process} on {host} has {line}" for line in _disagreements(config, theirs)]
-            lines[process], hosts[process] = line, host
+            problems += [f"process {process} on {host} has {difference}" for difference in _disagreements(config, theirs)]
+            if process in lines or not 0 < process < place.processes:
+                problems.append(f"process {process} on {host} is one too many")
+                line.close()
+            else:
+                lines[process], hosts[process] = line, host
     missing = [process for process in range(1, place.processes) if process not in lines]
     if missing:
         problems.insert(0, f"of {place.processes} processes, {_listed(missing)} did not come to {place.coordinator} within {timeout:g} s")
@@ -244,6 +260,8 @@ def _receive(place: Place, deadline: float, timeout: float, config: dict[str, An
         with contextlib.suppress(OSError):
             _send(line, answer)
     if problems:
+        for line in lines.values():
+            line.close()
         raise _refusal(answer["error"])
     return Lines({f"process {process} on {hosts[process]}": _patient(line) for process, line in lines.items()}, config)
 
@@ -258,12 +276,15 @@ def _call(place: Place, deadline: float, timeout: float, config: dict[str, Any])
             time.sleep(min(0.2, left))
             continue
         line.settimeout(left + 10)  # process 0 may have begun to wait later
+        answer = None
         with contextlib.suppress(OSError, ValueError):
             _send(line, hello)
-            if answer := _read(line):
-                if "error" in answer:
-                    raise _refusal(answer["error"])
-                return Lines({"process 0": _patient(line)}, answer["config"])
+            answer = _read(line)
+        if answer and "config" in answer:
+            return Lines({"process 0": _patient(line)}, answer["config"])
+        line.close()
+        if answer:
+            raise _refusal(answer["error"])
         time.sleep(min(0.2, left))
     raise _refusal(f"process 0 of {place.processes} did not answer at {place.coordinator} within {timeout:g} s")
 

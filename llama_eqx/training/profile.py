@@ -36,7 +36,7 @@ class Profile:
         self._folder, self._say = run_dir / "profile", say
         self._steps = config.steps if jax.process_index() == 0 else None
         self._begun: float | None = None
-        self._compiling = 0.0
+        self._ended, self._compiling = False, 0.0
         if self._steps:
             jax.monitoring.register_event_duration_secs_listener(self._heard)
 
@@ -58,7 +58,7 @@ class Profile:
         first, last = self._steps
         jax.block_until_ready(metrics)
         seconds = (time.perf_counter() - self._begun) / (last - first + 1)
-        self._begun = None
+        self._begun, self._ended = None, True
         jax.profiler.stop_trace()
         self._say(f"profile: steps {first} to {last}, {seconds:.4f} s each; {self._compiling:.1f} s of compilation in all")
         device = jax.local_devices()[0]
@@ -76,10 +76,13 @@ class Profile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._steps:
-            jax.monitoring.unregister_event_duration_listener(self._heard)
+        if not self._steps:
+            return
+        jax.monitoring.unregister_event_duration_listener(self._heard)
         if self._begun is not None:
             jax.profiler.stop_trace()
+        if not self._ended:
+            self._say(f"warning: no profile, as the run did not go through steps {self._steps[0]} to {self._steps[1]}")
 
     def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.endswith("backend_compile_duration"):
