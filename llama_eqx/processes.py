@@ -246,7 +246,10 @@ def _receive(place: Place, deadline: float, timeout: float, config: dict[str, An
             except (OSError, ValueError, KeyError):  # somebody else
                 line.close()
                 continue
-            problems += [f"process {process} on {host} has {difference}" for difference in _disagreements(config, theirs)]
+            problems += [
+                f"process {process} on {host} has another config than process 0, {difference}"
+                for difference in _disagreements(config, theirs)
+            ]
             if process in lines or not 0 < process < place.processes:
                 problems.append(f"process {process} on {host} is one too many")
                 line.close()
@@ -295,7 +298,7 @@ def _refusal(text: str) -> ConfigError:
 
 def _disagreements(config: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     own = ("run_dir", "distributed")
-    return differences({**theirs, **dict.fromkeys(own)}, {**config, **dict.fromkeys(own)})
+    return differences({**config, **dict.fromkeys(own)}, {**theirs, **dict.fromkeys(own)})
 
 
 def _listed(numbers: list[int]) -> str:

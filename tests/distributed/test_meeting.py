@@ -1,7 +1,6 @@
 """How processes find each other and end together, between threads of one process, without JAX's own runtime."""
 
 import socket
-import sys
 import threading
 import time
 
@@ -48,6 +47,13 @@ def gather(address, configs, timeout=10.0, processes=None):
     return found
 
 
+def until(happened):
+    for _ in range(200):
+        if happened():
+            return
+        time.sleep(0.05)
+
+
 def test_all_take_the_config_of_the_first(gathered):
     found = gathered({i: {"seed": 1, "run_dir": f"at {i}", "distributed": {"process": i}} for i in range(3)})
     assert [found[i].config["run_dir"] for i in range(3)] == ["at 0"] * 3
@@ -66,7 +72,7 @@ def test_a_first_process_that_does_not_come_is_named(gathered, address):
 def test_another_config_is_named_to_all(gathered):
     found = gathered({0: {"seed": 1, "train": {"steps": 3}}, 1: {"seed": 2, "train": {"steps": 3}}})
     assert found[0].what == found[1].what
-    assert found[0].what.endswith("has seed: 1 -> 2")
+    assert found[0].what.endswith("has another config than process 0, seed: 1 -> 2")
 
 
 def test_strangers_are_not_taken_for_a_process(gathered, address):
@@ -87,21 +93,14 @@ def test_strangers_are_not_taken_for_a_process(gathered, address):
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_one_ends_the_others_and_is_told_there(failing, gathered, monkeypatch, capsys):
-    ended, all_ended = {}, threading.Event()
-
-    def end(code):
-        ended[threading.current_thread().name] = code
-        all_ended.set()
-        sys.exit()
-
-    monkeypatch.setattr(processes, "_end", end)
+    ended = []
+    monkeypatch.setattr(processes, "_end", ended.append)
     monkeypatch.setattr(processes, "LAST_WORDS", 0.1)
     found = gathered({i: {} for i in range(3)})
     with pytest.raises(DataError), found[failing]:
         raise DataError("a row is damaged", where="row 7")
-    assert all_ended.wait(10)
-    time.sleep(0.5)
-    assert list(ended.values()) == [3, 3]
+    until(lambda: len(ended) == 2)
+    assert ended == [3, 3]
     err = capsys.readouterr().err
     teller = f"process 1 on {socket.gethostname()}: " if failing else ""
     assert err.count(f"{teller}error: a row is damaged\nwhere: row 7") == 2
@@ -109,16 +108,12 @@ def test_an_error_in_one_ends_the_others_and_is_told_there(failing, gathered, mo
 
 def test_a_process_that_vanishes_ends_the_first_for_another_start(gathered, monkeypatch, capsys):
     ended = []
-    monkeypatch.setattr(processes, "_end", lambda code: ended.append(code))
+    monkeypatch.setattr(processes, "_end", ended.append)
     monkeypatch.setattr(processes, "LAST_WORDS", 0.1)
     found = gathered({0: {}, 1: {}})
     found[1]._peers["process 0"].shutdown(socket.SHUT_RDWR)
-    for _ in range(100):
-        time.sleep(0.05)
-        if 75 in ended:
-            break
+    until(lambda: 75 in ended)
     assert 75 in ended
-    time.sleep(0.2)
     assert "ended without a word" in capsys.readouterr().err
 
 
