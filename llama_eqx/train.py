@@ -9,32 +9,41 @@ from llama_eqx.compose import run_verb
 
 
 def main(config: Any, overrides: list[str]) -> None:
+    import jax
+
     from llama_eqx.checkpoint.restore import steps  # after the config has been checked, so that a typo is answered at once
     from llama_eqx.training.loop import train
+    from llama_eqx.training.program import keep_compiled
 
+    if config.compile_cache:
+        keep_compiled()
     run_dir = shlex.quote(config.run_dir)
     same = [override for override in overrides if not override.startswith(("run_dir=", "train.steps="))]
     command = f"python -m llama_eqx.train {shlex.join([*same, ''])[:-2]}run_dir={run_dir}"
     try:
         result = train(config)
+        if jax.process_index() > 0:
+            return  # process 0 says it
     except KeyboardInterrupt:
         saved = steps(pathlib.Path(config.run_dir, "checkpoints"))
         kept = f"the checkpoint of step {saved[-1]}" if saved else "no checkpoint yet: see checkpoint.every"
         print(f"interrupted\nkept: {kept}\nnext: {command} train.steps={config.train.steps}", file=sys.stderr)
         sys.exit(130)
 
-    evaluation, speed = result.evaluation, ""
+    evaluation, speed, exported = result.evaluation, "", ""
     if result.speed:
         rate, waited = result.speed["perf/tokens_per_second"], result.speed["data/starved_fraction"]
         speed = f"\nspeed       {rate:,.0f} tokens/s, {waited:.2%} of the time waiting for data"
         if "perf/mfu" in result.speed:
             speed += f", MFU {result.speed['perf/mfu']:.1%}"
+    if result.export:
+        exported = f"\nexport      {result.export} ({config.checkpoint.export})"
     print(f"""
 {result.sample}
 
 validation  {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte, on {evaluation.tokens:,} tokens{speed}
 curve       {result.run_dir / "loss.png"}
-checkpoint  {result.checkpoint}
+checkpoint  {result.checkpoint}{exported}
 resume      {command} train.steps={2 * config.train.steps}
 sample      python -m llama_eqx.generate checkpoint={run_dir} prompt={shlex.quote(config.data.prompt)}""")
     if config.tracking.wandb.mode != "disabled":

@@ -1,21 +1,20 @@
 """Where text comes from, and which of it is held out."""
 
 import abc
-import glob
 import hashlib
 import itertools
-import json
 import os
 import sysconfig
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from llama_eqx.config import Config
 from llama_eqx.data.cache import cache_dir, publish
+from llama_eqx.data.sources import LISTED, find, pieces, read_text, records, refusal
 from llama_eqx.errors import ConfigError, DataError
 
 # With fewer documents expected in the validation split, every document is cut instead of the corpus.
@@ -36,19 +35,9 @@ class Part(NamedTuple):
 
 
 class DataConfig(Config):
-    """A corpus. `prompt` is what a sample after training starts from.
-
-    `validation_fraction` of the corpus is held out. `holdout: tuning` holds out the last tenth of the training part instead and
-    leaves the true validation text alone: tune on that, and look at `validation` once.
-    """
+    """What a run trains on. `prompt` is what a sample after training starts from."""
 
     prompt: str
-    validation_fraction: float
-    holdout: Literal["validation", "tuning"]
-
-    def check(self) -> None:
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigError(f"{self.validation_fraction} is not between 0 and 1", where="validation_fraction")
 
     @abc.abstractmethod
     def documents(self) -> Iterator[Document]:
@@ -57,13 +46,56 @@ class DataConfig(Config):
         Raises `DataError` for what cannot be read, naming the file.
         """
 
+    @abc.abstractmethod
+    def parts(self) -> Iterator[Part]:
+        """Every document with its split, in order."""
+
+    @abc.abstractmethod
+    def identity(self) -> str:
+        """A sha256 of the names and texts of all documents and of how they are split."""
+
+    @abc.abstractmethod
+    def sources(self) -> "dict[str, tuple[float, SourceConfig]]":
+        """What it is mixed of: for each name the weight and the source."""
+
+
+class SourceConfig(DataConfig):
+    """Documents of one kind. `rows` says how the rows of a batch are made of them:
+
+    windows: of all documents one after another, cut wherever a row is full; attention sees through the edges of documents.
+    documents: the same, but attention stays within a document, and nothing is predicted across an edge.
+    packed: of whole documents, several to a row, each of which sees only itself.
+    single: a document a row.
+
+    The last two leave the rest of a row empty, and `refuse` a document that is longer, or `cut` it into pieces.
+    """
+
+    rows: Literal["windows", "documents", "packed", "single"]
+    long_documents: Literal["refuse", "cut"]
+
+    def sources(self) -> "dict[str, tuple[float, SourceConfig]]":
+        return {"": (1.0, self)}
+
+
+class CorpusConfig(SourceConfig):
+    """Text. `validation_fraction` of the corpus is held out. `holdout: tuning` holds out the last tenth of the training part instead and
+    leaves the true validation text alone: tune on that, and look at `validation` once.
+    """
+
+    validation_fraction: float
+    holdout: Literal["validation", "tuning"]
+
+    def check(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(f"{self.validation_fraction} is not between 0 and 1", where="validation_fraction")
+
     def parts(self) -> Iterator[Part]:
         """Every document with its split, in order.
 
         Each document has a place in [0, 1) given by a hash of its name, and the held-out range is cut from the end: a document stays
         where it is when others come or go. In a corpus of few documents each one is cut by characters in the same proportions.
         """
-        first, last = self._held_out()
+        first, last = self.held_out()
         documents = self.documents()
         few = int(MIN_HELD_OUT / self.validation_fraction)
         head = list(itertools.islice(documents, few))
@@ -74,26 +106,31 @@ class DataConfig(Config):
                 parts = Part("train", Document(name, text[:begin])), Part("val", Document(name, text[begin:end]))
                 yield from (part for part in parts if part.document.text)
             return
-        for document in itertools.chain(head, documents):
+        yield from self.whole(itertools.chain(head, documents))
+
+    def whole(self, documents: Iterable[Document]) -> Iterator[Part]:
+        """Documents with their splits, each in one of them."""
+        first, last = self.held_out()
+        for document in documents:
             place = int.from_bytes(hashlib.sha256(_bytes(document.name)).digest()[:6]) / 2**48
             if place < last:
                 yield Part("train" if place < first else "val", document)
 
     def identity(self) -> str:
-        """A sha256 of the names and texts of all documents and of how they are split."""
-        found = hashlib.sha256(repr(self._held_out()).encode())
+        found = hashlib.sha256(repr(self.held_out()).encode())
         for document in self.documents():
             for content in (_bytes(document.name), document.text.encode()):
                 found.update(len(content).to_bytes(8))
                 found.update(content)
         return found.hexdigest()
 
-    def _held_out(self) -> tuple[float, float]:
+    def held_out(self) -> tuple[float, float]:
+        """The range of places in [0, 1) that is held out; what lies behind it is in no split."""
         end = 1 - self.validation_fraction
         return (end, 1.0) if self.holdout == "validation" else (0.9 * end, end)
 
 
-class StdlibConfig(DataConfig):
+class StdlibConfig(CorpusConfig):
     """The source and documentation of the standard library of the Python that runs this: some 10 MB of text that is always at hand.
 
     Without its tests, and without files that are longer than 2²⁰ characters or not UTF-8.
@@ -109,7 +146,7 @@ class StdlibConfig(DataConfig):
                 if path.suffix not in (".py", ".txt", ".rst"):
                     continue
                 try:
-                    text = _text(_read(path), str(path))
+                    text = read_text(path)
                 except DataError:
                     continue
                 if 0 < len(text) <= 2**20:
@@ -119,10 +156,10 @@ class StdlibConfig(DataConfig):
             raise DataError("this Python has no sources of its standard library", where=root, next="data=text data.path=FOLDER")
 
 
-class TextConfig(DataConfig):
-    """Text of one's own: a file, a glob, or a folder with all *.txt, *.md and *.jsonl below it.
+class TextConfig(CorpusConfig):
+    """Text of one's own: a file, a glob, or a folder with all *.txt, *.md, *.jsonl and *.parquet below it, or *.gz and *.zst of them.
 
-    A text file is a document. So is each line of a .jsonl file: an object whose "text" is a string.
+    A text file is a document. So is each line of a .jsonl file, an object whose "text" is a string, and each row of a .parquet file.
     """
 
     path: str | None
@@ -130,29 +167,20 @@ class TextConfig(DataConfig):
     def documents(self) -> Iterator[Document]:
         if not self.path:
             raise ConfigError("data=text needs data.path=FOLDER_OR_GLOB", where="data.path")
-        path = Path(self.path).expanduser()
-        if path.is_dir():
-            root, files = path, [file for suffix in ("txt", "md", "jsonl") for file in path.rglob(f"*.{suffix}")]
-        else:
-            # What comes before the first wildcard, so that names do not depend on what else matches.
-            root = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
-            files = [path] if path.is_file() else [Path(file) for file in glob.glob(str(path), recursive=True)]
         empty = True
-        for file in sorted(file for file in files if file.is_file()):
-            name = file.relative_to(root).as_posix()
-            for document in _json_lines(file, name) if file.suffix == ".jsonl" else [Document(name, _text(_read(file), str(file)))]:
-                if document.text:
-                    empty = False
-                    yield document
+        for number, source in enumerate(find(self.path, "data.path")):
+            for piece in pieces(number, source, None, "text"):
+                for record in records(piece, "text"):
+                    if record.problem:
+                        raise refusal(piece, record, "data.path")
+                    if record.text:
+                        empty = False
+                        yield Document(f"{source.name}:{record.number}" if record.number else source.name, record.text)
         if empty:
-            raise DataError(
-                "no text here" if files else "nothing matches",
-                where=str(path),
-                next="data.path=FOLDER with .txt, .md or .jsonl files, or a glob such as data.path='FOLDER/**/*.txt'",
-            )
+            raise DataError("no text here", where=self.path, next=f"data.path=FOLDER with {LISTED} files, or a glob")
 
 
-class ShakespeareConfig(DataConfig):
+class ShakespeareConfig(CorpusConfig):
     """Tiny Shakespeare (Karpathy, 2015), 1.1 MB, whose last tenth is held out as in nanoGPT. Downloaded once unless `path` is given.
 
     `sha256` is that of the file at `url`.
@@ -164,7 +192,7 @@ class ShakespeareConfig(DataConfig):
 
     def documents(self) -> Iterator[Document]:
         path = Path(self.path).expanduser() if self.path else publish(cache_dir() / "downloads" / self.sha256, self._download) / "input.txt"
-        yield Document("input.txt", _text(_read(path), str(path)))
+        yield Document("input.txt", read_text(path))
 
     def _download(self, folder: Path) -> None:
         advice = f"download {self.url} yourself and pass data.path=FILE"
@@ -176,42 +204,6 @@ class ShakespeareConfig(DataConfig):
         if (found := hashlib.sha256(content).hexdigest()) != self.sha256:
             raise DataError(f"what was downloaded is another file: sha256 {found}, not {self.sha256}", where=self.url, next=advice)
         (folder / "input.txt").write_bytes(content)
-
-
-def _json_lines(path: Path, name: str) -> Iterator[Document]:
-    with _open(path) as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            content = _text(line, where)
-            if not content.strip():
-                continue
-            try:
-                text = json.loads(content)["text"]
-                text.encode()
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                raise DataError('not a JSON object with a string "text"', where=where, next="mend the line, or take it out") from error
-            yield Document(f"{name}:{number}", text)
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror}", where=str(path)) from error
-
-
-def _read(path: Path) -> bytes:
-    with _open(path) as file:
-        return file.read()
-
-
-def _text(content: bytes, where: str) -> str:
-    if b"\0" not in content:
-        try:
-            return content.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            pass
-    raise DataError("not UTF-8 text", where=where, next="convert it to UTF-8, or leave it out with a glob such as data.path='FOLDER/*.md'")
 
 
 def _bytes(name: str) -> bytes:

@@ -1,6 +1,6 @@
 """The whole model: an embedding, a stack of blocks, a norm and a head."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import equinox as eqx
 import jax
@@ -95,6 +95,18 @@ class Llama(eqx.Module):
         return eqx.filter_vmap(lambda block: block.attention.init_cache(batch, slots, dtype))(self.blocks)
 
 
+class SpecialTokens(Config):
+    """The ids that begin and end a text, pad a batch, and the family of tokenizer that they are of; all empty: the tokenizer says.
+
+    The math does not know them. They go with a model to other formats.
+    """
+
+    tokenizer: Literal["sentencepiece", "tiktoken"] | None
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+
+
 class LlamaConfig(Config):
     """A model: its sizes and what stands in each slot. `context` is the length it was (or is to be) trained for."""
 
@@ -108,6 +120,7 @@ class LlamaConfig(Config):
     dropout: float
     tied: bool
     context: int
+    tokens: SpecialTokens
 
     def check(self) -> None:
         if not 0 <= self.dropout < 1:

@@ -1,0 +1,69 @@
+"""What every side of a comparison is given, and how it answers: one JSON argument in, one JSON line out."""
+
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Steps of training on `batch` rows of `seq` tokens.
+
+    `precision`: float32; mixed, float32 state with bfloat16 compute; bfloat16, everything in bfloat16. `options` are one side's own.
+    """
+
+    dims: dict[str, int]
+    theta: float
+    tied: bool
+    batch: int
+    seq: int
+    precision: str
+    device: str
+    threads: int
+    steps: int
+    warmup: int = 3
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def given(cls) -> "Task":
+        """The task in `sys.argv`, with the threads of numeric libraries set: call before they are imported."""
+        task = cls(**json.loads(sys.argv[1]))
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ[name] = str(task.threads)
+        if task.device == "cpu":
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])
+        return task
+
+    def rows(self) -> list[np.ndarray]:
+        """Eight batches [batch, seq + 1] of random ids, the same for all sides."""
+        rng = np.random.default_rng(0)
+        return [rng.integers(0, self.dims["vocab"], (self.batch, self.seq + 1)) for _ in range(8)]
+
+    def measure(self, step: Callable[[int], float], **said: Any) -> None:
+        """Times `step(i)`, which does a step on rows i % 8 and returns its loss once that is known, and prints the answer."""
+        begun = time.perf_counter()
+        losses = [step(i) for i in range(self.warmup)]
+        warmup = time.perf_counter() - begun
+        seconds = []
+        for i in range(self.steps):
+            begun = time.perf_counter()
+            losses.append(step(self.warmup + i))
+            seconds.append(time.perf_counter() - begun)
+        answer = {
+            "tokens_per_second": self.batch * self.seq / statistics.median(seconds),
+            "step_seconds": statistics.median(seconds),
+            "step_seconds_range": [min(seconds), max(seconds)],
+            "warmup_seconds": warmup,
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        }
+        print(json.dumps(answer | said), flush=True)
