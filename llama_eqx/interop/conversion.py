@@ -57,9 +57,9 @@ def convert(config: ConvertConfig, *, replace: bool = False) -> list[str]:
     assert config.to is not None
     assert config.format is not None
     folder, _ = located(config.from_)
-    weights = open_pretrained(config.from_)
     dtype = None if config.dtype is None else np.dtype(DTYPES[config.dtype])
     with appearing(pathlib.Path(config.to), replace=replace) as target, verified(folder):
+        weights = open_pretrained(config.from_)
         notes = [*weights.notes, *_write(weights, target, config.format, dtype, config.shards)]
     if not (folder / MANIFEST).is_file():
         notes.append(f"no {MANIFEST} beside the source: had its numbers been damaged, nobody would know")
