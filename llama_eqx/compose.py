@@ -58,44 +58,64 @@ def load_config(*overrides: str, name: str = "train") -> Any:
     return config
 
 
-def run_verb(name: str, job: Callable[[Any, list[str]], None]) -> None:
+def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = True) -> None:
     """The command line of a verb: calls `job(config, overrides)` with `conf/<name>.yaml` and the overrides in `sys.argv`, and exits.
 
-    An error ends as one block and the exit code of `llama_eqx.errors`; its traceback goes to `log.txt` in the run directory.
+    An error ends as one block and the exit code of `llama_eqx.errors`; its traceback goes to `log.txt` in the run directory, unless the
+    verb only reads there: `log` False.
     Flags (-m for a sweep, --cfg job, --help) are Hydra's own.
     """
     arguments = sys.argv[1:]
     if not any(argument.startswith("-") for argument in arguments):
-        sys.exit(_guarded(lambda: _logged(job, load_config(*map(quoted, arguments), name=name), arguments)))
+        run = _together if log else lambda job, config, overrides: job(config, overrides)
+        _leave(_guarded(lambda: run(job, load_config(*map(quoted, arguments), name=name), arguments)))
 
     def hydra_job(config: DictConfig) -> None:
         built, overrides = resolve(config), list(HydraConfig.get().overrides.task)
         if "run_dir" not in [override.split("=")[0] for override in overrides]:
             built = dataclasses.replace(built, run_dir=HydraConfig.get().runtime.output_dir)
-        _logged(job, built, overrides)
+        _together(job, built, overrides)
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here instead of being printed by Hydra
     main = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(hydra_job)
-    sys.exit(_guarded(main))
+    _leave(_guarded(main))
 
 
 def quoted(override: str) -> str:
-    """`prompt=it's` as Hydra must be given it for the value to arrive unchanged."""
+    """`prompt=it's` or `profile=true` as Hydra must be given it for the value to arrive unchanged."""
     key, equals, value = override.partition("=")
-    if not equals or key.lstrip("+") not in VERBATIM or value == "null":
+    if value in ("true", "false") and (conf_dir() / key).is_dir():
+        return f'{key}="{value}"'  # the name of an option, which Hydra would take for a bool
+    if not equals or re.sub(r"^data\.components\.\w+", "data", key.lstrip("+")) not in VERBATIM or value == "null":
         return override
     value = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
     return f'{key}="{value}"'.replace("${", "\\${")
 
 
-def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[str]) -> None:
-    """Runs `job`. What libraries have to say goes to `log.txt` in the run directory, if the verb has one, and not to the terminal."""
+def _together(job: Callable[[Any, list[str]], None], config: Any, overrides: list[str]) -> None:
+    """Runs `job`, as one of several processes if the verb may have them and there are."""
+    if not hasattr(config, "distributed"):
+        return _logged(job, config, overrides)
+    from llama_eqx.processes import together  # JAX, which a typo need not wait for
+
+    with together(config) as (config, process):
+        _logged(job, config, overrides, log_file=f"log.{process}.txt" if process else "log.txt")
+
+
+def _leave(code: int) -> None:
+    if processes := sys.modules.get("llama_eqx.processes"):
+        processes.leave(code)
+    sys.exit(code)
+
+
+def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[str], log_file: str = "log.txt") -> None:
+    """Runs `job`. What libraries have to say goes to `log_file` in the run directory, if the verb has one, and not to the terminal."""
     folder = getattr(config, "run_dir", None)
     if folder is None:
         return job(config, overrides)
     try:
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-        log = logging.FileHandler(pathlib.Path(folder, "log.txt"))
+        log = logging.FileHandler(pathlib.Path(folder, log_file))
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", where=folder, next="another place: run_dir=FOLDER") from None
     log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))

@@ -86,6 +86,14 @@ def dump(value: Any) -> Any:
     return [dump(child) for child in value] if isinstance(value, tuple) else value
 
 
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """A line for every key whose value differs between two trees, "train.seq_len: 256 -> 512"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}".strip("."))]
+    return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """A sentence naming the option most like `word`, or all options when none is near."""
     options = sorted(options)

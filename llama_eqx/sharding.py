@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import equinox as eqx
@@ -22,40 +23,52 @@ MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 class MeshConfig(Config):
     """Devices in a grid with the axes `data fsdp sequence tensor`. One size may be -1: what the others leave.
 
-    `devices` is how many the grid needs, None for as many as there are; `virtual` splits the host's CPU into that many.
+    `devices` is how many the grid needs and `hosts` how many machines hold them, None for what is there; `topology` is the TPU
+    compiler's name for a slice, "v4:2x2x4". `virtual` splits the CPUs of the hosts into that many devices.
+    `compiler_options` are XLA's for the training step on that chip.
     """
 
     platform: Literal["cpu", "gpu", "tpu"] | None
+    topology: str | None
     devices: int | None
+    hosts: int | None
     virtual: bool
     data: int
     fsdp: int
     sequence: int
     tensor: int
+    compiler_options: dict[str, bool | int | float | str]
 
-    def build(self) -> Mesh:
-        """Raises `ConfigError` when the devices here are not those of the config."""
-        if self.virtual:
-            _split_cpu(self.devices)
-        found = jax.devices()
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """A mesh of `devices`, such as those of a topology to compile for, or of all that are here.
+
+        Raises `ConfigError` when they are not those of the config.
+        """
+        if self.virtual and devices is None:
+            _split_cpu((self.devices or 1) // (self.hosts or 1))
+        found = jax.devices() if devices is None else devices
+        kind = found[0].device_kind
         if self.platform not in (None, found[0].platform) or self.devices not in (None, len(found)):
+            spread = f" on {self.hosts} hosts, each of which runs this command" if (self.hosts or 1) > 1 else ""
             raise ConfigError(
-                f"this mesh needs {self.devices} {self.platform} devices, here are {len(found)} ({found[0].device_kind})",
+                f"this mesh needs {self.devices} {self.platform} devices{spread}; here are {len(found)} ({kind})",
                 where="mesh",
                 next="mesh=local uses the devices that are here; mesh=cpu-8 tries eight virtual ones",
             )
-        sizes = [getattr(self, axis) for axis in MESH_AXES]
-        rest, unused = divmod(len(found), math.prod(size for size in sizes if size != -1))
-        sizes = [rest if size == -1 else size for size in sizes]
-        if unused or math.prod(sizes) != len(found):
-            grid = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
-            raise ConfigError(f"{grid} does not make {len(found)} devices", where="mesh", next="mesh.fsdp=-1 takes what the others leave")
-        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+        sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+        rest, unused = divmod(len(found), math.prod(size for size in sizes.values() if size != -1))
+        grid = {axis: rest if size == -1 else size for axis, size in sizes.items()}
+        if unused or math.prod(grid.values()) != len(found):
+            wanted = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+            raise ConfigError(f"{wanted} does not make {len(found)} devices", where="mesh", next=_nearest_grid(sizes, len(found)))
+        return jax.make_mesh(tuple(grid.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(grid), devices=found)
 
     def check(self) -> None:
         sizes = [getattr(self, axis) for axis in MESH_AXES]
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise ConfigError("axis sizes are at least 1, and one at most may be -1", where="/".join(MESH_AXES))
+        if self.devices is not None and self.devices % (self.hosts or 1):
+            raise ConfigError(f"{self.devices} devices do not divide over {self.hosts} hosts", where="hosts")
 
 
 class Rules(Config):
@@ -68,6 +81,8 @@ class Rules(Config):
             for name in split:
                 if name not in MESH_AXES:
                     raise ConfigError(f"{name} is not an axis of a mesh", where=f"axes.{axis}", next=f"one of: {', '.join(MESH_AXES)}")
+            if len(set(split)) < len(split):
+                raise ConfigError(f"a mesh axis is used twice: {', '.join(split)}", where=f"axes.{axis}", next="name it once")
 
     def without(self, *mesh_axes: str) -> "Rules":
         return Rules(axes={axis: tuple(name for name in split if name not in mesh_axes) for axis, split in self.axes.items()})
@@ -79,6 +94,33 @@ class Layout:
 
     mesh: Mesh
     rules: Rules
+
+    def check(self, sizes: Mapping[str, int]) -> list[str]:
+        """Holds the sizes of axes by name against the mesh. The result says what is replicated because it does not divide.
+
+        Raises `ConfigError` listing every axis that does not divide and every mesh axis that splits nothing, with the nearest mesh
+        of as many devices over which they do.
+        """
+        used = {name for axis in sizes for name in self.rules.axes.get(axis, ())}
+
+        def ways(axis: str, grid: Mapping[str, int]) -> int:
+            return math.prod(grid[name] for name in self.rules.axes.get(axis, ()))
+
+        def wrong(grid: Mapping[str, int]) -> list[str]:
+            rest = [axis for axis, size in sizes.items() if axis != "kv_heads" and size % ways(axis, grid)]
+            said = [f"{axis}={sizes[axis]} does not divide by {' x '.join(self.rules.axes[axis])} = {ways(axis, grid)}" for axis in rest]
+            return said + [f"{name}={grid[name]} splits nothing under these rules" for name in grid if name not in used and grid[name] > 1]
+
+        grid = self.mesh.shape
+        if found := wrong(grid):
+            hint = _nearest_grid(grid, self.mesh.size, lambda other: not wrong(other))
+            if any("splits nothing" in line for line in found):
+                hint += "; the rules of sharding=sequence use every axis of a mesh"
+            elif found[0].startswith("batch") and len(found) == 1:
+                hint = f"train.batch_size={-(-sizes['batch'] // ways('batch', grid)) * ways('batch', grid)}; as a mesh, {hint}"
+            raise ConfigError("\n".join(found), where="mesh, sharding", next=hint)
+        heads, split = sizes.get("kv_heads", 0), ways("kv_heads", grid)
+        return [f"kv_heads={heads} does not divide by {split}: all of those devices hold every key and value"] if heads % split else []
 
     def spec(self, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
         """The mesh axes of each axis of an array. A mesh axis splits an array once: the first axis that asks for it gets it.
@@ -109,17 +151,21 @@ class Layout:
     def shardings(self, tree: Any) -> Any:
         """The sharding of every leaf of a tree of (possibly abstract) arrays.
 
-        Raises `ConfigError` listing every axis that does not divide.
+        Raises `ConfigError` listing every axis that does not divide, and every array of which the rules split two axes alike.
         """
         leaves, structure = jax.tree.flatten(tree)
         found, wrong = [], {}
         for axes, leaf in zip(axis_names(tree), leaves, strict=True):
+            asked = [(name, axis) for axis in axes for name in self.rules.axes.get(axis, ())]
+            for (name, axis), (other, second) in itertools.combinations(asked, 2):
+                if name == other and axis != second:
+                    wrong[f"{name} is used twice, for {axis} and {second} of one array ({' '.join(axes)})"] = None
             try:
                 found.append(self.sharding(axes, leaf.shape))
             except ConfigError as error:
-                wrong[error.what] = error
+                wrong[error.what] = None
         if wrong:
-            raise ConfigError("; ".join(wrong), where="sharding", next="change the sizes, or the axes of the mesh")
+            raise ConfigError("\n".join(wrong), where="sharding", next="change the sizes, the axes of the mesh, or sharding.axes")
         return structure.unflatten(found)
 
     def place(self, tree: Any) -> Any:
@@ -127,12 +173,13 @@ class Layout:
         return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
     def gathered(self, model: Any) -> Any:
-        """`model` with embedding, last norm and head whole along fsdp while they compute, as the loss sees it.
+        """`model` with embedding, last norm and head gathered along the mesh axes that split batch or seq, as the loss sees it.
 
         Left to itself the partitioner would compute with slices of them, and reduce activations instead of gathering weights.
         """
         outside = lambda m: (m.embed, m.final_norm, m.lm_head)  # noqa: E731
-        whole = Layout(self.mesh, self.rules.without("fsdp")).shardings(model)
+        tokens = (name for axis in ("batch", "seq") for name in self.rules.axes.get(axis, ()))
+        whole = Layout(self.mesh, self.rules.without(*tokens)).shardings(model)
         return eqx.tree_at(outside, model, jax.lax.with_sharding_constraint(outside(model), outside(whole)), is_leaf=lambda x: x is None)
 
     def constrain_residual(self, block: Callable) -> Callable:
@@ -202,6 +249,26 @@ def _axis_names(tree: Any, hint: Any, lead: Axes, *, sizes: Mapping[str, int], s
             yield from _axis_names(child, None, lead, sizes=sizes, strict=False)
 
 
-def _split_cpu(devices: int | None) -> None:
+def _split_cpu(devices: int) -> None:
     with contextlib.suppress(RuntimeError):  # a backend is up already: the caller counts its devices
+        jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
+
+
+def _nearest_grid(wanted: Mapping[str, int], devices: int, fits: Callable[[Mapping[str, int]], bool] = lambda grid: True) -> str:
+    """The overrides that give the grid most like `wanted` of those with that many devices which fit."""
+
+    def grids(count: int, axes: int) -> Iterator[tuple[int, ...]]:
+        if axes == 1:
+            yield (count,)
+        else:
+            yield from ((n, *rest) for n in range(1, count + 1) if count % n == 0 for rest in grids(count // n, axes - 1))
+
+    def distance(grid: Mapping[str, int]) -> float:
+        return sum(abs(math.log(grid[axis] / size)) for axis, size in wanted.items() if size != -1)
+
+    fitting = [grid for sizes in grids(devices, len(MESH_AXES)) if fits(grid := dict(zip(MESH_AXES, sizes, strict=True)))]
+    if not fitting:
+        return f"no grid of {devices} devices fits: other sizes, or another number of devices"
+    best = min(fitting, key=lambda grid: (round(distance(grid), 6), grid["tensor"], grid["sequence"], grid["data"]))
+    return " ".join(f"mesh.{axis}={size}" for axis, size in best.items()) + " is the nearest that does"

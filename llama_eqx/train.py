@@ -9,14 +9,21 @@ from llama_eqx.compose import run_verb
 
 
 def main(config: Any, overrides: list[str]) -> None:
+    import jax
+
     from llama_eqx.checkpoint.restore import steps  # after the config has been checked, so that a typo is answered at once
     from llama_eqx.training.loop import train
+    from llama_eqx.training.program import keep_compiled
 
+    if config.compile_cache:
+        keep_compiled()
     run_dir = shlex.quote(config.run_dir)
     same = [override for override in overrides if not override.startswith(("run_dir=", "train.steps="))]
     command = f"python -m llama_eqx.train {shlex.join([*same, ''])[:-2]}run_dir={run_dir}"
     try:
         result = train(config)
+        if jax.process_index() > 0:
+            return  # process 0 says it
     except KeyboardInterrupt:
         saved = steps(pathlib.Path(config.run_dir, "checkpoints"))
         kept = f"the checkpoint of step {saved[-1]}" if saved else "no checkpoint yet: see checkpoint.every"

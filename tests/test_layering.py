@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "llama_eqx"
 LAYERS = [  # highest first; a module belongs to its longest prefix
-    ["train", "generate", "convert", "doctor", "prepare", "supervise", "compose"],
+    ["train", "generate", "convert", "doctor", "prepare", "provenance", "supervise", "compose"],
     ["training.loop", "training.run", "training.program", "training.reporter", "training.ends"],
     ["diagnosis"],
     ["generation", "interop"],
@@ -15,7 +15,7 @@ LAYERS = [  # highest first; a module belongs to its longest prefix
     ["training"],
     ["model.llama"],
     ["model"],
-    ["sharding", "precision", "remat", "flops"],
+    ["sharding", "precision", "remat", "flops", "processes"],
     ["config", "dims", "batch", "tag", "errors", "wrapped", "__init__"],
 ]
 LEVEL = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}

@@ -1,21 +1,38 @@
 import collections
+import math
+import os
 import re
+import subprocess
+import sys
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from llama_eqx import build_model, load_config
 from llama_eqx.batch import Batch
+from llama_eqx.compose import conf_dir
 from llama_eqx.errors import ConfigError
 from llama_eqx.sharding import MESH_AXES, Layout, Rules, axis_names, check_shapes, parameter_names
 from llama_eqx.training.loss import policy_view
 from llama_eqx.training.state import abstract, init_state
 from llama_eqx.training.step import make_step
+
+# A TPU's compiler without a TPU, beside others that run at the same time.
+TPU_COMPILER = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +83,54 @@ def test_kv_heads_alone_are_replicated(tiny):
     assert attention.q_proj.spec == P(None, ("fsdp",), ("tensor",), None)
 
 
-def test_a_mesh_axis_splits_an_array_once():
+def test_a_mesh_axis_splits_an_activation_once():
     rules = Rules(axes={"embed": ("fsdp",), "mlp": ("fsdp", "tensor")})
     found = Layout(layout().mesh, rules).spec(("embed", "mlp"), (8, 8))
     assert found == P(("fsdp",), ("tensor",))
+
+
+def test_rules_that_use_a_mesh_axis_twice_for_a_parameter(tiny):
+    with pytest.raises(ConfigError, match="used twice: fsdp, fsdp"):
+        Rules(axes={"embed": ("fsdp", "fsdp")})
+    model = eqx.filter_eval_shape(lambda key: tiny().build(key=key), jax.random.key(0))
+    with pytest.raises(ConfigError, match=r"fsdp is used twice, for embed and mlp of one array \(layers embed mlp\)"):
+        Layout(layout().mesh, Rules(axes={"embed": ("fsdp",), "mlp": ("fsdp", "tensor")})).shardings(model)
+
+
+SIZES = {"batch": 16, "seq": 96, "vocab": 512, "layers": 2, "embed": 64, "heads": 8, "kv_heads": 8, "head_dim": 16, "mlp": 320}
+
+
+@pytest.mark.parametrize(
+    ("option", "shape", "sizes", "said", "mesh"),
+    [
+        ("fsdp_tensor", (1, 2, 1, 4), {"heads": 6, "mlp": 322, "embed": 63}, ["heads=6", "mlp=322", "embed=63"], (4, 1, 1, 2)),
+        ("fsdp_tensor", (1, 1, 1, 8), {"heads": 6}, ["heads=6 does not divide by tensor = 8"], (1, 4, 1, 2)),
+        ("sequence", (1, 1, 8, 1), {"seq": 100}, ["seq=100 does not divide by sequence = 8"], (1, 2, 4, 1)),
+        ("fsdp", (1, 4, 1, 2), {}, ["tensor=2 splits nothing"], (1, 8, 1, 1)),
+        ("ddp", (1, 4, 2, 1), {"batch": 12}, ["sequence=2 splits nothing"], None),
+        ("fsdp", (1, 8, 1, 1), {"batch": 12}, ["batch=12 does not divide by data x fsdp = 8"], None),
+    ],
+)
+def test_what_does_not_divide_and_the_nearest_mesh_that_does(option, shape, sizes, said, mesh):
+    with pytest.raises(ConfigError) as error:
+        layout(option, shape).check(SIZES | sizes)
+    assert [line for line in said if line not in error.value.what] == []
+    if mesh:
+        assert " ".join(f"mesh.{axis}={n}" for axis, n in zip(MESH_AXES, mesh, strict=True)) in error.value.next
+        layout(option, mesh).check(SIZES | sizes)
+    else:
+        assert "no grid of 8 devices fits" in error.value.next
+
+
+def test_a_batch_that_does_not_divide_is_told_the_next_that_does():
+    with pytest.raises(ConfigError, match="batch=12") as error:
+        layout("fsdp", (1, 8, 1, 1)).check(SIZES | {"batch": 12})
+    assert error.value.next.startswith("train.batch_size=16")
+
+
+def test_key_heads_that_are_replicated_are_mentioned():
+    assert "kv_heads=2" in layout("tensor", (1, 1, 1, 8)).check(SIZES | {"kv_heads": 2})[0]
+    assert not layout("tensor", (1, 1, 1, 8)).check(SIZES)
 
 
 def test_shapes_that_constructors_did_not_see(tiny):
@@ -85,6 +146,8 @@ def test_shapes_that_constructors_did_not_see(tiny):
     [
         (["mesh=v4-32"], "16 tpu devices"),
         (["mesh.fsdp=3"], "does not make 8 devices"),
+        (["mesh.fsdp=-1", "mesh.tensor=3"], "mesh.tensor=4 is the nearest"),
+        (["mesh=cpu-8", "mesh.hosts=3"], "do not divide over 3 hosts"),
         (["mesh.fsdp=-1", "mesh.tensor=-1"], "one at most may be -1"),
         (["mesh.data=0"], "at least 1"),
     ],
@@ -97,6 +160,43 @@ def test_meshes_that_cannot_be(overrides, said):
 def test_a_mesh_of_what_is_here():
     assert dict(load_config("mesh.tensor=2").mesh.build().shape) == {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 2}
     assert load_config("mesh=cpu-8").mesh.build().size == 8
+
+
+TPU_MESHES = sorted(path.stem for path in (conf_dir() / "mesh").glob("v*.yaml"))
+
+
+@pytest.mark.parametrize("name", TPU_MESHES)
+def test_a_slice_has_the_chips_of_its_topology(name):
+    mesh = load_config(f"mesh={name}").mesh
+    generation, number = name.split("-")
+    assert mesh.topology.startswith(f"{generation}:")
+    assert math.prod(map(int, mesh.topology.split(":")[1].split("x"))) == mesh.devices
+    assert mesh.devices == (int(number) // 2 if generation in ("v4", "v5p") else int(number))
+    assert mesh.hosts == max(1, mesh.devices // 4)
+
+
+def test_the_tpu_compiler_knows_every_slice():
+    """Where libtpu is installed: each topology has the devices of its mesh, and each generation's compiler takes its options."""
+    pytest.importorskip("libtpu")
+    done = subprocess.run([sys.executable, __file__, *TPU_MESHES], env=TPU_COMPILER, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == TPU_MESHES, done.stderr
+
+
+def open_topologies(names):
+    """Prints each name whose topology opens with the devices of its mesh, and whose generation's compiler takes its options."""
+    compiled = set()
+    for name in names:
+        config = load_config(f"mesh={name}").mesh
+        generation = config.topology.split(":")[0]
+        more = {"chip_config_name": "megacore"} if generation == "v4" else {}
+        if config.devices == 1:
+            more["chips_per_host_bounds"] = (1, 1, 1)
+        mesh = config.build(topologies.get_topology_desc(platform="tpu", topology_name=config.topology, **more).devices)
+        if generation not in compiled and mesh.size > 1:
+            compiled.add(generation)
+            x = jax.ShapeDtypeStruct((mesh.size, 128), jnp.float32, sharding=jax.NamedSharding(mesh, P("fsdp")))
+            jax.jit(lambda x: x @ x.T).lower(x).compile(config.compiler_options)
+        print(name, flush=True)
 
 
 def compiled_step(option, shape, *overrides):
@@ -124,12 +224,37 @@ def collectives(compiled):
     return found
 
 
-@pytest.mark.parametrize(("option", "shape"), [("fsdp", (1, 8, 1, 1)), ("fsdp_tensor", (2, 2, 1, 2))])
-def test_no_axis_is_lost_in_a_step(option, shape):
+RULES = [("ddp", (8, 1, 1, 1)), ("fsdp", (1, 8, 1, 1)), ("tensor", (1, 1, 1, 8)), ("fsdp_tensor", (2, 2, 1, 2)), ("sequence", (1, 4, 2, 1))]
+
+
+@pytest.mark.parametrize(("option", "shape"), RULES)
+def test_what_a_step_moves_and_what_it_leaves_where_it_is(option, shape):
+    """No axis of the state is lost; weights are gathered and activations stay, but where the rules are about activations."""
     compiled, state, shardings = compiled_step(option, shape)
     after = jax.tree.leaves(compiled.output_shardings[0])
     for leaf, wanted, found in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), after, strict=True):
         assert found.is_equivalent_to(wanted, leaf.ndim)
+
+    moved = collectives(compiled)
+    rows, tokens = 16 // (shape[0] * shape[1]), 96 // shape[2]
+    whole = {(kind, dims) for kind, dims in moved if dims[0] in (16, rows) and {tokens, 96} & set(dims[1:])}
+    flat = {(kind, dims) for kind, dims in moved if {16 * 96, rows * tokens} & set(dims)}  # in the loss
+    activations = whole | flat
+    weights = {(kind, dims) for kind, dims in moved if np.prod(dims) > 64} - activations
+    if option == "ddp":
+        assert {kind for kind, _ in weights} == {"all-reduce"}, moved  # of gradients
+    if option in ("fsdp", "fsdp_tensor", "sequence"):
+        assert ("all-gather", (64, 320 // shape[3])) in weights, moved
+    if option in ("ddp", "fsdp"):
+        assert not activations, moved
+    if option == "tensor":
+        assert not weights, moved
+    if option in ("tensor", "fsdp_tensor"):  # the residual after attention and feed-forward, and the sums of a row's softmax
+        assert whole <= {("all-reduce", (rows, 96, 64))}, moved
+        assert flat <= {("all-reduce", shape) for shape in [(rows * 96,), (1, rows * 96, 64)]}, moved
+    if option == "sequence":  # keys and values of the whole row, and their gradients
+        reduced = {("all-reduce", (rows, 8, *rest)) for rest in [(16, 96), (96, 16)]}
+        assert activations == {("all-gather", (rows, 96, 8, 16)), *reduced}, moved
 
 
 def test_fsdp_gathers_weights_and_leaves_activations_where_they_are():
@@ -140,8 +265,14 @@ def test_fsdp_gathers_weights_and_leaves_activations_where_they_are():
     assert ("reduce-scatter", (64 // 8, 512)) in moved  # the head's gradient
 
 
-def test_the_check_sees_activations_that_are_reduced(monkeypatch):
+@pytest.mark.parametrize(("option", "shape"), [("fsdp", (1, 8, 1, 1))])
+def test_the_check_sees_activations_that_are_reduced(option, shape, monkeypatch):
     """Without the constraints at the edges of blocks the partitioner does what the test above forbids."""
     monkeypatch.setattr(Layout, "constrain_residual", lambda self, block: block)
     monkeypatch.setattr(Layout, "gathered", lambda self, model: model)
-    assert any(96 in shape for _, shape in collectives(compiled_step("fsdp", (1, 8, 1, 1))[0]))
+    with pytest.raises(AssertionError):
+        test_what_a_step_moves_and_what_it_leaves_where_it_is(option, shape)
+
+
+if __name__ == "__main__":
+    open_topologies(sys.argv[1:])

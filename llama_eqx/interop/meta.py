@@ -291,7 +291,7 @@ def _refusal(error: str) -> str:
         return f"a pickle that would call {match[1]}: not weights alone, and refused"
     if "weights_only" in error.lower() or "WeightsUnpickler" in error:
         return "a pickle that holds more than weights, and is refused"
-    return f"not a complete file of torch: {next(iter(error.splitlines()), 'it cannot be read')[:200]}"
+    return f"not a complete file of torch: {error.splitlines()[0].split('. ')[0] if error else 'it cannot be read'}"
 
 
 def _torch() -> Any:

@@ -48,7 +48,7 @@ def head_losses(
             d_table += jnp.einsum("td,tv->dv", x, d_logits, preferred_element_type=jnp.float32)
             return (sums + losses @ weights, d_table), d_x
 
-        chunks = tuple(_chunked(a, targets.size, chunk) for a in (x, targets, weights))
+        chunks = _chunked(x, targets.size, chunk), _chunked(targets, targets.size, chunk), _chunked(weights, targets.size, chunk)
         begin = jnp.zeros(2, jnp.float32), jnp.zeros(table.shape, jnp.float32)
         (sums, d_table), d_x = jax.lax.scan(of_chunk, begin, chunks)
         d_x = jax.lax.psum(d_x, vocab_axes).reshape(-1, x.shape[-1])[: targets.size].reshape(x.shape)

@@ -9,21 +9,23 @@ import jax
 
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.config import dump
-from llama_eqx.data.pipeline import TokenWindows, training_batches, validation_batches
-from llama_eqx.data.shards import tokenize
+from llama_eqx.data.dataset import open_data
+from llama_eqx.data.pipeline import Parts, process_rows, training_batches, validation_batches
 from llama_eqx.flops import flops_per_token
 from llama_eqx.generation.text import continued, prompt_tokens
 from llama_eqx.model.init import named
 from llama_eqx.model.llama import Llama
+from llama_eqx.processes import of_first, once, require_same
 from llama_eqx.sharding import Layout
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.ends import check_export, export, open_start, start
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
+from llama_eqx.training.profile import Profile
 from llama_eqx.training.program import make_program
-from llama_eqx.training.reporter import Reporter
-from llama_eqx.training.run import RunConfig, claim, warnings, with_vocab
+from llama_eqx.training.reporter import Reporter, recorded
+from llama_eqx.training.run import RunConfig, check_shared, claim, warnings, with_vocab
 from llama_eqx.training.state import TrainState, abstract
 
 
@@ -51,36 +53,41 @@ def train(config: RunConfig) -> Result:
     # Where arrays are to live: first, since it asks least and may refuse.
     steps, size, length = config.train.steps, config.train.batch_size, config.train.seq_len
     layout = Layout(config.mesh.build(), config.sharding)
+    known = {axis: n for axis, n in vars(config.model.dims).items() if n is not None}
+    replicated = layout.check({"batch": size, "seq": length, **known})
     batch_sharding = layout.sharding(("batch", "seq"), (size, length))
 
     # Text to tokens, and the sizes that follow from it.
     tokenizer = config.tokenizer.build(config.data)
-    data = tokenize(config.data, tokenizer)
+    data = open_data(config.data, tokenizer, seq_len=length, seed=config.seed)
+    parts = Parts(data.train, data.order, size, *process_rows(batch_sharding, size, length), data.fingerprint)
     config = with_vocab(config, tokenizer)
-    prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.read(0, 1).tolist()
+    prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.first()
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
-    windows, held_out = TokenWindows(data.train, length), TokenWindows(data.val, length)
 
     # What the devices are to compute, and the files of the run.
     initial, step, loss, shapes, shardings, remarks = make_program(config, layout)
     run_dir, key = pathlib.Path(config.run_dir), jax.random.key(config.seed)
     check_export(config)
     weights = open_start(config)
-    changed = claim(config, data.fingerprint)
-    tokenizer.save(run_dir / "tokenizer")
+    require_same(data.fingerprint, "tokens")
+    changed = once(lambda: claim(config, data.fingerprint)) or []
+    check_shared(run_dir)
+    once(lambda: tokenizer.save(run_dir / "tokenizer"))
 
-    step_fn, evaluate_on = eqx.filter_jit(step, donate="all-except-first"), make_evaluate(loss)
+    step_fn = eqx.filter_jit(step, donate="all-except-first", compiler_options=config.mesh.compiler_options)  # pyright: ignore
+    evaluate_on = make_evaluate(loss)
     dropout_key = jax.jit(lambda key: named(key, "dropout"), out_shardings=layout.sharding((), ()))(key)
     flops = flops_per_token(shapes.model, length)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.model))
     device_kind = layout.mesh.devices.flat[0].device_kind
 
     def evaluate(model: Llama) -> Evaluation:
-        batches = validation_batches(held_out, batch_sharding, batch_size=size)
-        return evaluate_on(model, batches, data.val.bytes / data.val.tokens)
+        batches = validation_batches(data.val, batch_sharding, batch_size=size)
+        return evaluate_on(model, batches, data.val.bytes / data.val.targets)
 
     with Checkpoints(run_dir / "checkpoints", config.checkpoint) as checkpoints:
-        begin = checkpoints.latest or 0
+        begin = of_first(checkpoints.latest or 0)
         if begin:
             target = abstract(shapes, shardings)
             model, (step, opt_state) = checkpoints.restore(begin, target.model, (target.step, target.opt_state))
@@ -92,12 +99,13 @@ def train(config: RunConfig) -> Result:
 
         with (
             Tracker(config.tracking, run_dir, settings=dump(config), steps=steps, start=begin) as tracker,
-            training_batches(windows, batch_sharding, batch_size=size, seed=config.seed, start=begin) as batches,
+            Profile(config.profile, run_dir, tracker.say) as profile,
+            training_batches(parts, batch_sharding, size, parts.after(begin, recorded(run_dir, begin))) as batches,
         ):
             tracker.say(f"run_dir={run_dir}")
             tracker.say(f"{parameters:,} parameters, {flops.causal:,.0f} FLOPs per token, {layout.mesh.size} x {device_kind}")
-            tracker.say(f"{data.train.tokens:,} tokens to train on, {data.val.tokens:,} held out, vocabulary of {tokenizer.vocab:,}")
-            for warning in warnings(config, tokenizer) + remarks + changed:
+            tracker.say(f"{data.train.targets:,} tokens to train on, {data.val.targets:,} held out, vocabulary of {tokenizer.vocab:,}")
+            for warning in warnings(config, tokenizer) + replicated + remarks + changed + data.notes:
                 tracker.say(f"warning: {warning}")
             if weights is not None:
                 tracker.say(f"starts from the weights in {config.init_from}")
@@ -110,6 +118,7 @@ def train(config: RunConfig) -> Result:
                 log_every=config.train.log_every,
                 last_step=steps,
                 tokens=size * length,
+                epochs=lambda step: data.epochs(step * size),
                 flops_per_token=flops.causal,
                 device_kind=device_kind,
                 devices=layout.mesh.size,
@@ -117,9 +126,13 @@ def train(config: RunConfig) -> Result:
             evaluation, save_every = None, config.checkpoint.every or steps
             for step in range(begin + 1, steps + 1):
                 with reporter.waiting():
-                    batch = next(batches)
+                    batch, progress = next(batches)
+                profile.begin(step)
                 state, metrics = step_fn((batch, dropout_key), state)
-                reporter.add(step, metrics)
+                reporter.add(step, metrics, progress)
+                if profile.ends_with(step):
+                    with reporter.pause():
+                        profile.end(metrics)
                 if step % config.train.eval_every == 0 or step == steps:
                     with reporter.pause():
                         evaluation = evaluate(state.model)
@@ -135,5 +148,7 @@ def train(config: RunConfig) -> Result:
                 sample = continued(state.model, tokenizer, prompt, sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed)
                 tracker.sample(steps, sample)
 
-    plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png")
-    return Result(evaluation, sample, reporter.typical(), run_dir, run_dir / "checkpoints" / str(max(begin, steps)), export(config))
+    once(lambda: plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png"))
+    return Result(
+        evaluation, sample, reporter.typical(), run_dir, run_dir / "checkpoints" / str(max(begin, steps)), once(lambda: export(config))
+    )

@@ -89,8 +89,8 @@ class AdafactorConfig(OptimizerConfig):
             return AdafactorState(jnp.zeros((), jnp.int32), _like(model, zeros))
 
         def update(gradient: Any, state: AdafactorState, model: Any) -> tuple[Any, AdafactorState]:
-            count = state.count + 1
-            new = 1 / count.astype(jnp.float32) ** self.decay  # the weight of the newest gradient
+            steps = state.steps + 1
+            new = 1 / steps.astype(jnp.float32) ** self.decay  # the weight of the newest gradient
             treedef, directions, seconds = jax.tree.structure(model), [], []
             olds = treedef.flatten_up_to(state.second)
             for (parameter, axes), g, old in zip(_with_axes(model), jax.tree.leaves(gradient), olds, strict=True):
@@ -102,7 +102,7 @@ class AdafactorConfig(OptimizerConfig):
                 direction /= jnp.maximum(1, _rms(direction, own) / self.clip)
                 directions.append(direction * jnp.maximum(self.min_scale, _rms(parameter.astype(jnp.float32), own)))
                 seconds.append(second)
-            return _like(model, directions), AdafactorState(count, _like(model, seconds))
+            return _like(model, directions), AdafactorState(steps, _like(model, seconds))
 
         return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
@@ -110,7 +110,7 @@ class AdafactorConfig(OptimizerConfig):
 class AdafactorState(NamedTuple):
     """`second` has for each parameter the means of squared gradients over columns and over rows, or the squares themselves."""
 
-    count: Int[Array, ""]
+    steps: Int[Array, ""]
     second: Any
 
 

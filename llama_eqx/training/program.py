@@ -8,6 +8,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from llama_eqx.batch import Batch
+from llama_eqx.data.cache import cache_dir
 from llama_eqx.sharding import Layout, check_shapes
 from llama_eqx.training.loss import Loss, policy_view
 from llama_eqx.training.run import RunConfig
@@ -35,6 +36,7 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
 
     Raises `ConfigError` when a size does not divide over the mesh, or a kernel cannot be had there.
     """
+    layout.check({"batch": config.train.batch_size, "seq": config.train.seq_len, **vars(config.model.dims)})
     train, platform = config.train, layout.mesh.devices.flat[0].platform
     microbatches(train.batch_size, train.microbatch_size or train.batch_size, layout)
     kernel = config.kernel.choose(
@@ -55,3 +57,9 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
     rate = lambda step: config.schedule.rate(step, train.steps)  # noqa: E731
     step = make_step(optimizer, rate, loss, layout, train.microbatch_size)
     return Program(initial, step, loss, shapes, layout.shardings(shapes), remarks)
+
+
+def keep_compiled() -> None:
+    """Programs that took a second to compile are kept in the cache folder for the next start, unless JAX was told another one."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))

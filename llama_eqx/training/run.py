@@ -2,22 +2,25 @@
 
 import dataclasses
 import pathlib
-from typing import Any
+import socket
+import time
 
 from llama_eqx.checkpoint.native import CONFIG, read_config, write_config
 from llama_eqx.checkpoint.save import CheckpointConfig
-from llama_eqx.config import Config, dump
+from llama_eqx.config import Config, differences, dump
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError
 from llama_eqx.model.kernel import KernelConfig
 from llama_eqx.model.llama import LlamaConfig
 from llama_eqx.precision import PrecisionConfig
+from llama_eqx.processes import DistributedConfig
 from llama_eqx.remat import Remat
 from llama_eqx.sharding import MeshConfig, Rules
 from llama_eqx.tracking.tracker import TrackingConfig
 from llama_eqx.training.loss import LossConfig
 from llama_eqx.training.optimizer import OptimizerConfig
+from llama_eqx.training.profile import ProfileConfig
 from llama_eqx.training.schedule import ScheduleConfig
 
 
@@ -58,6 +61,9 @@ class RunConfig(Config):
     schedule: ScheduleConfig
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
+    distributed: DistributedConfig
+    profile: ProfileConfig
+    compile_cache: bool
     train: TrainConfig
     init_from: str | None
     run_dir: str
@@ -84,6 +90,9 @@ FREE = (
     "kernel",
     "checkpoint",
     "tracking",
+    "distributed",
+    "profile",
+    "compile_cache",
     "train.steps",
     "data.prompt",
     "train.unroll",
@@ -93,6 +102,9 @@ FREE = (
     "train.eval_every",
     "train.sample_tokens",
 )
+
+
+SHARED_WITHIN = 30  # seconds; a network's file system may be slow to show a new file
 
 
 def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
@@ -158,9 +170,14 @@ def claim(config: RunConfig, fingerprint: str) -> list[str]:
     return [f"{line}; {stretched}" for line in found if line.startswith("train.steps")]
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """A line for every key whose value differs between two trees, "train.seq_len: 256 -> 512"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}".strip("."))]
-    return [] if old == new else [f"{path}: {old} -> {new}"]
+def check_shared(run_dir: pathlib.Path) -> None:
+    """Raises `StorageError` when this process does not see what process 0 wrote into the run directory."""
+    for _ in range(SHARED_WITHIN):
+        if (run_dir / CONFIG).exists():
+            return
+        time.sleep(1)
+    raise StorageError(
+        f"{socket.gethostname()} does not see the files that process 0 writes",
+        where=str(run_dir.absolute()),
+        next="run_dir=FOLDER in a file system that all machines share",
+    )

@@ -4,6 +4,7 @@ import abc
 
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float32, Int
 
 from llama_eqx.config import Config
@@ -69,8 +70,8 @@ class WSDConfig(ScheduleConfig):
     def after_warmup(self, steps: int) -> optax.Schedule:
         decay = max(round(steps * self.decay_fraction), 1)
 
-        def course(step: Int[Array, ""]) -> Float32[Array, ""]:
-            done = jnp.clip((step - (steps - decay)) / decay, 0, 1)
+        def course(step: ArrayLike) -> Array:
+            done = jnp.clip((jnp.asarray(step) - (steps - decay)) / decay, 0, 1)
             return self.peak * (1 - (1 - self.final_fraction) * jnp.sqrt(done))
 
         return course

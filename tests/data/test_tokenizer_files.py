@@ -200,6 +200,13 @@ def test_the_ends_of_a_hugging_face_model(generation, config, eos, stop, hf):
     assert (tokenizer.bos, tokenizer.eos, tokenizer.stop, tokenizer.pad, tokenizer.chat) == (320, eos, stop, 324, "llama3_1")
 
 
+def test_an_id_of_minus_one_is_none(hf):
+    (hf / "tokenizer_config.json").unlink()
+    (hf / "config.json").write_text('{"pad_token_id": -1, "eos_token_id": [321, -1]}')
+    tokenizer = find_tokenizer(hf)
+    assert (tokenizer.pad, tokenizer.stop) == (324, (321, 328, 329))
+
+
 def test_a_tokenizer_json_alone_has_llamas_ends(hf):
     (hf / "tokenizer_config.json").unlink()
     tokenizer = find_tokenizer(hf)

@@ -167,7 +167,7 @@ BF16, F32 = jnp.bfloat16, jnp.float32
         ("gpu", F32, 4096, 64, "blocked", "16-bit"),
         ("gpu", BF16, 4096, 256, "blocked", "head_dim=256"),
         ("cpu", F32, 4096, 64, "blocked", ""),
-        ("cpu", F32, 512, 64, "plain", ""),
+        ("cpu", F32, 128, 64, "plain", ""),
     ],
 )
 def test_auto_takes_what_the_platform_has(platform, dtype, seq, head_dim, name, reason):

@@ -1,5 +1,7 @@
 """Twenty steps of training against a plain loop of PyTorch, `transformers` and torch.optim.AdamW."""
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from llama_eqx import build_model, load_config, save_pretrained
 from llama_eqx.batch import Batch
 from llama_eqx.model.kernel import KernelConfig
 from llama_eqx.precision import PrecisionConfig
-from llama_eqx.sharding import MESH_AXES, Layout, Rules
+from llama_eqx.sharding import MESH_AXES, Layout
 from llama_eqx.training.loss import policy_view
 from llama_eqx.training.state import TrainState
 from llama_eqx.training.step import make_step
@@ -30,10 +32,10 @@ def rows():
     return np.random.default_rng(0).integers(0, 64, (STEPS, SIZE, LENGTH + 1))
 
 
-def our_losses(config, rows, *, remat="none", devices=1, kernel=None, unroll=1, microbatch_size=None):
+def our_losses(config, rows, *, remat="none", sharding="fsdp", mesh=(1, 1, 1, 1), kernel=None, unroll=1, microbatch_size=None):
+    devices = jax.devices()[: math.prod(mesh)]
     layout = Layout(
-        jax.make_mesh((1, devices, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:devices]),
-        Rules(axes={"batch": ("data", "fsdp"), "embed": ("fsdp",)}),
+        jax.make_mesh(mesh, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices), load_config(f"sharding={sharding}").sharding
     )
     view = policy_view(PrecisionConfig(params="float32", compute="float32"), load_config(f"remat={remat}").remat, layout, kernel, unroll)
     optimizer, loss = config.optimizer.build(), config.loss.build(view, layout)
@@ -111,8 +113,8 @@ BLOCKED = KernelConfig(name="blocked", q_block=128, kv_block=128, fused_backward
     "settings",
     [
         {"remat": "full", "kernel": BLOCKED},
-        {"remat": "dots_attention", "devices": 8, "kernel": BLOCKED},
-        {"remat": "names", "devices": 4, "microbatch_size": 4},
+        {"remat": "dots_attention", "mesh": (1, 8, 1, 1), "kernel": BLOCKED},
+        {"remat": "names", "mesh": (1, 4, 1, 1), "microbatch_size": 4},
         {"remat": "offload", "unroll": 3},
         *(pytest.param({"remat": name}, marks=pytest.mark.slow) for name in ("dots", "dots_attention", "names", "offload")),
     ],
@@ -120,3 +122,18 @@ BLOCKED = KernelConfig(name="blocked", q_block=128, kv_block=128, fused_backward
 )
 def test_policies_do_not_change_the_curve(settings, config, rows, ours):
     np.testing.assert_allclose(our_losses(config, rows, **settings), ours, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "mesh"),
+    [
+        ("ddp", (8, 1, 1, 1)),
+        ("fsdp", (1, 8, 1, 1)),
+        ("tensor", (2, 1, 1, 4)),  # with key heads that do not divide
+        ("fsdp_tensor", (2, 2, 1, 2)),
+        ("sequence", (1, 2, 4, 1)),
+        ("sequence", (1, 2, 2, 2)),
+    ],
+)
+def test_eight_devices_give_the_losses_of_one(sharding, mesh, config, rows, ours):
+    np.testing.assert_allclose(our_losses(config, rows, sharding=sharding, mesh=mesh), ours, rtol=1e-5)

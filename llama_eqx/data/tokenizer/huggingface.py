@@ -131,7 +131,7 @@ def special_ids(folder: Path, names: Mapping[str, int]) -> dict[str, Any]:
                 ids = ids if isinstance(ids, list) else [ids]
                 if not all(type(i) is int for i in ids):
                     raise DataError(f"{which}_token_id is {ids}, not an id", where=str(folder))
-                return ids
+                return [i for i in ids if i != -1]  # older files' way to say that there is none
         token = words.get(f"{which}_token")
         token = token.get("content") if isinstance(token, dict) else token
         return [names[token]] if isinstance(token, str) and token in names else []

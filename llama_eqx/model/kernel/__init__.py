@@ -21,6 +21,7 @@ from llama_eqx.model.kernel.shards import Blocks, Spec, on_shards
 from llama_eqx.model.kernel.splash import unfit_for_splash
 
 Name = Literal["plain", "blocked", "splash", "cudnn"]
+SHORT = 128  # tokens up to which every score at once is as fast
 _KERNEL: contextvars.ContextVar[Callable] = contextvars.ContextVar("kernel", default=plain)
 
 
@@ -50,21 +51,22 @@ class Choice(NamedTuple):
 
 
 class KernelConfig(Config):
-    """Which kernel computes attention. `auto` is splash on TPUs, cuDNN on GPUs, and elsewhere blocked for rows of more than one block.
+    """Which kernel computes attention. `auto` is splash on TPUs and cuDNN on GPUs, elsewhere blocked, or plain for short rows.
 
-    Queries and keys are taken in blocks of up to `q_block` and `kv_block` tokens. `fused_backward` has splash compute the gradients of
-    q, k and v in one pass: fewer FLOPs and more memory. cuDNN has blocks of its own.
+    Queries and keys are taken in blocks of up to `q_block` and `kv_block` tokens, None for a kernel's own choice; cuDNN has no other.
+    `fused_backward` has splash compute the gradients of q, k and v in one pass: fewer FLOPs and more memory.
     """
 
     name: Literal["auto", "plain", "blocked", "splash", "cudnn"]
-    q_block: int
-    kv_block: int
+    q_block: int | None
+    kv_block: int | None
     fused_backward: bool
 
     def check(self) -> None:
         for field in ("q_block", "kv_block"):
-            if getattr(self, field) < 128 or getattr(self, field) % 128:
-                raise ConfigError(f"{getattr(self, field)} is not a multiple of 128", where=field)
+            value = getattr(self, field)
+            if value is not None and (value < 128 or value % 128):
+                raise ConfigError(f"{value} is not a multiple of 128", where=field)
 
     def choose(self, platform: str, *, dtype: Any, seq: int, slots: int, head_dim: int, start: Any = 0) -> Choice:
         """The kernel for `seq` queries and `slots` keys on a platform as JAX calls it.
@@ -75,25 +77,26 @@ class KernelConfig(Config):
             "splash": "it is for TPUs" if platform != "tpu" else unfit_for_splash(seq, slots, start),
             "cudnn": "it is for NVIDIA GPUs" if platform != "gpu" else unfit_for_cudnn(jnp.dtype(dtype), seq, slots, head_dim),
         }
+        if reason := unfit.get(self.name):
+            raise ConfigError(f"attention cannot be computed by {self.name}: {reason}", where="kernel.name", next="kernel.name=auto")
         if self.name != "auto":
-            if reason := unfit.get(self.name):
-                raise ConfigError(f"attention cannot be computed by {self.name}: {reason}", where="kernel.name", next="kernel.name=auto")
             return Choice(self.name, "")
-        own = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
+        own: Name | None = "splash" if platform == "tpu" else "cudnn" if platform == "gpu" else None
         if own and not unfit[own]:
             return Choice(own, "")
-        return Choice("blocked" if seq > self.q_block else "plain", f"not {own}: {unfit[own]}" if own else "")
+        return Choice("blocked" if seq > SHORT else "plain", f"not {own}: {unfit[own]}" if own else "")
 
     def block(self, block: Callable, mesh: Mesh, spec: Spec) -> Callable:
         """A block whose attention this kernel computes, on arrays that are split over `mesh` as `spec(axes, shape)` says."""
         platform = mesh.devices.flat[0].platform
-        blocks = Blocks(self.q_block, self.kv_block, self.fused_backward)
 
         def kernel(q: Array, k: Array, v: Array, start: Any, segment_ids: Any) -> Array:
             seq, slots, head_dim = q.shape[1], k.shape[1], q.shape[3]
             name, _ = self.choose(platform, dtype=q.dtype, seq=seq, slots=slots, head_dim=head_dim, start=start)
             if name == "plain":  # what XLA partitions by itself
                 return plain(q, k, v, start, segment_ids)
+            own = 512 if name == "splash" else 256
+            blocks = Blocks(self.q_block or own, self.kv_block or own, self.fused_backward)
             return on_shards(name, blocks, mesh, spec, q, k, v, start, segment_ids)
 
         def wrapped(*args: Any) -> Any:

@@ -16,7 +16,6 @@ def make_splash(heads: int, seq: int, slots: int, shards: int, q_block: int, kv_
     The mask is computed in the kernel and not stored.
     """
     q, kv = _largest(seq // shards, q_block), _largest(slots, kv_block)
-    backward = {} if fused_backward else {"block_q_dq": q, "block_kv_dq": kv}
     sizes = splash_attention.BlockSizes(
         block_q=q,
         block_kv=kv,
@@ -25,7 +24,8 @@ def make_splash(heads: int, seq: int, slots: int, shards: int, q_block: int, kv_
         block_kv_dkv=kv,
         block_kv_dkv_compute=kv,
         use_fused_bwd_kernel=fused_backward,
-        **backward,
+        block_q_dq=None if fused_backward else q,
+        block_kv_dq=None if fused_backward else kv,
     )
     mask = splash_attention.CausalMask((seq, slots))
     return splash_attention.make_splash_mha(

@@ -1,0 +1,106 @@
+"""A trace of a few steps, and what it says in a few lines."""
+
+import collections
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from llama_eqx.config import Config
+from llama_eqx.errors import ConfigError
+
+SHOWN = 10  # operations of a summary
+CONTAINERS = ("while", "call", "conditional")  # their time is that of what they contain
+
+
+class ProfileConfig(Config):
+    """The first and the last step to be traced, or None."""
+
+    steps: tuple[int, int] | None
+
+    def check(self) -> None:
+        if self.steps is not None and not 1 <= self.steps[0] <= self.steps[1]:
+            raise ConfigError(f"{list(self.steps)} are not steps to trace", where="steps", next="profile.steps=[10,13]")
+
+
+class Profile:
+    """Traces the steps of `config` on process 0 into `run_dir/profile` and summarises them through `say`.
+
+    A context manager: leaving it ends a trace that an error cut short.
+    """
+
+    def __init__(self, config: ProfileConfig, run_dir: pathlib.Path, say: Callable[[str], None]):
+        self._folder, self._say = run_dir / "profile", say
+        self._steps = config.steps if jax.process_index() == 0 else None
+        self._begun: float | None = None
+        self._ended, self._compiling = False, 0.0
+        if self._steps:
+            jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def begin(self, step: int) -> None:
+        """To be called before each step."""
+        if self._steps and step == self._steps[0]:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # calls of Python would fill the trace, and slow the steps
+            jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
+            self._begun = time.perf_counter()
+
+    def ends_with(self, step: int) -> bool:
+        return self._begun is not None and self._steps is not None and step == self._steps[1]
+
+    def end(self, metrics: Any) -> None:
+        """Waits for the step that gave `metrics`, ends the trace and says what is in it."""
+        assert self._steps is not None
+        assert self._begun is not None
+        first, last = self._steps
+        jax.block_until_ready(metrics)
+        seconds = (time.perf_counter() - self._begun) / (last - first + 1)
+        self._begun, self._ended = None, True
+        jax.profiler.stop_trace()
+        self._say(f"profile: steps {first} to {last}, {seconds:.4f} s each; {self._compiling:.1f} s of compilation in all")
+        device = jax.local_devices()[0]
+        if stats := device.memory_stats():  # not on CPUs
+            peak, limit = (stats.get(name, 0) / 2**30 for name in ("peak_bytes_in_use", "bytes_limit"))
+            self._say(f"profile: peak memory {peak:.2f} of {limit:.2f} GiB on {device}")
+        trace = max(self._folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+        times = operations(jax.profiler.ProfileData.from_file(str(trace)).planes)
+        total = sum(times.values())
+        for name, spent in times.most_common(SHOWN):
+            self._say(f"profile: {spent / total:6.1%}  {spent / 1e6 / (last - first + 1):10.3f} ms a step  {name}")
+        self._say(f"profile: {trace.parent / 'perfetto_trace.json.gz'} opens in https://ui.perfetto.dev")
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._steps:
+            return
+        jax.monitoring.unregister_event_duration_listener(self._heard)
+        if self._begun is not None:
+            jax.profiler.stop_trace()
+        if not self._ended:
+            self._say(f"warning: no profile, as the run did not go through steps {self._steps[0]} to {self._steps[1]}")
+
+    def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            self._compiling += duration_secs
+
+
+def operations(planes: Iterable[Any]) -> collections.Counter[str]:
+    """Nanoseconds on the devices by the name of the operation in the compiled program."""
+    found = collections.Counter()
+    for plane in planes:
+        for line in plane.lines:
+            if plane.name.startswith("/device:TPU") and line.name != "XLA Ops":
+                continue
+            for event in line.events:
+                stats = dict(event.stats)
+                name = stats.get("hlo_op") or (event.name if plane.name.startswith("/device:TPU") else None)
+                if name and not event.name.startswith("end: "):
+                    name = re.split(r"[ =]", str(name).lstrip("%"))[0]
+                    if not name.startswith(CONTAINERS):
+                        found[name] += int(event.duration_ns)
+    return found

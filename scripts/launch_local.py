@@ -1,0 +1,72 @@
+#!/usr/bin/env python
+"""N processes of one training run on this machine, with 8 virtual devices among them unless mesh= says otherwise.
+
+    python scripts/launch_local.py 2 model=llama3_1m train.steps=20
+
+Each line is preceded by the number of its process. When one fails the others are ended, and its exit code is that of this script.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import IO
+
+GRACE = 10.0  # seconds that the others have to say why they end
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or not sys.argv[1].isdecimal() or not int(sys.argv[1]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    n, overrides = int(sys.argv[1]), sys.argv[2:]
+    if not any(override.startswith("mesh=") for override in overrides):
+        overrides = ["mesh=cpu-8", f"mesh.hosts={n}", *overrides]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-u", "-m", "llama_eqx.train", *overrides]
+    children, readers = [], []
+    for i in range(n):
+        environment = {**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(i)}
+        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+        children.append(child)
+        for source, target in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
+            readers.append(threading.Thread(target=copy, args=(i, source, target)))
+            readers[-1].start()
+    signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in children])
+    try:
+        code = wait(children)
+    except KeyboardInterrupt:  # the terminal has sent it to them too
+        code = wait(children)
+    for reader in readers:
+        reader.join()
+    return code
+
+
+def copy(i: int, source: IO[str], target: IO[str]) -> None:
+    for line in source:
+        if "peer ranks" in line:  # of the library by which CPUs communicate, on every connection
+            continue
+        target.write(f"[{i}] {line}")
+        target.flush()
+
+
+def wait(children: list[subprocess.Popen[str]]) -> int:
+    """The exit code of the first that fails, which is not 0; 0 when none does."""
+    failed: tuple[int, float] | None = None
+    while running := [child for child in children if child.poll() is None]:
+        failed = failed or next(((child.returncode, time.monotonic()) for child in children if child.returncode), None)
+        if failed and time.monotonic() > failed[1] + GRACE:
+            for child in running:
+                child.kill()
+        time.sleep(0.1)
+    codes = [failed[0]] if failed else [child.returncode for child in children if child.returncode]
+    return codes[0] % 256 if codes and codes[0] >= 0 else 128 - codes[0] if codes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Two real processes with four devices each give the losses of one device, through the whole of `train`."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from two_processes import PARALLEL, STEPS, overrides
+
+from llama_eqx import load_config
+from llama_eqx.sharding import MeshConfig
+from llama_eqx.tracking.jsonl import read_metrics
+from llama_eqx.training.loop import train
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    command = [sys.executable, str(pathlib.Path(__file__).with_name("two_processes.py")), str(folder)]
+    started = [
+        subprocess.Popen(
+            command, env={**environment, "JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    (folder / "said.txt").write_text(said[1])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The losses of one device."""
+    build = MeshConfig.build
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MeshConfig, "build", lambda self: build(self, jax.devices()[:1]))
+        return losses(train(load_config(*overrides(tmp_path_factory.mktemp("alone")))).run_dir)
+
+
+def losses(run_dir):
+    return [record["train/loss"] for record in read_metrics(run_dir / "metrics.jsonl") if "train/loss" in record]
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_two_processes_give_the_losses_of_one_device(name, folder, alone):
+    found = losses(folder / name)
+    assert len(found) == (STEPS // 2 if name == "fsdp" else STEPS)
+    np.testing.assert_allclose(found, alone[: len(found)], rtol=1e-5)
+
+
+def test_one_process_goes_on_where_two_ended(folder, alone):
+    result = train(load_config(*overrides(folder / "fsdp")))
+    np.testing.assert_allclose(losses(result.run_dir), alone, rtol=1e-5)
+    assert [record["step"] for record in read_metrics(result.run_dir / "metrics.jsonl") if "train/loss" in record] == list(
+        range(1, STEPS + 1)
+    )
+
+
+def test_what_is_written_is_written_once(folder):
+    """By process 0; the other says nothing."""
+    for name in PARALLEL:
+        assert (folder / name / "loss.png").stat().st_size
+        assert len((folder / name / "provenance.jsonl").read_text().splitlines()) == 1 + (name == "fsdp")
+    assert "step" not in (folder / "said.txt").read_text()
