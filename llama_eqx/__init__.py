@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llama_eqx.compose import load_config
     from llama_eqx.generation.decode import generate_tokens
-    from llama_eqx.interop.pretrained import load_pretrained, save_pretrained
+    from llama_eqx.interop.conversion import save_pretrained
+    from llama_eqx.interop.pretrained import load_pretrained
     from llama_eqx.model.llama import build_model
 
 __all__ = ["build_model", "generate_tokens", "load_config", "load_pretrained", "save_pretrained"]
@@ -19,7 +20,7 @@ _HOMES = {
     "generate_tokens": "llama_eqx.generation.decode",
     "load_config": "llama_eqx.compose",
     "load_pretrained": "llama_eqx.interop.pretrained",
-    "save_pretrained": "llama_eqx.interop.pretrained",
+    "save_pretrained": "llama_eqx.interop.conversion",
 }
 
 

@@ -23,7 +23,21 @@ from llama_eqx.config import Config, load, nearest
 from llama_eqx.errors import ConfigError, StorageError, UserError
 
 # Keys whose values are text or paths: what a user types after "=" is taken as it stands, whatever commas, quotes or braces it has.
-VERBATIM = ("prompt", "checkpoint", "run_dir", "data.path", "data.prompt", "tokenizer.path")
+VERBATIM = (
+    "prompt",
+    "checkpoint",
+    "path",
+    "against",
+    "run_dir",
+    "data.path",
+    "data.prompt",
+    "tokenizer.path",
+    "init_from",
+    "from",
+    "to",
+    "input",
+    "output",
+)
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 

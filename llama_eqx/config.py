@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import keyword
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -59,6 +60,7 @@ def load(node: Any, path: str = "") -> Any:
     children = {key: load(child, f"{path}.{key}".lstrip(".")) for key, child in node.items() if key != "_target_"}
     if "_target_" not in node:
         return children
+    children = {_field(key): child for key, child in children.items()}
     cls = _config_class(str(node["_target_"]), path)
     fields = [field.name for field in dataclasses.fields(cls)]
     for key in children:
@@ -77,7 +79,7 @@ def load(node: Any, path: str = "") -> Any:
 def dump(value: Any) -> Any:
     """The inverse of `load`: plain containers, with `_target_` where a `Config` stood."""
     if isinstance(value, Config):
-        fields = {field.name: dump(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name.rstrip("_"): dump(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
     if isinstance(value, Mapping):
         return {key: dump(child) for key, child in value.items()}
@@ -98,6 +100,11 @@ def nearest(word: str, options: Iterable[str]) -> str:
     if near := difflib.get_close_matches(word, options, 1):
         return f"did you mean {near[0]}?"
     return f"one of: {', '.join(options)}" if len(options) <= 30 else "--cfg job shows all of them"
+
+
+def _field(key: str) -> str:
+    """A key that is a word of Python, such as `from`, belongs to the field with an underscore behind it."""
+    return f"{key}_" if keyword.iskeyword(key) else key
 
 
 def _config_class(target: str, path: str) -> type[Config]:
@@ -137,6 +144,7 @@ def _said(value: Any) -> str:
 
 
 def _wanted(hint: Any, value: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return nearest(str(value), map(str, typing.get_args(hint)))
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    if literal := next((option for option in options if typing.get_origin(option) is typing.Literal), None):
+        return nearest(str(value), map(str, typing.get_args(literal)))
     return f"wanted {hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace('typing.', '')}"

@@ -1,5 +1,8 @@
 """Errors meant for people. A verb prints one as a block and exits with its code; a library user catches it as an exception."""
 
+import functools
+from typing import Any
+
 
 class UserError(Exception):
     """What happened, where, what was kept, and what to type next.
@@ -12,6 +15,9 @@ class UserError(Exception):
     def __init__(self, what: str, *, where: str = "", kept: str = "", next: str = ""):
         super().__init__(what, where, kept, next)
         self.what, self.where, self.kept, self.next = what, where, kept, next
+
+    def __reduce__(self) -> Any:  # an exception is sent between processes by its arguments
+        return functools.partial(type(self), where=self.where, kept=self.kept, next=self.next), (self.what,)
 
     def __str__(self) -> str:
         rows = {"error": self.what, "where": self.where, "kept": self.kept, "next": self.next}

@@ -1,20 +1,77 @@
 """Which activations of a block are kept for the backward pass and which are computed again."""
 
+import abc
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
-from llama_eqx.config import Config
+from llama_eqx.config import Config, nearest
+from llama_eqx.errors import ConfigError
+from llama_eqx.tag import tag
+
+# What a block tags, in the order of computation: "input" is the residual that enters it, "residual" that between its halves,
+# "attention" all that an attention kernel keeps.
+NAMES = ("input", "q", "k", "v", "attention", "attention_out", "residual", "gate", "up", "down")
+
+policies = jax.checkpoint_policies
+Policy = Callable[..., Any]
 
 
-class RematConfig(Config):
-    """`none` keeps all, `dots` the results of matrix products, `full` only the residual between blocks."""
+class Remat(Config):
+    @abc.abstractmethod
+    def block(self, block: Callable, *, alone: bool = False) -> Callable:
+        """`block` under the policy. `alone` says that it is not in a loop of its own, where XLA would find what is computed twice."""
 
-    policy: Literal["none", "dots", "full"]
 
-    def block(self, block: Callable) -> Callable:
+class RematConfig(Remat):
+    """`none` keeps all, `full` only the residual that enters a block. `dots` keeps the results of matrix products with weights, and
+    `dots_attention` what the attention kernel keeps besides.
+    """
+
+    policy: Literal["none", "full", "dots", "dots_attention"]
+
+    def block(self, block: Callable, *, alone: bool = False) -> Callable:
         if self.policy == "none":
             return block
-        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.policy == "dots" else None
-        return jax.checkpoint(block, prevent_cse=False, policy=kept)  # inside a scan no CSE can undo it
+        dots = policies.dots_with_no_batch_dims_saveable
+        kept = {"full": None, "dots": dots, "dots_attention": either(dots, attention)}[self.policy]
+        return jax.checkpoint(block, prevent_cse=alone, policy=kept)
+
+
+class NamedRematConfig(Remat):
+    """Keeps the activations in `names` and moves those in `offloaded` to the host's memory and back; the rest is computed again."""
+
+    names: tuple[str, ...]
+    offloaded: tuple[str, ...]
+
+    def block(self, block: Callable, *, alone: bool = False) -> Callable:
+        def entered(module: Any, x: jax.Array, *rest: Any) -> Any:
+            return block(module, tag(x, "input"), *rest)
+
+        kept = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(self.names),
+            names_which_can_be_offloaded=list(self.offloaded),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+        kept = either(attention, kept) if "attention" in self.names else kept
+        return jax.checkpoint(entered, prevent_cse=alone, policy=kept)
+
+    def check(self) -> None:
+        for field in ("names", "offloaded"):
+            for name in getattr(self, field):
+                if name not in NAMES:
+                    raise ConfigError(f"no activation is called {name}", where=field, next=nearest(name, NAMES))
+        if both := set(self.names) & set(self.offloaded):
+            raise ConfigError(f"kept and moved at once: {', '.join(sorted(both))}", where="offloaded", next="name each once")
+
+
+def attention(primitive: Any, *args: Any, **params: Any) -> Any:
+    """Keeps what is tagged "attention", and what cuDNN's forward pass keeps: that has no names and is known by its primitive."""
+    named = policies.save_only_these_names("attention")
+    return primitive.name.startswith("dot_product_attention_fwd") or named(primitive, *args, **params)
+
+
+def either(first: Policy, second: Policy) -> Policy:
+    return lambda *args, **params: first(*args, **params) or second(*args, **params)

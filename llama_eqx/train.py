@@ -30,18 +30,20 @@ def main(config: Any, overrides: list[str]) -> None:
         print(f"interrupted\nkept: {kept}\nnext: {command} train.steps={config.train.steps}", file=sys.stderr)
         sys.exit(130)
 
-    evaluation, speed = result.evaluation, ""
+    evaluation, speed, exported = result.evaluation, "", ""
     if result.speed:
         rate, waited = result.speed["perf/tokens_per_second"], result.speed["data/starved_fraction"]
         speed = f"\nspeed       {rate:,.0f} tokens/s, {waited:.2%} of the time waiting for data"
         if "perf/mfu" in result.speed:
             speed += f", MFU {result.speed['perf/mfu']:.1%}"
+    if result.export:
+        exported = f"\nexport      {result.export} ({config.checkpoint.export})"
     print(f"""
 {result.sample}
 
 validation  {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte, on {evaluation.tokens:,} tokens{speed}
 curve       {result.run_dir / "loss.png"}
-checkpoint  {result.checkpoint}
+checkpoint  {result.checkpoint}{exported}
 resume      {command} train.steps={2 * config.train.steps}
 sample      python -m llama_eqx.generate checkpoint={run_dir} prompt={shlex.quote(config.data.prompt)}""")
     if config.tracking.wandb.mode != "disabled":

@@ -88,6 +88,54 @@ def test_the_cosine_is_that_of_pytorch():
     assert float(constant.rate(jnp.asarray(99), 100)) == pytest.approx(1e-3)
 
 
+def test_linear_is_that_of_pytorch():
+    import torch
+
+    config = load_config("schedule=linear", "schedule.peak=1e-3", "schedule.warmup_steps=10", "schedule.final_fraction=0.2").schedule
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    line = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.2, total_iters=90)
+    for step in range(10, 100):
+        assert float(config.rate(jnp.asarray(step), 100)) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-4)
+        optimizer.step()
+        line.step()
+
+
+def test_inverse_sqrt_is_that_of_transformers():
+    import torch
+    import transformers
+
+    config = load_config("schedule=inverse_sqrt", "schedule.peak=1e-3", "schedule.warmup_steps=10").schedule
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    course = transformers.get_inverse_sqrt_schedule(optimizer, num_warmup_steps=10)
+    for _ in range(10):  # warmed up, as ours is after its own ten
+        optimizer.step()
+        course.step()
+    for step in range(10, 100):
+        assert float(config.rate(jnp.asarray(step), 100)) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-5)
+        optimizer.step()
+        course.step()
+
+
+def test_wsd_is_that_of_transformers():
+    """Theirs has a linear fall and a 1-sqrt one; ours begins where theirs does, and ends where it would at the step after the last."""
+    import torch
+    import transformers
+
+    settings = ["schedule=wsd", "schedule.peak=1e-3", "schedule.warmup_steps=10", "schedule.decay_fraction=0.25"]
+    config = load_config(*settings, "schedule.final_fraction=0.1").schedule
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    course = transformers.get_wsd_schedule(
+        optimizer, num_warmup_steps=10, num_stable_steps=60, num_decay_steps=20, decay_type="1-sqrt", min_lr_ratio=0.1
+    )
+    for _ in range(10):
+        optimizer.step()
+        course.step()
+    for step in range(10, 90):
+        assert float(config.rate(jnp.asarray(step), 90)) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-5)
+        optimizer.step()
+        course.step()
+
+
 @pytest.mark.parametrize("option", sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "conf" / "schedule").glob("*.yaml")))
 def test_every_schedule_warms_up_and_stays_below_its_peak(option):
     config = load_config(f"schedule={option}", "schedule.peak=0.5", "schedule.warmup_steps=10").schedule

@@ -208,8 +208,8 @@ def compiled_step(option, shape, *overrides):
     ids, mask = jax.ShapeDtypeStruct((16, 96), jnp.int32), jax.ShapeDtypeStruct((16, 96), jnp.float32)
     batch = eqx.filter_eval_shape(lambda a, b: Batch(a, a, b), ids, mask)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    view = policy_view(config.precision, config.remat, where)
-    step = make_step(optimizer, lambda step: config.schedule.rate(step, 10), view, where)
+    view = policy_view(config.precision, config.remat, where, config.kernel)
+    step = make_step(optimizer, lambda step: config.schedule.rate(step, 10), config.loss.build(view, where), where)
     inputs = (abstract(batch, where.shardings(batch)), abstract(key, where.sharding((), ())))
     shardings = where.shardings(state)
     return jax.jit(step, donate_argnums=1).lower(inputs, abstract(state, shardings)).compile(), state, shardings

@@ -1,24 +1,40 @@
 """The weights alone: from a run directory, or from a folder of the same shape that holds nothing else."""
 
+import functools
+import math
 import os
 import pathlib
 import shutil
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import numpy as np
+import tensorstore
 import yaml
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from llama_eqx.checkpoint import restore
+from llama_eqx.checkpoint.manifest import appearing, write_manifest
 from llama_eqx.checkpoint.save import uncompressed
 from llama_eqx.config import dump, load
-from llama_eqx.errors import CheckpointError, ConfigError, StorageError
+from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.model.llama import Llama, LlamaConfig
+from llama_eqx.sharding import parameter_names
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.yaml", "tokenizer", "checkpoints"
+CHUNK_BYTES = 64 * 2**20
+
+
+class Array(NamedTuple):
+    """An array in a checkpoint, of which nothing has been read. `read(index)` gives the part between slices, one for every axis."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[tuple[slice, ...]], np.ndarray]
 
 
 def save_native(model: Llama, path: str | os.PathLike[str], tokenizer_folder: str | os.PathLike[str] | None = None) -> None:
@@ -26,29 +42,47 @@ def save_native(model: Llama, path: str | os.PathLike[str], tokenizer_folder: st
 
     Raises `StorageError` when `path` exists or cannot be written.
     """
-    path = pathlib.Path(path).resolve()
-    if path.exists():
-        raise StorageError(
-            "the folder exists already", where=str(path), kept="what is in it", next="name another folder, or remove this one"
-        )
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        write_config({"model": model.config}, unfinished)
+    arrays = dict(zip(parameter_names(model), jax.tree.leaves(model), strict=True))
+    with appearing(pathlib.Path(path)) as folder:
+        write = write_native(model.config, folder, arrays)
+        for name, array in arrays.items():
+            for i in range(array.shape[0]) if name.startswith("blocks.") else [slice(None)]:
+                write(name, (i,), np.asarray(array[i]))
         if tokenizer_folder is not None:
-            shutil.copytree(tokenizer_folder, unfinished / TOKENIZER)
-        with uncompressed():
-            ocp.save_checkpointables(str(unfinished / CHECKPOINTS / "0"), {"model": model})
-        unfinished.rename(path)
-    except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise StorageError(
-            f"the model could not be saved: {restore.first_line(error)}",
-            where=str(path),
-            kept="nothing of it",
-            next="free some space or mend the permissions there, or name another folder",
-        ) from error
+            shutil.copytree(tokenizer_folder, folder / TOKENIZER)
+        write_manifest(folder, arrays)
+
+
+def write_native(config: LlamaConfig, folder: pathlib.Path, arrays: Mapping[str, Any]) -> Callable[[str, tuple, np.ndarray], None]:
+    """Makes a folder that holds a model alone. What is returned fills the arrays, which `arrays` describes, part by part:
+    `write(name, index, values)`.
+
+    A layer is a chunk of its own, or several of some 64 MB, so that it is written and read without the others.
+    """
+    write_config({"model": config}, folder)
+    checkpoint = folder / CHECKPOINTS / "0"
+    # Orbax has no way to write an array part by part. It makes the frame, of arrays of one number, which full ones then replace.
+    model = _abstract(config)
+    frame = jax.tree.unflatten(
+        jax.tree.structure(model), [np.zeros((1,) * len(arrays[name].shape), arrays[name].dtype) for name in parameter_names(model)]
+    )
+    with uncompressed():
+        ocp.save_checkpointables(str(checkpoint), {"model": frame})
+    stores = {name: _create(checkpoint, name, leaf) for name, leaf in arrays.items()}
+
+    def write(name: str, index: tuple[int | slice, ...], values: np.ndarray) -> None:
+        stores[name][index].write(values).result()
+
+    return write
+
+
+def open_native(path: str | os.PathLike[str], step: int | None = None) -> tuple[LlamaConfig, dict[str, Array]]:
+    """The config and, by name, the arrays of the model in a run directory or a folder by `save_native`; see `load_native`."""
+    config, checkpoint, model = _opened(pathlib.Path(path).resolve(), step)
+    leaves = dict(zip(parameter_names(model), jax.tree.leaves(model), strict=True))
+    restore.check(checkpoint, {"model": model})
+    held: dict[str, np.ndarray] = {}
+    return config, {name: Array(leaf.shape, np.dtype(leaf.dtype), _reader(checkpoint, name, held)) for name, leaf in leaves.items()}
 
 
 def load_native(
@@ -64,7 +98,16 @@ def load_native(
 
     Raises `CheckpointError` when nothing is there, it is damaged, or its weights do not fit its config.
     """
-    path = pathlib.Path(path).resolve()
+    _, checkpoint, model = _opened(pathlib.Path(path).resolve(), step)
+    places = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if shardings is None else shardings
+    as_filed = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), model, jax.tree.broadcast(places, model)
+    )
+    return restore.read(checkpoint, {"model": as_filed}, dtype=dtype)["model"]
+
+
+def _opened(path: pathlib.Path, step: int | None) -> tuple[LlamaConfig, pathlib.Path, Any]:
+    """The config, the checkpoint, and the model of the config with the dtypes of the checkpoint, but without its arrays."""
     config = _model_config(path)
     saved = restore.steps(path / CHECKPOINTS)
     if not saved:
@@ -74,21 +117,62 @@ def load_native(
     if step is not None and step not in saved:
         raise CheckpointError(f"step {step} is not saved", where=str(path), next=f"saved steps: {', '.join(map(str, saved))}")
     checkpoint = path / CHECKPOINTS / str(saved[-1] if step is None else step)
-
     try:
-        model = eqx.filter_eval_shape(lambda key: config.build(key=key), jax.random.key(0))
+        model = _abstract(config)
     except ConfigError as error:
         raise _config_error(path, error) from error
     found = restore.filed(checkpoint, "model")
-    if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    leaves: list[Any]
+    leaves, structure = jax.tree.flatten(model)
+    filed = [found[name].dtype if name in found else leaf.dtype for name, leaf in zip(parameter_names(model), leaves, strict=True)]
+    model = structure.unflatten([jax.ShapeDtypeStruct(leaf.shape, kind) for leaf, kind in zip(leaves, filed, strict=True)])
+    return config, checkpoint, model
 
-    def abstract(place: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-        there = found.get(jax.tree_util.keystr(place, simple=True, separator="."), leaf)
-        return jax.ShapeDtypeStruct(leaf.shape, there.dtype, sharding=sharding)
 
-    as_filed = jax.tree_util.tree_map_with_path(abstract, model, jax.tree.broadcast(shardings, model))
-    return restore.read(checkpoint, {"model": as_filed}, dtype=dtype)["model"]
+def _abstract(config: LlamaConfig) -> Llama:
+    return eqx.filter_eval_shape(lambda key: config.build(key=key), jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def _spec(checkpoint: pathlib.Path, name: str) -> dict[str, Any]:
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{checkpoint}/model/"}, "path": f"{name}/"},
+    }
+
+
+def _create(checkpoint: pathlib.Path, name: str, leaf: Any) -> Any:
+    chunk, itemsize = list(leaf.shape), np.dtype(leaf.dtype).itemsize
+    for axis in range(len(chunk)):  # from the slowest axis on
+        rest = math.prod(chunk[axis + 1 :]) * itemsize
+        chunk[axis] = max(min(chunk[axis], CHUNK_BYTES // rest), 1) if axis or not name.startswith("blocks.") else 1
+    metadata = {
+        "shape": list(leaf.shape),
+        "data_type": np.dtype(leaf.dtype).name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+    }
+    return tensorstore.open({**_spec(checkpoint, name), "metadata": metadata}, create=True, delete_existing=True).result()
+
+
+def _reader(checkpoint: pathlib.Path, name: str, held: dict[str, np.ndarray]) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """`held` keeps the array that was read last, if it is filed in one piece: as a run files it, all layers together."""
+
+    @functools.cache
+    def store() -> Any:  # tensorstore's own annotations allow for None nearly everywhere
+        return tensorstore.open(_spec(checkpoint, name), open=True).result()
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        try:
+            if store().chunk_layout.read_chunk.shape[0] == 1 or not name.startswith("blocks."):
+                return store()[index].read().result()
+            if name not in held:
+                held.clear()
+                held[name] = store().read().result()
+        except ValueError as error:
+            raise restore.unreadable(checkpoint, error) from error
+        return held[name][index]
+
+    return read
 
 
 def write_config(config: Any, folder: pathlib.Path) -> None:

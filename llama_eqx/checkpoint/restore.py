@@ -1,7 +1,7 @@
 """Reading: arrays as they were filed, or a list of all that does not fit."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,9 +28,9 @@ def filed(path: pathlib.Path, part: str) -> dict[str, jax.ShapeDtypeStruct]:
     try:
         tree = ocp.checkpointables_metadata(str(path)).metadata.get(part)
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if tree is None:
-        raise _unreadable(path, FileNotFoundError(f"its part {part!r} is missing or damaged"))
+        raise unreadable(path, FileNotFoundError(f"its part {part!r} is missing or damaged"))
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _named(tree).items()}
 
 
@@ -41,6 +41,17 @@ def read(path: pathlib.Path, parts: Mapping[str, PyTree], *, dtype: DTypeLike | 
 
     Raises `CheckpointError` listing every array that is missing, left over, or of another shape or dtype.
     """
+    check(path, parts)
+    if dtype is not None:
+        parts = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), dict(parts))
+    try:
+        return ocp.load_checkpointables(str(path), dict(parts))
+    except Exception as error:
+        raise unreadable(path, error) from error
+
+
+def check(path: pathlib.Path, parts: Mapping[str, PyTree]) -> None:
+    """Raises `CheckpointError` listing every array in the checkpoint that is missing, left over, or of another shape or dtype."""
     # Orbax would cast a dtype that differs without a word.
     rows = [row for part, tree in parts.items() for row in _differences(part, _named(tree), filed(path, part))]
     if rows:
@@ -50,19 +61,31 @@ def read(path: pathlib.Path, parts: Mapping[str, PyTree], *, dtype: DTypeLike | 
             kept="the checkpoint is untouched",
             next="use the config.yaml beside the checkpoints, or start a new run directory",
         )
-    if dtype is not None:
-        parts = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), dict(parts))
-    try:
-        return ocp.load_checkpointables(str(path), dict(parts))
-    except Exception as error:
-        raise _unreadable(path, error) from error
+
+
+def read_each(path: pathlib.Path, part: str) -> Iterator[tuple[str, jax.Array]]:
+    """Every array in one part of the checkpoint at `path`, by name, one in memory at a time.
+
+    Raises `CheckpointError` when there is no such part, or it cannot be read.
+    """
+    filed(path, part)
+    leaves, structure = jax.tree.flatten(ocp.checkpointables_metadata(str(path)).metadata[part])
+    names = list(_named(structure.unflatten(leaves)))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for i, name in enumerate(names):
+        wanted = [ocp.PLACEHOLDER] * len(leaves)
+        wanted[i] = jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype, sharding=sharding)
+        try:
+            yield name, _named(ocp.load_checkpointables(str(path), {part: structure.unflatten(wanted)})[part])[name]
+        except Exception as error:
+            raise _unreadable(path, error) from error
 
 
 def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _unreadable(path: pathlib.Path, error: Exception) -> CheckpointError:
+def unreadable(path: pathlib.Path, error: Exception) -> CheckpointError:
     """Orbax says hundreds of lines; the first one is for people."""
     others = [step for step in steps(path.parent) if str(step) != path.name]
     return CheckpointError(

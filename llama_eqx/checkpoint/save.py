@@ -5,7 +5,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jaxtyping import PyTree
@@ -17,10 +17,14 @@ from llama_eqx.errors import CheckpointError, ConfigError, StorageError
 
 
 class CheckpointConfig(Config):
-    """A save every `every` steps (0: only the last step), of which the newest `keep` stay on disk."""
+    """A save every `every` steps (0: only the last step), of which the newest `keep` stay on disk.
+
+    `export` is the format in which the trained model is written once more, into `export` in the run directory.
+    """
 
     every: int
     keep: int
+    export: Literal["hf", "meta", "native"] | None
 
     def check(self) -> None:
         if self.every < 0:

@@ -13,7 +13,7 @@ from llama_eqx.errors import StorageError
 
 def cache_dir() -> Path:
     """$LLAMA_EQX_CACHE, else $XDG_CACHE_HOME/llama_eqx, else ~/.cache/llama_eqx; a temporary folder where none can be written."""
-    candidates = _candidates()
+    candidates = cache_candidates()
     wanted = next(candidates)
     for folder in (wanted, *candidates):
         try:
@@ -52,7 +52,8 @@ def publish(folder: Path, write: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _candidates() -> Iterator[Path]:
+def cache_candidates() -> Iterator[Path]:
+    """Where the cache may lie, the place that is asked for first."""
     if chosen := os.environ.get("LLAMA_EQX_CACHE"):
         yield Path(chosen).absolute()
     if xdg := os.environ.get("XDG_CACHE_HOME"):

@@ -1,10 +1,8 @@
 """Where text comes from, and which of it is held out."""
 
 import abc
-import glob
 import hashlib
 import itertools
-import json
 import os
 import sysconfig
 import urllib.request
@@ -12,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from llama_eqx.config import Config
 from llama_eqx.data.cache import cache_dir, publish
+from llama_eqx.data.sources import LISTED, find, pieces, read_text, records, refusal
 from llama_eqx.errors import ConfigError, DataError
 
 # With fewer documents expected in the validation split, every document is cut instead of the corpus.
@@ -36,19 +35,9 @@ class Part(NamedTuple):
 
 
 class DataConfig(Config):
-    """A corpus. `prompt` is what a sample after training starts from.
-
-    `validation_fraction` of the corpus is held out. `holdout: tuning` holds out the last tenth of the training part instead and
-    leaves the true validation text alone: tune on that, and look at `validation` once.
-    """
+    """What a run trains on. `prompt` is what a sample after training starts from."""
 
     prompt: str
-    validation_fraction: float
-    holdout: Literal["validation", "tuning"]
-
-    def check(self) -> None:
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigError(f"{self.validation_fraction} is not between 0 and 1", where="validation_fraction")
 
     @abc.abstractmethod
     def documents(self) -> Iterator[Document]:
@@ -56,6 +45,27 @@ class DataConfig(Config):
 
         Raises `DataError` for what cannot be read, naming the file.
         """
+
+    @abc.abstractmethod
+    def parts(self) -> Iterator[Part]:
+        """Every document with its split, in order."""
+
+    @abc.abstractmethod
+    def identity(self) -> str:
+        """A sha256 of the names and texts of all documents and of how they are split."""
+
+
+class CorpusConfig(DataConfig):
+    """Text. `validation_fraction` of the corpus is held out. `holdout: tuning` holds out the last tenth of the training part instead and
+    leaves the true validation text alone: tune on that, and look at `validation` once.
+    """
+
+    validation_fraction: float
+    holdout: Literal["validation", "tuning"]
+
+    def check(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(f"{self.validation_fraction} is not between 0 and 1", where="validation_fraction")
 
     def parts(self) -> Iterator[Part]:
         """Every document with its split, in order.
@@ -80,7 +90,6 @@ class DataConfig(Config):
                 yield Part("train" if place < first else "val", document)
 
     def identity(self) -> str:
-        """A sha256 of the names and texts of all documents and of how they are split."""
         found = hashlib.sha256(repr(self._held_out()).encode())
         for document in self.documents():
             for content in (_bytes(document.name), document.text.encode()):
@@ -93,7 +102,7 @@ class DataConfig(Config):
         return (end, 1.0) if self.holdout == "validation" else (0.9 * end, end)
 
 
-class StdlibConfig(DataConfig):
+class StdlibConfig(CorpusConfig):
     """The source and documentation of the standard library of the Python that runs this: some 10 MB of text that is always at hand.
 
     Without its tests, and without files that are longer than 2²⁰ characters or not UTF-8.
@@ -109,7 +118,7 @@ class StdlibConfig(DataConfig):
                 if path.suffix not in (".py", ".txt", ".rst"):
                     continue
                 try:
-                    text = _text(_read(path), str(path))
+                    text = read_text(path)
                 except DataError:
                     continue
                 if 0 < len(text) <= 2**20:
@@ -119,10 +128,10 @@ class StdlibConfig(DataConfig):
             raise DataError("this Python has no sources of its standard library", where=root, next="data=text data.path=FOLDER")
 
 
-class TextConfig(DataConfig):
-    """Text of one's own: a file, a glob, or a folder with all *.txt, *.md and *.jsonl below it.
+class TextConfig(CorpusConfig):
+    """Text of one's own: a file, a glob, or a folder with all *.txt, *.md, *.jsonl and *.parquet below it, or *.gz and *.zst of them.
 
-    A text file is a document. So is each line of a .jsonl file: an object whose "text" is a string.
+    A text file is a document. So is each line of a .jsonl file, an object whose "text" is a string, and each row of a .parquet file.
     """
 
     path: str | None
@@ -130,29 +139,20 @@ class TextConfig(DataConfig):
     def documents(self) -> Iterator[Document]:
         if not self.path:
             raise ConfigError("data=text needs data.path=FOLDER_OR_GLOB", where="data.path")
-        path = Path(self.path).expanduser()
-        if path.is_dir():
-            root, files = path, [file for suffix in ("txt", "md", "jsonl") for file in path.rglob(f"*.{suffix}")]
-        else:
-            # What comes before the first wildcard, so that names do not depend on what else matches.
-            root = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
-            files = [path] if path.is_file() else [Path(file) for file in glob.glob(str(path), recursive=True)]
         empty = True
-        for file in sorted(file for file in files if file.is_file()):
-            name = file.relative_to(root).as_posix()
-            for document in _json_lines(file, name) if file.suffix == ".jsonl" else [Document(name, _text(_read(file), str(file)))]:
-                if document.text:
-                    empty = False
-                    yield document
+        for number, source in enumerate(find(self.path, "data.path")):
+            for piece in pieces(number, source, None, "text"):
+                for record in records(piece, "text"):
+                    if record.problem:
+                        raise refusal(piece, record, "data.path")
+                    if record.text:
+                        empty = False
+                        yield Document(f"{source.name}:{record.number}" if record.number else source.name, record.text)
         if empty:
-            raise DataError(
-                "no text here" if files else "nothing matches",
-                where=str(path),
-                next="data.path=FOLDER with .txt, .md or .jsonl files, or a glob such as data.path='FOLDER/**/*.txt'",
-            )
+            raise DataError("no text here", where=self.path, next=f"data.path=FOLDER with {LISTED} files, or a glob")
 
 
-class ShakespeareConfig(DataConfig):
+class ShakespeareConfig(CorpusConfig):
     """Tiny Shakespeare (Karpathy, 2015), 1.1 MB, whose last tenth is held out as in nanoGPT. Downloaded once unless `path` is given.
 
     `sha256` is that of the file at `url`.
@@ -164,7 +164,7 @@ class ShakespeareConfig(DataConfig):
 
     def documents(self) -> Iterator[Document]:
         path = Path(self.path).expanduser() if self.path else publish(cache_dir() / "downloads" / self.sha256, self._download) / "input.txt"
-        yield Document("input.txt", _text(_read(path), str(path)))
+        yield Document("input.txt", read_text(path))
 
     def _download(self, folder: Path) -> None:
         advice = f"download {self.url} yourself and pass data.path=FILE"
@@ -176,42 +176,6 @@ class ShakespeareConfig(DataConfig):
         if (found := hashlib.sha256(content).hexdigest()) != self.sha256:
             raise DataError(f"what was downloaded is another file: sha256 {found}, not {self.sha256}", where=self.url, next=advice)
         (folder / "input.txt").write_bytes(content)
-
-
-def _json_lines(path: Path, name: str) -> Iterator[Document]:
-    with _open(path) as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            content = _text(line, where)
-            if not content.strip():
-                continue
-            try:
-                text = json.loads(content)["text"]
-                text.encode()
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                raise DataError('not a JSON object with a string "text"', where=where, next="mend the line, or take it out") from error
-            yield Document(f"{name}:{number}", text)
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror}", where=str(path)) from error
-
-
-def _read(path: Path) -> bytes:
-    with _open(path) as file:
-        return file.read()
-
-
-def _text(content: bytes, where: str) -> str:
-    if b"\0" not in content:
-        try:
-            return content.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            pass
-    raise DataError("not UTF-8 text", where=where, next="convert it to UTF-8, or leave it out with a glob such as data.path='FOLDER/*.md'")
 
 
 def _bytes(name: str) -> bytes:

@@ -24,11 +24,11 @@ class TokenWindows:
     """
 
     def __init__(self, split: Split, seq_len: int):
-        self.split, self.seq_len, self._ids = split, seq_len, None
+        self.split, self.seq_len = split, seq_len
         if not len(self):
             shorter = f"train.seq_len={split.tokens - 1} or less, " if split.tokens > 1 else ""
             raise DataError(
-                f"{split.path.stem} has {split.tokens} tokens, a row needs {seq_len + 1}",
+                f"{split.name} has {split.tokens} tokens, a row needs {seq_len + 1}",
                 where="train.seq_len",
                 next=f"{shorter}more text, or another data.validation_fraction",
             )
@@ -39,13 +39,8 @@ class TokenWindows:
     def __getitem__(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        if self._ids is None:
-            self._ids = self.split.ids()
         start = index * self.seq_len
-        return self._ids[start : start + self.seq_len + 1].astype(np.int32)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ids": None}  # a map is opened again where it is needed, not sent
+        return self.split.read(start, start + self.seq_len + 1).astype(np.int32)
 
 
 @contextlib.contextmanager

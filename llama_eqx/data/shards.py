@@ -1,8 +1,19 @@
-"""Tokens on disk: a file of ids for each split, and an index that says what they are."""
+"""Tokens on disk: shards of ids with the offsets of their documents, and an index that says what they are.
 
+A dataset is a folder with `index.json`, the tokenizer in `tokenizer/`, and three .npy files for each shard: `ids` (uint16, or uint32 if
+the vocabulary needs it), `offsets` (int64, where each document begins among the shard's ids, and at last their number) and `origins`
+(int64, for each document the number of its source in the index and of the record in it, 0 if the source is the document).
+No document lies in two shards, and none is without ids.
+"""
+
+import bisect
+import contextlib
+import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,89 +23,390 @@ from tqdm import tqdm
 
 from llama_eqx.data.cache import cache_dir as cache_dir
 from llama_eqx.data.cache import publish
-from llama_eqx.data.corpus import DataConfig, Part
-from llama_eqx.data.tokenizer import Tokenizer
-from llama_eqx.errors import DataError
+from llama_eqx.data.corpus import DataConfig, Document, Part
+from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+from llama_eqx.errors import ConfigError, DataError
 
-FORMAT = 1  # counts the changes of what is written: shards of another format are made anew
+FORMAT = 2  # counts the changes of what is written: shards of another format are made anew
 SPLITS = ("train", "val")
+COUNTS = ("tokens", "documents", "bytes")
 CHUNK = 2**22  # characters that are encoded at once
+VERIFIED = 2**30  # bytes: up to here a dataset is hashed whenever it is opened
+HEADER = 128  # bytes, of each .npy file
+OWN = "leave tokenizer=... out, so that it is the data's own"
+AGAIN = "restore the folder, or write another with python -m llama_eqx.prepare"
+
+
+def token_dtype(vocab: int) -> np.dtype:
+    """The type of ids below `vocab` on disk."""
+    return np.dtype("<u2" if vocab <= 2**16 else "<u4")
 
 
 @dataclass(frozen=True)
-class Split:
-    """A file of token ids: documents one after another, each between BOS and EOS where the tokenizer has them.
+class Shard:
+    """`path` is that of its files without their endings. `bytes` are those of the text in UTF-8, `tokens` include BOS and EOS.
 
-    `bytes` are those of the text in UTF-8, `tokens` include BOS and EOS.
+    Files are mapped when they are first read. A shard holds no map itself, so that it can be pickled.
     """
 
     path: Path
     tokens: int
     documents: int
     bytes: int
+    vocab: int
 
     def ids(self) -> np.ndarray:
-        """The ids, mapped from disk."""
-        return np.load(self.path, mmap_mode="r")
+        """[tokens], mapped. Raises `DataError` when the file is not what the index says; so do the next two."""
+        return _mapped(self.file("ids"), *self.content["ids"])
+
+    def offsets(self) -> np.ndarray:
+        """[documents + 1] int64, mapped: document i has the ids from offset i up to offset i + 1."""
+        return _mapped(self.file("offsets"), *self.content["offsets"])
+
+    def origins(self) -> np.ndarray:
+        """[documents, 2] int64, mapped: the number of the source, and of the record in it."""
+        return _mapped(self.file("origins"), *self.content["origins"])
+
+    def file(self, kind: str) -> Path:
+        return self.path.with_name(f"{self.path.name}.{kind}.npy")
+
+    @property
+    def content(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and type of each file."""
+        offset = np.dtype("<i8")
+        return {
+            "ids": ((self.tokens,), token_dtype(self.vocab)),
+            "offsets": ((self.documents + 1,), offset),
+            "origins": ((self.documents, 2), offset),
+        }
+
+
+@dataclass(frozen=True)
+class Split:
+    """Documents one after another over all shards, each between BOS and EOS where the dataset has them.
+
+    Tokens and documents are numbered from 0 through all shards.
+    """
+
+    shards: tuple[Shard, ...]
+    name: str
+
+    @functools.cached_property
+    def tokens(self) -> int:
+        return self._tokens[-1]
+
+    @functools.cached_property
+    def documents(self) -> int:
+        return self._documents[-1]
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The ids of the tokens `start` up to `stop`, as a new array of the dtype on disk.
+
+        Raises `IndexError` outside of the split, `DataError` naming shard and offset for an id that is not in the vocabulary.
+        """
+        parts = []
+        for shard, begin, end, _ in self._runs(start, stop):
+            ids = shard.ids()[begin:end]
+            if ids.max() >= shard.vocab:
+                at = int((ids >= shard.vocab).argmax())
+                raise DataError(
+                    f"id {ids[at]} is not in the vocabulary of {shard.vocab}",
+                    where=f"{shard.file('ids')}, offset {begin + at}",
+                    next=AGAIN,
+                )
+            parts.append(ids)
+        return parts[0].copy() if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.uint16)
+
+    def starts(self, start: int, stop: int) -> np.ndarray:
+        """[count] int64: the tokens in `start` up to `stop` with which a document begins."""
+        found = [np.empty(0, np.int64)]
+        for shard, begin, end, first in self._runs(start, stop):
+            offsets = shard.offsets()[:-1]
+            inside = slice(*np.searchsorted(offsets, (begin, end)))
+            found.append(offsets[inside] - begin + first)
+        return np.concatenate(found)
+
+    def documents_in(self, start: int, stop: int) -> range:
+        """The numbers of the documents that have tokens in `start` up to `stop`."""
+        numbers = []
+        for token in (start, stop - 1) if start < stop else ():
+            i, begin = self._place(self._tokens, token)
+            numbers.append(self._documents[i] + int(np.searchsorted(self.shards[i].offsets(), begin, side="right")) - 1)
+        return range(numbers[0], numbers[1] + 1) if numbers else range(0)
+
+    def document(self, number: int) -> np.ndarray:
+        """The ids of a document, with its BOS and EOS. Raises `IndexError`."""
+        i, inside = self._place(self._documents, number)
+        begin, end = self.shards[i].offsets()[inside : inside + 2].tolist()
+        return self.read(self._tokens[i] + begin, self._tokens[i] + end)
+
+    def source(self, number: int) -> str:
+        """Where a document came from: a file, or "file:line". Raises `IndexError`."""
+        i, inside = self._place(self._documents, number)
+        source, record = self.shards[i].origins()[inside].tolist()
+        name = _sources(self.shards[i].path.parent)[source]
+        return f"{name}:{record}" if record else name
+
+    @functools.cached_property
+    def _tokens(self) -> list[int]:
+        return [0, *itertools.accumulate(shard.tokens for shard in self.shards)]
+
+    @functools.cached_property
+    def _documents(self) -> list[int]:
+        return [0, *itertools.accumulate(shard.documents for shard in self.shards)]
+
+    def _place(self, firsts: list[int], number: int) -> tuple[int, int]:
+        """The shard's number, and the number within it."""
+        if not 0 <= number < firsts[-1]:
+            raise IndexError(f"{number} is not in 0 … {firsts[-1] - 1}")
+        i = bisect.bisect_right(firsts, number) - 1
+        return i, number - firsts[i]
+
+    def _runs(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int, int]]:
+        """The parts of `start` up to `stop` by shard: the shard, from where to where within it, and the token it begins with."""
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.tokens}")
+        i = bisect.bisect_right(self._tokens, start) - 1
+        while start < stop:
+            first, end = self._tokens[i], min(stop, self._tokens[i + 1])
+            if start < end:
+                yield self.shards[i], start - first, end - first, start
+            start, i = end, i + 1
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """`fingerprint` is a sha256 of the corpus, its split, the tokenizer and the ids."""
+    """`fingerprint` is a sha256 of the ids, where they came from, and the tokenizer."""
 
     train: Split
     val: Split
     fingerprint: str
 
 
+class PreparedConfig(DataConfig):
+    """A dataset that was prepared before: a folder. `verify` as in `open_dataset`."""
+
+    path: str | None
+    verify: bool | None
+
+    @property
+    def folder(self) -> Path:
+        if not self.path:
+            raise ConfigError("data=prepared needs data.path=FOLDER", where="data.path", next="python -m llama_eqx.prepare makes one")
+        return Path(self.path).expanduser()
+
+    def documents(self) -> Iterator[Document]:
+        raise self._no_text()
+
+    def parts(self) -> Iterator[Part]:
+        raise self._no_text()
+
+    def identity(self) -> str:
+        raise self._no_text()
+
+    def _no_text(self) -> ConfigError:
+        return ConfigError("data=prepared has tokens, and no text for a tokenizer to be trained on", where="tokenizer", next=OWN)
+
+
+class PreparedTokenizerConfig(TokenizerConfig):
+    """The tokenizer that data was prepared with."""
+
+    def build(self, data: DataConfig) -> Tokenizer:
+        if not isinstance(data, PreparedConfig):
+            raise ConfigError(
+                "only data=prepared comes with a tokenizer", where="tokenizer", next="tokenizer=sentencepiece, or data=prepared"
+            )
+        if not (data.folder / "index.json").is_file():
+            raise DataError(
+                "no prepared data here", where=str(data.folder), next="data.path=FOLDER, as python -m llama_eqx.prepare wrote it"
+            )
+        return load_tokenizer(data.folder / "tokenizer")
+
+
 def tokenize(data: DataConfig, tokenizer: Tokenizer) -> TokenData:
-    """The corpus as ids, from the cache when the same text was encoded by the same tokenizer before.
+    """The data as ids: prepared, or from the cache when the same text was encoded by the same tokenizer before.
 
-    Raises `DataError` when a split is empty, `StorageError` when the cache cannot be written.
+    Raises `DataError` when a split is empty, and those of `open_dataset`; `StorageError` when the cache cannot be written.
     """
-    identity = {"format": FORMAT, "data": data.identity(), "tokenizer": tokenizer.fingerprint}
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return _opened(publish(cache_dir() / "tokens" / key, lambda folder: _write(folder, data, tokenizer, identity)))
+    if isinstance(data, PreparedConfig):
+        return open_dataset(data.folder, remedy=AGAIN, tokenizer=tokenizer, verify=data.verify)
+    identity = {"corpus": data.identity()}
+    key = hashlib.sha256(json.dumps([FORMAT, identity, tokenizer.fingerprint]).encode()).hexdigest()
+    folder = publish(cache_dir() / "tokens" / key, lambda folder: _tokenize(folder, data, tokenizer, identity))
+    return open_dataset(folder, remedy="delete this folder; it is made anew")
 
 
-def _write(folder: Path, data: DataConfig, tokenizer: Tokenizer, identity: dict[str, Any]) -> None:
-    dtype = np.dtype("<u2" if tokenizer.vocab <= 2**16 else "<u4")
-    bos, eos = (np.array([] if i is None else [i], dtype) for i in (tokenizer.bos, tokenizer.eos))
-    index: dict[str, dict[str, Any]] = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
+def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = None, verify: bool | None = None) -> TokenData:
+    """What `write_index` completed. The sizes of all files are compared with the index, and no file is read.
+
+    With `verify` their SHA-256 are compared too; None does that for up to `VERIFIED` bytes.
+
+    Raises `DataError`, with `remedy` for what to do, for files that are missing, or not as they were, and for another `tokenizer`.
+    """
+    try:
+        content = (folder / "index.json").read_bytes()
+        index = json.loads(content)
+        if index["format"] != FORMAT:
+            raise DataError(f"format {index['format']}, and this version reads {FORMAT}", where=str(folder / "index.json"), next=remedy)
+        splits: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+        hashes: dict[Path, str] = {}
+        sizes: dict[Path, int] = {}
+        for record in index["shards"]:
+            shard = Shard(folder / record["name"], vocab=index["vocab"], **{count: record[count] for count in COUNTS})
+            splits[record["split"]].append(shard)
+            for kind, (shape, dtype) in shard.content.items():
+                sizes[shard.file(kind)] = HEADER + int(np.prod(shape)) * dtype.itemsize
+                hashes[shard.file(kind)] = record["sha256"][kind]
+        train, val = (Split(tuple(splits[name]), name) for name in SPLITS)
+        if any(index["splits"][split.name] != counts(split) for split in (train, val)):
+            raise ValueError("the counts of the shards do not add up")
+        fingerprint = index["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"no index of token shards: {type(error).__name__}: {error}", where=str(folder), next=remedy) from error
+    if tokenizer is not None and tokenizer.fingerprint != fingerprint:
+        raise DataError(
+            f"this data was prepared with the tokenizer {fingerprint[:12]}… of {index['vocab']} ids,"
+            f" and the one given is {tokenizer.fingerprint[:12]}… of {tokenizer.vocab}",
+            where=str(folder),
+            next=OWN,
+        )
+    if verify is None:
+        verify = sum(sizes.values()) <= VERIFIED
+    if damage := [f"{file.name}: {what}" for file in sizes if (what := _damage(file, sizes[file], hashes[file] if verify else None))]:
+        few = damage[:10] + [f"and {len(damage) - 10} more"] * (len(damage) > 10)
+        raise DataError("damaged token shards:\n" + "\n".join(few), where=str(folder), next=remedy)
+    return TokenData(train, val, hashlib.sha256(content).hexdigest())
+
+
+def encode(texts: Sequence[str], tokenizer: Tokenizer, *, bos: bool, eos: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all texts one after another, in the dtype on disk, and their number for each text, 0 where the tokenizer finds none.
+
+    `bos` and `eos` say whether texts are put between those ids, where the tokenizer has them.
+
+    Raises `DataError` for what the tokenizer cannot encode, and for ids that are not in its vocabulary.
+    """
+    before, after = (
+        np.array([id] if asked and id is not None else [], np.int32) for asked, id in ((bos, tokenizer.bos), (eos, tokenizer.eos))
+    )
+    rows = tokenizer.encode_all(texts)
+    around = len(before) + len(after)
+    lengths = np.array([len(row) + around if len(row) else 0 for row in rows], np.int64)
+    parts = [part for row in rows if len(row) for part in (before, row, after)] if around else rows
+    ids = np.concatenate([np.empty(0, np.int32), *parts])
+    if len(ids) and not (ids.min() >= 0 and ids.max() < tokenizer.vocab):
+        wrong = next(int(id) for id in ids if not 0 <= id < tokenizer.vocab)
+        raise DataError(f"the tokenizer gave the id {wrong}, which is not in its vocabulary of {tokenizer.vocab}")
+    return ids.astype(token_dtype(tokenizer.vocab)), lengths
+
+
+class ShardWriter:
+    """Writes the files of one shard, to be used in a `with` statement. `path` as in `Shard`."""
+
+    def __init__(self, path: Path, vocab: int):
+        self.path, self.vocab = path, vocab
+        self.tokens = self.documents = self.bytes = 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "ShardWriter":
+        shard = self._shard()
+        self._files = {kind: self._stack.enter_context(shard.file(kind).open("w+b")) for kind in shard.content}
+        for kind in self._files:
+            self._header(kind)
+        self._files["offsets"].write(np.zeros(1, "<i8").tobytes())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray, n_bytes: int, origins: np.ndarray) -> None:
+        """Documents: their ids one after another, the number of ids of each (at least 1), the bytes of all, and [documents, 2] origins."""
+        self._files["ids"].write(ids.data)
+        self._files["offsets"].write((self.tokens + np.cumsum(lengths, dtype="<i8")).data)
+        self._files["origins"].write(np.ascontiguousarray(origins, "<i8").data)
+        self.tokens, self.documents, self.bytes = self.tokens + len(ids), self.documents + len(lengths), self.bytes + n_bytes
+
+    def finish(self) -> dict[str, Any]:
+        """The shard's entry in the index, once its files are whole and on disk."""
+        hashes = {}
+        for kind, file in self._files.items():
+            self._header(kind)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            hashes[kind] = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"name": self.path.name, **counts(self), "sha256": hashes}
+
+    def _shard(self) -> Shard:
+        return Shard(self.path, self.tokens, self.documents, self.bytes, self.vocab)
+
+    def _header(self, kind: str) -> None:
+        """numpy leaves room for the first axis of a file to grow, so that the length can be filled in when it is known."""
+        shape, dtype = self._shard().content[kind]
+        file = self._files[kind]
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
+        assert file.tell() == HEADER
+
+
+def counts(what: Shard | Split | ShardWriter) -> dict[str, int]:
+    return {count: getattr(what, count) for count in COUNTS}
+
+
+def write_index(
+    folder: Path, tokenizer: Tokenizer, shards: Iterable[tuple[str, dict[str, Any]]], sources: list[dict[str, Any]], **more: Any
+) -> None:
+    """Completes a dataset: `shards` are splits with what `ShardWriter.finish` gave, `sources` have a "name", `more` is kept as it is."""
+    tokenizer.save(folder / "tokenizer")
+    records = [{"split": split, **record} for split, record in shards]
+    of = {split: [record for record in records if record["split"] == split] for split in SPLITS}
+    index = {
+        "format": FORMAT,
+        "dtype": token_dtype(tokenizer.vocab).name,
+        "vocab": tokenizer.vocab,
+        "tokenizer": tokenizer.fingerprint,
+        **more,
+        "splits": {split: {count: sum(record[count] for record in of[split]) for count in COUNTS} for split in SPLITS},
+        "shards": records,
+        "sources": sources,
+    }
+    partial = folder / "index.json.partial"
+    with partial.open("w") as file:
+        file.write(json.dumps(index, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(folder / "index.json")
+
+
+def _tokenize(folder: Path, data: DataConfig, tokenizer: Tokenizer, identity: dict[str, Any]) -> None:
+    names: dict[str, int] = {}
     with (
-        open(folder / "train.npy", "w+b") as train,
-        open(folder / "val.npy", "w+b") as val,
+        ShardWriter(folder / "train-00000", tokenizer.vocab) as train,
+        ShardWriter(folder / "val-00000", tokenizer.vocab) as val,
         tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=None) as progress,
     ):
-        files = {"train": train, "val": val}
-        for file in files.values():
-            _header(file, 0, dtype)
+        writers = {"train": train, "val": val}
         for chunk in _chunks(data.parts()):
-            encoded = tokenizer.encode_all([document.text for _, document in chunk])
-            for (split, document), ids in zip(chunk, encoded, strict=True):
-                row = np.concatenate([bos, ids.astype(dtype), eos])
-                files[split].write(row.tobytes())
-                size = len(document.text.encode())
-                for name, count in {"tokens": len(row), "documents": 1, "bytes": size}.items():
-                    index[split][name] += count
-                progress.update(size)
-        for split, file in files.items():
-            if not index[split]["tokens"]:
+            ids, lengths = encode([document.text for _, document in chunk], tokenizer, bos=True, eos=True)
+            sizes = np.array([len(document.text.encode()) for _, document in chunk])
+            ends = np.cumsum(lengths)
+            for (split, document), size, length, end in zip(chunk, sizes.tolist(), lengths, ends, strict=True):
+                if length:
+                    origin = np.array([[names.setdefault(document.name, len(names)), 0]])
+                    writers[split].add(ids[end - length : end], np.array([length]), size, origin)
+            progress.update(int(sizes.sum()))
+        for split, writer in writers.items():
+            if not writer.tokens:
                 raise DataError(
                     f"the {split} split of this corpus is empty",
                     where="data.validation_fraction",
                     next="more text, or another data.validation_fraction",
                 )
-            _header(file, index[split]["tokens"], dtype)
-            file.seek(0)
-            index[split]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    (folder / "index.json").write_text(json.dumps({**identity, **index}, indent=1) + "\n")
-
-
-def _header(file: Any, tokens: int, dtype: np.dtype) -> None:
-    """numpy leaves room for the first axis of a file to grow, so that the length can be filled in when it is known."""
-    file.seek(0)
-    np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (tokens,)})
+        shards = [(split, writer.finish()) for split, writer in writers.items()]
+    write_index(folder, tokenizer, shards, [{"name": name} for name in names], settings=identity)
 
 
 def _chunks(parts: Iterable[Part]) -> Iterator[list[Part]]:
@@ -110,15 +422,31 @@ def _chunks(parts: Iterable[Part]) -> Iterator[list[Part]]:
         yield chunk
 
 
-def _opened(folder: Path) -> TokenData:
+def _damage(file: Path, size: int, sha256: str | None) -> str | None:
+    """What is wrong with a file that should have this size and hash."""
     try:
-        content = (folder / "index.json").read_bytes()
-        index = json.loads(content)
-        train, val = (
-            Split(folder / f"{name}.npy", index[name]["tokens"], index[name]["documents"], index[name]["bytes"]) for name in SPLITS
-        )
-        if any(split.ids().shape != (split.tokens,) for split in (train, val)):
-            raise ValueError("a file has another number of tokens than the index says")
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"damaged token shards: {error}", where=str(folder), next="delete this folder; it is made anew") from error
-    return TokenData(train, val, hashlib.sha256(content).hexdigest())
+        if (found := file.stat().st_size) != size:
+            return f"{found} bytes instead of {size}"
+        if sha256 is not None:
+            with file.open("rb") as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() != sha256:
+                    return "changed: its sha256 is not that of the index"
+    except OSError as error:
+        return str(error.strerror)
+    return None
+
+
+@functools.lru_cache(maxsize=400)  # each map holds a file descriptor, and a process often has no more than 1024
+def _mapped(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    try:
+        array = np.load(file, mmap_mode="r").view(np.ndarray)  # a plain array: slices of np.memmap are slow
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"damaged token shard: {error}", where=str(file)) from error
+    if (array.shape, array.dtype) != (shape, dtype):
+        raise DataError(f"{array.dtype} {list(array.shape)} in this file, and the index says {dtype} {list(shape)}", where=str(file))
+    return array
+
+
+@functools.lru_cache(maxsize=4)
+def _sources(folder: Path) -> list[str]:
+    return [source["name"] for source in json.loads((folder / "index.json").read_bytes())["sources"]]

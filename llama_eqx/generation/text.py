@@ -3,7 +3,7 @@
 import sys
 
 from llama_eqx.config import Config
-from llama_eqx.data.tokenizer import Tokenizer, load_tokenizer
+from llama_eqx.data.tokenizer import Tokenizer, find_tokenizer
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation.decode import generate_tokens
 from llama_eqx.interop.pretrained import load_pretrained, located
@@ -35,7 +35,7 @@ def generate(config: GenerateConfig) -> str:
     assert config.checkpoint is not None
     assert config.prompt is not None
     model = load_pretrained(config.checkpoint)
-    tokenizer = load_tokenizer(located(config.checkpoint)[0] / "tokenizer")
+    tokenizer = find_tokenizer(located(config.checkpoint)[0])
     prompt = prompt_tokens(tokenizer, config.prompt)
     if 0 < model.config.context - len(prompt) < config.max_new_tokens:
         print(f"{model.config.context - len(prompt)} new tokens fill the context of {model.config.context}", file=sys.stderr)
@@ -72,7 +72,6 @@ def continued(
     Raises `ConfigError` for an empty prompt, one that fills the context, and settings out of range.
     """
     room = model.config.context - len(prompt)
-    stop = () if tokenizer.eos is None else (tokenizer.eos,)
     new = generate_tokens(
         model,
         [prompt],
@@ -80,7 +79,7 @@ def continued(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        stop=stop,
+        stop=tokenizer.stop,
         seed=seed,
     )
     return tokenizer.decode([*prompt, *new.tokens[0]])

@@ -1,98 +1,154 @@
 """Llama folders of Hugging Face, read and written without torch or transformers."""
 
-import contextlib
-import itertools
 import json
-import os
 import pathlib
-import shutil
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from llama_eqx.config import Config
 from llama_eqx.dims import Dims
 from llama_eqx.errors import CheckpointError, ConfigError
+from llama_eqx.interop.files import carried, inside, mistaken, read_json, refuse_code, write_json
 from llama_eqx.interop.table import TABLE, from_torch, to_torch, torch_shape
+from llama_eqx.interop.weights import Key, Tensor, Weights, compare, of_model, pieces, rows_of, tensor_shapes
 from llama_eqx.model.attention import GroupedQueryAttentionConfig
 from llama_eqx.model.block import PreNormBlockConfig
 from llama_eqx.model.feed_forward import GatedFeedForwardConfig
 from llama_eqx.model.init import FanInInitConfig
-from llama_eqx.model.llama import Llama, LlamaConfig
+from llama_eqx.model.llama import Llama, LlamaConfig, SpecialTokens
 from llama_eqx.model.norm import RMSNormConfig
 from llama_eqx.model.rotary import Llama3RotaryConfig, PlainRotaryConfig, RotaryConfig
-from llama_eqx.sharding import parameter_names
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
+DTYPES = {"F32": np.dtype(jnp.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(jnp.float16)}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEAD, EMBED = TABLE["lm_head"].huggingface, TABLE["embed"].huggingface
 
 
-def load_huggingface(path: str | os.PathLike, dtype: DTypeLike | None = None) -> Llama:
-    """The Llama in a folder with `config.json` and safetensors, one file or several, in the dtype of the files unless one is given.
-
-    At most one parameter is in host memory twice: tensors are read layer by layer into the stacked array.
+def read_huggingface(folder: pathlib.Path) -> Weights:
+    """The Llama in a folder with `config.json` and safetensors, one file or several. Tensors are mapped, not read.
 
     Raises `CheckpointError` when the folder is not a complete Llama that this package can express; differences are all listed.
     """
-    folder = pathlib.Path(path)
-    config = config_from_huggingface(_read_json(folder / "config.json"))
-    expected = _tensors(config)
-    with contextlib.ExitStack() as stack:
-        found = {name: file for file in _open(folder, stack) for name in file.keys()}  # noqa: SIM118
-        kinds = {name: found[name].get_slice(name) for name in expected if name in found}
-        _compare(
-            {name: tensor.shape for name, tensor in expected.items()},
-            {name: tuple(kinds[name].get_shape()) if name in kinds else () for name in found if _counts(name, config)},
-            where=str(folder),
-        )
-        if strange := sorted(f"{name} is {kind.get_dtype()}" for name, kind in kinds.items() if kind.get_dtype() not in DTYPES):
-            raise CheckpointError("\n".join(strange), where=str(folder), next=f"readable are {', '.join(DTYPES)}")
-        head, embed = TABLE["lm_head"].huggingface, TABLE["embed"].huggingface
-        if config.tied and head in found and not np.array_equal(found[head].get_tensor(head), found[embed].get_tensor(embed)):
-            raise CheckpointError(f"tie_word_embeddings is true, but {head} is not {embed}", where=str(folder))
+    refuse_code(folder, CONFIG, "tokenizer_config.json")
+    config = config_from_huggingface(read_json(inside(folder, CONFIG)))
+    found = {name: tensor for file in weight_files(folder) for name, tensor in filed_tensors(file).items()}
+    shapes = tensor_shapes(config)
+    names = {key: TABLE[key[0]].huggingface.format(layer=key[1]) for key in shapes}
+    expected = {names[key]: torch_shape(shape, TABLE[key[0]].inputs) for key, shape in shapes.items()}
+    compare(expected, {name: tensor.shape for name, tensor in found.items() if _counts(name, config)}, where=str(folder))
+    if strange := sorted(f"{name} is {found[name].kind}" for name in expected if found[name].kind not in DTYPES):
+        raise CheckpointError("\n".join(strange), where=str(folder), next=f"readable are {', '.join(DTYPES)}")
+    if config.tied and HEAD in found and not _same(found[HEAD], found[EMBED]):
+        raise CheckpointError(f"tie_word_embeddings is true, but {HEAD} is not {EMBED}", where=str(folder))
 
-        def parameter(tensors: list[tuple[str, Tensor]], shape: tuple[int, ...]) -> jax.Array:
-            filed = [DTYPES[kinds[name].get_dtype()] for name, _ in tensors]
-            out = np.empty(shape, jnp.result_type(*filed) if dtype is None else dtype)
-            for name, tensor in tensors:
-                out[tensor.index] = from_torch(found[name].get_tensor(name), TABLE[tensor.parameter].inputs, out[tensor.index].shape)
-            return jnp.asarray(out)
+    def tensor(key: Key, shape: tuple[int, ...]) -> Tensor:
+        filed, inputs = found[names[key]], TABLE[key[0]].inputs
+        return Tensor(shape, DTYPES[filed.kind], lambda index: from_torch(filed.map(), inputs, shape)[index])
 
-        # Modules are never constructed from stacked arrays: their constructors describe a single layer.
-        leaves, structure = jax.tree.flatten(_abstract(config))
-        groups = [list(group) for _, group in itertools.groupby(expected.items(), key=lambda item: item[1].parameter)]
-        return structure.unflatten([parameter(group, leaf.shape) for group, leaf in zip(groups, leaves, strict=True)])
+    return Weights(config, {key: tensor(key, shape) for key, shape in shapes.items()}, carried(folder), ())
 
 
-def save_huggingface(model: Llama, path: str | os.PathLike) -> None:
-    """Writes `config.json` and safetensors (with an index above 5 GB) that `transformers` reads. The folder appears when it is complete.
+def write_huggingface(
+    weights: Weights, folder: pathlib.Path, dtype: np.dtype | None, advance: Callable[[int], object] = lambda size: None
+) -> None:
+    """Writes `config.json`, `generation_config.json` and safetensors (with an index above 5 GB) into an empty folder.
 
-    Raises `CheckpointError` naming the slot when `LlamaForCausalLM` has no such model, and when there is something at `path` already.
+    `advance` is called with the bytes of each piece written. Raises `CheckpointError` naming the slot when `LlamaForCausalLM` has no
+    such model.
     """
-    path = pathlib.Path(path).absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError("there is something here already", where=str(path), kept="it was not touched", next="choose another path")
-    config = config_to_huggingface(model.config)
-    leaves = dict(zip(parameter_names(model), jax.tree.leaves(model), strict=True))
-    _compare(_shapes(_abstract(model.config)), _shapes(model), where="a model that is no longer that of its config")
-    config["dtype"] = config["torch_dtype"] = leaves["embed"].dtype.name
+    config, tokens = config_to_huggingface(weights.config), weights.config.tokens
+    kinds = {key: tensor.dtype if dtype is None else dtype for key, tensor in weights.tensors.items()}
+    config["dtype"] = config["torch_dtype"] = kinds["embed", None].name
+    write_json(folder / CONFIG, config)
+    if GENERATION not in weights.files and tokens.bos is not None:
+        ends = {"eos_token_id": config["eos_token_id"], "pad_token_id": tokens.pad}
+        write_json(folder / GENERATION, {"bos_token_id": tokens.bos, **{key: value for key, value in ends.items() if value is not None}})
 
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    shards, room, total = [], 0, 0
+    for key, tensor in weights.tensors.items():
+        size = tensor.nbytes // tensor.dtype.itemsize * kinds[key].itemsize
+        if size > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(key)
+        room, total = room - size, total + size
+    weight_map = {}
+    for i, keys in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE
+        header: dict[str, Any]
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for key in keys:
+            tensor, (inputs, name, *_) = weights.tensors[key], TABLE[key[0]]
+            begin, end = end, end + tensor.nbytes // tensor.dtype.itemsize * kinds[key].itemsize
+            name = name.format(layer=key[1])
+            header[name] = {"dtype": NAMES[kinds[key]], "shape": torch_shape(tensor.shape, inputs), "data_offsets": (begin, end)}
+            weight_map[name] = file
+        with (folder / file).open("wb") as stream:
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for key in keys:
+                for rows in rows_of(weights.tensors[key], TABLE[key[0]].inputs, kinds[key]):
+                    stream.write(rows.data)
+                    advance(rows.nbytes)
+    if len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+class Filed(NamedTuple):
+    """A tensor in a safetensors file: its shape and dtype as they stand there. `map()` is a view of the file, for as long as it is kept."""
+
+    shape: tuple[int, ...]
+    kind: str
+    map: Callable[[], np.ndarray]
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors files of a folder, as `transformers` would choose them.
+
+    Raises `CheckpointError` when there are none, or when one would lie outside of the folder.
+    """
+    if (folder / SINGLE).is_file() or (folder / SINGLE).is_symlink():
+        return [inside(folder, SINGLE)]
+    if not (folder / INDEX).is_file():
+        pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+        raise CheckpointError(
+            f"neither {SINGLE} nor {INDEX}" + (f", but {', '.join(pickled)}" if pickled else ""),
+            where=str(folder),
+            next="pickled .bin files are not read: save the model again as safetensors where it came from",
+        )
+    weight_map = read_json(inside(folder, INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError("weight_map is not a map of names to files", where=str(folder / INDEX))
+    return [inside(folder, name) for name in sorted(set(weight_map.values()))]
+
+
+def filed_tensors(file: pathlib.Path) -> dict[str, Filed]:
+    """By name, the tensors in a safetensors file, whose header alone is read.
+
+    Raises `CheckpointError` saying what the file is if it is not a complete one of that format.
+    """
     try:
-        _write_json(partial / "config.json", config)
-        _write_shards(partial, _tensors(model.config), leaves)
-        partial.replace(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with safe_open(file, framework="numpy"):  # checks the header against the file's length
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(mistaken(file, f"not a complete safetensors file: {error}"), where=str(file)) from None
+    header.pop("__metadata__", None)
+
+    def filed(kind: str, shape: list[int], begin: int) -> Filed:
+        return Filed(tuple(shape), kind, lambda: np.memmap(file, DTYPES[kind], "r", 8 + length + begin, tuple(shape)))
+
+    return {name: filed(entry["dtype"], entry["shape"], entry["data_offsets"][0]) for name, entry in header.items()}
 
 
 def config_from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
@@ -109,6 +165,8 @@ def config_from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
     for key, value in {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
         if (found := config.get(key, None if key == "model_type" else value)) != value:
             wrong.append(f"{key} is {found!r}, and only {value!r} can be read")
+    ends = config.get("eos_token_id", 2)
+    tokens = {"bos": config.get("bos_token_id", 1), "eos": [] if ends is None else ends if isinstance(ends, list) else [ends]}
     if config.get("quantization_config") is not None:
         wrong.append("quantization_config: quantised weights cannot be read")
     rope = _rope(config, wrong)
@@ -136,6 +194,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
             dropout=0.0,
             tied=config.get("tie_word_embeddings", False),
             context=config.get("max_position_embeddings", 2048),
+            tokens=SpecialTokens(tokenizer=_family(config), pad=config.get("pad_token_id"), **tokens),
         )
     except ConfigError as error:
         raise CheckpointError(f"{error.where}: {error.what}", where="config.json") from None
@@ -146,14 +205,8 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
 
     Raises `CheckpointError` naming the slot when `LlamaForCausalLM` has no such model.
     """
-    dims, rotary = config.dims, config.rotary
-    _require("attention", config.attention, GroupedQueryAttentionConfig)
-    _require("feed_forward", config.feed_forward, GatedFeedForwardConfig, activation="silu")
-    _require("norm", config.norm, RMSNormConfig)
-    _require("block", config.block, PreNormBlockConfig)
-    _require("rotary", rotary, PlainRotaryConfig, Llama3RotaryConfig, round_at="none")
-    assert isinstance(rotary, PlainRotaryConfig | Llama3RotaryConfig)
-    assert isinstance(config.norm, RMSNormConfig)
+    norm, rotary = require_llama(config, "Hugging Face's")
+    dims, ends = config.dims, config.tokens.eos
     if dims.embed % dims.heads:
         raise CheckpointError(f"transformers refuses embed={dims.embed} that is not a multiple of heads={dims.heads}", where="dims.heads")
     scaling = None
@@ -176,7 +229,7 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
         "num_key_value_heads": dims.kv_heads,
         "head_dim": dims.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm.eps,
+        "rms_norm_eps": norm.eps,
         "max_position_embeddings": config.context,
         "tie_word_embeddings": config.tied,
         "attention_bias": False,
@@ -184,99 +237,37 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
         "rope_parameters": {"rope_theta": rotary.theta, **(scaling or {"rope_type": "default"})},
         "rope_theta": rotary.theta,
         "rope_scaling": scaling,
-        # These are the tokenizer's to say; left out they would become 1 and 2.
-        "bos_token_id": None,
-        "eos_token_id": None,
+        # Left out they would become 1 and 2.
+        "bos_token_id": config.tokens.bos,
+        "eos_token_id": list(ends) if len(ends) > 1 else next(iter(ends), None),
+        "pad_token_id": config.tokens.pad,
     }
 
 
 def huggingface_tensors(model: Llama) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor by its name in `transformers`, one at a time on the host. Serves any tree of the model's structure: gradients too."""
-    leaves = dict(zip(parameter_names(model), jax.tree.leaves(model), strict=True))
-    for name, tensor in _tensors(model.config).items():
-        yield name, _to_host(tensor, leaves)
-
-
-class Tensor(NamedTuple):
-    """A tensor in a file: its shape there, and of which parameter it is all (`index` ...) or one layer."""
-
-    shape: tuple[int, ...]
-    parameter: str
-    index: Any
-
-
-def _tensors(config: LlamaConfig) -> dict[str, Tensor]:
-    """By name in the files, every tensor of the model, in the order of its parameters."""
-    tensors = {}
-    for parameter, shape in _shapes(_abstract(config)).items():
-        inputs, name = TABLE[parameter]
-        if "{layer}" in name:
-            tensors |= {name.format(layer=i): Tensor(torch_shape(shape[1:], inputs), parameter, i) for i in range(shape[0])}
-        else:
-            tensors[name] = Tensor(torch_shape(shape, inputs), parameter, ...)
-    return tensors
-
-
-def _abstract(config: LlamaConfig) -> Llama:
-    return eqx.filter_eval_shape(lambda key: config.build(key=key), jax.random.key(0))
-
-
-def _shapes(model: Llama) -> dict[str, tuple[int, ...]]:
-    return dict(zip(parameter_names(model), (leaf.shape for leaf in jax.tree.leaves(model)), strict=True))
-
-
-def _compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, where: str) -> None:
-    """Raises `CheckpointError` with a line for every tensor that is missing, of another shape, or too many."""
-    lines = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
-    lines += [f"shape: {name} is {found[name]}, wanted {shape}" for name, shape in expected.items() if found.get(name, shape) != shape]
-    lines += [f"not part of this model: {name}" for name in found if name not in expected]
-    if lines:
-        raise CheckpointError("\n".join(lines), where=where)
+    for (parameter, layer), tensor in of_model(model).tensors.items():
+        entry = TABLE[parameter]
+        yield entry.huggingface.format(layer=layer), to_torch(tensor.whole(), entry.inputs)
 
 
 def _counts(name: str, config: LlamaConfig) -> bool:
     """False for what old files hold in excess: rotary frequencies, and a second copy of a tied table."""
-    return not name.endswith("rotary_emb.inv_freq") and not (config.tied and name == TABLE["lm_head"].huggingface)
+    return not name.endswith("rotary_emb.inv_freq") and not (config.tied and name == HEAD)
 
 
-def _to_host(tensor: Tensor, leaves: Mapping[str, jax.Array]) -> np.ndarray:
-    return to_torch(np.asarray(leaves[tensor.parameter][tensor.index]), TABLE[tensor.parameter].inputs)
+def _same(a: Filed, b: Filed) -> bool:
+    if (a.shape, a.kind) != (b.shape, b.kind):
+        return False
+    x, y = a.map(), b.map()
+    return all(x[index].tobytes() == y[index].tobytes() for index in pieces(a.shape, x.itemsize, axis=0))
 
 
-def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> Iterator[Any]:
-    """The safetensors files of a folder, as `transformers` would choose them."""
-    names = [SINGLE]
-    if not (folder / SINGLE).is_file():
-        if not (folder / INDEX).is_file():
-            raise CheckpointError(
-                f"neither {SINGLE} nor {INDEX}", where=str(folder), next="pickled weights (.bin, .pth) are not read: convert them"
-            )
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError("weight_map is not a map of names to files", where=str(folder / INDEX))
-        names = sorted(set(weight_map.values()))
-    for name in names:
-        # Compared by name and not by `resolve`: in Hugging Face's own cache every file is a link to a folder of blobs.
-        file = pathlib.Path(os.path.abspath(folder / name))
-        if not file.is_relative_to(os.path.abspath(folder)):
-            raise CheckpointError(f"{name} lies outside of the folder", where=str(folder / INDEX))
-        try:
-            yield stack.enter_context(safe_open(file, framework="numpy"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(_mistaken(file, error), where=str(file)) from None
-
-
-def _mistaken(file: pathlib.Path, error: Exception) -> str:
-    """What a file is that should have been safetensors."""
-    if not file.is_file():
-        return "no such file"
-    with file.open("rb") as stream:
-        start = stream.read(512).lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the weights: they were not downloaded (git lfs pull)"
-    if start.startswith(b"<"):
-        return "a web page (HTML), not the weights: the download was refused or redirected"
-    return f"not a complete safetensors file: {error}"
+def _family(config: Mapping[str, Any]) -> Literal["sentencepiece", "tiktoken"] | None:
+    """Whose tokenizer the ids are of, where BOS and the number of ids leave no doubt."""
+    if config.get("bos_token_id") == 128000:
+        return "tiktoken"
+    return "sentencepiece" if config.get("bos_token_id", 1) == 1 and 32000 <= config["vocab_size"] < 128000 else None
 
 
 def _rope(config: Mapping[str, Any], wrong: list[str]) -> dict[str, Any]:
@@ -307,44 +298,22 @@ def _rotary(rope: Mapping[str, Any]) -> RotaryConfig:
     )
 
 
-def _require(slot: str, found: Config, *classes: type[Config], **fields: str) -> None:
-    """Raises `CheckpointError` unless the slot holds one of the classes with these values."""
-    if not isinstance(found, classes):
-        raise CheckpointError(f"Hugging Face's Llama has no {type(found).__name__}", where=slot)
-    for name, value in fields.items():
-        if getattr(found, name) != value:
-            raise CheckpointError(f"Hugging Face's Llama has {name}={value}, not {getattr(found, name)}", where=f"{slot}.{name}")
+def require_llama(config: LlamaConfig, whose: str) -> tuple[RMSNormConfig, PlainRotaryConfig | Llama3RotaryConfig]:
+    """The norm and the rotary settings. Raises `CheckpointError` naming the slot in which a model is not as Llama's authors made it."""
 
+    def require(slot: str, *classes: type[Config], **fields: str) -> None:
+        found = getattr(config, slot)
+        if not isinstance(found, classes):
+            raise CheckpointError(f"{whose} Llama has no {type(found).__name__}", where=slot)
+        for name, value in fields.items():
+            if getattr(found, name) != value:
+                raise CheckpointError(f"{whose} Llama has {name}={value}, not {getattr(found, name)}", where=f"{slot}.{name}")
 
-def _write_shards(folder: pathlib.Path, tensors: Mapping[str, Tensor], leaves: Mapping[str, jax.Array]) -> None:
-    shards, room, total = [], 0, 0
-    for name, tensor in tensors.items():
-        size = int(np.prod(tensor.shape)) * leaves[tensor.parameter].dtype.itemsize
-        if size > room:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(name)
-        room, total = room - size, total + size
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE
-        save_file({name: _to_host(tensors[name], leaves) for name in names}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError("no such file", where=str(file)) from None
-    except ValueError as error:
-        raise CheckpointError(f"not JSON: {error}", where=str(file)) from None
-    if not isinstance(tree, dict):
-        raise CheckpointError("not a JSON object", where=str(file))
-    return tree
-
-
-def _write_json(file: pathlib.Path, tree: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    require("attention", GroupedQueryAttentionConfig)
+    require("feed_forward", GatedFeedForwardConfig, activation="silu")
+    require("norm", RMSNormConfig)
+    require("block", PreNormBlockConfig)
+    require("rotary", PlainRotaryConfig, Llama3RotaryConfig, round_at="none")
+    assert isinstance(config.norm, RMSNormConfig)
+    assert isinstance(config.rotary, PlainRotaryConfig | Llama3RotaryConfig)
+    return config.norm, config.rotary

@@ -1,29 +1,74 @@
 """Weights from and to every format, told apart by what lies in the folder."""
 
+import concurrent.futures
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Literal
 
-from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, load_native, save_native
-from llama_eqx.errors import CheckpointError, ConfigError
-from llama_eqx.interop.huggingface import load_huggingface, save_huggingface
+import jax
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from llama_eqx.checkpoint.manifest import MANIFEST, verify
+from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, load_native, open_native
+from llama_eqx.errors import CheckpointError
+from llama_eqx.interop import huggingface, meta
+from llama_eqx.interop.files import carried
+from llama_eqx.interop.weights import Tensor, Weights, tensor_shapes, to_model
 from llama_eqx.model.llama import Llama
 
+Format = Literal["hf", "meta", "native"]
+MARKS: dict[Format, str] = {"hf": huggingface.CONFIG, "meta": meta.PARAMS, "native": CONFIG}
 
-def load_pretrained(path: str | pathlib.Path, dtype: str | None = None) -> Llama:
-    """The model in a run directory (its newest step), a `checkpoints/<step>` of one, a folder by `save_pretrained` or of Hugging Face.
 
-    Weights are as filed unless `dtype` is given. Raises `CheckpointError` when there is none, or it is damaged or of another kind.
+def load_pretrained(path: str | pathlib.Path, dtype: DTypeLike | None = None, shardings: PyTree[Sharding] | None = None) -> Llama:
+    """The model in a folder of Hugging Face or of Meta, in a run directory (its newest step), or in a `checkpoints/<step>` of one.
+
+    Weights are as filed unless `dtype` is given. `shardings` is one for all arrays or a tree of them in the model's structure, and each
+    process reads what its own devices hold; without it everything goes to the first device. A folder with a `manifest.json` is checked
+    against it meanwhile.
+
+    Raises `CheckpointError` when there is no model, or it is damaged or of another kind.
     """
     folder, step = located(path)
-    if (folder / "config.json").is_file():
-        return load_huggingface(folder, dtype=dtype)
-    if (folder / CONFIG).is_file():
-        return load_native(folder, dtype=dtype, step=step)
-    raise CheckpointError(
-        f"no model here: neither {CONFIG} (a run directory) nor config.json (a Hugging Face folder)",
-        where=str(path),
-        next="the run_dir of a run" if folder.is_dir() else "the folder does not exist: check the path",
-    )
+    with verified(folder):
+        if format_of(path) == "native":
+            return load_native(folder, dtype=dtype, step=step, shardings=shardings)
+        return to_model(open_pretrained(path), dtype, shardings)
+
+
+def open_pretrained(path: str | pathlib.Path) -> Weights:
+    """The config and tensors of what `load_pretrained` would load; no weights have been read yet, nor the manifest checked.
+
+    Raises `CheckpointError` when there is no model, or its files do not fit its config; differences are all listed.
+    """
+    folder, step = located(path)
+    match format_of(path):
+        case "hf":
+            return huggingface.read_huggingface(folder)
+        case "meta":
+            return meta.read_meta(folder)
+        case "native":
+            return _read_native(folder, step)
+
+
+def format_of(path: str | pathlib.Path) -> Format:
+    """Raises `CheckpointError` when there is no model at `path`."""
+    folder, _ = located(path)
+    for format in ("hf", "meta", "native"):
+        if (folder / MARKS[format]).is_file():
+            return format
+    if folder.is_dir():
+        what, advice = f"no model here: none of {', '.join(MARKS.values())}", "the folder of a run, of Hugging Face or of Meta"
+    elif folder.exists():
+        what, advice = "a file, not the folder of a model", f"{MARKS['hf']} or {MARKS['meta']} must lie beside it: give their folder"
+    else:
+        what, advice = "the folder does not exist", "check the path"
+        if not pathlib.Path(path).is_absolute() and len(pathlib.Path(path).parts) == 2:
+            advice += "; models are not fetched by their id: download it, and give the folder"
+    raise CheckpointError(what, where=str(path), next=advice)
 
 
 def located(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
@@ -34,11 +79,31 @@ def located(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
     return path, None
 
 
-def save_pretrained(model: Llama, path: str | pathlib.Path, *, format: Literal["hf", "native"]) -> None:
-    """Writes `model` as a folder that `load_pretrained` reads; "hf" loads in `transformers` as it is.
+@contextlib.contextmanager
+def verified(folder: pathlib.Path) -> Iterator[None]:
+    """Checks a folder that has a manifest against it while the block runs; processes share the work.
 
-    Raises `CheckpointError` when the format cannot express the model, `ConfigError` for a format that is not known.
+    Raises `CheckpointError` naming every file that is damaged or missing, also in place of an error that the damage led to.
     """
-    if format not in ("hf", "native"):
-        raise ConfigError(f"no such format: {format}", where="format", next="one of: hf, native")
-    (save_huggingface if format == "hf" else save_native)(model, pathlib.Path(path))
+    if not (folder / MANIFEST).is_file():
+        yield
+        return
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        found = pool.submit(verify, folder, (jax.process_index(), jax.process_count()))
+        try:
+            yield
+        finally:
+            found.result()
+
+
+def _read_native(folder: pathlib.Path, step: int | None) -> Weights:
+    config, arrays = open_native(folder, step)
+
+    def tensor(name: str, layer: int | None, shape: tuple[int, ...]) -> Tensor:
+        array = arrays[name]
+        if layer is None:
+            return Tensor(shape, array.dtype, array.read)
+        return Tensor(shape, array.dtype, lambda index: array.read((slice(layer, layer + 1), *index))[0])
+
+    tensors = {(name, layer): tensor(name, layer, shape) for (name, layer), shape in tensor_shapes(config).items()}
+    return Weights(config, tensors, carried(folder), ())

@@ -12,6 +12,7 @@ from llama_eqx.model.cache import KVCache
 from llama_eqx.model.init import InitConfig
 from llama_eqx.model.kernel import attend
 from llama_eqx.model.rotary import Rotation
+from llama_eqx.tag import tag
 
 
 class Attention(eqx.Module):
@@ -52,9 +53,9 @@ class GroupedQueryAttention(Attention):
         segment_ids: Int[Array, "batch seq"] | None,
         cache: KVCache | None,
     ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
-        q = rotation(jnp.einsum("bsd,dnh->bsnh", x, self.q_proj))
-        k = rotation(jnp.einsum("bsd,dkh->bskh", x, self.k_proj))
-        v = jnp.einsum("bsd,dkh->bskh", x, self.v_proj)
+        q = tag(rotation(jnp.einsum("bsd,dnh->bsnh", x, self.q_proj)), "q")
+        k = tag(rotation(jnp.einsum("bsd,dkh->bskh", x, self.k_proj)), "k")
+        v = tag(jnp.einsum("bsd,dkh->bskh", x, self.v_proj), "v")
         if cache is None:
             y = attend(q, k, v, segment_ids=None if segment_ids is None else (segment_ids, segment_ids))
         else:
@@ -62,7 +63,7 @@ class GroupedQueryAttention(Attention):
             start, cache = cache.length, cache.append(k, v, segment_ids)
             k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
             y = attend(q, k, v, start=start, segment_ids=(segment_ids, cache.segment_ids))
-        return jnp.einsum("bsnh,nhd->bsd", y, self.o_proj), cache
+        return tag(jnp.einsum("bsnh,nhd->bsd", y, self.o_proj), "attention_out"), cache
 
     def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None) -> KVCache:
         _, kv_heads, head_dim = self.k_proj.shape

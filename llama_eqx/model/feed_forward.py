@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from llama_eqx.config import Config
 from llama_eqx.dims import Dims
 from llama_eqx.model.init import InitConfig
+from llama_eqx.tag import tag
 
 Activation = Literal["silu", "gelu", "relu", "squared_relu", "sigmoid", "identity"]
 
@@ -35,7 +36,8 @@ class GatedFeedForward(FeedForward):
     activation: Callable[[Array], Array] = eqx.field(static=True)
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
-        return (self.activation(x @ self.gate_proj) * (x @ self.up_proj)) @ self.down_proj
+        gate, up = tag(x @ self.gate_proj, "gate"), tag(x @ self.up_proj, "up")
+        return tag((self.activation(gate) * up) @ self.down_proj, "down")
 
 
 class GatedFeedForwardConfig(FeedForwardConfig):
@@ -58,7 +60,7 @@ class PlainFeedForward(FeedForward):
     activation: Callable[[Array], Array] = eqx.field(static=True)
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
-        return self.activation(x @ self.up_proj) @ self.down_proj
+        return tag(self.activation(tag(x @ self.up_proj, "up")) @ self.down_proj, "down")
 
 
 class PlainFeedForwardConfig(FeedForwardConfig):

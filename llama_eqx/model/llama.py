@@ -1,6 +1,6 @@
 """The whole model: an embedding, a stack of blocks, a norm and a head."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import equinox as eqx
 import jax
@@ -77,17 +77,34 @@ class Llama(eqx.Module):
             caches = jax.tree.map(lambda c, new: jax.lax.dynamic_update_index_in_dim(c, new, layer, axis=0), caches, cache)
             return (x, caches), None
 
-        (x, cache), _ = jax.lax.scan(fold, (x, cache), (self.blocks, jnp.arange(self.config.dims.layers)))
+        unroll = getattr(self.blocks, "unroll", 1)  # of blocks that a policy has wrapped
+        (x, cache), _ = jax.lax.scan(fold, (x, cache), (self.blocks, jnp.arange(self.config.dims.layers)), unroll=unroll)
         return self.final_norm(x), cache
 
     def head(self, x: Float[Array, "batch seq embed"]) -> Float32[Array, "batch seq vocab"]:
         """Logits of `hidden`'s residual, in float32 whatever the dtype of the weights."""
-        table = self.embed.T if self.lm_head is None else self.lm_head
-        return jnp.einsum("bsd,dv->bsv", x, table, preferred_element_type=jnp.float32)
+        return jnp.einsum("bsd,dv->bsv", x, self.unembed, preferred_element_type=jnp.float32)
+
+    @property
+    def unembed(self) -> Float[Array, "embed vocab"]:
+        """What `head` multiplies with."""
+        return self.embed.T if self.lm_head is None else self.lm_head
 
     def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None = None) -> Annotated[KVCache, "layers"]:
         """An empty cache of `slots` tokens per row, in the dtype of the weights unless another is given."""
         return eqx.filter_vmap(lambda block: block.attention.init_cache(batch, slots, dtype))(self.blocks)
+
+
+class SpecialTokens(Config):
+    """The ids that begin and end a text, pad a batch, and the family of tokenizer that they are of; all empty: the tokenizer says.
+
+    The math does not know them. They go with a model to other formats.
+    """
+
+    tokenizer: Literal["sentencepiece", "tiktoken"] | None
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
 
 
 class LlamaConfig(Config):
@@ -103,6 +120,7 @@ class LlamaConfig(Config):
     dropout: float
     tied: bool
     context: int
+    tokens: SpecialTokens
 
     def check(self) -> None:
         if not 0 <= self.dropout < 1:

@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float32
 
 from llama_eqx.batch import Batch
 from llama_eqx.model.llama import Llama
-from llama_eqx.training.loss import token_losses
+from llama_eqx.training.loss import Loss, LossSums
 
 
 class Evaluation(NamedTuple):
@@ -21,15 +20,15 @@ class Evaluation(NamedTuple):
     tokens: int
 
 
-def make_evaluate(view: Callable[[Llama], Llama]) -> Callable[[Llama, Iterable[Batch], float], Evaluation]:
+def make_evaluate(loss: Loss) -> Callable[[Llama, Iterable[Batch], float], Evaluation]:
     @eqx.filter_jit
-    def sums(model: Llama, batch: Batch) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-        return (token_losses(view(model), batch, None) * batch.loss_mask).sum(), batch.loss_mask.sum()
+    def sums(model: Llama, batch: Batch) -> LossSums:
+        return loss(model, batch, None)[1]
 
     def evaluate(model: Llama, batches: Iterable[Batch], bytes_per_token: float) -> Evaluation:
         """The mean over every target that the masks count, each with the tokens before it in its row as context."""
         losses, counts = zip(*(jax.device_get(sums(model, batch)) for batch in batches), strict=True)
-        loss = math.fsum(losses) / math.fsum(counts)
-        return Evaluation(loss, loss / math.log(2) / bytes_per_token, int(math.fsum(counts)))
+        mean = math.fsum(losses) / math.fsum(counts)
+        return Evaluation(mean, mean / math.log(2) / bytes_per_token, int(math.fsum(counts)))
 
     return evaluate

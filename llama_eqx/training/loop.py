@@ -20,6 +20,7 @@ from llama_eqx.sharding import Layout
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
+from llama_eqx.training.ends import check_export, export, open_start, start
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
 from llama_eqx.training.profile import Profile
 from llama_eqx.training.program import make_program
@@ -30,6 +31,7 @@ from llama_eqx.training.state import TrainState, abstract
 
 class Result(NamedTuple):
     """What a finished run has to show: `checkpoint` is the folder of its last step, `sample` a continuation of the data's prompt.
+    `export` is the folder with the model for others, if there was to be one.
 
     `speed` are the typical values of `perf/tokens_per_second` and the like; empty when nothing was trained.
     """
@@ -39,6 +41,7 @@ class Result(NamedTuple):
     speed: dict[str, float]
     run_dir: pathlib.Path
     checkpoint: pathlib.Path
+    export: pathlib.Path | None
 
 
 def train(config: RunConfig) -> Result:
@@ -51,27 +54,29 @@ def train(config: RunConfig) -> Result:
     steps, size, length = config.train.steps, config.train.batch_size, config.train.seq_len
     layout = Layout(config.mesh.build(), config.sharding)
     known = {axis: n for axis, n in vars(config.model.dims).items() if n is not None}
-    replicated = layout.check({"batch": size, "seq": length, **known})
+    layout.check({"batch": size, "seq": length, **known})
     batch_sharding = layout.sharding(("batch", "seq"), (size, length))
 
     # Text to tokens, and the sizes that follow from it.
     tokenizer = config.tokenizer.build(config.data)
     data = tokenize(config.data, tokenizer)
     config = with_vocab(config, tokenizer)
-    prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.ids()[:1].tolist()
+    prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.read(0, 1).tolist()
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
     windows, held_out = TokenWindows(data.train, length), TokenWindows(data.val, length)
 
     # What the devices are to compute, and the files of the run.
-    initial, step, view, shapes, shardings = make_program(config, layout)
+    initial, step, loss, shapes, shardings, remarks = make_program(config, layout)
     run_dir, key = pathlib.Path(config.run_dir), jax.random.key(config.seed)
+    check_export(config)
+    weights = open_start(config)
     require_same(data.fingerprint, "tokens")
     changed = once(lambda: claim(config, data.fingerprint)) or []
     check_shared(run_dir)
     once(lambda: tokenizer.save(run_dir / "tokenizer"))
 
     step_fn = eqx.filter_jit(step, donate="all-except-first", compiler_options=config.mesh.compiler_options)  # pyright: ignore
-    evaluate_on = make_evaluate(view)
+    evaluate_on = make_evaluate(loss)
     dropout_key = jax.jit(lambda key: named(key, "dropout"), out_shardings=layout.sharding((), ()))(key)
     flops = flops_per_token(shapes.model, length)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.model))
@@ -87,6 +92,8 @@ def train(config: RunConfig) -> Result:
             target = abstract(shapes, shardings)
             model, (step, opt_state) = checkpoints.restore(begin, target.model, (target.step, target.opt_state))
             state = TrainState(step, model, opt_state)
+        elif weights is not None:
+            state = start(weights, config, shardings)
         else:
             state = jax.jit(initial, out_shardings=shardings)(named(key, "init"))
 
@@ -98,8 +105,12 @@ def train(config: RunConfig) -> Result:
             tracker.say(f"run_dir={run_dir}")
             tracker.say(f"{parameters:,} parameters, {flops.causal:,.0f} FLOPs per token, {layout.mesh.size} x {device_kind}")
             tracker.say(f"{data.train.tokens:,} tokens to train on, {data.val.tokens:,} held out, vocabulary of {tokenizer.vocab:,}")
-            for warning in warnings(config, tokenizer) + replicated + changed:
+            for warning in warnings(config, tokenizer) + remarks + changed:
                 tracker.say(f"warning: {warning}")
+            if weights is not None:
+                tracker.say(f"starts from the weights in {config.init_from}")
+                for note in weights.notes:
+                    tracker.say(f"note: {note}")
             if begin:
                 tracker.say(f"resumed from step {begin} of {steps}" if begin < steps else f"trained to step {begin} already")
             reporter = Reporter(
@@ -137,4 +148,4 @@ def train(config: RunConfig) -> Result:
                 tracker.sample(steps, sample)
 
     once(lambda: plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png"))
-    return Result(evaluation, sample, reporter.typical(), run_dir, run_dir / "checkpoints" / str(max(begin, steps)))
+    return Result(evaluation, sample, reporter.typical(), run_dir, run_dir / "checkpoints" / str(max(begin, steps)), export(config))

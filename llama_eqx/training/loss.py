@@ -1,36 +1,78 @@
-"""What training minimises."""
+"""What training minimises, and the policies under which the loss sees the model."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
-import optax
-from jaxtyping import Array, Float, Float32, PRNGKeyArray
+from jaxtyping import Array, Float32, PRNGKeyArray
 
 from llama_eqx.batch import Batch
+from llama_eqx.config import Config
+from llama_eqx.errors import ConfigError
+from llama_eqx.model.kernel import KernelConfig
 from llama_eqx.model.llama import Llama
 from llama_eqx.precision import PrecisionConfig
-from llama_eqx.remat import RematConfig
+from llama_eqx.remat import Remat
 from llama_eqx.sharding import Layout
+from llama_eqx.training.cross_entropy import head_losses
 from llama_eqx.wrapped import Wrapped
 
 
-def token_losses(model: Llama, batch: Batch, key: PRNGKeyArray | None) -> Float32[Array, "batch seq"]:
-    """Cross-entropy of each target in nats."""
-    logits = model(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids, key=key)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+class LossSums(NamedTuple):
+    """Over the targets of a batch: their cross-entropy in nats and their weight, which is their number where the mask has ones."""
+
+    cross_entropy: Float32[Array, ""]
+    weight: Float32[Array, ""]
 
 
-def cross_entropy(model: Llama, batch: Batch, key: PRNGKeyArray | None) -> Float[Array, ""]:
-    """Mean cross-entropy in nats per token over the targets that the mask counts."""
-    return (token_losses(model, batch, key) * batch.loss_mask).sum() / batch.loss_mask.sum()
+# Of a model, a batch and a key for dropout, if any: the sum to be minimised, per unit of weight, and the sums to be reported.
+Loss = Callable[[Llama, Batch, PRNGKeyArray | None], tuple[Float32[Array, ""], LossSums]]
 
 
-def policy_view(precision: PrecisionConfig, remat: RematConfig, layout: Layout) -> Callable[[Llama], Llama]:
-    """The model as the loss is to see it under the policies. Gradients through it have the structure of the model itself."""
+class LossConfig(Config):
+    """Cross-entropy in nats over the targets that the mask counts.
+
+    `chunk` is how many tokens a device takes through the head at a time, None for all: its logits are chunk × vocab.
+    `z_loss` adds that multiple of log² Z, which keeps logits from drifting; PaLM has 1e-4.
+    """
+
+    chunk: int | None
+    z_loss: float
+
+    def check(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise ConfigError(f"{self.chunk} is not a number of tokens", where="chunk", next="loss.chunk=null takes all at once")
+        if self.z_loss < 0:
+            raise ConfigError(f"{self.z_loss} would reward what it is to prevent", where="z_loss", next="loss.z_loss=1e-4, or 0")
+
+    def build(self, view: Callable[[Llama], Llama], layout: Layout) -> Loss:
+        def loss(model: Llama, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float32[Array, ""], LossSums]:
+            model = view(model)
+            x, _ = model.hidden(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids, key=key)
+            objective, cross_entropy = head_losses(
+                x, model.unembed, batch.targets, batch.loss_mask, chunk=self.chunk, z_loss=self.z_loss, layout=layout
+            )
+            return objective, LossSums(cross_entropy, batch.loss_mask.sum())
+
+        return loss
+
+
+def policy_view(
+    precision: PrecisionConfig, remat: Remat, layout: Layout, kernel: KernelConfig | None = None, unroll: int = 1
+) -> Callable[[Llama], Llama]:
+    """The model as the loss is to see it under the policies. Gradients through it have the structure of the model itself.
+
+    Without a `kernel` attention is the plain one. `unroll` layers make one turn of the loop over layers.
+    """
 
     def view(model: Llama) -> Llama:
         model = layout.gathered(precision.apply(model))  # cast first: half the bytes to gather
-        blocks = Wrapped(model.blocks, lambda block: remat.block(layout.constrain_residual(precision.block(block))))
-        return eqx.tree_at(lambda m: m.blocks, model, blocks)
+        alone = unroll >= model.config.dims.layers
+
+        def wrap(block: Callable) -> Callable:
+            block = layout.constrain_residual(precision.block(block))
+            return remat.block(block if kernel is None else kernel.block(block, layout.mesh, layout.spec), alone=alone)
+
+        return eqx.tree_at(lambda m: m.blocks, model, Wrapped(model.blocks, wrap, unroll))
 
     return view

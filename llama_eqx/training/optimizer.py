@@ -1,42 +1,175 @@
 """From gradients to directions. The step multiplies a direction by the learning rate, so that no optimizer holds a schedule of its own."""
 
 import abc
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float32, Int
 
 from llama_eqx.config import Config
 from llama_eqx.sharding import axis_names
 
 
 class OptimizerConfig(Config):
-    """Gradients are clipped to a global norm of `clip_norm` before the variant sees them."""
+    """Gradients are clipped to a global norm of `clip_norm` before the variant sees them.
+
+    Matrices decay by `weight_decay` of themselves times the learning rate (decoupled: Loshchilov and Hutter, 2017, arXiv 1711.05101).
+    """
 
     clip_norm: float
+    weight_decay: float
 
     @abc.abstractmethod
     def direction(self) -> optax.GradientTransformation: ...
 
     def build(self) -> optax.GradientTransformation:
         """A transformation whose updates are to be multiplied by minus the learning rate."""
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), self.direction())
+        decay = optax.add_decayed_weights(self.weight_decay, mask=matrices)
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), optax.chain(self.direction(), decay))
 
 
 class AdamWConfig(OptimizerConfig):
-    """AdamW (Loshchilov and Hutter, 2017, arXiv 1711.05101), decaying matrices only."""
+    """AdamW (Loshchilov and Hutter, 2017, arXiv 1711.05101)."""
 
     b1: float
     b2: float
     eps: float
-    weight_decay: float
 
     def direction(self) -> optax.GradientTransformation:
+        return optax.scale_by_adam(self.b1, self.b2, self.eps)
+
+
+class LionConfig(OptimizerConfig):
+    """The sign of an interpolated momentum (Chen et al., 2023, arXiv 2302.06675). Its learning rate is 3 to 10 times below AdamW's."""
+
+    b1: float
+    b2: float
+
+    def direction(self) -> optax.GradientTransformation:
+        return optax.scale_by_lion(self.b1, self.b2)
+
+
+class MuonConfig(OptimizerConfig):
+    """The momentum of every weight matrix of a block, orthogonalised (Jordan et al., 2024, kellerjordan.github.io/posts/muon).
+
+    Scaled to the size of AdamW's updates, 0.2 sqrt(max(in, out)) (Liu et al., 2025, arXiv 2502.16982), so that one learning rate
+    serves both: embedding, head and norms are AdamW's, with `b1`, `b2` and `eps`.
+    """
+
+    momentum: float
+    iterations: int
+    b1: float
+    b2: float
+    eps: float
+
+    def direction(self) -> optax.GradientTransformation:
+        muon = optax.contrib.scale_by_muon(beta=self.momentum, ns_steps=self.iterations, weight_dimension_numbers=_muon_matrices)
+        muon = optax.chain(muon, optax.stateless(_as_large_as_adam))
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps)
-        return optax.chain(adam, optax.add_decayed_weights(self.weight_decay, mask=matrices))
+        return optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)
+
+
+class AdafactorConfig(OptimizerConfig):
+    """Second moments of matrices as a row times a column (Shazeer and Stern, 2018, arXiv 1804.04235), without momentum.
+
+    Updates are scaled by the root mean square of the parameter, so its learning rate is relative to that.
+    """
+
+    decay: float
+    eps: float
+    min_scale: float
+    clip: float
+
+    def direction(self) -> optax.GradientTransformation:
+        def init(model: Any) -> AdafactorState:
+            zeros = [_means(jnp.zeros(leaf.shape, jnp.float32), axes) for leaf, axes in _with_axes(model)]
+            return AdafactorState(jnp.zeros((), jnp.int32), _like(model, zeros))
+
+        def update(gradient: Any, state: AdafactorState, model: Any) -> tuple[Any, AdafactorState]:
+            steps = state.steps + 1
+            new = 1 / steps.astype(jnp.float32) ** self.decay  # the weight of the newest gradient
+            treedef, directions, seconds = jax.tree.structure(model), [], []
+            olds = treedef.flatten_up_to(state.second)
+            for (parameter, axes), g, old in zip(_with_axes(model), jax.tree.leaves(gradient), olds, strict=True):
+                g, own = g.astype(jnp.float32), axes.rows + axes.columns
+                second = tuple(a + new * (b - a) for a, b in zip(old, _means(g**2 + self.eps, axes), strict=True))
+                rows, *columns = second
+                estimate = rows / rows.mean(axes.rows, keepdims=True) * columns[0] if columns else rows
+                direction = g * jax.lax.rsqrt(estimate)
+                direction /= jnp.maximum(1, _rms(direction, own) / self.clip)
+                directions.append(direction * jnp.maximum(self.min_scale, _rms(parameter.astype(jnp.float32), own)))
+                seconds.append(second)
+            return _like(model, directions), AdafactorState(steps, _like(model, seconds))
+
+        return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+class AdafactorState(NamedTuple):
+    """`second` has for each parameter the means of squared gradients over columns and over rows, or the squares themselves."""
+
+    steps: Int[Array, ""]
+    second: Any
+
+
+class Matrix(NamedTuple):
+    """Which axes of a parameter are the rows (its inputs) and the columns (its outputs) of a matrix; a vector has no columns.
+
+    All other axes number matrices that have nothing to do with each other, such as those of the layers.
+    """
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
+def matrix(axes: tuple[str, ...]) -> Matrix:
+    """From the names of a parameter's axes. Heads and their dimension are one axis of a matrix: "embed heads head_dim" is embed × rest."""
+    groups: list[tuple[int, ...]] = []
+    for i, axis in enumerate(axes):
+        if axis == "head_dim" and groups:
+            groups[-1] += (i,)
+        elif axis != "layers":
+            groups.append((i,))
+    return Matrix(*groups[-2:]) if len(groups) > 1 else Matrix(groups[0], ())
 
 
 def matrices(model: Any) -> Any:
-    """True for every parameter whose annotation has two axes or more. A stacked norm has two, but its annotation has one."""
-    own = [[axis for axis in axes if axis != "layers"] for axes in axis_names(model)]
-    return jax.tree.unflatten(jax.tree.structure(model), [len(axes) > 1 for axes in own])
+    """True for every parameter that is a matrix. A stacked norm has two axes, but its annotation has one."""
+    return _like(model, [bool(axes.columns) for _, axes in _with_axes(model)])
+
+
+def _muon_or_adam(model: Any) -> Any:
+    """Embedding and head are matrices too, but tables of vectors rather than maps between them."""
+    return _like(model, ["muon" if matrix(axes).columns and "vocab" not in axes else "adam" for axes in axis_names(model)])
+
+
+def _muon_matrices(updates: Any) -> Any:
+    # optax would take 2-D arrays for matrices: a stacked norm is one, and a stacked weight is none.
+    return _like(updates, [optax.contrib.MuonDimensionNumbers(*axes) for _, axes in _with_axes(updates)])
+
+
+def _as_large_as_adam(updates: Any, _: Any) -> Any:
+    def scale(leaf: Array, axes: Matrix) -> float:
+        return 0.2 * math.sqrt(max(math.prod(leaf.shape[i] for i in side) for side in axes))
+
+    return _like(updates, [scale(leaf, axes) * leaf for leaf, axes in _with_axes(updates)])
+
+
+def _with_axes(model: Any) -> list[tuple[Array, Matrix]]:
+    return [(leaf, matrix(axes)) for leaf, axes in zip(jax.tree.leaves(model), axis_names(model), strict=True)]
+
+
+def _like(model: Any, leaves: list[Any]) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(model), leaves)
+
+
+def _means(squares: Array, axes: Matrix) -> tuple[Array, ...]:
+    if not axes.columns:
+        return (squares,)
+    return squares.mean(axes.columns, keepdims=True), squares.mean(axes.rows, keepdims=True)
+
+
+def _rms(x: Array, axes: tuple[int, ...]) -> Float32[Array, "..."]:
+    return jnp.sqrt(jnp.mean(x**2, axes, keepdims=True))

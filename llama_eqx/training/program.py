@@ -9,33 +9,43 @@ from jaxtyping import PRNGKeyArray
 
 from llama_eqx.batch import Batch
 from llama_eqx.data.cache import cache_dir
-from llama_eqx.model.llama import Llama
 from llama_eqx.sharding import Layout, check_shapes
-from llama_eqx.training.loss import policy_view
+from llama_eqx.training.loss import Loss, policy_view
 from llama_eqx.training.run import RunConfig
 from llama_eqx.training.state import TrainState, init_state
-from llama_eqx.training.step import Metrics, make_step
+from llama_eqx.training.step import Metrics, make_step, microbatches
 
 
 class Program(NamedTuple):
-    """Pure functions, not yet jitted: `initial(key)` and `step((batch, key), state)`; `view` is the model as its loss sees it.
+    """Pure functions, not yet jitted: `initial(key)`, `step((batch, key), state)` and the `loss` that the step minimises.
 
-    `shapes` is the abstract state, `shardings` says where each of its leaves lives.
+    `shapes` is the abstract state, `shardings` says where each of its leaves lives. `remarks` are what a user may not expect of the
+    settings on that platform.
     """
 
     initial: Callable[[PRNGKeyArray], TrainState]
     step: Callable[[tuple[Batch, PRNGKeyArray], TrainState], tuple[TrainState, Metrics]]
-    view: Callable[[Llama], Llama]
+    loss: Loss
     shapes: TrainState
     shardings: TrainState
+    remarks: list[str]
 
 
 def make_program(config: RunConfig, layout: Layout) -> Program:
     """Allocates nothing. `config.model.dims.vocab` must be known.
 
-    Raises `ConfigError` when a size does not divide over the mesh.
+    Raises `ConfigError` when a size does not divide over the mesh, or a kernel cannot be had there.
     """
-    layout.check({"batch": config.train.batch_size, "seq": config.train.seq_len, **vars(config.model.dims)})
+    train, platform = config.train, layout.mesh.devices.flat[0].platform
+    remarks = layout.check({"batch": train.batch_size, "seq": train.seq_len, **vars(config.model.dims)})
+    microbatches(train.batch_size, train.microbatch_size or train.batch_size, layout)
+    kernel = config.kernel.choose(
+        platform, dtype=config.precision.compute, seq=train.seq_len, slots=train.seq_len, head_dim=config.model.dims.head_dim
+    )
+    if kernel.reason:
+        remarks.append(f"attention is computed by {kernel.name}, {kernel.reason}")
+    if platform == "cpu" and getattr(config.remat, "offloaded", ()):
+        remarks.append("a CPU has one memory: what remat is to offload stays in it")
     optimizer = config.optimizer.build()
 
     def initial(key: PRNGKeyArray) -> TrainState:
@@ -43,9 +53,11 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
 
     shapes = eqx.filter_eval_shape(initial, jax.random.key(0))
     check_shapes(shapes.model, config.model.dims)
-    view = policy_view(config.precision, config.remat, layout)
-    step = make_step(optimizer, lambda step: config.schedule.rate(step, config.train.steps), view, layout)
-    return Program(initial, step, view, shapes, layout.shardings(shapes))
+    view = policy_view(config.precision, config.remat, layout, config.kernel, train.unroll)
+    loss = config.loss.build(view, layout)
+    rate = lambda step: config.schedule.rate(step, train.steps)  # noqa: E731
+    step = make_step(optimizer, rate, loss, layout, train.microbatch_size)
+    return Program(initial, step, loss, shapes, layout.shardings(shapes), remarks)
 
 
 def keep_compiled() -> None:

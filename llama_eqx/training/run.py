@@ -11,31 +11,40 @@ from llama_eqx.config import Config, differences, dump
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError
+from llama_eqx.model.kernel import KernelConfig
 from llama_eqx.model.llama import LlamaConfig
 from llama_eqx.precision import PrecisionConfig
 from llama_eqx.processes import DistributedConfig
-from llama_eqx.remat import RematConfig
+from llama_eqx.remat import Remat
 from llama_eqx.sharding import MeshConfig, Rules
 from llama_eqx.tracking.tracker import TrackingConfig
+from llama_eqx.training.loss import LossConfig
 from llama_eqx.training.optimizer import OptimizerConfig
 from llama_eqx.training.profile import ProfileConfig
 from llama_eqx.training.schedule import ScheduleConfig
 
 
 class TrainConfig(Config):
-    """`batch_size` in sequences over all devices, `seq_len` in tokens; `log_every` and `eval_every` in steps."""
+    """`batch_size` in sequences over all devices, `seq_len` in tokens; `log_every` and `eval_every` in steps.
+
+    `microbatch_size` is how many of the sequences go through the model at a time, None for all; gradients are added up.
+    `unroll` layers make one turn of the loop over layers: more to compile, fewer copies while it runs.
+    """
 
     steps: int
     batch_size: int
+    microbatch_size: int | None
     seq_len: int
+    unroll: int
     log_every: int
     eval_every: int
     sample_tokens: int
 
     def check(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < (0 if field.name == "sample_tokens" else 1):
-                raise ConfigError(f"{getattr(self, field.name)} is too small", where=field.name)
+            value = getattr(self, field.name)
+            if value is not None and value < (0 if field.name == "sample_tokens" else 1):
+                raise ConfigError(f"{value} is too small", where=field.name)
 
 
 class RunConfig(Config):
@@ -45,7 +54,9 @@ class RunConfig(Config):
     mesh: MeshConfig
     sharding: Rules
     precision: PrecisionConfig
-    remat: RematConfig
+    remat: Remat
+    kernel: KernelConfig
+    loss: LossConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     checkpoint: CheckpointConfig
@@ -54,6 +65,7 @@ class RunConfig(Config):
     profile: ProfileConfig
     compile_cache: bool
     train: TrainConfig
+    init_from: str | None
     run_dir: str
     seed: int
 
@@ -75,6 +87,7 @@ FREE = (
     "mesh",
     "sharding",
     "remat",
+    "kernel",
     "checkpoint",
     "tracking",
     "distributed",
@@ -82,6 +95,9 @@ FREE = (
     "compile_cache",
     "train.steps",
     "data.prompt",
+    "train.unroll",
+    "train.microbatch_size",
+    "loss.chunk",
     "train.log_every",
     "train.eval_every",
     "train.sample_tokens",
@@ -92,11 +108,15 @@ SHARED_WITHIN = 30  # seconds; a network's file system may be slow to show a new
 
 
 def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """`config` with the tokenizer's size where `dims.vocab` is None.
+    """`config` with the tokenizer's size where `dims.vocab` is None, and its BOS and EOS where `tokens` has none.
 
     Raises `ConfigError` when the tokenizer has ids that the model has not.
     """
-    vocab = config.model.dims.vocab
+    vocab, tokens = config.model.dims.vocab, config.model.tokens
+    if tokens.bos is None and not tokens.eos:
+        eos = () if tokenizer.eos is None else (tokenizer.eos,)
+        tokens = dataclasses.replace(tokens, bos=tokenizer.bos, eos=eos)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, tokens=tokens))
     if vocab is None:
         dims = dataclasses.replace(config.model.dims, vocab=tokenizer.vocab)
         return dataclasses.replace(config, model=dataclasses.replace(config.model, dims=dims))
@@ -113,6 +133,12 @@ def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
     """What is allowed but seldom meant."""
     unused = config.model.dims.of("vocab")[0] - tokenizer.vocab
     said = [f"{unused} token ids of the model are not in the tokenizer, and will not be trained"] if unused else []
+    tokens = config.model.tokens
+    if tokens.eos and (tokenizer.bos != tokens.bos or tokenizer.eos not in tokens.eos):
+        said.append(
+            f"texts begin and end with the tokenizer's ids {tokenizer.bos} and {tokenizer.eos}, in the model's config they are "
+            f"{tokens.bos} and {', '.join(map(str, tokens.eos))}: see model.tokens"
+        )
     if config.schedule.warmup_steps >= config.train.steps:
         said.append(f"the warm-up of {config.schedule.warmup_steps} steps is not over after {config.train.steps}")
     return said

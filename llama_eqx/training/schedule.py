@@ -4,6 +4,7 @@ import abc
 
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float32, Int
 
 from llama_eqx.config import Config
@@ -37,6 +38,48 @@ class CosineConfig(ScheduleConfig):
 
     def after_warmup(self, steps: int) -> optax.Schedule:
         return optax.cosine_decay_schedule(self.peak, steps, self.final_fraction)
+
+
+class LinearConfig(ScheduleConfig):
+    """A straight line from the peak to `final_fraction` of it."""
+
+    final_fraction: float
+
+    def after_warmup(self, steps: int) -> optax.Schedule:
+        return optax.linear_schedule(self.peak, self.peak * self.final_fraction, steps)
+
+
+class InverseSqrtConfig(ScheduleConfig):
+    """The peak times sqrt(warmup_steps / step), which has no end (Vaswani et al., 2017, arXiv 1706.03762, equation 3)."""
+
+    def after_warmup(self, steps: int) -> optax.Schedule:
+        warmup = max(self.warmup_steps, 1)
+        return lambda step: self.peak * jnp.sqrt(warmup / (warmup + step))
+
+
+class WSDConfig(ScheduleConfig):
+    """Warm-up, the peak, and over the last `decay_fraction` of what follows the warm-up a fall to `final_fraction` of the peak.
+
+    Named in MiniCPM (Hu et al., 2024, arXiv 2404.06395); the fall as 1 - sqrt is that of Hägele et al. (2024, arXiv 2405.18392).
+    A run at the peak can be prolonged, and any of its checkpoints made to fall.
+    """
+
+    decay_fraction: float
+    final_fraction: float
+
+    def after_warmup(self, steps: int) -> optax.Schedule:
+        decay = max(round(steps * self.decay_fraction), 1)
+
+        def course(step: ArrayLike) -> Array:
+            done = jnp.clip((jnp.asarray(step) - (steps - decay)) / decay, 0, 1)
+            return self.peak * (1 - (1 - self.final_fraction) * jnp.sqrt(done))
+
+        return course
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.decay_fraction <= 1:
+            raise ConfigError(f"{self.decay_fraction} is not a fraction", where="decay_fraction")
 
 
 class ConstantConfig(ScheduleConfig):

@@ -21,8 +21,11 @@ class TrainState(eqx.Module):
 
 
 def init_state(model: LlamaConfig, optimizer: optax.GradientTransformation, precision: PrecisionConfig, key: PRNGKeyArray) -> TrainState:
-    built = cast(model.build(key=key), precision.params)
-    return TrainState(step=jnp.zeros((), jnp.int32), model=built, opt_state=optimizer.init(built))  # pyright: ignore[reportArgumentType]
+    return first_state(cast(model.build(key=key), precision.params), optimizer)
+
+
+def first_state(model: Llama, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(step=jnp.zeros((), jnp.int32), model=model, opt_state=optimizer.init(model))  # pyright: ignore[reportArgumentType]
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -1,5 +1,6 @@
 """One update of the parameters, as a pure function on arrays."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,10 @@ import optax
 from jaxtyping import Array, Float32, PRNGKeyArray
 
 from llama_eqx.batch import Batch
+from llama_eqx.errors import ConfigError
 from llama_eqx.model.llama import Llama
-from llama_eqx.sharding import Layout
-from llama_eqx.training.loss import cross_entropy
+from llama_eqx.sharding import Layout, axis_names
+from llama_eqx.training.loss import Loss, LossSums
 from llama_eqx.training.state import TrainState
 
 Metrics = dict[str, Float32[Array, ""]]
@@ -20,19 +22,40 @@ Metrics = dict[str, Float32[Array, ""]]
 def make_step(
     optimizer: optax.GradientTransformation,
     rate: Callable[[Array], Array],
-    view: Callable[[Llama], Llama],
+    loss: Loss,
     layout: Layout,
+    microbatch_size: int | None = None,
 ) -> Callable[[tuple[Batch, PRNGKeyArray], TrainState], tuple[TrainState, Metrics]]:
     """A step `((batch, key), state) -> (state, metrics)`; `state` may be donated.
 
+    The gradient is that of the mean over the batch's targets. With `microbatch_size`, it is added up over so many rows at a time.
     When loss, gradient or update is not finite the update is withheld on the device, and `optim/withheld` is 1.
     Metrics: `train/loss` in nats per token, `optim/lr`, `optim/grad_norm` (global, before clipping), `optim/update_norm`, `optim/withheld`.
     """
+    value_and_gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def summed(model: Llama, batch: Batch, key: PRNGKeyArray) -> tuple[LossSums, Llama]:
+        """Reported sums, and the gradient of the sum to be minimised."""
+        if microbatch_size in (None, len(batch.tokens)):
+            (_, sums), gradient = value_and_gradient(model, batch, key)
+            return sums, gradient
+
+        def add(so_far: tuple[LossSums, Llama], each: tuple[Batch, Array]) -> tuple[tuple[LossSums, Llama], None]:
+            microbatch, number = each
+            (_, sums), gradient = value_and_gradient(model, microbatch, jax.random.fold_in(key, number))
+            new = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), so_far, (sums, gradient))
+            return (new[0], layout.place(new[1])), None
+
+        zeros = layout.place(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model))
+        begin = LossSums(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)), zeros
+        parts = split(batch, microbatch_size, layout)
+        return jax.lax.scan(add, begin, (parts, jnp.arange(len(parts.tokens))))[0]
 
     def step(inputs: tuple[Batch, PRNGKeyArray], state: TrainState) -> tuple[TrainState, Metrics]:
         batch, key = inputs
-        key = jax.random.fold_in(key, state.step)
-        loss, gradient = jax.value_and_grad(lambda model: cross_entropy(view(model), batch, key))(state.model)
+        sums, gradient = summed(state.model, batch, jax.random.fold_in(key, state.step))
+        mean = sums.cross_entropy / sums.weight
+        gradient = jax.tree.map(lambda leaf: leaf / sums.weight.astype(leaf.dtype), gradient)
         gradient = layout.place(gradient)  # unconstrained, a gradient can lose an axis of its parameter's sharding
         norm = optax.tree.norm(gradient)
         lr = rate(state.step)
@@ -41,11 +64,40 @@ def make_step(
         update = jax.tree.map(lambda d: -lr * d, direction)
         update_norm = optax.tree.norm(update)
         model = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.model, update)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
+        finite = jnp.isfinite(mean) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
         kept: Any = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (model, opt_state), (state.model, state.opt_state))
 
         new = layout.place(TrainState(state.step + 1, *kept))
-        metrics = {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm, "optim/update_norm": update_norm}
+        metrics = {"train/loss": mean, "optim/lr": lr, "optim/grad_norm": norm, "optim/update_norm": update_norm}
         return new, metrics | {"optim/withheld": 1.0 - finite}
 
     return step
+
+
+def microbatches(size: int, microbatch_size: int, layout: Layout) -> tuple[int, int]:
+    """How many microbatches a batch of `size` rows makes, and on how many devices the rows of each are.
+
+    Raises `ConfigError` when they do not divide.
+    """
+    part = layout.spec(("batch",), (size,))[0]
+    ways = math.prod(layout.mesh.shape[axis] for axis in ((part,) if isinstance(part, str) else part or ()))
+    if microbatch_size % ways or size % microbatch_size:
+        raise ConfigError(
+            f"{size} rows over {ways} devices do not come in microbatches of {microbatch_size}",
+            where="train.microbatch_size",
+            next=f"one of: {', '.join(str(n) for n in range(ways, size + 1, ways) if size % n == 0)}",
+        )
+    return size // microbatch_size, ways
+
+
+def split(batch: Batch, microbatch_size: int, layout: Layout) -> Batch:
+    """A batch whose arrays are "microbatches batch seq". Every microbatch has rows of every device, so that none moves."""
+    count, ways = microbatches(len(batch.tokens), microbatch_size, layout)
+
+    def of_array(axes: tuple[str, ...], rows: Array) -> Array:
+        rows = rows.reshape(ways, count, microbatch_size // ways, *rows.shape[1:]).swapaxes(0, 1)
+        rows = rows.reshape(count, microbatch_size, *rows.shape[3:])
+        return jax.lax.with_sharding_constraint(rows, layout.sharding(("", *axes), rows.shape))
+
+    leaves = [of_array(axes, leaf) for axes, leaf in zip(axis_names(batch), jax.tree.leaves(batch), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(batch), leaves)

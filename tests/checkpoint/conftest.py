@@ -26,6 +26,7 @@ CONFIG = {
     "dropout": 0.0,
     "tied": False,
     "context": 64,
+    "tokens": {"_target_": SLOTS + "llama.SpecialTokens", "tokenizer": None, "bos": None, "eos": [], "pad": None},
 }
 
 

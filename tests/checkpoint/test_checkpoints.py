@@ -15,7 +15,7 @@ from llama_eqx.checkpoint.restore import steps
 from llama_eqx.checkpoint.save import CheckpointConfig, Checkpoints
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError
 
-TWO = CheckpointConfig(every=1, keep=2)
+TWO = CheckpointConfig(every=1, keep=2, export=None)
 
 
 @pytest.fixture(scope="module")
@@ -209,4 +209,4 @@ def test_a_folder_that_cannot_be_made(tmp_path: pathlib.Path):
 @pytest.mark.parametrize("values", [{"every": -1, "keep": 1}, {"every": 1, "keep": 0}])
 def test_config_refuses(values):
     with pytest.raises(ConfigError):
-        CheckpointConfig(**values)
+        CheckpointConfig(**values, export=None)

@@ -67,7 +67,7 @@ def test_shardings_one_or_a_tree(saved, model):
 
 def test_a_run_directory_by_step(tmp_path, model):
     write_config({"model": model.config, "seed": 1}, tmp_path)
-    with Checkpoints(tmp_path / "checkpoints", CheckpointConfig(every=1, keep=2)) as checkpoints:
+    with Checkpoints(tmp_path / "checkpoints", CheckpointConfig(every=1, keep=2, export=None)) as checkpoints:
         checkpoints.save(10, jax.tree.map(jnp.zeros_like, model), {"step": jnp.int32(10)})
         checkpoints.save(20, model, {"step": jnp.int32(20)})
     assert equal(load_native(tmp_path), model)
@@ -77,7 +77,7 @@ def test_a_run_directory_by_step(tmp_path, model):
 
 
 def test_the_folder_is_that_of_a_run(tmp_path, saved, model):
-    assert sorted(path.name for path in saved.iterdir()) == ["checkpoints", "config.yaml"]
+    assert sorted(path.name for path in saved.iterdir()) == ["checkpoints", "config.yaml", "manifest.json"]
     assert list(read_config(saved)) == ["model"]
     assert load(read_config(saved)["model"]) == model.config
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]

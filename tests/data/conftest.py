@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 
@@ -31,3 +33,26 @@ def text():
     return lambda path, fraction=0.1, holdout="validation": TextConfig(
         prompt="", validation_fraction=fraction, holdout=holdout, path=None if path is None else str(path)
     )
+
+
+@pytest.fixture
+def split(tmp_path):
+    """`split([[1, 2], [3]], [[4]])` is a split of two shards, with those documents."""
+    import numpy as np
+
+    from llama_eqx.data.shards import Shard, ShardWriter, Split, token_dtype
+
+    made = itertools.count()
+
+    def split(*shards, vocab=2**16, name="train"):
+        number, written = next(made), []
+        for i, documents in enumerate(shards):
+            ids = np.concatenate([np.asarray(document, token_dtype(vocab)) for document in documents])
+            with ShardWriter(tmp_path / f"{name}-{number}-{i}", vocab) as writer:
+                origins = [[0, i] for i in range(1, len(documents) + 1)]
+                writer.add(ids, np.array([len(document) for document in documents]), len(ids), np.array(origins))
+                writer.finish()
+            written.append(Shard(writer.path, writer.tokens, writer.documents, writer.bytes, vocab))
+        return Split(tuple(written), name)
+
+    return split

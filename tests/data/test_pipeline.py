@@ -18,7 +18,6 @@ from llama_eqx.data.pipeline import (
     validation_batches,
     validation_rows,
 )
-from llama_eqx.data.shards import Split
 from llama_eqx.errors import ConfigError, DataError
 
 SEQ = 4
@@ -31,13 +30,12 @@ def to_batch(rows):
 
 
 @pytest.fixture
-def windows(tmp_path):
+def windows(split):
     """A source of `count` windows of SEQ + 1 ids that count upwards, with an unused rest."""
 
     def windows(count, rest=3):
         tokens = count * SEQ + 1 + rest
-        np.save(tmp_path / f"{count}.npy", np.arange(tokens, dtype=np.uint16))
-        return TokenWindows(Split(path=tmp_path / f"{count}.npy", tokens=tokens, documents=1, bytes=tokens), SEQ)
+        return TokenWindows(split([np.arange(tokens)]), SEQ)
 
     return windows
 
@@ -62,17 +60,16 @@ def test_windows_share_the_id_at_which_they_meet(windows):
 
 
 @pytest.mark.parametrize(("tokens", "count"), [(5, 1), (8, 1), (9, 2)])
-def test_every_window_that_fits_is_there(tmp_path, tokens, count):
-    np.save(tmp_path / "a.npy", np.arange(tokens, dtype=np.uint16))
-    source = TokenWindows(Split(path=tmp_path / "a.npy", tokens=tokens, documents=1, bytes=1), SEQ)
+def test_every_window_that_fits_is_there(split, tokens, count):
+    source = TokenWindows(split([np.arange(tokens)]), SEQ)
     assert len(source) == len([source[i] for i in range(count)]) == count
     assert source[count - 1].shape == (SEQ + 1,)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 4])
-def test_a_split_without_a_window_says_what_to_change(tmp_path, tokens):
+def test_a_split_without_a_window_says_what_to_change(split, tokens):
     with pytest.raises(DataError, match=f"val has {tokens} tokens, a row needs 5") as error:
-        TokenWindows(Split(path=tmp_path / "val.npy", tokens=tokens, documents=1, bytes=1), SEQ)
+        TokenWindows(split([np.arange(tokens)], name="val"), SEQ)
     assert "more text" in error.value.next
     assert "train.seq_len=0" not in str(error.value)
     assert "train.seq_len=-" not in str(error.value)

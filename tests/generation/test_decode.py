@@ -9,7 +9,8 @@ import transformers
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation import decode
 from llama_eqx.generation.decode import generate_tokens
-from llama_eqx.interop.huggingface import config_from_huggingface, save_huggingface
+from llama_eqx.interop.conversion import save_pretrained
+from llama_eqx.interop.huggingface import config_from_huggingface
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -48,7 +49,7 @@ def greedy(model):
 @pytest.fixture(scope="module")
 def reference(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("decode") / "hf"
-    save_huggingface(model, folder)
+    save_pretrained(model, folder, format="hf")
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 

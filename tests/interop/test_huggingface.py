@@ -14,15 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llama_eqx.dims import Dims
-from llama_eqx.errors import CheckpointError
+from llama_eqx.errors import CheckpointError, StorageError
 from llama_eqx.interop import huggingface
-from llama_eqx.interop.huggingface import (
-    config_from_huggingface,
-    config_to_huggingface,
-    huggingface_tensors,
-    load_huggingface,
-    save_huggingface,
-)
+from llama_eqx.interop.conversion import save_pretrained
+from llama_eqx.interop.huggingface import config_from_huggingface, config_to_huggingface, huggingface_tensors
+from llama_eqx.interop.pretrained import load_pretrained
 from llama_eqx.interop.table import TABLE, from_torch, to_torch, torch_shape
 from llama_eqx.model.block import PreNormBlockConfig
 from llama_eqx.model.feed_forward import GatedFeedForwardConfig, PlainFeedForwardConfig
@@ -64,14 +60,16 @@ def assert_same(a, b):
 @pytest.fixture
 def folder(tmp_path):
     """A complete folder of an untied model, to be damaged."""
-    save_huggingface(build(SIZES), tmp_path / "hf")
+    save_pretrained(build(SIZES), tmp_path / "hf", format="hf")
+    (tmp_path / "hf" / "manifest.json").unlink()  # most folders have none
     return tmp_path / "hf"
 
 
 @pytest.fixture
 def sharded(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 20_000)
-    save_huggingface(build(SIZES), tmp_path / "hf")
+    save_pretrained(build(SIZES), tmp_path / "hf", format="hf")
+    (tmp_path / "hf" / "manifest.json").unlink()  # most folders have none
     return tmp_path / "hf"
 
 
@@ -86,12 +84,12 @@ def change_config(folder, **changes):
 def test_round_trip(tmp_path, monkeypatch, config, dtype, shard_bytes):
     monkeypatch.setattr(huggingface, "SHARD_BYTES", shard_bytes)
     model = build(config, dtype)
-    save_huggingface(model, tmp_path / "a" / "hf")
+    save_pretrained(model, tmp_path / "a" / "hf", format="hf")
     assert (tmp_path / "a" / "hf" / "model.safetensors.index.json").exists() is (shard_bytes == 20_000)
-    read = load_huggingface(tmp_path / "a" / "hf")
+    read = load_pretrained(tmp_path / "a" / "hf")
     assert_same(read, model)
     check_shapes(read, model.config.dims)
-    save_huggingface(read, tmp_path / "b")
+    save_pretrained(read, tmp_path / "b", format="hf")
     for file in (tmp_path / "a" / "hf").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
@@ -106,7 +104,7 @@ def test_index_is_complete(sharded):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.float16])
 def test_dtype_on_request(folder, dtype):
-    assert_same(load_huggingface(folder, dtype), cast(build(SIZES), jnp.dtype(dtype).name))
+    assert_same(load_pretrained(folder, dtype), cast(build(SIZES), jnp.dtype(dtype).name))
 
 
 def test_layers_filed_in_two_dtypes(folder):
@@ -114,7 +112,7 @@ def test_layers_filed_in_two_dtypes(folder):
     tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].astype(jnp.bfloat16)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(jnp.bfloat16)
     save_file(tensors, folder / "model.safetensors")
-    model = load_huggingface(folder)
+    model = load_pretrained(folder)
     assert model.blocks.feed_forward.up_proj.dtype == jnp.float32
     assert model.final_norm.weight.dtype == jnp.bfloat16
 
@@ -137,16 +135,17 @@ def test_rearrangement(shape, inputs):
 
 def test_extra_tensors_of_old_files(tmp_path):
     model = build(TIED)
-    save_huggingface(model, tmp_path / "hf")
+    save_pretrained(model, tmp_path / "hf", format="hf")
+    (tmp_path / "hf" / "manifest.json").unlink()
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
-    assert_same(load_huggingface(tmp_path / "hf"), model)
+    assert_same(load_pretrained(tmp_path / "hf"), model)
     tensors["lm_head.weight"][0] += 1
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
     with pytest.raises(CheckpointError, match="tie_word_embeddings"):
-        load_huggingface(tmp_path / "hf")
+        load_pretrained(tmp_path / "hf")
 
 
 def test_all_differences_are_listed(folder):
@@ -157,7 +156,7 @@ def test_all_differences_are_listed(folder):
     tensors["model.layers.3.mlp.up_proj.weight"] = np.zeros((48, 32), np.float32)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError) as error:
-        load_huggingface(folder)
+        load_pretrained(folder)
     assert error.value.what.splitlines() == [
         "missing: model.layers.1.mlp.up_proj.weight (48, 32)",
         "missing: model.norm.weight (32,)",
@@ -172,7 +171,7 @@ def test_integer_weights_are_refused(folder):
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="is I8"):
-        load_huggingface(folder)
+        load_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +179,7 @@ def test_integer_weights_are_refused(folder):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
         (b"\n<!DOCTYPE html><html><body>Access denied</body></html>", "web page"),
-        (b"", "not a complete safetensors file"),
+        (b"", "an empty file"),
         (None, "not a complete safetensors file"),
     ],
     ids=["lfs", "html", "empty", "cut short"],
@@ -189,14 +188,14 @@ def test_files_that_are_not_weights(folder, content, message):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100] if content is None else content)
     with pytest.raises(CheckpointError, match=message) as error:
-        load_huggingface(folder)
+        load_pretrained(folder)
     assert str(file) in str(error.value)
 
 
 def test_missing_shard(sharded):
     min(sharded.glob("*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="no such file"):
-        load_huggingface(sharded)
+        load_pretrained(sharded)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "{outside}/elsewhere.safetensors", "a/../../elsewhere.safetensors"])
@@ -206,35 +205,61 @@ def test_shards_outside_of_the_folder_are_refused(sharded, name):
     index = sharded / "model.safetensors.index.json"
     index.write_text(index.read_text().replace(shard.name, name.format(outside=sharded.parent)))
     with pytest.raises(CheckpointError, match="outside of the folder"):
-        load_huggingface(sharded)
+        load_pretrained(sharded)
 
 
-def test_links_to_blobs_are_followed(sharded):
-    blobs = sharded.parent / "blobs"
-    blobs.mkdir()
-    for i, file in enumerate(list(sharded.glob("*.safetensors"))):
+def test_links_of_the_hub_cache_are_followed_and_no_others(sharded, tmp_path):
+    """There a snapshot is a folder of links into the folder of blobs beside it."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.parent.mkdir()
+    sharded.rename(snapshot)
+    for i, file in enumerate(sorted(snapshot.iterdir())):
         file.rename(blobs / str(i))
-        os.symlink(os.path.join("..", "blobs", str(i)), file)
-    assert_same(load_huggingface(sharded), build(SIZES))
+        file.symlink_to(os.path.join("..", "..", "blobs", str(i)))
+    assert_same(load_pretrained(snapshot), build(SIZES))
+    blobs.rename(tmp_path / "elsewhere")
+    for i, file in enumerate(sorted(snapshot.iterdir())):
+        file.unlink()
+        file.symlink_to(tmp_path / "elsewhere" / str(i))
+    with pytest.raises(CheckpointError, match=r"outside of the folder: it leads to .*elsewhere") as error:
+        load_pretrained(snapshot)
+    assert "config.json" in error.value.what
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.model", "generation_config.json"])
+def test_a_link_that_leads_outside_is_refused(folder, name):
+    """A tokenizer's file would be copied along: any file of this machine."""
+    secret = folder.parent / "secret"
+    if (folder / name).exists():
+        (folder / name).rename(secret)
+    else:
+        secret.write_text("secret")
+    (folder / name).symlink_to(secret)
+    with pytest.raises(CheckpointError, match=f"{name} lies outside"):
+        load_pretrained(folder)
 
 
 @pytest.mark.parametrize("weight_map", [["model.safetensors"], {"model.norm.weight": 1}, None])
 def test_bad_index(sharded, weight_map):
     (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match="weight_map"):
-        load_huggingface(sharded)
+        load_pretrained(sharded)
 
 
 def test_no_model_in_the_folder(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="neither"):
-        load_huggingface(folder)
-    (folder / "config.json").write_text("<html>")
-    with pytest.raises(CheckpointError, match="not JSON"):
-        load_huggingface(folder)
+        load_pretrained(folder)
+    for text, said in {"<html>": "a web page", "{": "not JSON", "[]": "not a JSON object", "": "an empty file"}.items():
+        (folder / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=said):
+            load_pretrained(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no such file[\s\S]*config.json"):
-        load_huggingface(folder)
+    with pytest.raises(CheckpointError, match=r"none of config\.json, params\.json, config\.yaml"):
+        load_pretrained(folder)
+    with pytest.raises(CheckpointError, match="a file, not the folder"):
+        load_pretrained(folder / "pytorch_model.bin")
 
 
 def test_defaults_of_old_configs():
@@ -312,7 +337,7 @@ def test_all_unsupported_keys_are_listed():
 def test_models_that_cannot_be_written_name_the_slot(tmp_path, changes, slot):
     config = dataclasses.replace(config_from_huggingface(SIZES), **changes)
     with pytest.raises(CheckpointError) as error:
-        save_huggingface(eqx.filter_eval_shape(lambda key: config.build(key=key), jax.random.key(0)), tmp_path / "hf")
+        save_pretrained(eqx.filter_eval_shape(lambda key: config.build(key=key), jax.random.key(0)), tmp_path / "hf", format="hf")
     assert error.value.where == slot
     assert not list(tmp_path.iterdir())
 
@@ -320,33 +345,33 @@ def test_models_that_cannot_be_written_name_the_slot(tmp_path, changes, slot):
 def test_dropout_does_not_hinder_writing(tmp_path):
     config = dataclasses.replace(config_from_huggingface(SIZES), dropout=0.1, block=PreNormBlockConfig(dropout=0.1))
     structure = jax.tree.structure(eqx.filter_eval_shape(lambda key: config.build(key=key), jax.random.key(0)))
-    save_huggingface(structure.unflatten(jax.tree.leaves(build(SIZES))), tmp_path / "hf")
-    assert_same(load_huggingface(tmp_path / "hf"), build(SIZES))
+    save_pretrained(structure.unflatten(jax.tree.leaves(build(SIZES))), tmp_path / "hf", format="hf")
+    assert_same(load_pretrained(tmp_path / "hf"), build(SIZES))
 
 
 def test_an_edited_model_is_refused(tmp_path):
     model = eqx.tree_at(lambda m: m.final_norm.weight, build(SIZES), jnp.ones(5))
     with pytest.raises(CheckpointError, match="shape: final_norm"):
-        save_huggingface(model, tmp_path / "hf")
+        save_pretrained(model, tmp_path / "hf", format="hf")
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(huggingface, "save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        save_huggingface(build(SIZES), tmp_path / "hf")
+    monkeypatch.setattr(huggingface, "rows_of", full)
+    with pytest.raises(StorageError, match="no space"):
+        save_pretrained(build(SIZES), tmp_path / "hf", format="hf")
     assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten(folder):
     before = {file: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(CheckpointError, match="already"):
-        save_huggingface(build(TIED), folder)
+    with pytest.raises(StorageError, match="already"):
+        save_pretrained(build(TIED), folder, format="hf")
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
     (folder.parent / "empty").mkdir()
-    save_huggingface(build(TIED), folder.parent / "empty")
+    save_pretrained(build(TIED), folder.parent / "empty", format="hf")
     assert sorted(path.name for path in folder.parent.iterdir()) == ["empty", "hf"]
 
 

@@ -1,7 +1,9 @@
 """Llama of every generation against Hugging Face's, in float32 on random weights; and for each check, changes that it must notice."""
 
+import contextlib
 import dataclasses
 import functools
+import json
 
 import equinox as eqx
 import jax
@@ -12,8 +14,10 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from llama_eqx import load_pretrained, save_pretrained
 from llama_eqx.compose import compose, resolve
-from llama_eqx.interop.huggingface import huggingface_tensors, load_huggingface, save_huggingface
+from llama_eqx.interop import meta
+from llama_eqx.interop.huggingface import huggingface_tensors
 from llama_eqx.model.feed_forward import GatedFeedForwardConfig
 from llama_eqx.model.llama import build_model
 from llama_eqx.model.norm import RMSNorm, RMSNormConfig
@@ -25,7 +29,7 @@ transformers.utils.logging.disable_progress_bar()
 PRESETS = {
     "llama1_7b": {"heads": 4, "kv_heads": 4, "head_dim": 16},
     "llama2_70b": {"heads": 8, "kv_heads": 2, "head_dim": 16},
-    "llama3_8b": {"heads": 4, "kv_heads": 2, "head_dim": 32},
+    "llama3_8b": {"heads": 6, "kv_heads": 3, "head_dim": 32},
     "llama3_1_8b": {"heads": 4, "kv_heads": 1, "head_dim": 64},
     "llama3_2_1b": {"heads": 8, "kv_heads": 2, "head_dim": 64},
 }
@@ -40,6 +44,10 @@ TOKENS = np.random.default_rng(0).integers(0, 97, (2, 24)).astype(np.int32)
 NEAR = np.tile(np.arange(24, dtype=np.int32), (2, 1))
 # Attention sees differences of positions alone, so far means a gap within the row: a far but contiguous row would test nothing new.
 FAR = NEAR + np.where(np.arange(24) < 12, 0, 20_000).astype(np.int32)
+# A row padded on the left, and one on the right; positions count tokens.
+REAL = np.stack([np.arange(24) >= 7, np.arange(24) < 15])
+PADDED = np.maximum(REAL.cumsum(axis=1) - 1, 0).astype(np.int32)
+FAR_PADDED = PADDED + np.where(PADDED < 9, 0, 20_000).astype(np.int32)
 
 
 @jax.jit
@@ -55,12 +63,14 @@ def pair(tmp_path_factory):
     """Our model of a preset, and what transformers reads from the folder that we write."""
 
     @functools.cache
-    def make(preset):
-        sizes = {"vocab": 97, "layers": 2, "embed": 96, "mlp": 112, **PRESETS[preset]}
-        config = resolve(compose(f"model/{preset}", [f"model.dims.{name}={size}" for name, size in sizes.items()]))["model"]
+    def make(preset, **others):
+        sizes = {"vocab": 97, "layers": 2, "embed": 96, "mlp": 112, **PRESETS[preset], **others}
+        sizes = [f"model.dims.{name}={size}" for name, size in sizes.items()]
+        none = [f"model.tokens.{name}=null" for name in ("tokenizer", "bos", "pad")] + ["model.tokens.eos=[]"]  # of so small a vocabulary
+        config = resolve(compose(f"model/{preset}", [*sizes, *none]))["model"]
         model = jitter(build_model(config, key=jax.random.key(0)))
-        folder = tmp_path_factory.mktemp("parity") / preset
-        save_huggingface(model, folder)
+        folder = tmp_path_factory.mktemp("parity") / "hf"
+        save_pretrained(model, folder, format="hf")
         return model, read(folder)
 
     return make
@@ -76,17 +86,21 @@ def read(folder):
 
 
 @eqx.filter_jit
-def our_logits(model, tokens, positions):
-    return model(tokens, positions=positions)
+def our_logits(model, tokens, positions, segment_ids):
+    return model(tokens, positions=positions, segment_ids=segment_ids)
 
 
-def their_logits(reference, tokens, positions):
-    return reference(torch.tensor(tokens).long(), position_ids=torch.tensor(positions).long()).logits
+def their_logits(reference, tokens, positions, mask=None):
+    mask = None if mask is None else torch.tensor(mask).long()
+    return reference(torch.tensor(tokens).long(), position_ids=torch.tensor(positions).long(), attention_mask=mask).logits
 
 
-def logits_difference(model, reference, positions):
+def logits_difference(model, reference, positions, real=None):
+    """The largest over tokens that are not padding."""
     with torch.no_grad():
-        return np.abs(np.asarray(our_logits(model, TOKENS, positions)) - their_logits(reference, TOKENS, positions).numpy()).max()
+        theirs = their_logits(reference, TOKENS, positions, real).numpy()
+    ours = np.asarray(our_logits(model, TOKENS, positions, None if real is None else real.astype(np.int32)))
+    return np.abs(ours - theirs)[... if real is None else real].max()
 
 
 def check_near(model, reference):
@@ -102,14 +116,26 @@ def check_far(model, reference):
     assert logits_difference(model, reference, FAR) < FAR_LOGITS
 
 
-def check_far_given_frequencies(model, reference):
+@contextlib.contextmanager
+def given_frequencies(model, reference):
     frequencies = reference.model.rotary_emb.inv_freq
     own = frequencies.clone()
     try:
         frequencies.copy_(torch.tensor(np.asarray(model.rotary.frequencies())))
-        assert logits_difference(model, reference, FAR) < LOGITS
+        yield
     finally:
         frequencies.copy_(own)
+
+
+def check_far_given_frequencies(model, reference):
+    with given_frequencies(model, reference):
+        assert logits_difference(model, reference, FAR) < LOGITS
+
+
+def check_padded(model, reference):
+    assert logits_difference(model, reference, PADDED, REAL) < LOGITS
+    with given_frequencies(model, reference):
+        assert logits_difference(model, reference, FAR_PADDED, REAL) < LOGITS
 
 
 @eqx.filter_jit
@@ -132,7 +158,7 @@ def check_gradients(model, reference):
     assert max(worst.values()) < GRADIENTS, worst
 
 
-CHECKS = [check_near, check_frequencies, check_far, check_far_given_frequencies, check_gradients]
+CHECKS = [check_near, check_frequencies, check_far, check_far_given_frequencies, check_padded, check_gradients]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -141,11 +167,19 @@ def test_agrees(pair, preset, check):
     check(*pair(preset))
 
 
-def with_config(model, **changes):
-    """The same arrays under another config."""
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_agrees_with_every_number_of_key_heads(pair, preset, kv_heads, check):
+    check(*pair(preset, heads=6, kv_heads=kv_heads))
+
+
+def with_config(model, *more, **changes):
+    """The same arrays, and those given at the end, under another config."""
     config = dataclasses.replace(model.config, **changes)
     structure = jax.tree.structure(eqx.filter_eval_shape(lambda key: config.build(key=key), jax.random.key(0)))
-    return structure.unflatten(jax.tree.leaves(model))
+    return structure.unflatten([*jax.tree.leaves(model), *more])
 
 
 def with_rotary(model, **changes):
@@ -163,7 +197,7 @@ def adjacent_pairs(x):
 
 
 MUTATIONS = {
-    "eps 1e-3": lambda m: with_config(m, norm=RMSNormConfig(eps=1e-3)),
+    "eps of Llama 1": lambda m: with_config(m, norm=RMSNormConfig(eps=1e-6)),
     "theta": lambda m: with_rotary(m, theta=1e4),
     "gelu": lambda m: with_config(m, feed_forward=GatedFeedForwardConfig(activation="gelu")),
     "key heads exchanged": edited(lambda b: b.attention.k_proj, lambda k: k[..., ::-1, :]),
@@ -206,6 +240,61 @@ def test_far_change_is_noticed_given_frequencies(pair):
     model, reference = pair("llama3_2_1b")
     with pytest.raises(AssertionError):
         check_far_given_frequencies(FAR_MUTATIONS["bfloat16 angles"](model), reference)
+
+
+def write_meta(reference, folder):
+    """Meta's files of a model that transformers holds: rotary pairs side by side, row by row."""
+    state, config = reference.state_dict(), reference.config
+    names = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv"}
+    names |= {"self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2"}
+    names |= {"mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {"embed_tokens": "tok_embeddings", "lm_head": "output", "model.": ""}
+    written = {}
+    for name, x in state.items():
+        if "q_proj" in name or "k_proj" in name:
+            half = config.head_dim // 2
+            heads = x.reshape(-1, config.head_dim, x.shape[1])
+            x = torch.stack([row for head in heads for i in range(half) for row in (head[i], head[i + half])])
+        for theirs, metas in names.items():
+            name = name.replace(theirs, metas)
+        written[name] = x.clone()
+    folder.mkdir()
+    torch.save(written, folder / "consolidated.00.pth")
+    sizes = {"dim": config.hidden_size, "n_layers": config.num_hidden_layers, "n_heads": config.num_attention_heads}
+    sizes |= {"n_kv_heads": config.num_key_value_heads, "vocab_size": config.vocab_size, "norm_eps": config.rms_norm_eps}
+    sizes |= {"multiple_of": 1, "ffn_dim_multiplier": (config.intermediate_size + 0.5) / int(8 * config.hidden_size / 3)}
+    (folder / "params.json").write_text(json.dumps(sizes))
+
+
+def test_a_dropped_permutation_is_noticed(pair, tmp_path, monkeypatch):
+    """Of Meta's files, by which llama.cpp and others were once caught out."""
+    _, reference = pair("llama2_70b", heads=6, kv_heads=2)
+    write_meta(reference, tmp_path / "meta")
+    check_near(load_pretrained(tmp_path / "meta"), reference)
+    monkeypatch.setattr(meta, "pairs_to_halves", lambda x: x)
+    with pytest.raises(AssertionError):
+        check_near(load_pretrained(tmp_path / "meta"), reference)
+
+
+def untied(model):
+    """The same values, stored twice."""
+    return with_config(model, model.embed.T, tied=False)
+
+
+def test_a_dropped_tie_is_noticed(pair):
+    """Its logits are right until the first step of training: the gradient tells."""
+    model, reference = pair("llama3_2_1b")
+    check_near(untied(model), reference)
+    with pytest.raises(AssertionError):
+        check_gradients(untied(model), reference)
+
+
+def test_padding_that_is_seen_is_noticed(pair, monkeypatch):
+    model, reference = pair("llama2_70b")
+    blind = jax.jit(lambda model, tokens, positions, segment_ids: model(tokens, positions=positions))
+    monkeypatch.setitem(globals(), "our_logits", blind)
+    with pytest.raises(AssertionError):
+        check_padded(model, reference)
 
 
 def bfloat16(x):
@@ -264,7 +353,7 @@ def test_reads_what_transformers_writes(tmp_path, tied, shard):
                 parameter.uniform_(0.7, 1.3)
     reference.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) is (shard == "100KB")
-    model = load_huggingface(tmp_path)
+    model = load_pretrained(tmp_path)
     check_near(model, reference)
     check_frequencies(model, reference)
     check_gradients(model, reference)

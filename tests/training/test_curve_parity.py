@@ -11,8 +11,8 @@ from jax.sharding import AxisType
 
 from llama_eqx import build_model, load_config, save_pretrained
 from llama_eqx.batch import Batch
+from llama_eqx.model.kernel import KernelConfig
 from llama_eqx.precision import PrecisionConfig
-from llama_eqx.remat import RematConfig
 from llama_eqx.sharding import MESH_AXES, Layout
 from llama_eqx.training.loss import policy_view
 from llama_eqx.training.state import TrainState
@@ -32,14 +32,14 @@ def rows():
     return np.random.default_rng(0).integers(0, 64, (STEPS, SIZE, LENGTH + 1))
 
 
-def our_losses(config, rows, *, remat="none", sharding="fsdp", mesh=(1, 1, 1, 1)):
+def our_losses(config, rows, *, remat="none", sharding="fsdp", mesh=(1, 1, 1, 1), kernel=None, unroll=1, microbatch_size=None):
     devices = jax.devices()[: math.prod(mesh)]
     layout = Layout(
         jax.make_mesh(mesh, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices), load_config(f"sharding={sharding}").sharding
     )
-    view = policy_view(PrecisionConfig(params="float32", compute="float32"), RematConfig(policy=remat), layout)
-    optimizer = config.optimizer.build()
-    step = eqx.filter_jit(make_step(optimizer, lambda step: config.schedule.rate(step, STEPS), view, layout))
+    view = policy_view(PrecisionConfig(params="float32", compute="float32"), load_config(f"remat={remat}").remat, layout, kernel, unroll)
+    optimizer, loss = config.optimizer.build(), config.loss.build(view, layout)
+    step = eqx.filter_jit(make_step(optimizer, lambda step: config.schedule.rate(step, STEPS), loss, layout, microbatch_size))
     model = build_model(config.model, key=jax.random.key(0))
     state = TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
     state = jax.device_put(state, layout.shardings(state))
@@ -106,9 +106,22 @@ def test_the_comparison_sees_what_is_broken(broken, config, rows, theirs):
         np.testing.assert_allclose(our_losses(changed, rows), theirs, rtol=1e-4)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_policies_do_not_change_the_curve(remat, config, rows, ours):
-    np.testing.assert_allclose(our_losses(config, rows, remat=remat), ours, rtol=1e-5)
+BLOCKED = KernelConfig(name="blocked", q_block=128, kv_block=128, fused_backward=False)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"remat": "full", "kernel": BLOCKED},
+        {"remat": "dots_attention", "mesh": (1, 8, 1, 1), "kernel": BLOCKED},
+        {"remat": "names", "mesh": (1, 4, 1, 1), "microbatch_size": 4},
+        {"remat": "offload", "unroll": 3},
+        *(pytest.param({"remat": name}, marks=pytest.mark.slow) for name in ("dots", "dots_attention", "names", "offload")),
+    ],
+    ids=lambda settings: "-".join(str(getattr(value, "name", value)) for value in settings.values()),
+)
+def test_policies_do_not_change_the_curve(settings, config, rows, ours):
+    np.testing.assert_allclose(our_losses(config, rows, **settings), ours, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -122,5 +135,6 @@ def test_policies_do_not_change_the_curve(remat, config, rows, ours):
         ("sequence", (1, 2, 2, 2)),
     ],
 )
-def test_eight_devices_give_the_losses_of_one(sharding, mesh, config, rows, ours):
-    np.testing.assert_allclose(our_losses(config, rows, sharding=sharding, mesh=mesh), ours, rtol=1e-5)
+@pytest.mark.parametrize("kernel", [pytest.param(None, marks=pytest.mark.slow), BLOCKED], ids=["plain", "blocked"])
+def test_eight_devices_give_the_losses_of_one(kernel, sharding, mesh, config, rows, ours):
+    np.testing.assert_allclose(our_losses(config, rows, sharding=sharding, mesh=mesh, kernel=kernel), ours, rtol=1e-5)

@@ -1,0 +1,178 @@
+"""Conversations as the ids that Llama's chat models are trained on."""
+
+import abc
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from llama_eqx.data.tokenizer.base import Tokenizer
+from llama_eqx.errors import ConfigError, DataError
+
+Message = Mapping[str, str]  # {"role": …, "content": …}
+
+# Who may speak after whom; None is the beginning.
+AFTER = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool", "ipython"),
+    "tool": ("assistant",),
+    "ipython": ("assistant",),
+}
+
+
+class Piece(NamedTuple):
+    """A stretch of text, or the name of a special token; `learn` marks what the assistant is to say itself."""
+
+    text: str
+    special: bool = False
+    learn: bool = False
+
+
+class ChatFormat(abc.ABC):
+    """How a conversation is written. `roles` are those it knows."""
+
+    roles: tuple[str, ...]
+
+    def encode(self, messages: Sequence[Any], tokenizer: Tokenizer, *, generate: bool) -> tuple[list[int], list[bool]]:
+        """The ids of a conversation of `Message`s, BOS included, and of each whether the assistant is to learn it.
+
+        It learns what it says itself, with the token that ends its turn. With `generate` the conversation ends where its next turn begins.
+        What people write never becomes a special token, whatever its text.
+
+        Raises `DataError` naming the message that is out of order, `ConfigError` when the tokenizer lacks a special token of the format.
+        """
+        _check(messages, self.roles, generate)
+        pieces = self.pieces(messages, generate=generate)
+        if missing := sorted({piece.text for piece in pieces if piece.special} - set(tokenizer.special)):
+            raise ConfigError(
+                f"this chat format needs {', '.join(missing)}, which the tokenizer does not have",
+                where="tokenizer",
+                next=f"its own is {tokenizer.chat}" if tokenizer.chat else "another tokenizer, such as bytes, or one of Llama",
+            )
+        ids, learn = [], []
+        for special, run in itertools.groupby(pieces, lambda piece: piece.special):
+            for part, learned in (
+                [([tokenizer.special[piece.text]], piece.learn) for piece in run] if special else _text(list(run), tokenizer)
+            ):
+                ids += part
+                learn += [learned] * len(part)
+        return ids, learn
+
+    @abc.abstractmethod
+    def pieces(self, messages: Sequence[Message], *, generate: bool) -> list[Piece]:
+        """What `encode` encodes, of messages in order."""
+
+
+class Llama2(ChatFormat):
+    """Llama 2's (2023, arXiv 2307.09288): the system's message lies within the first of the user."""
+
+    roles = ("system", "user", "assistant")
+
+    def pieces(self, messages: Sequence[Message], *, generate: bool) -> list[Piece]:
+        system, pieces = "", []
+        for message in messages:
+            role, content = message["role"], message["content"]
+            if role == "system":
+                system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
+            elif role == "user":
+                pieces += [Piece("<s>", special=True), Piece(f"[INST] {(system + content).strip()} [/INST]")]
+                system = ""
+            else:
+                pieces += [Piece(f" {content.strip()} ", learn=True), Piece("</s>", special=True, learn=True)]
+        return pieces
+
+
+class Llama3(ChatFormat):
+    """Llama 3's: every turn begins with its role in a header."""
+
+    roles = ("system", "user", "assistant", "tool", "ipython")
+
+    def pieces(self, messages: Sequence[Message], *, generate: bool) -> list[Piece]:
+        turns = [piece for message in messages for piece in _turn(message["role"], message["content"].strip())]
+        return [Piece("<|begin_of_text|>", special=True), *turns, *(_header("assistant") if generate else [])]
+
+
+class Llama31(ChatFormat):
+    """That of Llama 3.1 and 3.3: always a system turn, which begins with dates, and what tools say in JSON.
+
+    The templates of Llama 3.2 put the day of the call in place of the second date; here it stays, so that the same text gives the same ids.
+    """
+
+    roles = Llama3.roles
+    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+
+    def pieces(self, messages: Sequence[Message], *, generate: bool) -> list[Piece]:
+        given = messages[0]["role"] == "system"
+        pieces = _turn("system", self.dates + (messages[0]["content"].strip() if given else ""))
+        for message in messages[given:]:
+            if message["role"] in ("tool", "ipython"):
+                pieces += _turn("ipython", json.dumps(message["content"], ensure_ascii=False))
+            else:
+                pieces += _turn(message["role"], message["content"].strip())
+        return [Piece("<|begin_of_text|>", special=True), *pieces, *(_header("assistant") if generate else [])]
+
+
+FORMATS = {"llama2": Llama2(), "llama3": Llama3(), "llama3_1": Llama31()}
+
+
+def chat_format(tokenizer: Tokenizer) -> ChatFormat:
+    """The format that a tokenizer's special tokens are made for.
+
+    Raises `ConfigError` when it has none.
+    """
+    if tokenizer.chat is None:
+        raise ConfigError(
+            "this tokenizer has no chat format: it lacks the special tokens", where="tokenizer", next="such as tokenizer=bytes"
+        )
+    return FORMATS[tokenizer.chat]
+
+
+def _header(role: str) -> list[Piece]:
+    return [Piece("<|start_header_id|>", special=True), Piece(role), Piece("<|end_header_id|>", special=True), Piece("\n\n")]
+
+
+def _turn(role: str, content: str) -> list[Piece]:
+    learn = role == "assistant"
+    return [*_header(role), Piece(content, learn=learn), Piece("<|eot_id|>", special=True, learn=learn)]
+
+
+def _text(run: list[Piece], tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
+    """The ids of neighbouring texts, encoded as the one that they are, and whose they are."""
+    parts, begin = [], 0
+    whole = tokenizer.encode("".join(piece.text for piece in run))
+    for i, piece in enumerate(run):
+        end = len(whole) if i == len(run) - 1 else _common(whole, tokenizer.encode("".join(piece.text for piece in run[: i + 1])))
+        parts.append((whole[begin:end], piece.learn))
+        begin = end
+    return parts
+
+
+def _common(whole: list[int], head: list[int]) -> int:
+    """How many ids the two begin with alike: an id that reaches from one piece into the next belongs to the next."""
+    return next((i for i, (a, b) in enumerate(zip(whole, head, strict=False)) if a != b), len(head))
+
+
+def _check(messages: Sequence[Any], roles: tuple[str, ...], generate: bool) -> None:
+    if not messages:
+        raise DataError("no messages", where="messages", next='at least {"role": "user", "content": …}')
+    before = None
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) or not isinstance(message.get("role"), str):
+            raise DataError('not a message: {"role": …, "content": …}, both strings', where=where)
+        if extra := sorted(key for key, value in message.items() if key not in ("role", "content") and value is not None):
+            raise DataError(f"a message has a role and a content; there is no place for {', '.join(extra)}", where=where)
+        role = message["role"]
+        allowed = [known for known in AFTER[before] if known in roles]
+        if role not in allowed:
+            place = f"after {before}" if before else "at the beginning"
+            raise DataError(f"{role!r} {place}: here speaks {' or '.join(allowed)}", where=f"{where}.role")
+        before = role
+    if generate and before not in ("user", "tool", "ipython"):
+        raise DataError(
+            f"the last message is of {before}: there is nothing for the assistant to answer", where=f"messages[{len(messages) - 1}].role"
+        )
+    if before == "system":
+        raise DataError("only a system message: nobody has spoken", where="messages")

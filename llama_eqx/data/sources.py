@@ -1,0 +1,233 @@
+"""Files of text: which there are, the pieces they can be read in, and the documents in each."""
+
+import glob
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama_eqx.config import nearest
+from llama_eqx.errors import DataError
+
+TEXT, LINES, PARQUET = ".txt", ".jsonl", ".parquet"
+COMPRESSED = (".gz", ".zst")
+IN_FOLDERS = (*(f"{suffix}{pressed}" for suffix in (TEXT, ".md", LINES) for pressed in ("", *COMPRESSED)), PARQUET)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file. `name` is relative to where it was looked for, so that it is the same on every machine; `size` is in bytes."""
+
+    name: str
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What of a source is read at once: all of it, its lines that begin in the bytes `start` up to `stop`, or these row groups.
+
+    `number` is that of the source, `first` that of the records before the piece, where it is known without reading them. `weight` is
+    about how many bytes there are to read.
+    """
+
+    number: int
+    source: Source
+    start: int
+    stop: int
+    first: int
+    weight: int
+
+
+class Record(NamedTuple):
+    """`number` counts from 1 and from the start of the piece, blank lines included; 0 when the whole source is the document.
+
+    A blank line has neither a text nor a problem.
+    """
+
+    number: int
+    text: str | None
+    problem: str = ""
+
+
+def find(where: str, key: str) -> list[Source]:
+    """The files that match, in order: a file, a glob (with ** for folders in folders), or all of `IN_FOLDERS` below a folder.
+
+    Raises `DataError` when there are none, with the advice to set `key`.
+    """
+    path = Path(where).expanduser()
+    if path.is_dir():
+        root, files = path, [file for file in path.rglob("*") if file.name.endswith(IN_FOLDERS)]
+    else:
+        # What comes before the first wildcard, so that names do not depend on what else matches.
+        root = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
+        files = [path] if path.is_file() else [Path(file) for file in glob.glob(str(path), recursive=True)]
+    if found := sorted(file for file in files if file.is_file()):
+        return [Source(file.relative_to(root).as_posix(), str(file), file.stat().st_size) for file in found]
+    raise DataError("nothing matches", where=str(path), next=f"{key}=FOLDER with {LISTED} files, or a glob such as {key}='FOLDER/**/*.txt'")
+
+
+LISTED = ".txt, .md, .jsonl or .parquet"
+
+
+def pieces(number: int, source: Source, size: int | None, field: str) -> list[Piece]:
+    """A source in pieces of some `size` bytes, or whole with None. Only .jsonl and .parquet can be cut.
+
+    Raises `DataError` for a .parquet file that is none or has no text in the column `field`.
+    """
+    if _kind(source) == PARQUET:
+        return _row_groups(number, source, size, field)
+    cut = size if size and source.name.endswith(LINES) else max(1, source.size)
+    starts = range(0, max(1, source.size), cut)
+    return [Piece(number, source, start, min(start + cut, source.size), 0, min(cut, source.size - start)) for start in starts]
+
+
+def records(piece: Piece, field: str) -> Iterator[Record]:
+    """The documents of a piece: `field` of each line or row, or the one text. A record that cannot be read has a problem instead.
+
+    Raises `DataError` when the file is not as large as it was.
+    """
+    source, number = piece.source, 0
+    try:
+        if (size := os.stat(source.path).st_size) != source.size:
+            raise DataError(f"{size} bytes, and a moment ago it had {source.size}", where=source.path, next="wait until it is written")
+        kind = _kind(source)
+        if kind == PARQUET:
+            for number, content in enumerate(_rows(piece, field), piece.first + 1):
+                yield Record(number, None, f"no text in the column {field}") if content is None else _record(number, content)
+            return
+        with _open(source) as file:
+            if kind == LINES:
+                for number, line in enumerate(_lines(file, piece), 1):
+                    yield _line(number, line, field)
+            else:
+                yield _record(0, file.read())
+    except (OSError, EOFError, ValueError, NotImplementedError, zlib.error) as error:
+        yield Record(number + 1 if number else 0, None, f"cannot read: {getattr(error, 'strerror', None) or error}")
+
+
+def read_text(path: Path) -> str:
+    """Raises `DataError` for what is not UTF-8."""
+    source = Source(path.name, str(path), 0)
+    try:
+        record = _record(0, path.read_bytes())
+    except OSError as error:
+        record = Record(0, None, f"cannot read: {error.strerror}")
+    if record.text is None:
+        raise refusal(Piece(0, source, 0, 0, 0, 0), record, "data.path")
+    return record.text
+
+
+def refusal(piece: Piece, record: Record, key: str) -> DataError:
+    """The problem of a record as an error, for people. `key` names the files."""
+    where, mend = piece.source.path, "convert it to UTF-8"
+    if record.number:
+        where += f":{_lines_before(piece) + record.number}"
+        mend = "mend this record, or take it out"
+    return DataError(record.problem, where=where, next=f"{mend}, or leave the file out with a glob such as {key}='FOLDER/*.md'")
+
+
+def _kind(source: Source) -> str:
+    name = source.name
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    return next((kind for kind in (LINES, PARQUET) if name.endswith(kind)), TEXT)
+
+
+def _open(source: Source) -> Any:
+    if source.name.endswith(".gz"):
+        return gzip.open(source.path)
+    if source.name.endswith(".zst"):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(source.path, "zstd"), 2**20)
+    return open(source.path, "rb")
+
+
+def _lines(file: Any, piece: Piece) -> Iterator[bytes]:
+    if piece.stop - piece.start == piece.source.size:  # not cut, and if it is compressed, longer than its size says
+        yield from file
+        return
+    file.seek(max(0, piece.start - 1))
+    at = piece.start - 1 + len(file.readline()) if piece.start else 0
+    while at < piece.stop and (line := file.readline()):
+        yield line
+        at += len(line)
+
+
+def _lines_before(piece: Piece) -> int:
+    """Of the file, before a piece of it."""
+    count, left, last = 0, piece.start, b"\n"
+    if _kind(piece.source) == LINES and piece.start:
+        with open(piece.source.path, "rb") as file:
+            while left > 0 and (block := file.read(min(2**20, left))):
+                count, left, last = count + block.count(b"\n"), left - len(block), block[-1:]
+            if last != b"\n":  # the line that is cut belongs to the piece before
+                count += 1
+    return count
+
+
+def _line(number: int, line: bytes, field: str) -> Record:
+    record = _record(number, line)
+    if record.text is None or not record.text.strip():
+        return record if record.problem else Record(number, None)
+    try:
+        text = json.loads(record.text)[field]
+        text.encode()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return Record(number, None, f'not a JSON object with a string "{field}"')
+    return Record(number, text)
+
+
+def _record(number: int, content: bytes) -> Record:
+    if b"\0" not in content:
+        try:
+            return Record(number, content.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            pass
+    return Record(number, None, "not UTF-8 text")
+
+
+def _row_groups(number: int, source: Source, size: int | None, field: str) -> list[Piece]:
+    import pyarrow
+
+    try:
+        with _parquet(source) as file:
+            names, metadata = file.schema_arrow.names, file.metadata
+            if field not in names:
+                raise DataError(f"no column {field!r}", where=source.path, next=nearest(field, names))
+            kind = file.schema_arrow.field(field).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise DataError(f"the column {field!r} has {kind}, not text", where=source.path, next=nearest(field, names))
+            column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == field)
+            found, start, first, weight, rows = [], 0, 0, 0, 0
+            for i in range(metadata.num_row_groups):
+                weight += metadata.row_group(i).column(column).total_uncompressed_size
+                rows += metadata.row_group(i).num_rows
+                if i + 1 == metadata.num_row_groups or (size and weight >= size):
+                    found.append(Piece(number, source, start, i + 1, first, weight))
+                    start, first, weight, rows = i + 1, first + rows, 0, 0
+            return found
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"not a parquet file: {str(error).splitlines()[0]}", where=source.path) from error
+
+
+def _rows(piece: Piece, field: str) -> Iterator[bytes | None]:
+    import pyarrow
+
+    with _parquet(piece.source) as file:
+        groups = list(range(piece.start, piece.stop))
+        for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[field], use_threads=False):
+            column = batch.column(0)
+            yield from column.cast(pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary()).to_pylist()
+
+
+def _parquet(source: Source) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(source.path)

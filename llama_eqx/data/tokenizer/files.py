@@ -1,0 +1,63 @@
+"""What a tokenizer's file turns out to be."""
+
+import re
+from pathlib import Path
+
+from llama_eqx.errors import DataError
+
+
+def read(path: str, wanted: str, option: str) -> bytes:
+    """The bytes of a tokenizer's file.
+
+    Raises `DataError` when there is none, or when it is something that stands in its place.
+    """
+    advice = f"tokenizer={option} tokenizer.path=FILE, {wanted}"
+    file = Path(path).expanduser()
+    try:
+        content = file.read_bytes()
+    except IsADirectoryError:
+        inside = next((name for name in ("tokenizer.model", "tokenizer.json") if (file / name).is_file()), None)
+        if inside == "tokenizer.model":
+            advice = f"tokenizer.path={file / inside}"
+        elif inside:
+            advice = f"tokenizer=hf tokenizer.path={file}"
+        raise DataError("a folder, not a file", where=path, next=advice) from None
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror}", where=path, next=advice) from error
+    refuse_stand_in(content, path)
+    return content
+
+
+def refuse_stand_in(content: bytes, where: str) -> None:
+    """Raises `DataError` for what failed downloads leave behind."""
+    if content.startswith(b"version https://git-lfs"):
+        raise DataError("a Git LFS pointer, not the file that it points to", where=where, next="git lfs pull, in the folder it came with")
+    if re.match(rb"\s*<(!doctype\s+)?html", content[:1000], re.IGNORECASE):
+        raise DataError("an HTML page, not the file itself", where=where, next="download it again: the page may ask for a login")
+    if not content.strip():
+        raise DataError("an empty file", where=where, next="download it again")
+
+
+def is_sentencepiece(content: bytes) -> bool:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor().LoadFromSerializedProto(content)
+    except RuntimeError:
+        return False
+
+
+def is_tiktoken(content: bytes) -> bool:
+    """Whether it begins as a list of tokens in base 64 and their ranks."""
+    return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content[:1000]) is not None
+
+
+def described(content: bytes, wanted: str) -> DataError:
+    """Why `content` is not the `wanted` file, and which option reads it."""
+    if is_tiktoken(content):
+        return DataError(f"a tiktoken file, as Llama 3 has, not {wanted}", next="tokenizer=tiktoken tokenizer.path=FILE")
+    if content.lstrip()[:1] == b"{":
+        return DataError(f"a JSON file, not {wanted}", next="tokenizer=hf tokenizer.path=FOLDER, if it is a tokenizer.json")
+    if is_sentencepiece(content):
+        return DataError(f"a SentencePiece model, as Llama 1 and 2 have, not {wanted}", next="tokenizer=sentencepiece tokenizer.path=FILE")
+    return DataError(f"not {wanted}", next="another file, or download this one again")

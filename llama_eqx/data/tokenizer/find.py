@@ -1,0 +1,70 @@
+"""Tokenizers that lie beside a model."""
+
+import json
+from pathlib import Path
+
+from llama_eqx.data.tokenizer.base import MARK, Tokenizer, fingerprint
+from llama_eqx.data.tokenizer.files import is_tiktoken, read
+from llama_eqx.data.tokenizer.huggingface import HuggingFaceTokenizer, read_huggingface, special_ids
+from llama_eqx.data.tokenizer.plain import BytesTokenizer, CharsTokenizer
+from llama_eqx.data.tokenizer.sentencepiece import SentencePieceTokenizer
+from llama_eqx.data.tokenizer.tiktoken import TiktokenTokenizer
+from llama_eqx.errors import DataError
+
+KINDS = (SentencePieceTokenizer, TiktokenTokenizer, HuggingFaceTokenizer, BytesTokenizer, CharsTokenizer)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """What `Tokenizer.save` wrote.
+
+    Raises `DataError` when it is not there, or is not what was written.
+    """
+    try:
+        said = json.loads((folder / MARK).read_text())
+        kind = {kind.kind: kind for kind in KINDS}[said["kind"]]
+        definition, settings = (folder / kind.file).read_bytes(), said.get("settings", {})
+        if fingerprint(kind.kind, definition, settings) == said["fingerprint"]:
+            return kind(definition, **settings)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"no tokenizer here: {type(error).__name__}: {error}", where=str(folder), next="a run directory has one") from error
+    raise DataError("not the file that was saved here: its sha256 differs", where=str(folder / kind.file))
+
+
+def find_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of the model in `folder`: a run directory, or a folder of Hugging Face or Meta.
+
+    Raises `DataError` when there is none, or it is damaged.
+    """
+    if (folder / "tokenizer" / MARK).is_file():
+        return load_tokenizer(folder / "tokenizer")
+    if (folder / "tokenizer.json").is_file():
+        return read_huggingface(folder)
+    # Meta's own downloads keep one file beside the folders of a generation's sizes.
+    beside = [folder.parent] if (folder / "params.json").is_file() else []
+    file = next((place / "tokenizer.model" for place in (folder, *beside) if (place / "tokenizer.model").is_file()), None)
+    if file is None:
+        raise DataError(
+            "no tokenizer beside this model: neither tokenizer/, tokenizer.json nor tokenizer.model",
+            where=str(folder),
+            next="copy the tokenizer's files into that folder",
+        )
+    content = read(str(file), "a tokenizer", "sentencepiece")
+    try:
+        if is_tiktoken(content):
+            tokenizer = TiktokenTokenizer(content, chat=_generation(folder))
+        else:
+            tokenizer = SentencePieceTokenizer(content)
+    except DataError as error:
+        raise DataError(error.what, where=str(file), next="download it again") from error
+    tokenizer.stop = tuple(dict.fromkeys((*tokenizer.stop, *special_ids(folder, tokenizer.special)["stop"])))
+    return tokenizer
+
+
+def _generation(folder: Path) -> str:
+    """Llama 3 or later: the file of ranks is the same, but only the later models scale their rotary frequencies."""
+    for name, key in {"params.json": "use_scaled_rope", "config.json": "rope_scaling"}.items():
+        try:
+            return "llama3_1" if json.loads((folder / name).read_text()).get(key) else "llama3"
+        except (OSError, ValueError, AttributeError):
+            continue
+    return "llama3_1"

@@ -1,0 +1,162 @@
+"""Tokenizers of Hugging Face folders."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from llama_eqx.data.corpus import DataConfig
+from llama_eqx.data.tokenizer.base import Tokenizer, TokenizerConfig, utf8
+from llama_eqx.data.tokenizer.files import refuse_stand_in
+from llama_eqx.data.tokenizer.tiktoken import turn_ends
+from llama_eqx.errors import ConfigError, DataError
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """What a `tokenizer.json` says, read by the `tokenizers` library.
+
+    That file does not say which ids begin and end a text; they come beside it. All tokens that were added to the vocabulary are
+    special here: none is found in text unless asked, though those that the file does not call special are written by `decode`.
+
+    Raises `DataError` when the file is damaged or an id is not in it.
+    """
+
+    kind, file = "hf", "tokenizer.json"
+
+    def __init__(self, definition: bytes, **settings: Any):
+        from tokenizers import Tokenizer as Library
+
+        self.definition = definition
+        try:
+            self.library = Library.from_str(definition.decode())
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(f"a damaged tokenizer.json: {error}", next="download it again") from error
+        added = self.library.get_added_tokens_decoder()
+        self.special = {token.content: i for i, token in added.items()}
+        self.unspoken = frozenset(i for i, token in added.items() if token.special)
+        # The library leaves alone what it calls special, and so must call all of them that.
+        self.library.add_special_tokens(list(added.values()))
+        self.library.encode_special_tokens = True
+        self.library.no_truncation()
+        self.library.no_padding()
+        self.vocab = 1 + max(self.library.get_vocab().values(), default=-1)
+        self.mark(**settings)
+
+    def mark(
+        self,
+        *,
+        bos: int | None = None,
+        eos: int | None = None,
+        stop: Sequence[int] = (),
+        pad: int | None = None,
+        chat: str | None = None,
+    ) -> None:
+        """Says which ids begin and end a text. Raises `DataError` when one is not in the vocabulary."""
+        if wrong := [i for i in (bos, eos, pad, *stop) if i is not None and not 0 <= i < self.vocab]:
+            raise DataError(f"a special id is {wrong[0]}, but tokenizer.json has {self.vocab} ids", next="files of two models are mixed")
+        self.bos, self.eos, self.pad = bos, eos, pad
+        self.stop = tuple(dict.fromkeys([*([] if eos is None else [eos]), *stop, *turn_ends(self.special)]))
+        self.chat = chat or _chat(self.special)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        for text in texts:
+            utf8(text)
+        return [np.array(row.ids, np.int32) for row in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.library.decode(ids, skip_special_tokens=False)
+
+    def _silent(self) -> frozenset[int]:
+        return self.unspoken
+
+    def _definition(self) -> bytes:
+        return self.definition
+
+    def _settings(self) -> dict[str, Any]:
+        return {"bos": self.bos, "eos": self.eos, "stop": self.stop, "pad": self.pad, "chat": self.chat}
+
+
+class HuggingFaceTokenizerConfig(TokenizerConfig):
+    """The `tokenizer.json` in the folder `path`. `chat` is what its special tokens are made for, unless given."""
+
+    path: str | None
+    chat: Literal["llama2", "llama3", "llama3_1"] | None
+
+    def check(self) -> None:
+        if self.path is None:
+            raise ConfigError("tokenizer=hf needs a folder", where="path", next="tokenizer.path=FOLDER with a tokenizer.json")
+
+    def build(self, data: DataConfig) -> HuggingFaceTokenizer:
+        assert self.path is not None
+        return read_huggingface(Path(self.path).expanduser(), self.chat)
+
+
+def read_huggingface(folder: Path, chat: str | None = None) -> HuggingFaceTokenizer:
+    """The tokenizer in a Hugging Face folder.
+
+    Raises `DataError` naming the file that is missing or damaged.
+    """
+    file = folder / "tokenizer.json"
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        advice = "tokenizer.path=FOLDER with a tokenizer.json"
+        if folder.is_file():
+            advice = f"tokenizer.path={folder.parent}"
+        elif (folder / "tokenizer.model").is_file():
+            advice = f"tokenizer=sentencepiece (Llama 1, 2) or tiktoken (Llama 3) with tokenizer.path={folder / 'tokenizer.model'}"
+        raise DataError(f"cannot read: {error.strerror}", where=str(file), next=advice) from error
+    refuse_stand_in(content, str(file))
+    try:
+        tokenizer = HuggingFaceTokenizer(content)
+        tokenizer.mark(**special_ids(folder, tokenizer.special), chat=chat)
+    except DataError as error:
+        raise DataError(error.what, where=error.where or str(file), next=error.next) from error
+    return tokenizer
+
+
+def special_ids(folder: Path, names: Mapping[str, int]) -> dict[str, Any]:
+    """`bos`, `eos`, `pad` and `stop` as the files of a folder say: generation_config.json, then config.json, then tokenizer_config.json.
+
+    The first of several EOS ids ends documents, all end generation. `names` are the ids of special tokens; where no file says anything,
+    BOS and EOS are those of Llama's names.
+    """
+    *numbers, words = [_json(folder / name) for name in ("generation_config.json", "config.json", "tokenizer_config.json")]
+
+    def said(which: str) -> list[int]:
+        for tree in numbers:
+            if (ids := tree.get(f"{which}_token_id")) is not None:
+                ids = ids if isinstance(ids, list) else [ids]
+                if not all(type(i) is int for i in ids):
+                    raise DataError(f"{which}_token_id is {ids}, not an id", where=str(folder))
+                return ids
+        token = words.get(f"{which}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        return [names[token]] if isinstance(token, str) and token in names else []
+
+    bos = said("bos") or [names[name] for name in ("<|begin_of_text|>", "<s>") if name in names]
+    eos = said("eos") or [names[name] for name in ("<|end_of_text|>", "</s>") if name in names]
+    pad = said("pad") or [names[name] for name in ("<|finetune_right_pad_id|>",) if name in names]
+    bos, eos, pad, stop = *(next(iter(ids), None) for ids in (bos, eos, pad)), tuple(eos)
+    return {"bos": bos, "eos": eos, "stop": stop, "pad": pad}
+
+
+def _chat(special: Mapping[str, int]) -> str | None:
+    for name, chat in {"<|python_tag|>": "llama3_1", "<|start_header_id|>": "llama3", "<s>": "llama2"}.items():
+        if name in special:
+            return chat
+    return None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"not JSON: {error}", where=str(file), next="download it again") from error
+    if not isinstance(tree, dict):
+        raise DataError("not a JSON object", where=str(file), next="download it again")
+    return tree

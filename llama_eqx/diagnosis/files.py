@@ -1,0 +1,48 @@
+"""Files that are not what their names say, and those that are not as they were written."""
+
+import pathlib
+from typing import Any
+
+from llama_eqx.checkpoint.manifest import MANIFEST, find_damage
+from llama_eqx.diagnosis.report import Finding, finding_of
+from llama_eqx.errors import CheckpointError
+from llama_eqx.interop.files import inside, mistaken
+from llama_eqx.interop.files import read_json as read
+
+SUFFIXES = {".json", ".safetensors", ".model", ".pth", ".npy"}
+
+
+def check_files(folder: pathlib.Path) -> list[Finding]:
+    """Git LFS pointers, web pages and empty files in the place of a model's own."""
+    findings = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix in SUFFIXES and not file.is_dir() and (what := mistaken(file, "")):
+            hint = "git lfs pull" if "LFS" in what else "download it again"
+            findings.append(Finding("error", file.name, what, hint))
+    return findings
+
+
+def check_manifest(folder: pathlib.Path) -> list[Finding]:
+    """Files whose SHA-256 is not that of the manifest, if there is one."""
+    if not (folder / MANIFEST).is_file():
+        return []
+    try:
+        damage = find_damage(folder)
+    except CheckpointError as error:
+        return [finding_of(error, folder, MANIFEST)]
+    hint = "copy or convert it again"
+    changed = [Finding("error", name, f"damaged: its SHA-256 is not that of {MANIFEST}", hint) for name in damage.damaged]
+    missing = [Finding("error", name, f"missing, and listed in {MANIFEST}", hint) for name in damage.missing]
+    return [*changed, *missing, *(Finding("note", name, f"not listed in {MANIFEST}") for name in damage.extra)]
+
+
+def read_json(folder: pathlib.Path, name: str, findings: list[Finding]) -> dict[str, Any] | None:
+    """The object in a file; None if there is none, which is added to `findings` unless `check_files` has seen it."""
+    file = folder / name
+    if not file.is_file() or mistaken(file, ""):
+        return None
+    try:
+        return read(inside(folder, name))
+    except CheckpointError as error:
+        findings.append(Finding("error", name, error.what, error.next or "download or write it again"))
+        return None

@@ -1,0 +1,134 @@
+"""From any format to any other, a tensor at a time."""
+
+import math
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from tqdm import tqdm
+
+from llama_eqx.checkpoint.manifest import MANIFEST, appearing, write_manifest
+from llama_eqx.checkpoint.native import write_native
+from llama_eqx.config import Config, nearest
+from llama_eqx.errors import ConfigError, StorageError
+from llama_eqx.interop import huggingface, meta
+from llama_eqx.interop.files import CARRIED, mistaken
+from llama_eqx.interop.pretrained import MARKS, Format, located, open_pretrained, verified
+from llama_eqx.interop.weights import Weights, of_model, parameter_tree, pieces
+from llama_eqx.model.llama import Llama, LlamaConfig
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+class ConvertConfig(Config):
+    """Folders. Without `dtype` the weights stay as they are, bit for bit.
+
+    `shards` is the number of Meta's files; without it as many as Meta's own model of that size has.
+    """
+
+    from_: str | None
+    to: str | None
+    format: Format | None
+    dtype: str | None
+    shards: int | None
+
+    def check(self) -> None:
+        for key, value, example in (("from", self.from_, "FOLDER"), ("to", self.to, "FOLDER"), ("format", self.format, "hf|meta|native")):
+            if value is None:
+                raise ConfigError(f"{key} is not given", where=key, next=f"{key}={example}")
+        if self.dtype not in (None, *DTYPES):
+            raise ConfigError(f"no such dtype: {self.dtype}", where="dtype", next=nearest(self.dtype, DTYPES))
+        if self.shards is not None and self.format != "meta":
+            raise ConfigError(f"format={self.format} has no shards to be chosen", where="shards", next="format=meta, or leave shards out")
+
+
+def convert(config: ConvertConfig, *, replace: bool = False) -> list[str]:
+    """Writes the model in the folder `from` as a new folder `to`, and says what had to be assumed, a line for each.
+
+    The source is checked against its manifest meanwhile. Raises `CheckpointError` for one that cannot be used or a format that cannot
+    express it, `StorageError` when writing fails; then there is nothing at `to`.
+    """
+    assert config.from_ is not None
+    assert config.to is not None
+    assert config.format is not None
+    folder, _ = located(config.from_)
+    weights = open_pretrained(config.from_)
+    dtype = None if config.dtype is None else np.dtype(DTYPES[config.dtype])
+    with appearing(pathlib.Path(config.to), replace=replace) as target, verified(folder):
+        notes = [*weights.notes, *_write(weights, target, config.format, dtype, config.shards)]
+    if not (folder / MANIFEST).is_file():
+        notes.append(f"no {MANIFEST} beside the source: had its numbers been damaged, nobody would know")
+    return notes
+
+
+def save_pretrained(
+    model: Llama, path: str | pathlib.Path, *, format: Format, dtype: DTypeLike | None = None, shards: int | None = None
+) -> None:
+    """Writes `model` as a folder that `load_pretrained` reads; "hf" loads in `transformers` as it is, "meta" in Meta's own code.
+
+    Raises `CheckpointError` when the format cannot express the model, `ConfigError` for a format that is not known, `StorageError` when
+    there is something at `path` or it cannot be written.
+    """
+    if format not in MARKS:
+        raise ConfigError(f"no such format: {format}", where="format", next=f"one of: {', '.join(MARKS)}")
+    with appearing(pathlib.Path(path)) as folder:
+        _write(of_model(model), folder, format, None if dtype is None else np.dtype(dtype), shards)
+
+
+def require_expressible(config: LlamaConfig, format: Format) -> None:
+    """Raises `CheckpointError` naming the slot when the format has no such model."""
+    match format:
+        case "hf":
+            huggingface.config_to_huggingface(config)
+        case "meta":
+            meta.config_to_meta(config, meta.default_shards(config))
+
+
+def _write(weights: Weights, folder: pathlib.Path, format: Format, dtype: np.dtype | None, shards: int | None) -> list[str]:
+    """Fills an empty folder, its manifest last. What is returned are notes."""
+    require_expressible(weights.config, format)
+    tree = parameter_tree(weights, dtype)
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in tree.values())
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise StorageError(f"{size / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} GB are free", where=str(folder.parent))
+    notes: list[str] = []
+    with tqdm(total=size, unit="B", unit_scale=True, desc=f"to {format}", disable=None) as bar:
+        match format:
+            case "hf":
+                huggingface.write_huggingface(weights, folder, dtype, bar.update)
+            case "meta":
+                notes = meta.write_meta(weights, folder, dtype, shards, bar.update)
+            case "native":
+                _write_native(weights, folder, dtype, tree, bar.update)
+    _copy_files(weights, folder, format, notes)
+    write_manifest(folder, tree, format=format)
+    return notes
+
+
+def _write_native(
+    weights: Weights, folder: pathlib.Path, dtype: np.dtype | None, tree: Mapping[str, Any], advance: Callable[[int], object]
+) -> None:
+    write = write_native(weights.config, folder, tree)
+    for (name, layer), tensor in weights.tensors.items():
+        kind = tensor.dtype if dtype is None else dtype
+        for index in pieces(tensor.shape, max(kind.itemsize, tensor.dtype.itemsize), axis=0):
+            x = np.ascontiguousarray(tensor.read(index), kind)
+            write(name, index if layer is None else (layer, *index), x)
+            advance(x.nbytes)
+
+
+def _copy_files(weights: Weights, folder: pathlib.Path, format: Format, notes: list[str]) -> None:
+    """The tokenizer's files and the like. What a run keeps in a folder of their own, others look for beside the weights."""
+    for name, file in weights.files.items():
+        if wrong := mistaken(file, ""):
+            notes.append(f"{name} was left behind: {wrong}")
+            continue
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / name)
+        beside = pathlib.PurePath(name).name
+        if format != "native" and beside in CARRIED and beside not in weights.files:
+            shutil.copyfile(file, folder / beside)

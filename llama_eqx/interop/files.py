@@ -1,0 +1,100 @@
+"""Files of a folder that somebody else wrote: what may be opened, what they really are, and which go with a model wherever it goes."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llama_eqx.errors import CheckpointError
+
+# The tokenizer's files, and generation's settings. Nothing else is copied, so no code can travel with the weights.
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+OWN = ("tokenizer_kind.json", "tokenizer.bytes", "tokenizer.chars")  # of a run's own tokenizers, in a folder `tokenizer`
+TOKENIZER = "tokenizer"
+
+
+def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """The file of that name in `folder`.
+
+    A link is followed within the folder, and to the blobs of the same repository in Hugging Face's own cache.
+
+    Raises `CheckpointError` when it would lead elsewhere.
+    """
+    file, root = (folder / name).resolve(), folder.resolve()
+    blobs = [root.parents[1] / "blobs"] if len(root.parents) > 1 and root.parent.name == "snapshots" else []
+    if os.path.isabs(name) or ".." in pathlib.PurePath(name).parts or not any(map(file.is_relative_to, (root, *blobs))):
+        to = f": it leads to {file}" if (folder / name).is_symlink() else ""
+        raise CheckpointError(
+            f"{name} lies outside of the folder{to}",
+            where=str(folder),
+            kept="it was not opened",
+            next="put the file itself into the folder",
+        )
+    return folder / name
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `CheckpointError` saying what is there instead."""
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError("no such file", where=str(file)) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(mistaken(file, f"not JSON: {error}"), where=str(file)) from None
+    if not isinstance(tree, dict):
+        raise CheckpointError("not a JSON object", where=str(file))
+    return tree
+
+
+def write_json(file: pathlib.Path, tree: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def mistaken(file: pathlib.Path, otherwise: str) -> str:
+    """What a file is that should have held weights or settings; `otherwise` if it is nothing well known."""
+    if not file.is_file():
+        return "no such file"
+    with file.open("rb") as stream:
+        start = stream.read(512).lstrip().lower()
+    if not start:
+        return "an empty file"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself: it was not downloaded (git lfs pull)"
+    if start.startswith(b"<"):
+        return "a web page (HTML), not the file itself: the download was refused or redirected"
+    return otherwise
+
+
+def refuse_code(folder: pathlib.Path, *settings: str) -> None:
+    """Raises `CheckpointError` when a folder brings code of its own: Python files, or settings whose `auto_map` names some."""
+    found = sorted(path.name for path in folder.glob("*.py"))
+    for name in settings:
+        if (folder / name).is_file() and "auto_map" in read_json(inside(folder, name)):
+            found.append(f"auto_map in {name}")
+    if found:
+        raise CheckpointError(
+            f"a repository with code of its own: {', '.join(found)}",
+            where=str(folder),
+            kept="none of it was run",
+            next="if the weights are a plain Llama's, remove the code and auto_map, having read them",
+        )
+
+
+def carried(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The files in `folder` that go with a model, by the name that they keep. Raises `CheckpointError` for a link that leads outside."""
+
+    def present() -> Iterator[str]:
+        yield from (name for name in CARRIED if (folder / name).is_file())
+        yield from (f"{TOKENIZER}/{name}" for name in (*CARRIED, *OWN) if (folder / TOKENIZER / name).is_file())
+
+    return {name: inside(folder, name) for name in present()}

@@ -1,0 +1,423 @@
+"""Llama folders of Meta: `params.json` and a `consolidated.NN.pth` for each part of the model. Needs torch."""
+
+import dataclasses
+import math
+import pathlib
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from llama_eqx.dims import Dims
+from llama_eqx.errors import CheckpointError, ConfigError
+from llama_eqx.interop.files import carried, inside, mistaken, read_json, refuse_code, write_json
+from llama_eqx.interop.huggingface import require_llama
+from llama_eqx.interop.table import TABLE, from_torch, halves_to_pairs, pairs_to_halves, torch_shape
+from llama_eqx.interop.weights import Index, Key, Tensor, Weights, pieces, rows_of, tensor_axes, tensor_shapes
+from llama_eqx.model.attention import GroupedQueryAttentionConfig
+from llama_eqx.model.block import PreNormBlockConfig
+from llama_eqx.model.feed_forward import GatedFeedForwardConfig
+from llama_eqx.model.init import FanInInitConfig
+from llama_eqx.model.llama import LlamaConfig, SpecialTokens
+from llama_eqx.model.norm import RMSNormConfig
+from llama_eqx.model.rotary import Llama3RotaryConfig, PlainRotaryConfig
+
+PARAMS = "params.json"
+EMBED, HEAD = TABLE["embed"].meta, TABLE["lm_head"].meta
+# Into how many files Meta deals a model of this width and depth; others are one file.
+SHARDS = {(5120, 40): 2, (6656, 60): 4, (8192, 48): 4, (8192, 80): 8, (16384, 126): 8}
+LLAMA3_VOCAB = 128_000  # the ranks of its tokenizer: no Llama before it has as many ids
+LLAMA3_2 = ((2048, 16), (3072, 28))  # width and depth of the 1B and the 3B
+SAFE_TORCH = (2, 10)  # before it, `weights_only=True` could be got around (CVE-2025-32434, CVE-2026-24747)
+
+Shard = Mapping[str, np.ndarray]
+
+
+def read_meta(folder: pathlib.Path) -> Weights:
+    """The Llama in a folder of Meta's, in one file or several. Tensors are mapped, not read.
+
+    Files are unpickled with `weights_only=True`, which calls nothing that they name. Key and value heads that stand in several files, as
+    in the 405B's sixteen, are recognised by being equal.
+
+    Raises `CheckpointError` when the folder is not a complete Llama that this package can express; differences are all listed.
+    """
+    refuse_code(folder)
+    params = read_json(inside(folder, PARAMS))
+    shards = [_load(file) for file in _files(folder)]
+    copies = _copies(shards, params.get("n_kv_heads"))
+    config, notes = config_from_meta(params, _vocab(shards, params), copies)
+    if copies > 1:
+        notes.append(f"each key and value head stands in {copies} files: the model has {config.dims.kv_heads}, not {params['n_kv_heads']}")
+    embed_axis = "vocab" if _rows_are_split(shards, config.dims.embed) else "embed"
+    tensors = _tensors(config, shards, embed_axis, copies, where=str(folder))
+    if _is_tied(tensors):
+        tensors.pop(("lm_head", None), None)
+        config = dataclasses.replace(config, tied=True)
+    rotary, said = _rotary(params, config)
+    return Weights(dataclasses.replace(config, rotary=rotary), tensors, carried(folder), (*notes, *said))
+
+
+def write_meta(
+    weights: Weights,
+    folder: pathlib.Path,
+    dtype: np.dtype | None,
+    shards: int | None = None,
+    advance: Callable[[int], object] = lambda size: None,
+) -> list[str]:
+    """Writes `params.json` and `consolidated.NN.pth` into an empty folder: as many as Meta's model of that size has, unless told.
+
+    While a file is made it takes its size on the disk twice. `advance` is called with the bytes of each piece written. What is returned
+    are notes on what the format cannot say.
+
+    Raises `CheckpointError` naming the slot when Meta's Llama has no such model, or the sizes that do not divide over the files.
+    """
+    config, torch = weights.config, _torch()
+    count = default_shards(config) if shards is None else shards
+    write_json(folder / PARAMS, config_to_meta(config, count))
+    tensors = dict(weights.tensors)
+    if config.tied:  # Meta's code has no tied table: it reads both
+        embed = tensors["embed", None]
+        tensors["lm_head", None] = Tensor(embed.shape[::-1], embed.dtype, lambda index: embed.read(index[::-1]).T)
+    axes = tensor_axes(dataclasses.replace(config, tied=False))
+    for rank in range(count):
+        state, begin = {}, 0
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
+            file = pathlib.Path(scratch, "weights")
+            with file.open("wb") as stream:
+                for key, tensor in tensors.items():
+                    entry, kind = TABLE[key[0]], tensor.dtype if dtype is None else dtype
+                    part = _part(tensor, axes[key], _split(key[0], config), rank, count)
+                    if entry.pairs:
+                        part = _mapped(part, halves_to_pairs)
+                    for rows in rows_of(part, entry.inputs, kind):
+                        stream.write(rows.data)
+                        advance(rows.nbytes)
+                    state[entry.meta.format(layer=key[1])] = (kind, torch_shape(part.shape, entry.inputs), begin)
+                    begin = stream.tell()
+            filed = {name: np.memmap(file, kind, "c", offset, shape) for name, (kind, shape, offset) in state.items()}
+            torch.save({name: _as_torch(x) for name, x in filed.items()}, folder / f"consolidated.{rank:02d}.pth")
+            del filed
+    return _losses(config)
+
+
+def config_from_meta(params: Mapping[str, Any], vocab: int, copies: int) -> tuple[LlamaConfig, list[str]]:
+    """The untied model that a `params.json` describes, without its rotary scaling, and what was assumed. `copies`: see `read_meta`.
+
+    Raises `CheckpointError` naming every key that is missing or asks for what this package does not have.
+    """
+    wrong, sizes = [], ("dim", "n_layers", "n_heads", "multiple_of")
+    wrong += [f"{key} is missing" for key in (*sizes, "norm_eps") if key not in params]
+    wrong += [
+        f"{key} is {params[key]!r}, wanted a size"
+        for key in (*sizes, "n_kv_heads")
+        if params.get(key) is not None and (type(params[key]) is not int or params[key] < 1)
+    ]
+    multiplier = params.get("ffn_dim_multiplier")
+    for key in ("ffn_dim_multiplier", "norm_eps", "rope_theta"):
+        if params.get(key) is not None and (type(params[key]) not in (int, float) or not 0 < params[key] < math.inf):
+            wrong.append(f"{key} is {params[key]!r}, wanted a positive number")
+    for key in ("quantization_args", "lora_args", "vision_chunk_size", "moe_args"):
+        if params.get(key):
+            wrong.append(f"{key}: only plain text models can be read")
+    if not wrong and params["dim"] % params["n_heads"]:
+        wrong.append(f"dim={params['dim']} is not a multiple of n_heads={params['n_heads']}")
+    if wrong:
+        raise CheckpointError("\n".join(wrong), where=PARAMS)
+    dim, heads, theta, eps = params["dim"], params["n_heads"], float(params.get("rope_theta") or 1e4), params["norm_eps"]
+    llama3 = vocab >= LLAMA3_VOCAB
+    # Nothing in the file tells the contexts of Llama 1 and 2 apart; only Llama 1 has this eps, or 65B parameters.
+    llama1 = not llama3 and (eps == 1e-6 or (dim, params["n_layers"], params.get("n_kv_heads")) == (8192, 80, None))
+    context = (131072 if params.get("use_scaled_rope") else 8192) if llama3 else 2048 if llama1 else 4096
+    try:
+        config = LlamaConfig(
+            dims=Dims(
+                vocab=vocab,
+                layers=params["n_layers"],
+                embed=dim,
+                heads=heads,
+                kv_heads=(params.get("n_kv_heads") or heads) // copies,
+                head_dim=dim // heads,
+                mlp=ffn_size(dim, params["multiple_of"], multiplier),
+            ),
+            attention=GroupedQueryAttentionConfig(),
+            feed_forward=GatedFeedForwardConfig(activation="silu"),
+            norm=RMSNormConfig(eps=eps),
+            rotary=PlainRotaryConfig(theta=theta, round_at="none"),
+            block=PreNormBlockConfig(dropout=0.0),
+            init=FanInInitConfig(gain=1.0),
+            dropout=0.0,
+            tied=False,
+            context=context,
+            tokens=SpecialTokens(
+                tokenizer="tiktoken" if llama3 else "sentencepiece",
+                bos=128000 if llama3 else 1,
+                eos=(128001,) if llama3 else (2,),
+                pad=None,
+            ),
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{error.where}: {error.what}", where=PARAMS) from None
+    eos = "end-of-text id 128001, a base model's (an instruct model has 128008 and 128009 too)" if llama3 else "end-of-text id 2"
+    return config, [f"{PARAMS} does not say, so these are taken: a context of {context}, {eos}"]
+
+
+def config_to_meta(config: LlamaConfig, shards: int) -> dict[str, Any]:
+    """A `params.json` for a model in so many files.
+
+    Raises `CheckpointError` naming the slot, or listing the sizes that do not divide, when Meta's Llama has no such model.
+    """
+    norm, rotary = require_llama(config, "Meta's")
+    dims = config.dims
+    if dims.head_dim * dims.heads != dims.embed:
+        raise CheckpointError(
+            f"in Meta's Llama heads x head_dim is embed: not {dims.heads} x {dims.head_dim} = {dims.embed}", where="dims.head_dim"
+        )
+    if rotary != (implied := _rotary({"rope_theta": rotary.theta, "use_scaled_rope": isinstance(rotary, Llama3RotaryConfig)}, config)[0]):
+        raise CheckpointError(
+            f"{PARAMS} says whether frequencies are scaled and not how: it would mean {implied}, not {rotary}", where="rotary"
+        )
+    wrong = []
+    for name, split in {"heads": dims.heads, "kv_heads": dims.kv_heads, "mlp": dims.mlp, "vocab": dims.vocab, "embed": dims.embed}.items():
+        assert split is not None
+        if split % shards and not (name == "kv_heads" and shards % split == 0):
+            wrong.append(f"{name}={split} does not divide over {shards} files")
+    if shards < 1 or wrong:
+        raise CheckpointError("\n".join(wrong) or f"{shards} is not a number of files", where="shards", next="another number: shards=N")
+    multiple_of, multiplier = ffn_parameters(dims.embed, dims.mlp)
+    return {
+        "dim": dims.embed,
+        **({} if multiplier is None else {"ffn_dim_multiplier": multiplier}),
+        "multiple_of": multiple_of,
+        "n_heads": dims.heads,
+        **({} if dims.kv_heads == dims.heads else {"n_kv_heads": max(dims.kv_heads, shards)}),
+        "n_layers": dims.layers,
+        "norm_eps": norm.eps,
+        # Llama 2's code does not know these keys, and its values are the defaults.
+        **({} if rotary.theta == 1e4 else {"rope_theta": rotary.theta}),
+        **({"use_scaled_rope": True} if isinstance(rotary, Llama3RotaryConfig) else {}),
+        "vocab_size": dims.vocab,
+    }
+
+
+def ffn_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """The width of the feed-forward part by the formula in Meta's code."""
+    size = int(2 * 4 * dim / 3)
+    if multiplier is not None:
+        size = int(multiplier * size)
+    return multiple_of * ((size + multiple_of - 1) // multiple_of)
+
+
+def ffn_parameters(dim: int, mlp: int) -> tuple[int, float | None]:
+    """`multiple_of` and `ffn_dim_multiplier` from which the formula gives `mlp`: round numbers as Meta's where there are some."""
+    round_ones = [(multiple, multiplier) for multiplier in (None, 1.0, 1.2, 1.3, 1.5) for multiple in (256, 1024, 4096)]
+    exact = (1, (mlp + 0.5) / int(2 * 4 * dim / 3))
+    return next(found for found in [*round_ones, exact] if ffn_size(dim, *found) == mlp)
+
+
+def default_shards(config: LlamaConfig) -> int:
+    return SHARDS.get((config.dims.embed, config.dims.layers), 1)
+
+
+def _rotary(params: Mapping[str, Any], config: LlamaConfig) -> tuple[PlainRotaryConfig | Llama3RotaryConfig, list[str]]:
+    """The rotary settings, and what was assumed: the file says that frequencies are scaled, but not by which factor."""
+    theta = float(params.get("rope_theta") or 1e4)
+    if not params.get("use_scaled_rope"):
+        return PlainRotaryConfig(theta=theta, round_at="none"), []
+    llama3_2 = config.tied or (config.dims.embed, config.dims.layers) in LLAMA3_2
+    factor = 32 if llama3_2 else 8
+    said = f"{PARAMS} asks for scaled frequencies without the factor: {factor} is taken, that of Llama {'3.2' if llama3_2 else '3.1'}"
+    scaled = Llama3RotaryConfig(theta=theta, factor=factor, low_freq_factor=1, high_freq_factor=4, original_context=8192, round_at="none")
+    return scaled, [said]
+
+
+def _losses(config: LlamaConfig) -> list[str]:
+    """What a `params.json` leaves out."""
+    said = (
+        f"{PARAMS} has no place for the context ({config.context}) and the ids that end a text ({', '.join(map(str, config.tokens.eos))})"
+    )
+    if not isinstance(config.rotary, Llama3RotaryConfig) or config.rotary.factor == 8:
+        return [said]
+    return [said, f"nor for the rotary factor {config.rotary.factor:g}: Meta's own code takes 8, this package knows Llama 3.2 by its size"]
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    found = sorted(path.name for path in folder.glob("consolidated*.pth"))
+    wanted = [f"consolidated.{i:02d}.pth" for i in range(max(len(found), 1))]
+    if found != wanted:
+        lines = [f"missing: {name}" for name in wanted if name not in found] + [
+            f"unexpected: {name}" for name in found if name not in wanted
+        ]
+        raise CheckpointError("\n".join(lines), where=str(folder), next="the files are numbered from consolidated.00.pth on, without gaps")
+    return [inside(folder, name) for name in found]
+
+
+def _load(file: pathlib.Path) -> Shard:
+    """The tensors of a file by name, as views of it."""
+    torch = _torch()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what else torch has to say of a strange file
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch has no class of errors for this
+        raise CheckpointError(mistaken(file, _refusal(str(error))), where=str(file), kept="nothing in it was run") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"holds a {type(state).__name__}, not tensors by name", where=str(file))
+    kinds = {torch.float32: None, torch.bfloat16: jnp.bfloat16, torch.float16: None}
+    strange = [
+        f"{name} is {x.dtype if isinstance(x, torch.Tensor) else type(x).__name__}"
+        for name, x in state.items()
+        if not (
+            type(name) is str and isinstance(x, torch.Tensor) and x.dtype in kinds and x.layout == torch.strided and x.device.type == "cpu"
+        )
+    ]
+    if strange:
+        raise CheckpointError("\n".join(strange), where=str(file), next="readable are tensors of float32, bfloat16 and float16")
+    return {
+        name: x.detach().view(torch.int16).numpy().view(jnp.bfloat16) if x.dtype == torch.bfloat16 else x.detach().numpy()
+        for name, x in state.items()
+    }
+
+
+def _refusal(error: str) -> str:
+    if "mmap can only be used" in error:
+        return "not a file that torch has written since its version 1.6"
+    if match := re.search(
+        r"(?:Unsupported global: GLOBAL|Trying to (?:load|call reduce for)[^`\w]*(?:unsupported GLOBAL)?) ?([\w.]+)", error
+    ):
+        return f"a pickle that would call {match[1]}: not weights alone, and refused"
+    if "weights_only" in error.lower() or "WeightsUnpickler" in error:
+        return "a pickle that holds more than weights, and is refused"
+    return f"not a complete file of torch: {next(iter(error.splitlines()), 'it cannot be read')[:200]}"
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise CheckpointError("Meta's files need torch to be read or written", next="pip install torch") from None
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < SAFE_TORCH:
+        raise CheckpointError(
+            f"torch {torch.__version__} can be made to run what a file of weights holds",
+            next=f"torch {'.'.join(map(str, SAFE_TORCH))} or newer",
+        )
+    return torch
+
+
+def _as_torch(x: np.ndarray) -> Any:
+    torch = _torch()
+    return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if x.dtype == jnp.bfloat16 else torch.from_numpy(x)
+
+
+def _rows_are_split(shards: list[Shard], embed: int) -> bool:
+    """Whether the table of embeddings is dealt out by rows, as since Llama 3, or by columns."""
+    return len(shards) > 1 and EMBED in shards[0] and shards[0][EMBED].shape[-1] == embed
+
+
+def _vocab(shards: list[Shard], params: Mapping[str, Any]) -> int:
+    if EMBED not in shards[0] or shards[0][EMBED].ndim != 2:
+        raise CheckpointError(f"no table of embeddings: {EMBED}", where="consolidated.00.pth")
+    rows = shards[0][EMBED].shape[0]
+    return rows * len(shards) if _rows_are_split(shards, params.get("dim", 0)) else rows
+
+
+def _copies(shards: list[Shard], kv_heads: int | None) -> int:
+    """How many files in a row hold the same key and value head."""
+    names = [TABLE[f"blocks.attention.{name}"].meta.format(layer=0) for name in ("k_proj", "v_proj")]
+    if len(shards) != kv_heads or not all(name in shard for shard in shards for name in names):
+        return 1
+
+    def equal(copies: int) -> bool:
+        groups = [shards[i : i + copies] for i in range(0, len(shards), copies)]
+        return all(np.array_equal(group[0][name], other[name]) for name in names for group in groups for other in group[1:])
+
+    return next((copies for copies in (8, 4, 2) if len(shards) % copies == 0 and equal(copies)), 1)
+
+
+def _tensors(config: LlamaConfig, shards: list[Shard], embed_axis: str, copies: int, where: str) -> dict[Key, Tensor]:
+    """Every tensor put together from its parts in the files. Raises `CheckpointError` listing all that is missing or does not fit."""
+    tensors, lines, count = {}, [], len(shards)
+    shapes, axes = tensor_shapes(config), tensor_axes(config)
+    names = {key: TABLE[key[0]].meta.format(layer=key[1]) for key in shapes}
+    if all(HEAD not in shard for shard in shards):
+        del shapes["lm_head", None]  # tied, in files that somebody has made smaller
+    for i, shard in enumerate(shards):
+        file = f"consolidated.{i:02d}.pth"
+        lines += [
+            f"not part of this model: {name} in {file}" for name in shard if name not in names.values() and not name.endswith("rope.freqs")
+        ]
+    for key, shape in shapes.items():
+        entry, split = TABLE[key[0]], embed_axis if key[0] == "embed" else TABLE[key[0]].split
+        axis = axes[key].index(split) if split else None
+        step = copies if split == "kv_heads" else 1
+        parts = count // step if split else 1
+        if axis is not None and shape[axis] % parts:
+            lines.append(f"{names[key]}: {split}={shape[axis]} does not divide over {parts} files")
+            continue
+        own = tuple(size // parts if i == axis else size for i, size in enumerate(shape))
+        wanted = torch_shape(own, entry.inputs)
+        for i, shard in enumerate(shards):
+            if names[key] not in shard:
+                lines.append(f"missing: {names[key]} {wanted} in consolidated.{i:02d}.pth")
+            elif shard[names[key]].shape != wanted:
+                lines.append(f"shape: {names[key]} is {shard[names[key]].shape}, wanted {wanted}, in consolidated.{i:02d}.pth")
+        if not lines:
+            found = [from_torch(shard[names[key]], entry.inputs, own) for shard in (shards if split else shards[:1])]
+            tensor = _joined([found[i : i + step] for i in range(0, len(found), step)], axis or 0, names[key])
+            tensors[key] = _mapped(tensor, pairs_to_halves) if entry.pairs else tensor
+    if lines:
+        raise CheckpointError("\n".join(lines), where=where)
+    return tensors
+
+
+def _joined(parts: list[list[np.ndarray]], axis: int, name: str) -> Tensor:
+    """One tensor from its parts along an axis. Where a part has copies, they must be equal."""
+    first = parts[0][0]
+    size = first.shape[axis]
+    shape = tuple(n * len(parts) if i == axis else n for i, n in enumerate(first.shape))
+
+    def read(index: Index) -> np.ndarray:
+        start, stop, _ = index[axis].indices(shape[axis])
+        found = []
+        for i in range(start // size, -(-stop // size)):
+            own = (*index[:axis], slice(max(start - i * size, 0), min(stop - i * size, size)), *index[axis + 1 :])
+            found.append(parts[i][0][own])
+            if any(copy[own].tobytes() != found[-1].tobytes() for copy in parts[i][1:]):
+                raise CheckpointError(f"{name} stands in several files, and they do not agree", where=f"head {i}")
+        return found[0] if len(found) == 1 else np.concatenate(found, axis)
+
+    return Tensor(shape, first.dtype, read)
+
+
+def _mapped(tensor: Tensor, order: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    """A tensor whose last axis is put into another order."""
+    return tensor._replace(read=lambda index: order(tensor.read((*index[:-1], slice(None))))[..., index[-1]])
+
+
+def _part(tensor: Tensor, axes: tuple[str, ...], split: str, rank: int, count: int) -> Tensor:
+    """What file number `rank` of `count` holds of a tensor: a stretch of the axis `split`, or all of it."""
+    if not split:
+        return tensor
+    axis = axes.index(split)
+    size = max(tensor.shape[axis] // count, 1)  # a head that must be shared by several files stands in each
+    begin = rank * tensor.shape[axis] // count
+
+    def read(index: Index) -> np.ndarray:
+        start, stop, _ = index[axis].indices(size)
+        return tensor.read((*index[:axis], slice(begin + start, begin + stop), *index[axis + 1 :]))
+
+    return Tensor(tuple(size if i == axis else n for i, n in enumerate(tensor.shape)), tensor.dtype, read)
+
+
+def _split(name: str, config: LlamaConfig) -> str:
+    return "vocab" if name == "embed" and config.tokens.tokenizer == "tiktoken" else TABLE[name].split
+
+
+def _is_tied(tensors: Mapping[Key, Tensor]) -> bool:
+    embed, head = tensors["embed", None], tensors.get(("lm_head", None))
+    if head is None:
+        return True
+    return all(np.array_equal(embed.read(index), head.read(index[::-1]).T) for index in pieces(embed.shape, embed.dtype.itemsize, axis=0))

@@ -1,0 +1,115 @@
+"""Attention proper, softmax(q k^T / sqrt(head_dim)) v, and which kernel computes it.
+
+The model calls `attend` and knows no more. The kernel comes from outside, through `KernelConfig.block`, and holds while a block is traced;
+without one it is the plain one. This package is the only place in the model that may know of a platform or of a mesh.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from llama_eqx.config import Config
+from llama_eqx.errors import ConfigError
+from llama_eqx.model.kernel.cudnn import unfit_for_cudnn
+from llama_eqx.model.kernel.plain import plain
+from llama_eqx.model.kernel.shards import Blocks, Spec, on_shards
+from llama_eqx.model.kernel.splash import unfit_for_splash
+
+Name = Literal["plain", "blocked", "splash", "cudnn"]
+SHORT = 128  # tokens up to which every score at once is as fast
+_KERNEL: contextvars.ContextVar[Callable] = contextvars.ContextVar("kernel", default=plain)
+
+
+def attend(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch slots kv_heads head_dim"],
+    v: Float[Array, "batch slots kv_heads head_dim"],
+    *,
+    start: Int[Array, ""] | int = 0,
+    segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None = None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Causal attention: query i sits in slot `start + i`, and sees the slots up to its own that are of its segment.
+
+    `segment_ids` are those of the queries and of the slots; None makes all of one segment.
+
+    Scores and softmax are in float32. Query head n reads key head n // (heads / kv_heads) (Ainslie et al., 2023, arXiv 2305.13245).
+    The result, and what else a kernel keeps for its backward pass, is tagged "attention".
+    """
+    return _KERNEL.get()(q, k, v, start, segment_ids)
+
+
+class Choice(NamedTuple):
+    """A kernel by name, and why it is not the platform's own where it is not."""
+
+    name: Name
+    reason: str
+
+
+class KernelConfig(Config):
+    """Which kernel computes attention. `auto` is splash on TPUs and cuDNN on GPUs, elsewhere blocked, or plain for short rows.
+
+    Queries and keys are taken in blocks of up to `q_block` and `kv_block` tokens, None for a kernel's own choice; cuDNN has no other.
+    `fused_backward` has splash compute the gradients of q, k and v in one pass: fewer FLOPs and more memory.
+    """
+
+    name: Literal["auto", "plain", "blocked", "splash", "cudnn"]
+    q_block: int | None
+    kv_block: int | None
+    fused_backward: bool
+
+    def check(self) -> None:
+        for field in ("q_block", "kv_block"):
+            value = getattr(self, field)
+            if value is not None and (value < 128 or value % 128):
+                raise ConfigError(f"{value} is not a multiple of 128", where=field)
+
+    def choose(self, platform: str, *, dtype: Any, seq: int, slots: int, head_dim: int, start: Any = 0) -> Choice:
+        """The kernel for `seq` queries and `slots` keys on a platform as JAX calls it.
+
+        Raises `ConfigError` when the kernel that is asked for by name cannot do it.
+        """
+        unfit = {
+            "splash": "it is for TPUs" if platform != "tpu" else unfit_for_splash(seq, slots, start),
+            "cudnn": "it is for NVIDIA GPUs" if platform != "gpu" else unfit_for_cudnn(jnp.dtype(dtype), seq, slots, head_dim),
+        }
+        if reason := unfit.get(self.name):
+            raise ConfigError(f"attention cannot be computed by {self.name}: {reason}", where="kernel.name", next="kernel.name=auto")
+        if self.name != "auto":
+            return Choice(self.name, "")
+        own: Name | None = "splash" if platform == "tpu" else "cudnn" if platform == "gpu" else None
+        if own and not unfit[own]:
+            return Choice(own, "")
+        return Choice("blocked" if seq > SHORT else "plain", f"not {own}: {unfit[own]}" if own else "")
+
+    def block(self, block: Callable, mesh: Mesh, spec: Spec) -> Callable:
+        """A block whose attention this kernel computes, on arrays that are split over `mesh` as `spec(axes, shape)` says."""
+        platform = mesh.devices.flat[0].platform
+
+        def kernel(q: Array, k: Array, v: Array, start: Any, segment_ids: Any) -> Array:
+            seq, slots, head_dim = q.shape[1], k.shape[1], q.shape[3]
+            name, _ = self.choose(platform, dtype=q.dtype, seq=seq, slots=slots, head_dim=head_dim, start=start)
+            if name == "plain":  # what XLA partitions by itself
+                return plain(q, k, v, start, segment_ids)
+            own = 512 if name == "splash" else 256
+            blocks = Blocks(self.q_block or own, self.kv_block or own, self.fused_backward)
+            return on_shards(name, blocks, mesh, spec, q, k, v, start, segment_ids)
+
+        def wrapped(*args: Any) -> Any:
+            with _attending(kernel):
+                return block(*args)
+
+        return wrapped
+
+
+@contextlib.contextmanager
+def _attending(kernel: Callable) -> Iterator[None]:
+    token = _KERNEL.set(kernel)
+    try:
+        yield
+    finally:
+        _KERNEL.reset(token)

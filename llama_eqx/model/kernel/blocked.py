@@ -1,0 +1,113 @@
+"""Attention by blocks with a running softmax, in plain JAX: memory grows with the row and not with its square, on every platform."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from llama_eqx.tag import tag
+
+MASKED = -1e30
+
+
+def blocked(q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, Array] | None, q_block: int, kv_block: int) -> Array:
+    """As `attend`, computing only the blocks that a causal mask leaves (FlashAttention-2, Dao, 2023, arXiv 2307.08691).
+
+    The backward pass computes the scores again, block by block, from the logarithms of the softmax's denominators.
+    """
+    batch, seq, heads, head_dim = q.shape
+    slots, kv_heads = k.shape[1:3]
+    (q_blocks, q_block), (kv_blocks, kv_block) = _blocks(seq, q_block), _blocks(slots, kv_block)
+
+    # Queries as (q_blocks, batch, kv_heads, group, q_block, head_dim), keys as (kv_blocks, batch, kv_heads, kv_block, head_dim).
+    # What fills the last blocks up is after every real query, so that none sees it.
+    q = _padded(q, q_blocks * q_block).reshape(batch, q_blocks, q_block, kv_heads, heads // kv_heads, head_dim).transpose(1, 0, 3, 4, 2, 5)
+    k, v = (
+        _padded(x, kv_blocks * kv_block).reshape(batch, kv_blocks, kv_block, kv_heads, head_dim).transpose(1, 0, 3, 2, 4) for x in (k, v)
+    )
+    if segment_ids is not None:
+        q_ids, kv_ids = _padded(segment_ids[0], q_blocks * q_block), _padded(segment_ids[1], kv_blocks * kv_block)
+        segment_ids = q_ids.reshape(batch, q_blocks, q_block).swapaxes(0, 1), kv_ids.reshape(batch, kv_blocks, kv_block).swapaxes(0, 1)
+    out = _attention(q, k, v, jnp.asarray(start, jnp.int32), segment_ids)
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, q_blocks * q_block, heads, head_dim)[:, :seq]
+
+
+@jax.custom_vjp
+def _attention(q: Array, k: Array, v: Array, start: Array, segment_ids: tuple[Array, Array] | None) -> Array:
+    return _forward(q, k, v, start, segment_ids)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, start: Array, segment_ids: tuple[Array, Array] | None) -> tuple[Array, tuple]:
+    def of_queries(i: Array) -> tuple[Array, Array]:
+        def keys(j: Array, running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            out, top, total = running
+            scores = _scores(q[i], k[j], i, j, start, segment_ids)
+            new_top = jnp.maximum(top, scores.max(-1))
+            shrink, p = jnp.exp(top - new_top), jnp.exp(scores - new_top[..., None])
+            out = out * shrink[..., None] + _einsum("bkgqs,bksh->bkgqh", p.astype(v.dtype), v[j])
+            return out, new_top, total * shrink + p.sum(-1)
+
+        shape = q.shape[1:-1]
+        begin = jnp.zeros(q.shape[1:], jnp.float32), jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32)
+        out, top, total = jax.lax.fori_loop(0, _visible_blocks(q, k, i, start), keys, begin)
+        return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
+
+    out, logsumexp = jax.lax.map(of_queries, jnp.arange(q.shape[0]))
+    out, logsumexp = tag(out, "attention"), tag(logsumexp, "attention")
+    return out, (q, k, v, start, segment_ids, out, logsumexp)
+
+
+def _backward(kept: tuple, d_out: Array) -> tuple:
+    q, k, v, start, segment_ids, out, logsumexp = kept
+    scale = 1 / math.sqrt(q.shape[-1])
+
+    def of_queries(so_far: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
+        delta = jnp.sum(d_out[i].astype(jnp.float32) * out[i].astype(jnp.float32), axis=-1, keepdims=True)
+
+        def keys(j: Array, running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            dq, dk, dv = running
+            p = jnp.exp(_scores(q[i], k[j], i, j, start, segment_ids) - logsumexp[i][..., None])
+            dp = _einsum("bkgqh,bksh->bkgqs", d_out[i], v[j])
+            ds = (p * (dp - delta) * scale).astype(q.dtype)
+            dv = dv.at[j].add(_einsum("bkgqs,bkgqh->bksh", p.astype(d_out.dtype), d_out[i]))
+            dk = dk.at[j].add(_einsum("bkgqs,bkgqh->bksh", ds, q[i]))
+            return dq + _einsum("bkgqs,bksh->bkgqh", ds, k[j]), dk, dv
+
+        dq, dk, dv = jax.lax.fori_loop(0, _visible_blocks(q, k, i, start), keys, (jnp.zeros(q.shape[1:], jnp.float32), *so_far))
+        return (dk, dv), dq.astype(q.dtype)
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    (dk, dv), dq = jax.lax.scan(of_queries, (zeros, zeros), jnp.arange(q.shape[0]))
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+_attention.defvjp(_forward, _backward)
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _scores(q: Array, k: Array, i: Array, j: Array, start: Array, segment_ids: tuple[Array, Array] | None) -> Array:
+    """Of query block i with key block j, "batch kv_heads group q_block kv_block"."""
+    scores = _einsum("bkgqh,bksh->bkgqs", q, k) / math.sqrt(q.shape[-1])
+    query = start + i * q.shape[3] + jnp.arange(q.shape[3])
+    seen = j * k.shape[2] + jnp.arange(k.shape[2])[None, :] <= query[:, None]
+    if segment_ids is not None:
+        seen = (seen & (segment_ids[0][i][:, :, None] == segment_ids[1][j][:, None, :]))[:, None, None]
+    return jnp.where(seen, scores, MASKED)
+
+
+def _visible_blocks(q: Array, k: Array, i: Array, start: Array) -> Array:
+    """How many key blocks the last query of block i sees something of."""
+    return jnp.minimum((start + (i + 1) * q.shape[4] - 1) // k.shape[3] + 1, k.shape[0])
+
+
+def _blocks(length: int, largest: int) -> tuple[int, int]:
+    """How many blocks of which size: as even as can be, in eights."""
+    count = -(-length // largest)
+    return count, -(-length // count // 8) * 8 if count > 1 else length
+
+
+def _padded(x: Array, length: int) -> Array:
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2)))

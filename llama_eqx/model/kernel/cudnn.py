@@ -1,0 +1,31 @@
+"""cuDNN's fused attention on NVIDIA GPUs, through JAX's own interface to it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from llama_eqx.model.kernel.plain import visible
+from llama_eqx.tag import tag
+
+
+def cudnn(q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, Array] | None) -> Array:
+    """As `attend`. A row that is one segment costs no memory for scores; several segments, or a start, cost a mask of seq × slots.
+
+    Its residuals are those of a primitive that JAX does not let be named; `llama_eqx.remat` knows them by that primitive.
+    """
+    if segment_ids is None and isinstance(start, int) and start == 0:
+        return tag(jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn"), "attention")
+    seen = visible(start, q.shape[1], k.shape[1], segment_ids)
+    seen = jnp.broadcast_to(seen, (q.shape[0], *seen.shape[-2:]))[:, None]
+    return tag(jax.nn.dot_product_attention(q, k, v, mask=seen, implementation="cudnn"), "attention")
+
+
+def unfit_for_cudnn(dtype: Any, seq: int, slots: int, head_dim: int) -> str:
+    """Why cuDNN cannot compute it, or nothing."""
+    if dtype.itemsize != 2:
+        return f"it takes 16-bit numbers and not {dtype.name} (precision=mixed)"
+    if head_dim > 128 or head_dim % 8:
+        return f"head_dim={head_dim} is not a multiple of 8 up to 128"
+    return f"{seq} queries and {slots} keys are not even numbers" if seq % 2 or slots % 2 else ""

@@ -1,0 +1,74 @@
+"""A kernel on every device's part of the batch, the queries and the heads."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from llama_eqx.model.kernel.blocked import blocked
+from llama_eqx.model.kernel.cudnn import cudnn
+from llama_eqx.model.kernel.splash import make_splash, splash
+
+Spec = Callable[[tuple[str, ...], tuple[int, ...]], PartitionSpec]
+
+
+class Blocks(NamedTuple):
+    """Sizes in tokens; see `KernelConfig`."""
+
+    q: int
+    kv: int
+    fused_backward: bool
+
+
+def on_shards(
+    name: str, blocks: Blocks, mesh: Mesh, spec: Spec, q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, Array] | None
+) -> Array:
+    """As `attend`, by a kernel that XLA could not partition. Slots are whole on every device; queries may be split."""
+    batch, seq, heads, _ = spec(("batch", "seq", "heads", "head_dim"), q.shape)
+    kv_heads = spec(("batch", "slots", "kv_heads", "head_dim"), k.shape)[2]
+    if heads != kv_heads:  # key heads that do not divide: as many copies as it takes
+        k, v = (_repeated(x, q.shape[2], _ways(mesh, heads)) for x in (k, v))
+    # Axes of one device go with the batch: gradients would be summed over axes that are not named.
+    batch = (*_axes(batch), *(axis for axis, size in mesh.shape.items() if size == 1))
+    q_spec, kv_spec = PartitionSpec(batch, seq, heads, None), PartitionSpec(batch, None, heads, None)
+
+    kernel, kernel_spec = None, None
+    if name == "splash":
+        shards, local_heads = _ways(mesh, seq), q.shape[2] // _ways(mesh, heads)
+        interpret = mesh.devices.flat[0].platform != "tpu"
+        kernel = make_splash(local_heads, q.shape[1], k.shape[1], shards, *blocks, interpret)
+        kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, seq)))
+
+    def local(kernel: Any, q: Array, k: Array, v: Array, start: Array, segment_ids: tuple[Array, Array] | None) -> Array:
+        if name == "splash":
+            return splash(kernel, q, k, v, segment_ids)
+        first = start + jax.lax.axis_index(seq) * q.shape[1] if seq else start
+        if name == "cudnn":
+            return cudnn(q, k, v, first if seq or not from_zero else 0, segment_ids)
+        return blocked(q, k, v, first, segment_ids, blocks.q, blocks.kv)
+
+    from_zero = isinstance(start, int) and start == 0
+    ids_spec = None if segment_ids is None else (PartitionSpec(batch, seq), PartitionSpec(batch, None))
+    in_specs = (kernel_spec, q_spec, kv_spec, kv_spec, PartitionSpec(), ids_spec)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=q_spec, check_vma=False)
+    return mapped(kernel, q, k, v, jnp.asarray(start, jnp.int32), segment_ids)
+
+
+def _ways(mesh: Mesh, part: Any) -> int:
+    """Into how many the mesh splits an axis, of which `part` is what a PartitionSpec says."""
+    return math.prod(mesh.shape[axis] for axis in _axes(part))
+
+
+def _axes(part: Any) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else tuple(part or ())
+
+
+def _repeated(x: Array, heads: int, ways: int) -> Array:
+    """Each key head as often as it takes for `ways` devices to hold those of their query heads, and no others."""
+    kv_heads = x.shape[2]
+    enough = next(n for n in range(kv_heads, heads + 1, kv_heads) if n % ways == 0 and heads % n == 0)
+    return jnp.repeat(x, enough // kv_heads, axis=2)

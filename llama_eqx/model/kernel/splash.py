@@ -1,0 +1,60 @@
+"""Splash attention, JAX's fused kernel for TPUs with masks by block."""
+
+import math
+from typing import Any
+
+import jax
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jaxtyping import Array
+
+LANES = 128  # rows and blocks are whole vector registers
+
+
+def make_splash(heads: int, seq: int, slots: int, shards: int, q_block: int, kv_block: int, fused_backward: bool, interpret: bool) -> Any:
+    """The kernel as a tree of arrays that say which blocks a causal mask leaves, for `shards` devices that split the queries.
+
+    The mask is computed in the kernel and not stored.
+    """
+    q, kv = _largest(seq // shards, q_block), _largest(slots, kv_block)
+    sizes = splash_attention.BlockSizes(
+        block_q=q,
+        block_kv=kv,
+        block_kv_compute=kv,
+        block_q_dkv=q,
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=kv,
+        use_fused_bwd_kernel=fused_backward,
+        block_q_dq=None if fused_backward else q,
+        block_kv_dq=None if fused_backward else kv,
+    )
+    mask = splash_attention.CausalMask((seq, slots))
+    return splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=shards,
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )
+
+
+def splash(kernel: Any, q: Array, k: Array, v: Array, segment_ids: tuple[Array, Array] | None) -> Array:
+    """As `attend` from slot 0, with a kernel for its shape."""
+    q = q * (1 / math.sqrt(q.shape[-1]))  # the kernel does not scale
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    if segment_ids is None:
+        return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
+    ids = splash_attention.SegmentIds(*segment_ids)
+    return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
+
+
+def unfit_for_splash(seq: int, slots: int, start: Any) -> str:
+    """Why splash attention cannot compute it, or nothing."""
+    if not (isinstance(start, int) and start == 0):
+        return "it begins in slot 0"
+    return f"{seq} queries and {slots} keys are not multiples of {LANES}" if seq % LANES or slots % LANES else ""
+
+
+def _largest(length: int, limit: int) -> int:
+    """The largest multiple of a register up to `limit` that divides `length`."""
+    return max(size for size in range(LANES, max(min(length, limit), LANES) + 1, LANES) if length % size == 0 or size == LANES)

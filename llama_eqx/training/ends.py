@@ -1,0 +1,93 @@
+"""The two ends of a run: the weights that it starts from, if not fresh ones, and those that it hands on."""
+
+import pathlib
+
+import jax
+from jax.experimental import multihost_utils
+
+from llama_eqx.checkpoint.native import CHECKPOINTS
+from llama_eqx.checkpoint.restore import steps
+from llama_eqx.config import dump
+from llama_eqx.errors import CheckpointError, ConfigError
+from llama_eqx.interop.conversion import ConvertConfig, convert, require_expressible
+from llama_eqx.interop.pretrained import load_pretrained, open_pretrained
+from llama_eqx.interop.weights import Weights, abstract
+from llama_eqx.model.llama import LlamaConfig
+from llama_eqx.training.run import RunConfig, differences
+from llama_eqx.training.state import TrainState, first_state
+
+# What may differ between a model and the weights that it starts from: none of it changes what the weights compute.
+FREE = ("context", "dropout", "block.dropout", "init", "tokens")
+
+
+def open_start(config: RunConfig) -> Weights | None:
+    """What lies at `init_from`, not yet read; None without it, or when the run has a checkpoint already.
+
+    Raises `CheckpointError` when there are none or they are of another model than `config.model`; all differences are listed.
+    """
+    if config.init_from is None or steps(pathlib.Path(config.run_dir, CHECKPOINTS)):
+        return None
+    weights = open_pretrained(config.init_from)
+    if found := model_differences(weights.config, config.model):
+        raise CheckpointError(
+            "the weights are of another model than the config:\n"
+            + "\n".join(f"model.{name} is {a} there, {b} here" for name, a, b in found),
+            where=config.init_from,
+            next=_advice(found),
+        )
+    return weights
+
+
+def start(weights: Weights, config: RunConfig, shardings: TrainState) -> TrainState:
+    """The state before the first step: these weights, read straight to where they are to live, and a fresh optimizer."""
+    assert config.init_from is not None
+    places, here = jax.tree.flatten(shardings.model)
+    there = jax.tree.structure(abstract(weights.config))  # as `FREE` says, not in all the same
+    model = here.unflatten(jax.tree.leaves(load_pretrained(config.init_from, config.precision.params, there.unflatten(places))))
+    optimizer = config.optimizer.build()
+    return jax.jit(lambda model: first_state(model, optimizer), donate_argnums=0, out_shardings=shardings)(model)
+
+
+def check_export(config: RunConfig) -> None:
+    """Raises `ConfigError` when the model cannot be exported as asked: before it is trained."""
+    if config.checkpoint.export is not None:
+        try:
+            require_expressible(config.model, config.checkpoint.export)
+        except CheckpointError as error:
+            raise ConfigError(
+                f"checkpoint.export={config.checkpoint.export}: {error.what}",
+                where=f"model.{error.where}",
+                next="checkpoint.export=native or null, or another model",
+            ) from None
+
+
+def export(config: RunConfig) -> pathlib.Path | None:
+    """Writes the last checkpoint of a run to `export` in its directory, in place of an earlier one. Process 0 does it, the others wait.
+
+    Raises `StorageError` when it cannot be written.
+    """
+    if config.checkpoint.export is None:
+        return None
+    target = pathlib.Path(config.run_dir, "export")
+    if jax.process_index() == 0:
+        convert(ConvertConfig(from_=config.run_dir, to=str(target), format=config.checkpoint.export, dtype=None, shards=None), replace=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("export")
+    return target
+
+
+def model_differences(there: LlamaConfig, here: LlamaConfig) -> list[tuple[str, ...]]:
+    """Name, value there and value here of everything that bears on what the same weights compute."""
+    found = []
+    for line in differences(dump(there), dump(here)):
+        name, _, values = line.partition(": ")
+        if not name.startswith(FREE):
+            found.append((name, *values.split(" -> ")))
+    return found
+
+
+def _advice(found: list[tuple[str, ...]]) -> str:
+    """What to type so that the model becomes that of the weights."""
+    if any("_target_" in name for name, _, _ in found):
+        return "choose the model= and the options of its slots that the weights are of"
+    return "another model=, or " + " ".join(f"model.{name}={value}" for name, value, _ in found)

@@ -1,0 +1,368 @@
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from llama_eqx import load_config
+from llama_eqx.data import prepare as module
+from llama_eqx.data.prepare import prepare
+from llama_eqx.data.shards import open_dataset, tokenize
+from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer, TokenizerConfig, load_tokenizer
+from llama_eqx.errors import ConfigError, DataError, UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def config(*overrides):
+    return load_config("tokenizer=bytes", "prepare.workers=1", "validation_fraction=0.2", *overrides, name="prepare")
+
+
+def contents(folder):
+    """Every file of a dataset."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(pathlib.Path(folder).rglob("*")) if path.is_file()}
+
+
+def opened(folder):
+    return open_dataset(pathlib.Path(folder), remedy="")
+
+
+def texts(split):
+    return [bytes(split.document(i)[1:-1].tolist()).decode() for i in range(split.documents)]
+
+
+def held_out(text, fraction=0.2):
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest()[:8], "little") / 2**64 >= 1 - fraction
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder of files of every kind, and its documents in order as (source, text)."""
+    import pyarrow.parquet
+
+    folder, draw, expected = tmp_path / "corpus", random.Random(0), []
+    folder.mkdir()
+
+    def text():
+        return "".join(draw.choice("aé\n ") for _ in range(draw.randint(1, 60))) if draw.random() < 0.8 else "again and again"
+
+    def lines(name, count):
+        found = [text() for _ in range(count)]
+        expected.extend((f"{name}:{2 * i + 1}", content) for i, content in enumerate(found))
+        return "".join(json.dumps({"text": content}) + "\n\n" for content in found).encode()
+
+    for i in range(3):
+        (folder / f"a{i}.txt").write_text(content := text())
+        expected.append((f"a{i}.txt", content))
+    (folder / "b.jsonl").write_bytes(lines("b.jsonl", 120))
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines("c.jsonl.gz", 30)))
+    rows = [text() for _ in range(40)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), folder / "d.parquet", row_group_size=7)
+    expected += [(f"d.parquet:{i}", content) for i, content in enumerate(rows, 1)]
+    (folder / "e.md").write_text(content := text())
+    return folder, [*expected, ("e.md", content)]
+
+
+@pytest.mark.parametrize("dedup", [False, True])
+@pytest.mark.parametrize(("unit", "shard"), [(10**9, 10**9), (400, 10**9), (300, 1000), (400, 1)])
+def test_a_dataset_has_every_document_in_order(corpus, tmp_path, monkeypatch, dedup, unit, shard):
+    folder, expected = corpus
+    monkeypatch.setattr(module, "BLOCK", 50)
+    monkeypatch.setattr(module, "CHUNK", 200)
+    done = prepare(config(f"input={folder}", f"output={tmp_path}/out", f"dedup={dedup}", f"unit_bytes={unit}", f"shard_tokens={shard}"))
+    if dedup:
+        first = dict(reversed([(text, (source, text)) for source, text in expected]))
+        unique = [pair for pair in expected if first[pair[1]] == pair]
+        assert done.duplicates == len(expected) - len(unique) > 10
+        expected = unique
+    data = opened(tmp_path / "out")
+    for split, wanted in ((data.train, False), (data.val, True)):
+        pairs = [(source, text) for source, text in expected if held_out(text) == wanted]
+        assert texts(split) == [text for _, text in pairs]
+        assert [split.source(i) for i in range(split.documents)] == [source for source, _ in pairs]
+        assert split.read(0, split.tokens).tolist() == [id for _, text in pairs for id in (256, *text.encode(), 257)]
+        assert split.bytes == sum(len(text.encode()) for _, text in pairs)
+        assert done.counts[split.name]["documents"] == len(pairs)
+    assert (len(data.train.shards) > 3) == (shard < 10**9)
+    assert not (tmp_path / "out" / "partial").exists()
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["sources"] == [{"name": path.name, "size": path.stat().st_size} for path in sorted(folder.iterdir())]
+    assert index["tokenizer"] == load_tokenizer(tmp_path / "out" / "tokenizer").fingerprint == BytesTokenizer().fingerprint
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("eos", [True, False])
+def test_bos_and_eos_are_there_when_asked(tmp_path, bos, eos):
+    (tmp_path / "a.jsonl").write_text('{"body": "ab"}\n{"body": ""}\n{"body": "c"}\n')
+    settings = ["field=body", "validation_fraction=0", f"bos={bos}", f"eos={eos}"]
+    done = prepare(config(f"input={tmp_path}/a.jsonl", f"output={tmp_path}/out", *settings))
+    data = opened(tmp_path / "out")
+    around = [256] * bos, [257] * eos
+    assert [data.train.document(i).tolist() for i in range(2)] == [[*around[0], *text, *around[1]] for text in (b"ab", b"c")]
+    assert (data.train.documents, data.val.documents, done.empty) == (2, 0, 1)
+
+
+def test_any_number_of_workers_gives_the_same_bytes(corpus, tmp_path):
+    found = []
+    for workers in (1, 2, 3):
+        output = tmp_path / str(workers)
+        prepare(
+            config(
+                f"input={corpus[0]}", f"output={output}", "unit_bytes=900", "shard_tokens=1500", f"prepare.workers={workers}", "dedup=true"
+            )
+        )
+        found.append(contents(output))
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) > 10
+
+
+def test_what_is_interrupted_anywhere_goes_on_to_the_same_bytes(corpus, tmp_path, monkeypatch):
+    overrides = [f"input={corpus[0]}", "unit_bytes=1000", "shard_tokens=1500", "dedup=true"]
+    prepare(config(*overrides, f"output={tmp_path}/whole"))
+    replace, draw, interruptions = os.replace, random.Random(0), 0
+
+    def interrupted(*names):
+        if draw.random() < 0.2:
+            raise KeyboardInterrupt
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    while True:
+        try:
+            prepare(config(*overrides, f"output={tmp_path}/out"))
+        except KeyboardInterrupt:
+            interruptions += 1
+            continue
+        break
+    assert interruptions > 5
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def started(*overrides):
+    """The verb, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "llama_eqx.prepare", *overrides], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finished(run):
+    run.communicate()
+    return run.returncode
+
+
+@pytest.fixture
+def long(tmp_path):
+    """Overrides for work of some seconds, and a function that waits until some of its units are done."""
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": f"{i} some words " * 20}) + "\n" for i in range(4000)))
+
+    def wait(run, output):
+        while not list(output.glob("partial/unit-*.json")):
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.001)
+
+    return [f"input={tmp_path}/long.jsonl", "tokenizer=bytes", "unit_bytes=10_000", "shard_tokens=300_000"], wait
+
+
+def test_a_killed_run_leaves_no_process_and_goes_on_to_the_same_bytes(long, tmp_path):
+    overrides, wait = long
+    whole, output = started(*overrides, f"output={tmp_path}/whole", "prepare.workers=1"), tmp_path / "out"
+    killed = started(*overrides, f"output={output}", "prepare.workers=2")
+    wait(killed, output)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (output / "index.json").exists()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(killed.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("workers outlived their parent")
+    assert list(output.glob("partial/unit-*.json"))
+    result = started(*overrides, f"output={output}", "prepare.workers=2")
+    assert finished(result) == 0
+    assert finished(whole) == 0
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_a_killed_worker_is_said_and_the_same_command_continues(long, tmp_path):
+    overrides, wait = long
+    run = started(*overrides, f"output={tmp_path}/out", "prepare.workers=2")
+    wait(run, tmp_path / "out")
+    children = pathlib.Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    if not children.exists():
+        run.kill()
+        pytest.skip("needs /proc")
+    workers = [pid for pid in children.read_text().split() if b"spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(workers[0]), signal.SIGKILL)
+    said = run.communicate()[1]
+    assert run.returncode == UserError.code
+    assert "a worker was killed" in said
+    assert "the same command continues" in said
+    prepare(config(*overrides, "validation_fraction=0.01", f"output={tmp_path}/out"))
+    assert opened(tmp_path / "out").train.documents > 3900
+
+
+def test_a_bad_line_ends_all_by_name_or_is_counted(tmp_path):
+    lines = [json.dumps({"text": f"document {i}"}) for i in range(300)]
+    lines[123] = '{"text": "cut'
+    lines[200] = '{"texts": "x"}'
+    lines[201] = '{"text": "\\ud800"}'
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    overrides = [f"input={tmp_path}/*.*", f"output={tmp_path}/out", "unit_bytes=500"]
+    for workers in (1, 2):
+        with pytest.raises(DataError, match="not a JSON object") as error:
+            prepare(config(*overrides, f"prepare.workers={workers}"))
+        assert error.value.where == f"{tmp_path}/a.jsonl:124"
+        assert "on_error=skip" in error.value.next
+    done = prepare(config(*overrides[:1], f"output={tmp_path}/skipped", "unit_bytes=500", "on_error=skip"))
+    assert done.refused == 4
+    assert [name.split(": ")[0] for name in done.named] == ["a.jsonl:124", "a.jsonl:201", "a.jsonl:202", "b.txt"]
+    data = opened(tmp_path / "skipped")
+    assert data.train.documents + data.val.documents == 297
+    for split in (data.train, data.val):
+        for i, text in enumerate(texts(split)):
+            assert split.source(i) == f"a.jsonl:{int(text.split()[1]) + 1}"
+
+
+def test_text_that_the_tokenizer_does_not_know_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "ab"}\n{"text": "az"}\n{"text": "b"}\n')
+
+    class Fixed(TokenizerConfig):
+        def build(self, data):
+            return CharsTokenizer(b"ab")
+
+    chosen = dataclasses.replace(config(f"input={tmp_path}/a.jsonl", f"output={tmp_path}/out", "validation_fraction=0"), tokenizer=Fixed())
+    with pytest.raises(DataError, match="'z'") as error:
+        prepare(chosen)
+    assert error.value.where == f"{tmp_path}/a.jsonl:2"
+    (tmp_path / "out" / "partial" / "units.json").unlink()
+    assert prepare(dataclasses.replace(chosen, on_error="skip")).refused == 1
+    assert opened(tmp_path / "out").train.read(0, 3).tolist() == [0, 1, 1]
+
+
+def test_the_held_out_texts_are_the_same_in_whatever_files(tmp_path):
+    found = [f"text {i}" for i in range(400)]
+    for name, order in (("a", found), ("b", found[::-1])):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            (tmp_path / name / f"{i}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in order[i::4]))
+        prepare(config(f"input={tmp_path / name}", f"output={tmp_path}/out-{name}"))
+    first, second = (set(texts(opened(tmp_path / f"out-{name}").val)) for name in "ab")
+    assert first == second
+    assert 50 < len(first) < 110
+
+
+@pytest.mark.parametrize(("content", "fraction", "split"), [("ab", 0.01, "val"), ("ab", 0.99, "train"), ("", 0.0, "train")])
+def test_an_empty_split_is_an_error_that_another_fraction_mends(tmp_path, content, fraction, split):
+    (tmp_path / "a.txt").write_text(content)
+    overrides = [f"input={tmp_path}/a.txt", f"output={tmp_path}/out"]
+    with pytest.raises(DataError, match=f"the {split} split is empty"):
+        prepare(config(*overrides, f"validation_fraction={fraction}"))
+    if content:
+        assert prepare(config(*overrides, "validation_fraction=0")).counts["train"]["documents"] == 1
+
+
+def test_what_is_done_is_not_done_again_and_never_for_something_else(corpus, tmp_path, monkeypatch):
+    folder, _ = corpus
+    overrides = [f"input={folder}", f"output={tmp_path}/out"]
+    first = prepare(config(*overrides))
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(module, "run_unit", lambda *_: pytest.fail("encoded again"))
+    assert prepare(config(*overrides)).counts == first.counts
+    for change in ("dedup=true", "eos=false", "tokenizer=chars", "validation_fraction=0.1"):
+        with pytest.raises(DataError, match="there is a dataset here") as error:
+            prepare(config(*overrides, change))
+        assert change.split("=")[0] in error.value.what
+    (folder / "a0.txt").write_text("something else")
+    with pytest.raises(DataError, match=r"sources: 7 -> 7 files, 1 of them .*a0\.txt"):
+        prepare(config(*overrides))
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "out" / "train-00000.ids.npy").write_bytes(b"")
+    with pytest.raises(DataError, match="damaged"):
+        prepare(config(*overrides))
+
+
+def test_unfinished_work_is_not_mixed_with_other(corpus, tmp_path, monkeypatch):
+    folder, _ = corpus
+    overrides = [f"input={folder}", f"output={tmp_path}/out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_plan", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config(*overrides))
+    with pytest.raises(DataError, match=r"unfinished work here, and not this one:\n +bos: True -> False"):
+        prepare(config(*overrides, "bos=false"))
+    os.utime(folder / "a1.txt", (0, 0))
+    with pytest.raises(DataError, match=r"modified: .*a1\.txt"):
+        prepare(config(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["input=null"], "input=GLOB"),
+        (["input=null", "output=null"], "output=FOLDER"),
+        (["validation_fraction=1"], "validation_fraction"),
+        (["unit_bytes=0"], "unit_bytes"),
+        (["prepare.workers=0"], "prepare.workers"),
+        (["on_error=skp"], "did you mean skip"),
+        (["prepare.engine=rai"], "did you mean ray"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(overrides, said):
+    with pytest.raises(ConfigError) as error:
+        config("input=a", "output=b", *overrides)
+    assert said in str(error.value)
+
+
+def test_input_that_is_not_there_or_unclear_is_refused(tmp_path):
+    with pytest.raises(DataError, match="nothing matches") as error:
+        prepare(config(f"input={tmp_path}/*.txt", f"output={tmp_path}/out"))
+    assert "input=" in error.value.next
+    (tmp_path / "a.json.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"\.json"):
+        prepare(config(f"input={tmp_path}/*", f"output={tmp_path}/out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_reads_it_with_the_tokenizer_it_came_with(corpus, tmp_path):
+    prepare(config(f"input={corpus[0]}", f"output={tmp_path}/out"))
+    run = load_config("data=prepared", f"data.path={tmp_path}/out")
+    tokenizer = run.tokenizer.build(run.data)
+    assert tokenizer.fingerprint == BytesTokenizer().fingerprint
+    assert tokenize(run.data, tokenizer) == opened(tmp_path / "out")
+    other = load_config("data=prepared", f"data.path={tmp_path}/out", "tokenizer=chars")
+    with pytest.raises(ConfigError, match="no text"):
+        other.tokenizer.build(other.data)
+    with pytest.raises(DataError, match="prepared with the tokenizer"):
+        tokenize(run.data, CharsTokenizer(b"ab"))
+    with pytest.raises(ConfigError, match="only data=prepared"):
+        run.tokenizer.build(load_config("data=stdlib").data)
+    with pytest.raises(DataError, match="no prepared data"):
+        run.tokenizer.build(dataclasses.replace(run.data, path=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"needs data\.path"):
+        run.tokenizer.build(dataclasses.replace(run.data, path=None))
+
+
+def test_a_tokenizer_is_trained_on_the_training_text(tmp_path):
+    draw = random.Random(0)
+    lines = ["".join(draw.choice("abcdefg ") for _ in range(100)) for _ in range(200)]
+    marked = [line + ("Q" * 50 if held_out(line + "Q" * 50) else "") for line in lines]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in marked))
+    prepare(config(f"input={tmp_path}/a.jsonl", f"output={tmp_path}/out", "tokenizer=sentencepiece", "tokenizer.vocab=300"))
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
+    assert tokenizer.vocab == 300
+    assert len(tokenizer.encode("QQQQ")) > len(tokenizer.encode("abab"))
+    data = opened(tmp_path / "out")
+    assert sorted(tokenizer.decode(split.document(i)) for split in (data.train, data.val) for i in range(split.documents)) == sorted(marked)

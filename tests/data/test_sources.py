@@ -1,0 +1,130 @@
+import gzip
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama_eqx.data.sources import Piece, find, pieces, records, refusal
+from llama_eqx.errors import DataError
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+def pack(content, ending):
+    if ending == ".gz":
+        return gzip.compress(content)
+    if ending == ".zst":
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, "zstd") as file:
+            file.write(content)
+        return sink.getvalue().to_pybytes()
+    return content
+
+
+def read(path, size=None, field="text"):
+    [source] = find(str(path), "input")
+    return [list(records(piece, field)) for piece in pieces(0, source, size, field)]
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lines=st.lists(st.sampled_from(["", " ", "?", '{"text": "a"}', '{"text": "été\\n"}']), max_size=12),
+    last=st.booleans(),
+    size=st.integers(1, 60),
+)
+def test_lines_are_the_same_however_a_file_is_cut(tmp_path, lines, last, size):
+    content = "".join(line + "\n" for line in lines)[: None if last else -1].encode()
+    (tmp_path / "a.jsonl").write_bytes(content)
+    [whole], parts = read(tmp_path / "a.jsonl"), read(tmp_path / "a.jsonl", size)
+    assert [record.number for record in whole] == list(range(1, content.count(b"\n") + 1 + bool(content and not content.endswith(b"\n"))))
+    joined, before = [], 0
+    for part in parts:
+        joined += [record._replace(number=before + record.number) for record in part]
+        before += len(part)
+    assert joined == whole
+    [source] = find(str(tmp_path / "a.jsonl"), "input")
+    for piece, part in zip(pieces(0, source, size, "text"), parts, strict=True):
+        for record in part:
+            if record.problem:
+                line = int(refusal(piece, record, "input").where.split(":")[-1])
+                assert content.split(b"\n")[line - 1] == b"?"
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_what_is_compressed_reads_the_same(tmp_path, ending, copies):
+    lines = "".join(json.dumps({"text": f"{i} é"}) + "\n" for i in range(1000)).encode()
+    (tmp_path / f"a.jsonl{ending}").write_bytes(pack(lines, ending) * copies)  # files one after another are a file
+    [found] = read(tmp_path / f"a.jsonl{ending}")
+    assert [record.text for record in found] == [f"{i} é" for i in range(1000)] * copies
+    assert [record.number for record in found] == list(range(1, 1000 * copies + 1))
+    (tmp_path / f"b.md{ending}").write_bytes(pack(b"\xef\xbb\xbfabc\r\n", ending))
+    assert read(tmp_path / f"b.md{ending}") == [[(0, "abc\r\n", "")]]
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_what_is_cut_off_or_not_compressed_is_a_problem(tmp_path, ending):
+    whole = pack(b"".join(b'{"text": "%d"}\n' % (i**9) for i in range(30_000)), ending)
+    for content in (whole[:-5], whole[: len(whole) // 2], b"not compressed at all"):
+        (tmp_path / f"a.jsonl{ending}").write_bytes(content)
+        [found] = read(tmp_path / f"a.jsonl{ending}")
+        assert [bool(record.problem) for record in found] == [False] * (len(found) - 1) + [True]
+        assert "cannot read" in found[-1].problem
+
+
+def test_rows_of_parquet_are_read_by_group(tmp_path):
+    table = pyarrow.table({"id": range(10), "text": [*map(str, range(8)), None, ""]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    for size, counts in ((None, [10]), (1, [3, 3, 3, 1])):
+        parts = read(tmp_path / "a.parquet", size)
+        assert [len(part) for part in parts] == counts
+        found = [record for part in parts for record in part]
+        assert [record.number for record in found] == list(range(1, 11))
+        assert [record.text for record in found] == [*map(str, range(8)), None, ""]
+        assert "no text in the column text" in found[8].problem
+    wide = pyarrow.table({"body": pyarrow.array(["é"], pyarrow.large_string())})
+    parquet.write_table(wide, tmp_path / "b.parquet")
+    assert read(tmp_path / "b.parquet", field="body") == [[(1, "é", "")]]
+
+
+def test_a_parquet_file_without_the_column_is_named(tmp_path):
+    parquet.write_table(pyarrow.table({"texts": ["a"], "n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="no column 'text'") as error:
+        read(tmp_path / "a.parquet")
+    assert error.value.where == str(tmp_path / "a.parquet")
+    assert "texts" in error.value.next
+    with pytest.raises(DataError, match="int64, not text"):
+        read(tmp_path / "a.parquet", field="n")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 no PAR1")
+    with pytest.raises(DataError, match="not a parquet file"):
+        read(tmp_path / "b.parquet")
+
+
+def test_a_file_that_grew_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("ab")
+    [source] = find(str(tmp_path / "a.txt"), "input")
+    [piece] = pieces(0, source, None, "text")
+    (tmp_path / "a.txt").write_text("abc")
+    with pytest.raises(DataError, match="3 bytes"):
+        list(records(piece, "text"))
+
+
+def test_a_folder_gives_what_can_be_read_in_order_and_a_glob_what_matches(tmp_path):
+    for name in ("b/a.txt", "a.md", "b.jsonl.gz", "c.parquet", "d.txt.zst", "e.py", "f.json", "g.txt.bz2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert [source.name for source in find(str(tmp_path), "input")] == ["a.md", "b/a.txt", "b.jsonl.gz", "c.parquet", "d.txt.zst"]
+    assert [source.name for source in find(f"{tmp_path}/**/*.[pt]*", "input")] == ["b/a.txt", "c.parquet", "d.txt.zst", "e.py", "g.txt.bz2"]
+    with pytest.raises(DataError, match="nothing matches") as error:
+        find(f"{tmp_path}/*.none", "input")
+    assert "input=FOLDER" in error.value.next
+
+
+def test_a_file_that_cannot_be_opened_is_a_problem(tmp_path):
+    (tmp_path / "a.txt").write_text("ab")
+    [source] = find(str(tmp_path / "a.txt"), "input")
+    (tmp_path / "a.txt").unlink()
+    [record] = records(Piece(0, source, 0, 2, 0, 2), "text")
+    assert "No such file" in record.problem

@@ -1,0 +1,196 @@
+"""Every attention kernel against the plain one and against PyTorch's, forward and backward, on one device and on several."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from llama_eqx import load_config
+from llama_eqx.errors import ConfigError
+from llama_eqx.model.kernel import KernelConfig, attend
+from llama_eqx.model.kernel.blocked import blocked
+from llama_eqx.model.kernel.plain import plain
+from llama_eqx.model.kernel.shards import Blocks, on_shards
+from llama_eqx.sharding import MESH_AXES, Layout, Rules
+
+RULES = Rules(axes={"batch": ("data", "fsdp"), "seq": ("sequence",), "heads": ("tensor",), "kv_heads": ("tensor",)})
+
+
+def layout(*shape):
+    devices = jax.devices()[: int(np.prod(shape))]
+    return Layout(jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices), RULES)
+
+
+def arrays(batch, seq, slots, heads, kv_heads, head_dim, dtype=jnp.float32):
+    shapes = [
+        (batch, seq, heads, head_dim),
+        (batch, slots, kv_heads, head_dim),
+        (batch, slots, kv_heads, head_dim),
+        (batch, seq, heads, head_dim),
+    ]
+    return [jax.random.normal(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate(shapes)]
+
+
+def ids(kind, batch, seq):
+    """None, documents packed into rows (other ones in each row), or rows that begin with padding."""
+    if kind == "whole":
+        return None
+    if kind == "packed":
+        ends = np.random.default_rng(0).random((batch, seq)) < 3 / seq
+        found = jnp.asarray(1 + np.cumsum(ends, axis=1), jnp.int32)
+    else:
+        found = jnp.asarray(np.arange(seq)[None] >= np.arange(1, batch + 1)[:, None] * seq // (batch + 2), jnp.int32)
+    return found, found
+
+
+def with_gradients(kernel):
+    """The result and the gradients of q, k and v for a given cotangent."""
+
+    def run(q, k, v, cotangent, segment_ids):
+        out, vjp = jax.vjp(lambda q, k, v: kernel(q, k, v, segment_ids), q, k, v)
+        return out, *vjp(cotangent)
+
+    return jax.jit(run)
+
+
+def assert_same(kernel, reference, inputs, segment_ids, atol=2e-5):
+    with jax.default_matmul_precision("highest"):
+        found = with_gradients(kernel)(*inputs, segment_ids)
+        wanted = with_gradients(reference)(*inputs, segment_ids)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=atol, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize(("kind", "kv_heads"), [("whole", 1), ("packed", 2), ("padded", 4)])
+def test_blocked_is_plain(kind, kv_heads):
+    """Rows of 100 in blocks of 32 and 48: neither divides."""
+    inputs = arrays(2, 100, 100, 4, kv_heads, 8)
+    kernel = lambda q, k, v, segment_ids: blocked(q, k, v, 0, segment_ids, 32, 48)  # noqa: E731
+    assert_same(kernel, lambda q, k, v, segment_ids: plain(q, k, v, 0, segment_ids), inputs, ids(kind, 2, 100))
+
+
+@pytest.mark.parametrize("start", [3, 90])
+def test_blocked_from_a_far_slot(start):
+    """A piece of 30 queries in a cache of 120 slots of which the last are not written yet; the start is traced."""
+    inputs = arrays(2, 30, 120, 4, 2, 8)
+    slots = jnp.asarray(np.arange(120) < start + 30, jnp.int32)[None].repeat(2, 0)
+    segment_ids = jnp.ones((2, 30), jnp.int32), slots
+    kernel = lambda q, k, v, ids: blocked(q, k, v, jnp.asarray(start), ids, 16, 32)  # noqa: E731
+    assert_same(kernel, lambda q, k, v, ids: plain(q, k, v, start, ids), inputs, segment_ids)
+
+
+@pytest.mark.parametrize("kind", ["whole", "packed"])
+def test_plain_is_pytorch(kind):
+    import torch
+
+    inputs = arrays(2, 40, 40, 4, 2, 8)
+    segment_ids = ids(kind, 2, 40)
+    q, k, v, cotangent = (torch.tensor(np.asarray(x)).transpose(1, 2).requires_grad_() for x in inputs)
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()
+    if segment_ids is not None:
+        row = torch.tensor(np.asarray(segment_ids[0]))
+        mask = (mask & (row[:, :, None] == row[:, None, :]))[:, None]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    out.backward(cotangent)
+    wanted = [x.detach().transpose(1, 2).numpy() for x in (out, q.grad, k.grad, v.grad)]
+    found = with_gradients(lambda q, k, v, segment_ids: plain(q, k, v, 0, segment_ids))(*inputs, segment_ids)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+SPLITS = {"one": (1, 1, 1, 1), "batch": (2, 2, 1, 1), "heads": (1, 2, 1, 4), "queries": (1, 2, 4, 1), "all": (2, 1, 2, 2)}
+
+
+@pytest.mark.parametrize(("split", "kind"), [("batch", "packed"), ("heads", "whole"), ("queries", "packed"), ("all", "packed")])
+def test_blocked_on_several_devices(split, kind):
+    """With 2 key heads: split by `heads` they are fewer than devices."""
+    where = layout(*SPLITS[split])
+    inputs = arrays(4, 64, 64, 8, 2, 8)
+    kernel = lambda q, k, v, segment_ids: on_shards("blocked", Blocks(16, 16, False), where.mesh, where.spec, q, k, v, 0, segment_ids)  # noqa: E731
+    assert_same(kernel, lambda q, k, v, segment_ids: plain(q, k, v, 0, segment_ids), inputs, ids(kind, 4, 64))
+
+
+@pytest.mark.parametrize(
+    ("split", "kind", "kv_heads", "fused"),
+    [("one", "whole", 1, False), ("batch", "packed", 2, True), ("queries", "packed", 4, False), ("all", "whole", 2, False)],
+)
+def test_splash_is_plain(split, kind, kv_heads, fused):
+    """Interpreted, where there is no TPU."""
+    where = layout(*SPLITS[split])
+    inputs = arrays(4, 512, 512, 4, kv_heads, 64)
+    kernel = lambda q, k, v, segment_ids: on_shards("splash", Blocks(128, 256, fused), where.mesh, where.spec, q, k, v, 0, segment_ids)  # noqa: E731
+    assert_same(kernel, lambda q, k, v, segment_ids: plain(q, k, v, 0, segment_ids), inputs, ids(kind, 4, 512))
+
+
+@pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["whole", "packed", "padded"])
+def test_cudnn_is_plain(kind):
+    where = layout(1, 1, 1, 1)
+    inputs = arrays(2, 512, 512, 8, 2, 64, jnp.bfloat16)
+    kernel = lambda q, k, v, segment_ids: on_shards("cudnn", Blocks(512, 512, False), where.mesh, where.spec, q, k, v, 0, segment_ids)  # noqa: E731
+    assert_same(kernel, lambda q, k, v, segment_ids: plain(q, k, v, 0, segment_ids), inputs, ids(kind, 2, 512), atol=5e-2)
+
+
+def test_blocked_in_bfloat16_is_near():
+    inputs = arrays(2, 256, 256, 4, 2, 64, jnp.bfloat16)
+    exact = with_gradients(lambda q, k, v, ids: plain(q, k, v, 0, ids))(*(x.astype(jnp.float32) for x in inputs), None)
+    for kernel in (lambda q, k, v, ids: blocked(q, k, v, 0, ids, 64, 64), lambda q, k, v, ids: plain(q, k, v, 0, ids)):
+        for a, b in zip(with_gradients(kernel)(*inputs, None), exact, strict=True):
+            assert a.dtype == jnp.bfloat16
+            assert jnp.linalg.norm(a.astype(jnp.float32) - b) < 0.01 * jnp.linalg.norm(b)
+
+
+def test_memory_grows_with_the_row_and_not_with_its_square():
+    def temporary(kernel, seq):
+        inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(1, seq, seq, 2, 2, 16)]
+        return with_gradients(kernel).lower(*inputs, None).compile().memory_analysis().temp_size_in_bytes
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        kernel = lambda q, k, v, ids: blocked(q, k, v, 0, ids, 256, 256)  # noqa: E731
+        assert temporary(kernel, 4096) < 2.2 * temporary(kernel, 2048)
+        assert temporary(kernel, 4096) < temporary(lambda q, k, v, ids: plain(q, k, v, 0, ids), 4096) / 8
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "seq", "head_dim", "name", "reason"),
+    [
+        ("tpu", BF16, 4096, 128, "splash", ""),
+        ("tpu", BF16, 4000, 128, "blocked", "multiples of 128"),
+        ("gpu", BF16, 4096, 64, "cudnn", ""),
+        ("gpu", F32, 4096, 64, "blocked", "16-bit"),
+        ("gpu", BF16, 4096, 256, "blocked", "head_dim=256"),
+        ("cpu", F32, 4096, 64, "blocked", ""),
+        ("cpu", F32, 128, 64, "plain", ""),
+    ],
+)
+def test_auto_takes_what_the_platform_has(platform, dtype, seq, head_dim, name, reason):
+    choice = load_config().kernel.choose(platform, dtype=dtype, seq=seq, slots=seq, head_dim=head_dim)
+    assert choice.name == name
+    assert reason in choice.reason
+    assert bool(reason) == bool(choice.reason)
+
+
+def test_a_kernel_that_cannot_be_used_says_why():
+    with pytest.raises(ConfigError, match="it is for TPUs"):
+        load_config("kernel.name=splash").kernel.choose("cpu", dtype=F32, seq=512, slots=512, head_dim=64)
+    with pytest.raises(ConfigError, match="16-bit"):
+        load_config("kernel.name=cudnn").kernel.choose("gpu", dtype=F32, seq=512, slots=512, head_dim=64)
+    with pytest.raises(ConfigError, match="multiple of 128"):
+        load_config("kernel.q_block=100")
+
+
+def test_a_kernel_holds_only_within_its_block(monkeypatch):
+    where, seen = layout(1, 1, 1, 1), []
+    monkeypatch.setattr("llama_eqx.model.kernel.on_shards", lambda name, *rest: seen.append(name) or rest[3])
+    config = KernelConfig(name="blocked", q_block=128, kv_block=128, fused_backward=False)
+    q, k, v, _ = arrays(1, 8, 8, 2, 2, 8)
+    config.block(attend, where.mesh, where.spec)(q, k, v)
+    attend(q, k, v)
+    assert seen == ["blocked"]

@@ -1,0 +1,76 @@
+"""A batch in microbatches is the batch at once: the same update, however unevenly the mask counts, and rows stay where they are."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from llama_eqx import build_model, load_config
+from llama_eqx.batch import Batch
+from llama_eqx.errors import ConfigError
+from llama_eqx.sharding import MESH_AXES, Layout
+from llama_eqx.training.loss import policy_view
+from llama_eqx.training.state import TrainState
+from llama_eqx.training.step import make_step, split
+
+
+def layout(option, *shape):
+    devices = jax.devices()[: int(np.prod(shape))]
+    mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    return Layout(mesh, load_config(f"sharding={option}").sharding)
+
+
+def batch(rows=16, seq=12):
+    """The mask counts hardly anything in the first rows and everything in the last."""
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, 64, (rows, seq + 1)), jnp.int32)
+    mask = rng.random((rows, seq)) < np.linspace(0.05, 1, rows)[:, None]
+    return Batch(tokens[:, :-1], tokens[:, 1:], jnp.asarray(mask, jnp.float32))
+
+
+def update(where, model, microbatch_size):
+    config = load_config("optimizer.clip_norm=1e9")
+    optimizer, view = config.optimizer.build(), policy_view(config.precision, config.remat, where)
+    step = make_step(optimizer, lambda step: jnp.float32(0.1), config.loss.build(view, where), where, microbatch_size)
+    state = TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+    state, rows = jax.device_put((state, batch()), (where.shardings(state), where.shardings(batch())))
+    new, metrics = eqx.filter_jit(step)((rows, jax.random.key(0)), state)
+    for leaf, sharding in zip(jax.tree.leaves(new), jax.tree.leaves(where.shardings(new)), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    first_moment = new.opt_state[1][0].mu  # is 0.1 of the gradient
+    return metrics, [np.asarray(leaf) for leaf in jax.tree.leaves(first_moment)]
+
+
+@pytest.mark.parametrize(
+    ("option", "shape", "microbatch_size"), [("fsdp", (1, 1, 1, 1), 2), ("fsdp", (2, 2, 1, 1), 8), ("fsdp_tensor", (1, 2, 1, 2), 4)]
+)
+def test_microbatches_add_up_to_the_batch(option, shape, microbatch_size, tiny):
+    model = build_model(tiny(), key=jax.random.key(0))
+    where = layout(option, *shape)
+    metrics, gradient = update(where, model, microbatch_size)
+    wanted_metrics, wanted = update(layout("fsdp", 1, 1, 1, 1), model, None)
+    for name in ("train/loss", "optim/grad_norm"):
+        np.testing.assert_allclose(metrics[name], wanted_metrics[name], rtol=1e-5)
+    for a, b in zip(gradient, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_every_row_is_in_one_microbatch_and_on_its_own_device():
+    where, rows = layout("fsdp", 2, 4, 1, 1), batch(rows=32)
+    shardings = where.shardings(rows)
+    compiled = jax.jit(lambda rows: split(rows, 16, where), in_shardings=(shardings,)).lower(rows).compile()
+    assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"))
+    parts = compiled(jax.device_put(rows, shardings))
+    assert parts.tokens.shape == (2, 16, 12)
+    flat = np.asarray(parts.tokens).reshape(32, 12)
+    assert sorted(map(tuple, flat.tolist())) == sorted(map(tuple, np.asarray(rows.tokens).tolist()))
+    np.testing.assert_array_equal(np.asarray(parts.tokens)[:, :2], np.asarray(rows.tokens)[:4].reshape(2, 2, 12))
+
+
+@pytest.mark.parametrize(("microbatch_size", "said"), [(5, "4, 8, 16"), (6, "4, 8, 16"), (2, "4, 8, 16")])
+def test_microbatches_that_do_not_divide_are_refused(microbatch_size, said):
+    with pytest.raises(ConfigError) as error:
+        split(batch(), microbatch_size, layout("fsdp", 2, 2, 1, 1))
+    assert said in error.value.next
