@@ -58,15 +58,17 @@ def load_config(*overrides: str, name: str = "train") -> Any:
     return config
 
 
-def run_verb(name: str, job: Callable[[Any, list[str]], None]) -> None:
+def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = True) -> None:
     """The command line of a verb: calls `job(config, overrides)` with `conf/<name>.yaml` and the overrides in `sys.argv`, and exits.
 
-    An error ends as one block and the exit code of `llama_eqx.errors`; its traceback goes to `log.txt` in the run directory.
+    An error ends as one block and the exit code of `llama_eqx.errors`; its traceback goes to `log.txt` in the run directory, unless the
+    verb only reads there: `log` False.
     Flags (-m for a sweep, --cfg job, --help) are Hydra's own.
     """
     arguments = sys.argv[1:]
     if not any(argument.startswith("-") for argument in arguments):
-        _leave(_guarded(lambda: _together(job, load_config(*map(quoted, arguments), name=name), arguments)))
+        run = _together if log else lambda job, config, overrides: job(config, overrides)
+        _leave(_guarded(lambda: run(job, load_config(*map(quoted, arguments), name=name), arguments)))
 
     def hydra_job(config: DictConfig) -> None:
         built, overrides = resolve(config), list(HydraConfig.get().overrides.task)
@@ -84,7 +86,7 @@ def quoted(override: str) -> str:
     key, equals, value = override.partition("=")
     if value in ("true", "false") and (conf_dir() / key).is_dir():
         return f'{key}="{value}"'  # the name of an option, which Hydra would take for a bool
-    if not equals or key.lstrip("+") not in VERBATIM or value == "null":
+    if not equals or re.sub(r"^data\.components\.\w+", "data", key.lstrip("+")) not in VERBATIM or value == "null":
         return override
     value = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
     return f'{key}="{value}"'.replace("${", "\\${")

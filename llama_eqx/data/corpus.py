@@ -6,7 +6,7 @@ import itertools
 import os
 import sysconfig
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -54,8 +54,30 @@ class DataConfig(Config):
     def identity(self) -> str:
         """A sha256 of the names and texts of all documents and of how they are split."""
 
+    @abc.abstractmethod
+    def sources(self) -> "dict[str, tuple[float, SourceConfig]]":
+        """What it is mixed of: for each name the weight and the source."""
 
-class CorpusConfig(DataConfig):
+
+class SourceConfig(DataConfig):
+    """Documents of one kind. `rows` says how the rows of a batch are made of them:
+
+    windows: of all documents one after another, cut wherever a row is full; attention sees through the edges of documents.
+    documents: the same, but attention stays within a document, and nothing is predicted across an edge.
+    packed: of whole documents, several to a row, each of which sees only itself.
+    single: a document a row.
+
+    The last two leave the rest of a row empty, and `refuse` a document that is longer, or `cut` it into pieces.
+    """
+
+    rows: Literal["windows", "documents", "packed", "single"]
+    long_documents: Literal["refuse", "cut"]
+
+    def sources(self) -> "dict[str, tuple[float, SourceConfig]]":
+        return {"": (1.0, self)}
+
+
+class CorpusConfig(SourceConfig):
     """Text. `validation_fraction` of the corpus is held out. `holdout: tuning` holds out the last tenth of the training part instead and
     leaves the true validation text alone: tune on that, and look at `validation` once.
     """
@@ -73,7 +95,7 @@ class CorpusConfig(DataConfig):
         Each document has a place in [0, 1) given by a hash of its name, and the held-out range is cut from the end: a document stays
         where it is when others come or go. In a corpus of few documents each one is cut by characters in the same proportions.
         """
-        first, last = self._held_out()
+        first, last = self.held_out()
         documents = self.documents()
         few = int(MIN_HELD_OUT / self.validation_fraction)
         head = list(itertools.islice(documents, few))
@@ -84,20 +106,26 @@ class CorpusConfig(DataConfig):
                 parts = Part("train", Document(name, text[:begin])), Part("val", Document(name, text[begin:end]))
                 yield from (part for part in parts if part.document.text)
             return
-        for document in itertools.chain(head, documents):
+        yield from self.whole(itertools.chain(head, documents))
+
+    def whole(self, documents: Iterable[Document]) -> Iterator[Part]:
+        """Documents with their splits, each in one of them."""
+        first, last = self.held_out()
+        for document in documents:
             place = int.from_bytes(hashlib.sha256(_bytes(document.name)).digest()[:6]) / 2**48
             if place < last:
                 yield Part("train" if place < first else "val", document)
 
     def identity(self) -> str:
-        found = hashlib.sha256(repr(self._held_out()).encode())
+        found = hashlib.sha256(repr(self.held_out()).encode())
         for document in self.documents():
             for content in (_bytes(document.name), document.text.encode()):
                 found.update(len(content).to_bytes(8))
                 found.update(content)
         return found.hexdigest()
 
-    def _held_out(self) -> tuple[float, float]:
+    def held_out(self) -> tuple[float, float]:
+        """The range of places in [0, 1) that is held out; what lies behind it is in no split."""
         end = 1 - self.validation_fraction
         return (end, 1.0) if self.holdout == "validation" else (0.9 * end, end)
 

@@ -1,93 +1,171 @@
-"""From token ids to sharded batches. A batch is a function of (seed, index of the batch) alone, however many processes share it."""
+"""From rows to sharded batches. A batch is a function of (seed, index of the batch) alone, however many processes share it."""
 
 import contextlib
 import itertools
-from collections.abc import Iterator
-from typing import Any
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from llama_eqx.batch import Batch
-from llama_eqx.data.shards import Split
-from llama_eqx.errors import ConfigError, DataError
+from llama_eqx.data.order import chained, digest
+from llama_eqx.data.rows import Rows
+from llama_eqx.errors import ConfigError
+
+T = TypeVar("T")
+
+AT_ONCE = 2**20  # tokens
 
 
-class TokenWindows:
-    """The ids of a split in rows of `seq_len` + 1: the last of a row is the first of the next, so that every id but the first is a target.
+class Progress(NamedTuple):
+    """What has been drawn in `step` batches: `tokens` are targets that the loss counted.
 
-    What does not fill a row at the end is left out.
-
-    Raises `DataError` when there is not one row.
+    `ledger` is a hash of the data and of which rows of it each batch had, in their order: two runs that agree in it saw the same batches.
     """
 
-    def __init__(self, split: Split, seq_len: int):
-        self.split, self.seq_len = split, seq_len
-        if not len(self):
-            shorter = f"train.seq_len={split.tokens - 1} or less, " if split.tokens > 1 else ""
-            raise DataError(
-                f"{split.name} has {split.tokens} tokens, a row needs {seq_len + 1}",
-                where="train.seq_len",
-                next=f"{shorter}more text, or another data.validation_fraction",
-            )
+    step: int
+    ledger: int
+    tokens: int
+
+
+class Part(NamedTuple):
+    """What one process holds of a batch, in numpy, and the `digest` and the targets to be counted of the whole of it."""
+
+    batch: Batch
+    digest: bytes
+    counted: int
+
+
+class Parts:
+    """The part of this process of every batch, by its index."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        order: Callable[[np.ndarray], np.ndarray],
+        batch_size: int,
+        shard: int = 0,
+        n_shards: int = 1,
+        fingerprint: str = "",
+    ):
+        """`fingerprint` is that of the rows. Raises `ConfigError` when the shards do not divide the batch."""
+        share, rest = divmod(batch_size, n_shards)
+        if rest or not share:
+            raise ConfigError(f"batch_size={batch_size} does not divide into {n_shards} parts", where="train.batch_size")
+        self._rows, self._order, self._batch_size, self._mine = rows, order, batch_size, slice(shard * share, (shard + 1) * share)
+        self._start = Progress(0, chained(0, fingerprint.encode()), 0)
 
     def __len__(self) -> int:
-        return max(0, self.split.tokens - 1) // self.seq_len
+        return 2**62 // self._batch_size
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        start = index * self.seq_len
-        return self.split.read(start, start + self.seq_len + 1).astype(np.int32)
+    def __getitem__(self, index: int) -> Part:
+        return self.several(index, 1)[0]
+
+    def several(self, first: int, count: int) -> list[Part]:
+        """Batches one after another."""
+        return [Part(self._rows.read(rows[self._mine]), digest(rows), self._rows.counted(rows)) for rows in self.numbers(first, count)]
+
+    def numbers(self, first: int, count: int) -> Int[np.ndarray, "count batch"]:
+        """The rows of whole batches."""
+        return self._order(np.arange(first * self._batch_size, (first + count) * self._batch_size)).reshape(count, -1)
+
+    @property
+    def together(self) -> int:
+        """How many batches are best read at once."""
+        return max(1, min(64, AT_ONCE // ((self._mine.stop - self._mine.start) * self._rows.seq_len)))
+
+    def after(self, step: int, known: Progress | None = None) -> Progress:
+        """The progress after `step` batches, from that after some of them; no token is read for it."""
+        known = known or self._start
+        for index in range(known.step, step):
+            (rows,) = self.numbers(index, 1)
+            known = Progress(index + 1, chained(known.ledger, digest(rows)), known.tokens + self._rows.counted(rows))
+        return known
 
 
 @contextlib.contextmanager
-def rows(
-    source: TokenWindows, *, batch_size: int, seed: int, shard: int = 0, n_shards: int = 1, start: int = 0
-) -> Iterator[Iterator[np.ndarray]]:
-    """An endless iterator over arrays [batch_size / n_shards, seq_len + 1], from batch `start` on.
+def read(parts: Parts, start: int = 0) -> Iterator[Iterator[Part]]:
+    """An endless iterator over `parts` from number `start` on, some of them read ahead.
 
-    Rows are drawn in a new order every epoch. The arrays of all shards one below another are the batch, the same for every
-    `n_shards`. Closed on exit: left open, its threads can abort the interpreter.
-
-    Raises `ConfigError` when the shards do not divide the batch.
+    Closed on exit: left open, its threads can abort the interpreter.
     """
     import grain
 
-    size = _share(batch_size, n_shards)
-    # Epoch e is shuffled by seed + e: spread seeds keep the epochs of neighbouring seeds apart.
-    spread = int(np.random.SeedSequence([seed, 0x5EED]).generate_state(1)[0])
-    dataset = grain.MapDataset.source(source).shuffle(seed=spread).repeat().batch(size, drop_remainder=True)
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # more threads are slower
-    iterator: Any = iter(dataset[shard::n_shards].to_iter_dataset(options))
-    iterator.set_state({"next_index": start})
+    # An element of grain's costs about as much whatever is in it, and so it has several batches.
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # more threads are slower
+    runs = grain.MapDataset.range(len(parts) // parts.together).map(lambda run: parts.several(run * parts.together, parts.together))
+    iterator: Any = iter(runs.to_iter_dataset(options))
+    run, within = divmod(start, parts.together)
+    iterator.set_state({"next_index": run})
     try:
-        yield iterator
+        yield itertools.islice(itertools.chain.from_iterable(iterator), within, None)
     finally:
         iterator.close()
 
 
-def validation_rows(source: TokenWindows, batch_size: int, *, shard: int = 0, n_shards: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every row of `source` once and in order, `n_batches` times: arrays as those of `rows`, and which of their rows are real.
+@contextlib.contextmanager
+def training_batches(parts: Parts, sharding: Sharding, batch_size: int, past: Progress) -> Iterator[Iterator[tuple[Batch, Progress]]]:
+    """The batches from number `past.step` on, on the devices before they are asked for, each with the progress that it makes."""
 
-    The last batch is filled up with rows of zeros, so that all have one shape.
-    """
-    size = _share(batch_size, n_shards)
-    for batch in range(n_batches(source, batch_size)):
-        begin = batch * batch_size + shard * size
-        real = np.arange(begin, begin + size) < len(source)
-        yield np.stack([source[begin + i] if real[i] else np.zeros(source.seq_len + 1, np.int32) for i in range(size)]), real
+    def placed(drawn: Iterator[Part]) -> Iterator[tuple[Batch, Progress]]:
+        step, ledger, tokens = past
+        for part in drawn:
+            step, ledger, tokens = step + 1, chained(ledger, part.digest), tokens + part.counted
+            yield place(part.batch, sharding, batch_size), Progress(step, ledger, tokens)
+
+    with read(parts, past.step) as drawn, ahead(placed(drawn)) as batches:
+        yield batches
 
 
-def n_batches(source: TokenWindows, batch_size: int) -> int:
-    """How many batches `validation_rows` gives."""
-    return -(-len(source) // batch_size)
+def validation_batches(rows: Rows, sharding: Sharding, *, batch_size: int) -> Iterator[Batch]:
+    """Every row once and in order. The last batch is filled up with padding, so that all have one shape."""
+    shard, n_shards = process_rows(sharding, batch_size, rows.seq_len)
+    parts = Parts(rows, lambda samples: np.where(samples < len(rows), samples, -1), batch_size, shard, n_shards)
+    count = -(-len(rows) // batch_size)
+    with ahead(place(parts[index].batch, sharding, batch_size) for index in range(count)) as batches:
+        yield from batches
+
+
+@contextlib.contextmanager
+def ahead(items: Iterator[T], room: int = 2) -> Iterator[Iterator[T]]:
+    """`items`, made by a thread while up to `room` of them wait to be taken. An exception of theirs is raised where they are taken."""
+    made: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    free, closed = threading.Semaphore(room), threading.Event()
+
+    def make() -> None:
+        try:
+            while free.acquire() and not closed.is_set():
+                made.put((next(items), None))
+        except BaseException as error:  # the end of the items among them
+            made.put((None, error))
+
+    def take() -> Iterator[T]:
+        while True:
+            item, error = made.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            free.release()
+            yield item  # pyright: ignore[reportReturnType]
+
+    thread = threading.Thread(target=make, name="batches", daemon=True)
+    thread.start()
+    try:
+        yield take()
+    finally:
+        closed.set()
+        free.release()
+        thread.join()
 
 
 def process_rows(sharding: Sharding, batch_size: int, seq_len: int) -> tuple[int, int]:
-    """Which part of a batch's rows this process holds, as (shard, n_shards) of `rows`.
+    """Which part of a batch's rows this process holds, as (shard, n_shards) of `Parts`.
 
     It follows from the sharding, not from the number of the process: processes that split other axes hold the same rows.
 
@@ -103,34 +181,10 @@ def process_rows(sharding: Sharding, batch_size: int, seq_len: int) -> tuple[int
     return first // held, batch_size // held
 
 
-def place(
-    rows: Int[np.ndarray, "rows window"], sharding: Sharding, batch_size: int, real: Bool[np.ndarray, " rows"] | None = None
-) -> Batch:
-    """A batch of `batch_size` rows over all processes, from those of this process; targets of rows that are not `real` do not count."""
-    mask = np.ones(len(rows), bool) if real is None else real
-    tokens, targets = rows[:, :-1], rows[:, 1:]
-    shape = (batch_size, tokens.shape[1])
-    leaves = tokens, targets, np.broadcast_to(mask[:, None], tokens.shape).astype(np.float32)
-    return Batch(*(jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(leaf), shape) for leaf in leaves))
+def place(part: Batch, sharding: Sharding, batch_size: int) -> Batch:
+    """A batch of `batch_size` rows over all processes, from those of this process."""
 
+    def placed(leaf: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(leaf), (batch_size, leaf.shape[1]))
 
-@contextlib.contextmanager
-def training_batches(source: TokenWindows, sharding: Sharding, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Iterator[Batch]]:
-    """The batches of `rows`, sharded; batch `start` comes first."""
-    shard, n_shards = process_rows(sharding, batch_size, source.seq_len)
-    with rows(source, batch_size=batch_size, seed=seed, shard=shard, n_shards=n_shards, start=start) as arrays:
-        yield (place(array, sharding, batch_size) for array in arrays)
-
-
-def validation_batches(source: TokenWindows, sharding: Sharding, *, batch_size: int) -> Iterator[Batch]:
-    """The batches of `validation_rows`, sharded."""
-    shard, n_shards = process_rows(sharding, batch_size, source.seq_len)
-    for array, real in validation_rows(source, batch_size, shard=shard, n_shards=n_shards):
-        yield place(array, sharding, batch_size, real)
-
-
-def _share(batch_size: int, n_shards: int) -> int:
-    size, rest = divmod(batch_size, n_shards)
-    if rest or not size:
-        raise ConfigError(f"batch_size={batch_size} does not divide into {n_shards} parts", where="train.batch_size")
-    return size
+    return jax.tree.map(placed, part)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from llama_eqx.data.cache import cache_dir as cache_dir
 from llama_eqx.data.cache import publish
-from llama_eqx.data.corpus import DataConfig, Document, Part
+from llama_eqx.data.corpus import DataConfig, Document, Part, SourceConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from llama_eqx.errors import ConfigError, DataError
 
@@ -138,11 +138,15 @@ class Split:
             numbers.append(self._documents[i] + int(np.searchsorted(self.shards[i].offsets(), begin, side="right")) - 1)
         return range(numbers[0], numbers[1] + 1) if numbers else range(0)
 
-    def document(self, number: int) -> np.ndarray:
-        """The ids of a document, with its BOS and EOS. Raises `IndexError`."""
+    def bounds(self, number: int) -> tuple[int, int]:
+        """The token with which a document begins, and the one after its last. Raises `IndexError`."""
         i, inside = self._place(self._documents, number)
         begin, end = self.shards[i].offsets()[inside : inside + 2].tolist()
-        return self.read(self._tokens[i] + begin, self._tokens[i] + end)
+        return self._tokens[i] + begin, self._tokens[i] + end
+
+    def document(self, number: int) -> np.ndarray:
+        """The ids of a document, with its BOS and EOS. Raises `IndexError`."""
+        return self.read(*self.bounds(number))
 
     def source(self, number: int) -> str:
         """Where a document came from: a file, or "file:line". Raises `IndexError`."""
@@ -187,7 +191,7 @@ class TokenData:
     fingerprint: str
 
 
-class PreparedConfig(DataConfig):
+class PreparedConfig(SourceConfig):
     """A dataset that was prepared before: a folder. `verify` as in `open_dataset`."""
 
     path: str | None
@@ -216,15 +220,14 @@ class PreparedTokenizerConfig(TokenizerConfig):
     """The tokenizer that data was prepared with."""
 
     def build(self, data: DataConfig) -> Tokenizer:
-        if not isinstance(data, PreparedConfig):
+        folder = next((source.folder for _, source in data.sources().values() if isinstance(source, PreparedConfig)), None)
+        if folder is None:
             raise ConfigError(
                 "only data=prepared comes with a tokenizer", where="tokenizer", next="tokenizer=sentencepiece, or data=prepared"
             )
-        if not (data.folder / "index.json").is_file():
-            raise DataError(
-                "no prepared data here", where=str(data.folder), next="data.path=FOLDER, as python -m llama_eqx.prepare wrote it"
-            )
-        return load_tokenizer(data.folder / "tokenizer")
+        if not (folder / "index.json").is_file():
+            raise DataError("no prepared data here", where=str(folder), next="data.path=FOLDER, as python -m llama_eqx.prepare wrote it")
+        return load_tokenizer(folder / "tokenizer")
 
 
 def tokenize(data: DataConfig, tokenizer: Tokenizer) -> TokenData:

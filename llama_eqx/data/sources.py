@@ -111,6 +111,19 @@ def records(piece: Piece, field: str) -> Iterator[Record]:
         yield Record(number + 1 if number else 0, None, f"cannot read: {getattr(error, 'strerror', None) or error}")
 
 
+def lines(source: Source) -> Iterator[Record]:
+    """The lines of a file as they stand, without blank ones."""
+    number = 0
+    try:
+        with _open(source) as file:
+            for number, line in enumerate(file, 1):
+                record = _record(number, line)
+                if record.text is None or record.text.strip():
+                    yield record
+    except (OSError, EOFError, zlib.error) as error:
+        yield Record(number + 1, None, f"cannot read: {getattr(error, 'strerror', None) or error}")
+
+
 def read_text(path: Path) -> str:
     """Raises `DataError` for what is not UTF-8."""
     source = Source(path.name, str(path), 0)

@@ -14,9 +14,10 @@ from tqdm import tqdm
 from llama_eqx.checkpoint.manifest import MANIFEST, appearing, write_manifest
 from llama_eqx.checkpoint.native import write_native
 from llama_eqx.config import Config, nearest
+from llama_eqx.data.tokenizer.files import is_tiktoken
 from llama_eqx.errors import ConfigError, StorageError
 from llama_eqx.interop import huggingface, meta
-from llama_eqx.interop.files import CARRIED, mistaken
+from llama_eqx.interop.files import CARRIED, mistaken, write_json
 from llama_eqx.interop.pretrained import MARKS, Format, located, open_pretrained, verified
 from llama_eqx.interop.weights import Weights, of_model, parameter_tree, pieces
 from llama_eqx.model.llama import Llama, LlamaConfig
@@ -132,3 +133,13 @@ def _copy_files(weights: Weights, folder: pathlib.Path, format: Format, notes: l
         beside = pathlib.PurePath(name).name
         if format != "native" and beside in CARRIED and beside not in weights.files:
             shutil.copyfile(file, folder / beside)
+    model = folder / "tokenizer.model"
+    if format == "hf" and model.is_file() and not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        if is_tiktoken(model.read_bytes()):
+            notes.append(
+                "tokenizer.model is of tiktoken, which transformers reads with the package tiktoken alone: a tokenizer.json does too"
+            )
+        else:  # without it transformers would not begin a text with BOS
+            write_json(
+                folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+            )

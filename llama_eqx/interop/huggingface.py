@@ -38,7 +38,10 @@ def read_huggingface(folder: pathlib.Path) -> Weights:
     """
     refuse_code(folder, CONFIG, "tokenizer_config.json")
     config = config_from_huggingface(read_json(inside(folder, CONFIG)))
-    found = {name: tensor for file in weight_files(folder) for name, tensor in filed_tensors(file).items()}
+    filed = {file: filed_tensors(file) for file in weight_files(folder)}
+    found = {name: tensor for tensors in filed.values() for name, tensor in tensors.items()}
+    if twice := [name for name in found if sum(name in tensors for tensors in filed.values()) > 1]:
+        raise CheckpointError("\n".join(f"in more than one file: {name}" for name in twice), where=str(folder))
     shapes = tensor_shapes(config)
     names = {key: TABLE[key[0]].huggingface.format(layer=key[1]) for key in shapes}
     expected = {names[key]: torch_shape(shape, TABLE[key[0]].inputs) for key, shape in shapes.items()}
@@ -49,8 +52,8 @@ def read_huggingface(folder: pathlib.Path) -> Weights:
         raise CheckpointError(f"tie_word_embeddings is true, but {HEAD} is not {EMBED}", where=str(folder))
 
     def tensor(key: Key, shape: tuple[int, ...]) -> Tensor:
-        filed, inputs = found[names[key]], TABLE[key[0]].inputs
-        return Tensor(shape, DTYPES[filed.kind], lambda index: from_torch(filed.map(), inputs, shape)[index])
+        one, inputs = found[names[key]], TABLE[key[0]].inputs
+        return Tensor(shape, DTYPES[one.kind], lambda index: from_torch(one.map(), inputs, shape)[index])
 
     return Weights(config, {key: tensor(key, shape) for key, shape in shapes.items()}, carried(folder), ())
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import pathlib
+import threading
 from collections.abc import Iterator
 from typing import Literal
 
@@ -88,12 +89,18 @@ def verified(folder: pathlib.Path) -> Iterator[None]:
     if not (folder / MANIFEST).is_file():
         yield
         return
+    stop = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        found = pool.submit(verify, folder, (jax.process_index(), jax.process_count()))
+        found = pool.submit(verify, folder, (jax.process_index(), jax.process_count()), stop)
         try:
             yield
-        finally:
+        except CheckpointError:
             found.result()
+            raise
+        except BaseException:
+            stop.set()
+            raise
+        found.result()
 
 
 def _read_native(folder: pathlib.Path, step: int | None) -> Weights:

@@ -70,6 +70,7 @@ def tensor_axes(config: LlamaConfig) -> dict[Key, tuple[str, ...]]:
     return {key: axes for key, (axes, _) in _tensors(config).items()}
 
 
+@functools.lru_cache(maxsize=8)
 def _tensors(config: LlamaConfig) -> dict[Key, tuple[tuple[str, ...], tuple[int, ...]]]:
     model, tensors = abstract(config), {}
     for name, axes, leaf in zip(parameter_names(model), axis_names(model), jax.tree.leaves(model), strict=True):
@@ -84,6 +85,7 @@ def parameter_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
     return dict(zip(parameter_names(model), (leaf.shape for leaf in jax.tree.leaves(model)), strict=True))
 
 
+@functools.lru_cache(maxsize=8)
 def abstract(config: LlamaConfig) -> Llama:
     """The model's structure without its arrays."""
     return eqx.filter_eval_shape(lambda key: config.build(key=key), jax.eval_shape(lambda: jax.random.key(0)))
@@ -125,17 +127,16 @@ def to_model(weights: Weights, dtype: DTypeLike | None = None, shardings: PyTree
     Each process reads what its devices hold, a layer at a time, so the host never has a whole model.
     """
     model = abstract(weights.config)
-    leaves, structure = jax.tree.flatten(model)
     everywhere = SingleDeviceSharding(jax.devices()[0]) if shardings is None else shardings
     places = jax.tree.leaves(jax.tree.broadcast(everywhere, model))
     filled = []
-    for name, leaf, place in zip(parameter_names(model), leaves, places, strict=True):
+    for name, place in zip(parameter_names(model), places, strict=True):
         tensors = [tensor for (parameter, _), tensor in weights.tensors.items() if parameter == name]
         kind = np.dtype(jnp.result_type(*(tensor.dtype for tensor in tensors)) if dtype is None else dtype)
         layered = (name, 0) in weights.tensors
         filled.append(_place_layers(tensors, kind, place) if layered else _place(tensors[0], kind, place))
     # Modules are never constructed from stacked arrays: their constructors describe a single layer.
-    return structure.unflatten(filled)
+    return jax.tree.structure(model).unflatten(filled)
 
 
 def _place(tensor: Tensor, dtype: np.dtype, place: Sharding) -> jax.Array:

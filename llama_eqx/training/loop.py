@@ -9,8 +9,8 @@ import jax
 
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.config import dump
-from llama_eqx.data.pipeline import TokenWindows, training_batches, validation_batches
-from llama_eqx.data.shards import tokenize
+from llama_eqx.data.dataset import open_data
+from llama_eqx.data.pipeline import Parts, process_rows, training_batches, validation_batches
 from llama_eqx.flops import flops_per_token
 from llama_eqx.generation.text import continued, prompt_tokens
 from llama_eqx.model.init import named
@@ -24,7 +24,7 @@ from llama_eqx.training.ends import check_export, export, open_start, start
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
 from llama_eqx.training.profile import Profile
 from llama_eqx.training.program import make_program
-from llama_eqx.training.reporter import Reporter
+from llama_eqx.training.reporter import Reporter, recorded
 from llama_eqx.training.run import RunConfig, check_shared, claim, warnings, with_vocab
 from llama_eqx.training.state import TrainState, abstract
 
@@ -59,11 +59,11 @@ def train(config: RunConfig) -> Result:
 
     # Text to tokens, and the sizes that follow from it.
     tokenizer = config.tokenizer.build(config.data)
-    data = tokenize(config.data, tokenizer)
+    data = open_data(config.data, tokenizer, seq_len=length, seed=config.seed)
+    parts = Parts(data.train, data.order, size, *process_rows(batch_sharding, size, length), data.fingerprint)
     config = with_vocab(config, tokenizer)
-    prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.read(0, 1).tolist()
+    prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.first()
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
-    windows, held_out = TokenWindows(data.train, length), TokenWindows(data.val, length)
 
     # What the devices are to compute, and the files of the run.
     initial, step, loss, shapes, shardings, remarks = make_program(config, layout)
@@ -83,8 +83,8 @@ def train(config: RunConfig) -> Result:
     device_kind = layout.mesh.devices.flat[0].device_kind
 
     def evaluate(model: Llama) -> Evaluation:
-        batches = validation_batches(held_out, batch_sharding, batch_size=size)
-        return evaluate_on(model, batches, data.val.bytes / data.val.tokens)
+        batches = validation_batches(data.val, batch_sharding, batch_size=size)
+        return evaluate_on(model, batches, data.val.bytes / data.val.targets)
 
     with Checkpoints(run_dir / "checkpoints", config.checkpoint) as checkpoints:
         begin = of_first(checkpoints.latest or 0)
@@ -100,12 +100,12 @@ def train(config: RunConfig) -> Result:
         with (
             Tracker(config.tracking, run_dir, settings=dump(config), steps=steps, start=begin) as tracker,
             Profile(config.profile, run_dir, tracker.say) as profile,
-            training_batches(windows, batch_sharding, batch_size=size, seed=config.seed, start=begin) as batches,
+            training_batches(parts, batch_sharding, size, parts.after(begin, recorded(run_dir, begin))) as batches,
         ):
             tracker.say(f"run_dir={run_dir}")
             tracker.say(f"{parameters:,} parameters, {flops.causal:,.0f} FLOPs per token, {layout.mesh.size} x {device_kind}")
-            tracker.say(f"{data.train.tokens:,} tokens to train on, {data.val.tokens:,} held out, vocabulary of {tokenizer.vocab:,}")
-            for warning in warnings(config, tokenizer) + remarks + changed:
+            tracker.say(f"{data.train.targets:,} tokens to train on, {data.val.targets:,} held out, vocabulary of {tokenizer.vocab:,}")
+            for warning in warnings(config, tokenizer) + remarks + changed + data.notes:
                 tracker.say(f"warning: {warning}")
             if weights is not None:
                 tracker.say(f"starts from the weights in {config.init_from}")
@@ -118,6 +118,7 @@ def train(config: RunConfig) -> Result:
                 log_every=config.train.log_every,
                 last_step=steps,
                 tokens=size * length,
+                epochs=lambda step: data.epochs(step * size),
                 flops_per_token=flops.causal,
                 device_kind=device_kind,
                 devices=layout.mesh.size,
@@ -125,10 +126,10 @@ def train(config: RunConfig) -> Result:
             evaluation, save_every = None, config.checkpoint.every or steps
             for step in range(begin + 1, steps + 1):
                 with reporter.waiting():
-                    batch = next(batches)
+                    batch, progress = next(batches)
                 profile.begin(step)
                 state, metrics = step_fn((batch, dropout_key), state)
-                reporter.add(step, metrics)
+                reporter.add(step, metrics, progress)
                 if profile.ends_with(step):
                     with reporter.pause():
                         profile.end(metrics)

@@ -1,56 +1,79 @@
 """The numbers of the steps, fetched one step late, and where the time went."""
 
 import contextlib
+import pathlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
+from llama_eqx.data.pipeline import Progress
 from llama_eqx.errors import NonFiniteError
 from llama_eqx.flops import mfu
+from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.step import Metrics
 
 MAX_WITHHELD = 3  # updates in a row that may be withheld before a run is given up
+LEDGER = "data/ledger"
+
+
+def recorded(run_dir: pathlib.Path, step: int) -> Progress | None:
+    """The progress that `metrics.jsonl` has of the last step up to `step`."""
+    path = run_dir / "metrics.jsonl"
+    known = [record for record in read_metrics(path) if record["step"] <= step and LEDGER in record] if path.exists() else []
+    return Progress(int(known[-1]["step"]), int(known[-1][LEDGER]), int(known[-1]["tokens"])) if known else None
 
 
 class Reporter:
     """Logs the metrics of every `log_every`-th step. While the newest step runs on the device, those of the one before are fetched.
 
-    The first step is logged too: its time is mostly that of compilation. To the metrics come `tokens` seen so far,
-    `perf/tokens_per_second`, `perf/mfu` (causal, where the chip's peak is known) and `data/starved_fraction`, the share of the time in
-    which steps waited for data. Time in `pause` counts for none of them.
+    The first step is logged too: its time is mostly that of compilation. To the metrics come `tokens`, the targets counted so far,
+    `perf/tokens_per_second` (padding and masked targets are computed, and so included), `perf/mfu` (causal, where the chip's peak is
+    known), `data/starved_fraction`, the share of the time in which steps waited for data, `data/epoch` (of each source of a mixture), and
+    `data/ledger`, a number that says which rows all batches so far had. Time in `pause` counts for none of the speeds.
     """
 
     def __init__(
-        self, tracker: Tracker, *, log_every: int, last_step: int, tokens: int, flops_per_token: int, device_kind: str, devices: int
+        self,
+        tracker: Tracker,
+        *,
+        log_every: int,
+        last_step: int,
+        tokens: int,
+        epochs: Callable[[int], dict[str, float]],
+        flops_per_token: int,
+        device_kind: str,
+        devices: int,
     ):
-        """`tokens` of one step."""
+        """`tokens` of one step, and the `epochs` that are over after a step."""
         self._tracker, self._log_every, self._last_step = tracker, log_every, last_step
         self._tokens, self._flops, self._device_kind, self._devices = tokens, flops_per_token, device_kind, devices
-        self._late: tuple[int, Metrics] | None = None
+        self._epochs = epochs
+        self._late: tuple[int, Metrics, Progress] | None = None
         self._steps, self.withheld = 0, 0
         self._speeds: list[dict[str, float]] = []
         self._begun, self._waited = time.perf_counter(), 0.0
 
-    def add(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of the step just begun and reports those of the one before.
+    def add(self, step: int, metrics: Metrics, progress: Progress) -> None:
+        """Takes the metrics of the step just begun, and the progress that its batch made, and reports those of the one before.
 
         Raises `NonFiniteError` after `MAX_WITHHELD` withheld updates in a row.
         """
         self.flush()
-        self._late = step, metrics
+        self._late = step, metrics, progress
 
     def flush(self) -> None:
         if self._late is None:
             return
-        step, metrics = self._late
+        step, metrics, progress = self._late
         self._late = None
         fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._steps += 1
         if step % self._log_every == 0 or step in (1, self._last_step):
-            self._tracker.log(step, fetched | {"tokens": step * self._tokens} | self._speed())
+            drawn = {"tokens": progress.tokens, LEDGER: progress.ledger} | self._epochs(step)
+            self._tracker.log(step, fetched | drawn | self._speed())
         self.withheld = self.withheld + 1 if fetched["optim/withheld"] else 0
         if self.withheld == MAX_WITHHELD:
             raise NonFiniteError(

@@ -31,7 +31,12 @@ def text():
     from llama_eqx.data.corpus import TextConfig
 
     return lambda path, fraction=0.1, holdout="validation": TextConfig(
-        prompt="", validation_fraction=fraction, holdout=holdout, path=None if path is None else str(path)
+        prompt="",
+        rows="windows",
+        long_documents="refuse",
+        validation_fraction=fraction,
+        holdout=holdout,
+        path=None if path is None else str(path),
     )
 
 

@@ -37,13 +37,13 @@ def trained(vocab):
 
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory):
-    from llama_eqx.data.corpus import TextConfig
 
     folder = tmp_path_factory.mktemp("poem")
     (folder / "poem.txt").write_text(POEM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAMA_EQX_CACHE", str(folder / "cache"))
-        return trained(320).build(TextConfig(prompt="", validation_fraction=0.1, holdout="validation", path=str(folder / "poem.txt")))
+        data = yaml.safe_load((CONF / "data" / "text.yaml").read_text())
+        return trained(320).build(load({**data, "path": str(folder / "poem.txt")}))
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def config(run_dir, *overrides):
 
 
 def records(run_dir):
-    timed = ("perf/", "data/")
+    timed = ("perf/", "data/starved")
     return [{k: v for k, v in record.items() if not k.startswith(timed)} for record in read_metrics(run_dir / "metrics.jsonl")]
 
 

@@ -1,0 +1,175 @@
+"""How fast batches are made, what starting costs, and what memory does.
+
+    python -m benchmarks.data.pipeline speed [--tokens=50_000_000] [--batch=64] [--seq=2048] [--rounds=7]
+    python -m benchmarks.data.pipeline start [--tokens=10_000_000_000]
+    python -m benchmarks.data.pipeline memory [--tokens=50_000_000]
+    python -m benchmarks.data.pipeline starvation [--steps=200]
+
+`speed`: tokens a second of each way to make rows, in numpy, and of peers on the same ids, in turn in one process; medians over the
+rounds, and their ratio to a bare gather of rows from the mapped file. `start`: seconds and memory until the first batch, in a process of
+its own, of a dataset as large as that (sparse files). `memory`: what the process allocates over an epoch. `starvation`: the share of the
+time that the default run waits for its batches. Files are written under $TMPDIR.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+from benchmarks.peers.data import PEERS
+
+VOCAB, MEAN = 32_000, 700  # ids; tokens of a document, on average
+
+
+def dataset(tokens: int, *, sparse: bool = False, shard_tokens: int = 2**28) -> pathlib.Path:
+    """A folder of token shards, made once: random ids, or a sparse file of zeros, in documents of geometric length."""
+    from llama_eqx.data.shards import HEADER, Shard, ShardWriter, token_dtype, write_index
+    from llama_eqx.data.tokenizer import BytesTokenizer
+
+    folder = pathlib.Path(tempfile.gettempdir(), f"llama_eqx-benchmark-{tokens}{'-sparse' * sparse}")
+    if (folder / "index.json").exists():
+        return folder
+    folder.mkdir(exist_ok=True)
+    rng, shards, left = np.random.default_rng(0), [], tokens
+    for number in itertools.count():
+        size = min(left, shard_tokens) if number else min(100_000, tokens // 10)  # the first is held out
+        lengths = np.minimum(rng.geometric(1 / MEAN, 2 * size // MEAN + 100), 2000)
+        lengths = lengths[np.cumsum(lengths) <= size]
+        size, name = int(lengths.sum()), f"{'train' if number else 'val'}-{number:05}"
+        if sparse:
+            shard = Shard(folder / name, size, len(lengths), size, VOCAB)
+            for kind, (shape, dtype) in shard.content.items():
+                with shard.file(kind).open("wb") as file:
+                    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    if kind == "offsets":
+                        file.write(np.concatenate([[0], np.cumsum(lengths)]).astype(dtype).tobytes())
+                    file.truncate(HEADER + int(np.prod(shape)) * dtype.itemsize)
+            record = {"name": name, "tokens": size, "documents": len(lengths), "bytes": size, "sha256": dict.fromkeys(shard.content, "")}
+        else:
+            with ShardWriter(folder / name, VOCAB) as writer:
+                ids = rng.integers(0, VOCAB, size, dtype=token_dtype(VOCAB))
+                writer.add(ids, lengths, size, np.zeros((len(lengths), 2), np.int64))
+                record = writer.finish()
+        shards.append(("train" if number else "val", record))
+        left -= size * bool(number)
+        if number and left < shard_tokens // 2:
+            break
+    tokenizer = BytesTokenizer()
+    tokenizer.vocab = VOCAB
+    write_index(folder, tokenizer, shards, [{"name": "made up"}])
+    return folder
+
+
+def opened(folder: pathlib.Path, seq: int, rows: str = "windows"):
+    from llama_eqx import load_config
+    from llama_eqx.data.dataset import open_data
+    from llama_eqx.data.tokenizer import BytesTokenizer
+
+    config = load_config("data=prepared", f"data.path={folder}", f"data.rows={rows}", "data.verify=false").data
+    return open_data(config, BytesTokenizer(), seq_len=seq, seed=0)
+
+
+def speed(options: argparse.Namespace) -> None:
+    from llama_eqx.data.pipeline import Parts, read
+
+    folder = dataset(options.tokens)
+    ids = np.load(folder / "train-00001.ids.npy", mmap_mode="r").view(np.ndarray)
+    ids.max()  # into the page cache: this is about the processor, not the disk
+    with contextlib.ExitStack() as stack:
+        ways = {name: stack.enter_context(contextlib.closing(peer(ids, options.batch, options.seq))) for name, peer in PEERS.items()}
+        for rows in ("windows", "documents", "packed", "single"):
+            data = opened(folder, options.seq, rows)
+            ways[rows] = stack.enter_context(read(Parts(data.train, data.order, options.batch, fingerprint=data.fingerprint)))
+        found = {name: [] for name in ways}
+        for turn in range(options.rounds + 1):
+            for name, batches in ways.items():
+                begin = time.perf_counter()
+                for _ in range(options.batches):
+                    next(batches)
+                if turn:  # the first is to warm up
+                    found[name].append(options.batches * options.batch * options.seq / (time.perf_counter() - begin))
+    floor = statistics.median(found["bare memmap"])
+    for name, rates in found.items():
+        rate = statistics.median(rates)
+        numbers = {"tokens_per_second": round(rate), "of_bare_memmap": round(rate / floor, 3), "rounds": [round(r) for r in rates]}
+        print(json.dumps({"name": name, "batch": options.batch, "seq": options.seq, **numbers}))
+
+
+def start(options: argparse.Namespace) -> None:
+    folder = dataset(options.tokens, sparse=True)
+    for rows in ("windows", "documents", "packed", "packed"):
+        code = f"from benchmarks.data.pipeline import started; started({str(folder)!r}, {options.seq}, {options.batch}, {rows!r})"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def started(folder: str, seq: int, batch: int, rows: str) -> None:
+    import grain  # noqa: F401
+
+    from llama_eqx.compose import load_config  # noqa: F401
+    from llama_eqx.data.dataset import open_data  # noqa: F401
+    from llama_eqx.data.pipeline import Parts, read
+
+    imported, begin = memory_now(), time.perf_counter()
+    data = opened(pathlib.Path(folder), seq, rows)
+    with read(Parts(data.train, data.order, batch, fingerprint=data.fingerprint)) as batches:
+        next(batches)
+    seconds = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"name": rows, "tokens": data.train.targets, "seconds": seconds, "imports_mib": imported, "peak_mib": peak}))
+
+
+def memory(options: argparse.Namespace) -> None:
+    from llama_eqx.data.pipeline import Parts, read
+
+    folder = dataset(options.tokens)
+    for rows in ("windows", "documents", "packed"):
+        data = opened(folder, options.seq, rows)
+        steps = len(data.train) // options.batch
+        with read(Parts(data.train, data.order, options.batch, fingerprint=data.fingerprint)) as batches:
+            found = []
+            for step in range(steps + 1):
+                next(batches)
+                if step % max(1, steps // 8) == max(1, steps // 8) - 1:
+                    found.append(round(memory_now(), 1))
+        print(json.dumps({"name": rows, "steps": steps, "allocated_mib": found}))
+
+
+def memory_now() -> float:
+    """MiB that the process has allocated; pages of mapped files are not among them."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def starvation(options: argparse.Namespace) -> None:
+    run_dir = tempfile.mkdtemp()
+    quiet = ["tracking.wandb.mode=disabled", "train.eval_every=1000000", "train.sample_tokens=0", "checkpoint.every=0"]
+    command = [sys.executable, "-m", "llama_eqx.train", f"run_dir={run_dir}", f"train.steps={options.steps}", *quiet]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    records = [json.loads(line) for line in pathlib.Path(run_dir, "metrics.jsonl").read_text().splitlines()]
+    shares = [record["data/starved_fraction"] for record in records if "data/starved_fraction" in record][1:]
+    print(
+        json.dumps({"name": "default run", "starved_fraction": statistics.median(shares), "largest": max(shares), "records": len(shares)})
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "start", "memory", "starvation"])
+    parser.add_argument("--tokens", type=lambda text: int(text.replace("_", "")))
+    for name, default in {"batch": 64, "seq": 2048, "rounds": 7, "batches": 30, "steps": 200}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    options.tokens = options.tokens or (10**10 if options.what == "start" else 5 * 10**7)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    {"speed": speed, "start": start, "memory": memory, "starvation": starvation}[options.what](options)

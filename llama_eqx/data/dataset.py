@@ -1,0 +1,81 @@
+"""From a config to rows to train and to evaluate on, and the order in which they are drawn."""
+
+import hashlib
+from typing import NamedTuple
+
+from llama_eqx.data.corpus import DataConfig, SourceConfig
+from llama_eqx.data.mixture import shares
+from llama_eqx.data.order import Order
+from llama_eqx.data.packing import pack_index
+from llama_eqx.data.rows import Documents, Joined, Packed, Rows, Windows
+from llama_eqx.data.sft import SftConfig, encode_conversations
+from llama_eqx.data.shards import Split, tokenize
+from llama_eqx.data.tokenizer import Tokenizer
+from llama_eqx.errors import DataError
+
+
+class Dataset(NamedTuple):
+    """`fingerprint` is a sha256 of the rows of all sources. `names` are those of the sources of `order`, "" when there is but one.
+
+    `notes` are what a person should know about the data.
+    """
+
+    train: Rows
+    val: Rows
+    order: Order
+    names: list[str]
+    fingerprint: str
+    notes: list[str]
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """`data/epoch`, of each source: how often its rows have been seen in the first so many samples."""
+        found = self.order.epochs(samples)
+        return {f"data/epoch/{name}".rstrip("/"): epochs for name, epochs in zip(self.names, found, strict=True)}
+
+
+def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: int) -> Dataset:
+    """Encodes and packs what is not in the cache yet.
+
+    Raises `DataError` for data that cannot be used, naming the source; `StorageError` when the cache cannot be written.
+    """
+    train, val, fingerprints, notes, weights = [], [], [], [], []
+    for name, (weight, source) in config.sources().items():
+        try:
+            rows, fingerprint, said = _open(source, tokenizer, seq_len)
+        except DataError as error:
+            if not name:
+                raise
+            raise DataError(f"the component {name}: {error.what}", where=error.where, kept=error.kept, next=error.next) from error
+        train.append(rows["train"])
+        val.append(rows["val"])
+        fingerprints.append(f"{fingerprint} {source.rows} {source.long_documents} {seq_len}")
+        notes += said
+        weights.append(weight)
+    together = hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
+    order = Order([len(rows) for rows in train], shares(weights), seed)
+    return Dataset(_joined(train), _joined(val), order, list(config.sources()), together, notes)
+
+
+def _open(source: SourceConfig, tokenizer: Tokenizer, seq_len: int) -> tuple[dict[str, Rows], str, list[str]]:
+    learned: dict[str, Split] = {}
+    notes = []
+    if isinstance(source, SftConfig):
+        data, learned, skipped = encode_conversations(source, tokenizer)
+        notes = [f"{len(skipped)} lines are no conversations and were skipped, the first at {skipped[0]}"] if skipped else []
+    else:
+        data = tokenize(source, tokenizer)
+
+    def rows(split: Split) -> Rows:
+        if source.rows == "windows":
+            return Windows(split, seq_len)
+        if source.rows == "documents":
+            return Documents(split, seq_len)
+        marks = learned.get(split.name)
+        index = pack_index(split, marks, data.fingerprint, seq_len, source.rows, source.long_documents)
+        return Packed(split, marks, index, seq_len)
+
+    return {split.name: rows(split) for split in (data.train, data.val)}, data.fingerprint, notes
+
+
+def _joined(rows: list[Rows]) -> Rows:
+    return rows[0] if len(rows) == 1 else Joined(rows)

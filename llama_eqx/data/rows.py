@@ -1,0 +1,316 @@
+"""From documents one after another to rows of equal length: three ways, each a function of the row's number."""
+
+import abc
+import bisect
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from llama_eqx.batch import Batch
+from llama_eqx.data.packing import PackIndex
+from llama_eqx.data.shards import Split
+from llama_eqx.errors import DataError
+
+MAPS = 400  # shards that are mapped at once: each takes file descriptors
+
+
+class Piece(NamedTuple):
+    """The tokens `begin` up to `end` of a split that a row has one after another, as inputs, as targets, or both."""
+
+    split: Split
+    begin: int
+    end: int
+
+
+class Rows(abc.ABC):
+    """Rows of `seq_len` tokens, numbered from 0, with a target for each token.
+
+    `segmented` rows have segment ids, and positions that begin at 0 in each segment. `targets` are those of all rows that the loss is to
+    count, `bytes` those of text in UTF-8 that they stand for.
+    """
+
+    seq_len: int
+    segmented: bool
+    targets: int
+    bytes: float
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def read(self, rows: Int[np.ndarray, " batch"]) -> Batch:
+        """Those rows; where a number is -1, a row of padding.
+
+        Raises `DataError` naming shard and offset for an id that is not in the vocabulary.
+        """
+
+    @abc.abstractmethod
+    def counted(self, rows: Int[np.ndarray, " batch"]) -> int:
+        """How many targets of those rows the loss is to count. No token is read for it."""
+
+    @abc.abstractmethod
+    def pieces(self, row: int) -> list[Piece]:
+        """What a row consists of, in its order."""
+
+    def source(self, row: int) -> int:
+        """The number of the source that a row is of, where several are joined."""
+        return 0
+
+    def first(self) -> list[int]:
+        """The first token of the first row."""
+        return self.read(np.zeros(1, np.int64)).tokens[0, :1].tolist()
+
+
+class Windows(Rows):
+    """The stream of all documents in rows of `seq_len` + 1 tokens: the last of a row is the first of the next, so that every token but
+    the first is a target. Attention sees through the edges of documents. What does not fill a row at the end is left out.
+
+    Raises `DataError` when there is not one row.
+    """
+
+    segmented = False
+
+    def __init__(self, split: Split, seq_len: int):
+        self._tokens, self.seq_len = Tokens(split), seq_len
+        self.targets = _count(split, seq_len) * seq_len
+        self.bytes = self.targets * split.bytes / split.tokens
+
+    def __len__(self) -> int:
+        return self.targets // self.seq_len
+
+    def read(self, rows: Int[np.ndarray, " batch"]) -> Batch:
+        ids = self._tokens.windows(rows * self.seq_len, self.seq_len + 1)
+        mask = np.broadcast_to((rows >= 0).astype(np.float32)[:, None], (len(rows), self.seq_len))
+        return Batch(ids[:, :-1], ids[:, 1:], mask)
+
+    def counted(self, rows: Int[np.ndarray, " batch"]) -> int:
+        return int((rows >= 0).sum()) * self.seq_len
+
+    def pieces(self, row: int) -> list[Piece]:
+        return [Piece(self._tokens.split, row * self.seq_len, (row + 1) * self.seq_len + 1)]
+
+
+class Documents(Rows):
+    """The rows of `Windows`, with a segment for each document in them, and no target in another document.
+
+    Raises `DataError` when there is not one row.
+    """
+
+    segmented = True
+
+    def __init__(self, split: Split, seq_len: int):
+        self._tokens, self.seq_len = Tokens(split), seq_len
+        self._len = _count(split, seq_len)
+        end = self._len * seq_len + 1
+        self.targets = end - int(self._tokens.documents_before(np.array([end]))[0])  # all tokens but those that begin a document
+        self.bytes = self.targets * split.bytes / max(split.tokens - split.documents, 1)
+
+    def __len__(self) -> int:
+        return self._len
+
+    def read(self, rows: Int[np.ndarray, " batch"]) -> Batch:
+        ids = self._tokens.windows(rows * self.seq_len, self.seq_len + 1)
+        begins = np.zeros(ids.shape, bool)
+        for line, row in zip(begins, rows.tolist(), strict=True):
+            if row >= 0:
+                line[self._tokens.starts(row * self.seq_len, self.seq_len + 1)] = True
+        real = rows >= 0
+        ends = begins[:, 1:].copy()
+        begins[:, 0] = True
+        lines, columns = np.divmod(np.flatnonzero(begins[:, :-1]), self.seq_len)
+        segments, positions = _segments(lines, np.diff(lines * self.seq_len + columns, append=len(rows) * self.seq_len))
+        shape = len(rows), self.seq_len
+        mask = real[:, None] & ~ends
+        if not real.all():
+            segments, positions = segments * np.repeat(real, self.seq_len), positions * np.repeat(real, self.seq_len)
+        targets = np.where(ends, 0, ids[:, 1:])
+        return Batch(ids[:, :-1], targets, mask.astype(np.float32), segments.reshape(shape), positions.reshape(shape))
+
+    def counted(self, rows: Int[np.ndarray, " batch"]) -> int:
+        first = rows[rows >= 0] * self.seq_len + 1
+        begun = self._tokens.documents_before(first + self.seq_len) - self._tokens.documents_before(first)
+        return len(first) * self.seq_len - int(begun.sum())
+
+    def pieces(self, row: int) -> list[Piece]:
+        begin, end = row * self.seq_len, (row + 1) * self.seq_len + 1
+        edges = [begin, *self._tokens.split.starts(begin + 1, end).tolist(), end]
+        return [Piece(self._tokens.split, a, b) for a, b in itertools.pairwise(edges) if a < end - 1]
+
+
+class Packed(Rows):
+    """Whole documents, or pieces of those that are longer than a row, as an index says; each is a segment. The rest of a row is padding.
+
+    `learned` says which tokens the loss counts as targets, as in `pack_index`; None counts all.
+    """
+
+    segmented = True
+
+    def __init__(self, split: Split, learned: Split | None, index: PackIndex, seq_len: int):
+        self._tokens, self._learned = Tokens(split), None if learned is None else Tokens(learned)
+        self.index, self.seq_len = index, seq_len
+        self.targets, self.bytes = int(index.counted.sum(dtype=np.int64)), split.bytes
+
+    def __len__(self) -> int:
+        return len(self.index.counted)
+
+    def read(self, rows: Int[np.ndarray, " batch"]) -> Batch:
+        shape = len(rows), self.seq_len
+        tokens, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
+        mask = np.zeros(shape, np.float32)
+        real = rows >= 0
+        firsts = np.where(real, self.index.firsts[rows], 0)
+        counts = np.where(real, self.index.firsts[rows + 1] - firsts, 0)
+        pieces = np.repeat(firsts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        lines = np.repeat(np.arange(len(rows)), counts)
+        begins, places = self.index.begins[pieces], self.index.lengths[pieces].astype(np.int64) - 1
+        ends = np.cumsum(places)
+        used = np.bincount(lines, places, len(rows)).astype(np.int64)
+        at = ends - places - np.repeat(np.cumsum(used) - used, counts)  # of a piece in its row
+
+        runs = self._tokens.runs(begins, places + 1)
+        for line, first, count, ids in zip(lines.tolist(), at.tolist(), places.tolist(), runs, strict=True):
+            tokens[line, first : first + count], targets[line, first : first + count] = ids[:-1], ids[1:]
+        for ids in (tokens, targets):
+            self._tokens.check(ids, begins, places + 1)
+        filled = np.arange(self.seq_len) < used[:, None]
+        segments[filled], positions[filled] = _segments(lines, places)
+        if self._learned is None:
+            mask[filled] = 1
+        else:
+            for line, first, learned in zip(lines.tolist(), at.tolist(), self._learned.runs(begins + 1, places), strict=True):
+                mask[line, first : first + len(learned)] = learned
+        return Batch(tokens, targets, mask, segments, positions)
+
+    def counted(self, rows: Int[np.ndarray, " batch"]) -> int:
+        return int(self.index.counted[rows[rows >= 0]].sum(dtype=np.int64))
+
+    def pieces(self, row: int) -> list[Piece]:
+        here = slice(*self.index.firsts[row : row + 2].tolist())
+        begins, lengths = self.index.begins[here].tolist(), self.index.lengths[here].tolist()
+        return [Piece(self._tokens.split, begin, begin + length) for begin, length in zip(begins, lengths, strict=True)]
+
+
+class Joined(Rows):
+    """The rows of several sources, one source after another. When some are segmented, the others' rows are one segment each."""
+
+    def __init__(self, sources: Sequence[Rows]):
+        self.sources, self.seq_len = tuple(sources), sources[0].seq_len
+        self.segmented = any(source.segmented for source in sources)
+        self.targets, self.bytes = sum(source.targets for source in sources), sum(source.bytes for source in sources)
+        self._firsts = np.cumsum([0, *map(len, sources)])
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def read(self, rows: Int[np.ndarray, " batch"]) -> Batch:
+        shape = len(rows), self.seq_len
+        tokens, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
+        mask = np.zeros(shape, np.float32)
+        for source, at, inner in self._parts(rows):
+            part = source.read(inner)
+            tokens[at], targets[at], mask[at] = part.tokens, part.targets, part.loss_mask
+            segments[at] = 1 if part.segment_ids is None else part.segment_ids
+            positions[at] = np.arange(self.seq_len) if part.positions is None else part.positions
+        return Batch(tokens, targets, mask, *((segments, positions) if self.segmented else ()))
+
+    def counted(self, rows: Int[np.ndarray, " batch"]) -> int:
+        return sum(source.counted(inner) for source, _, inner in self._parts(rows))
+
+    def pieces(self, row: int) -> list[Piece]:
+        source, _, inner = self._parts(np.array([row]))[0]
+        return source.pieces(int(inner[0]))
+
+    def source(self, row: int) -> int:
+        return int(np.searchsorted(self._firsts, row, side="right")) - 1
+
+    def _parts(self, rows: np.ndarray) -> list[tuple[Rows, np.ndarray, np.ndarray]]:
+        """The sources that have some of `rows`: which of `rows` they are, and their numbers in the source."""
+        of = np.searchsorted(self._firsts, rows, side="right") - 1
+        places = [np.flatnonzero(of == i) for i in range(len(self.sources))]
+        return [(self.sources[i], at, rows[at] - self._firsts[i]) for i, at in enumerate(places) if len(at)]
+
+
+class Tokens:
+    """Many short reads from a split at once."""
+
+    def __init__(self, split: Split):
+        self.split = split
+        self._firsts = np.cumsum([0, *(shard.tokens for shard in split.shards)])
+        self._documents = np.cumsum([0, *(shard.documents for shard in split.shards)])
+        self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def windows(self, begins: Int[np.ndarray, " count"], length: int) -> Int[np.ndarray, "count length"]:
+        """`length` ids from each token on, zeros where it is negative. Raises as `check` does."""
+        real = np.flatnonzero(begins >= 0)
+        ids = (np.empty if len(real) == len(begins) else np.zeros)((len(begins), length), np.int32)
+        lengths = np.full(len(real), length)
+        for line, run in zip(real.tolist(), self.runs(begins[real], lengths), strict=True):
+            ids[line] = run
+        self.check(ids, begins[real], lengths)
+        return ids
+
+    def check(self, ids: Int[np.ndarray, "..."], begins: Int[np.ndarray, " count"], lengths: Int[np.ndarray, " count"]) -> None:
+        """Raises `DataError` naming shard and offset when one of `ids`, which were read from there, is not in the vocabulary."""
+        if ids.size and ids.view(np.uint32).max() >= self.split.shards[0].vocab:
+            for begin, length in zip(begins.tolist(), lengths.tolist(), strict=True):
+                self.split.read(begin, begin + length)
+
+    def runs(self, begins: Int[np.ndarray, " count"], lengths: Int[np.ndarray, " count"]) -> list[np.ndarray]:
+        """The ids of the tokens from each of `begins` on, as they are on disk."""
+        shards = np.searchsorted(self._firsts[1:-1], begins, side="right")
+        firsts, ends = begins - self._firsts[shards], begins + lengths
+        whole = ends <= self._firsts[shards + 1]
+        found = []
+        for shard, first, begin, end, fits in zip(*(array.tolist() for array in (shards, firsts, begins, ends, whole)), strict=True):
+            found.append(self._map(shard)[0][first : first + end - begin] if fits else self.split.read(begin, end))
+        return found
+
+    def starts(self, begin: int, length: int) -> np.ndarray:
+        """Which of the tokens from `begin` on begin a document, counted from it."""
+        shard = bisect.bisect_right(self._firsts, begin) - 1
+        if begin + length > self._firsts[shard + 1]:
+            return self.split.starts(begin, begin + length) - begin
+        first = begin - int(self._firsts[shard])
+        offsets = self._map(shard)[1]
+        a, b = offsets.searchsorted([first, first + length])
+        return offsets[a:b] - first
+
+    def documents_before(self, tokens: Int[np.ndarray, " count"]) -> Int[np.ndarray, " count"]:
+        """How many documents begin before each token."""
+        found, shards = np.empty(len(tokens), np.int64), np.searchsorted(self._firsts[1:-1], tokens, side="right")
+        for shard in np.unique(shards).tolist():
+            here = shards == shard
+            found[here] = self._documents[shard] + self._map(shard)[1].searchsorted(tokens[here] - self._firsts[shard])
+        return found
+
+    def _map(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids, and where documents begin."""
+        if shard not in self._maps:
+            if len(self._maps) == MAPS:
+                self._maps.clear()
+            self._maps[shard] = self.split.shards[shard].ids(), self.split.shards[shard].offsets()[:-1]
+        return self._maps[shard]
+
+
+def _segments(lines: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Segment ids and positions of pieces one after another, each of so many places, in the lines where they lie."""
+    firsts = np.flatnonzero(np.diff(lines, prepend=-1))  # of the pieces, the first of a line
+    numbers = np.arange(1, len(lines) + 1) - np.repeat(firsts, np.diff(firsts, append=len(lines)))
+    ends = np.cumsum(places)
+    positions = np.arange(places.sum(), dtype=np.int32) - np.repeat((ends - places).astype(np.int32), places)
+    return np.repeat(numbers.astype(np.int32), places), positions
+
+
+def _count(split: Split, seq_len: int) -> int:
+    """How many rows there are. Raises `DataError` when there is none."""
+    if count := max(0, split.tokens - 1) // seq_len:
+        return count
+    shorter = f"train.seq_len={split.tokens - 1} or less, " if split.tokens > 1 else ""
+    raise DataError(
+        f"{split.name} has {split.tokens} tokens, a row needs {seq_len + 1}",
+        where="train.seq_len",
+        next=f"{shorter}more text, or another data.validation_fraction",
+    )

@@ -1,0 +1,161 @@
+"""Supervised data: conversations of which the assistant learns its own words."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from llama_eqx.data.cache import cache_dir, publish
+from llama_eqx.data.chat import chat_format
+from llama_eqx.data.corpus import CorpusConfig, Document, Part
+from llama_eqx.data.shards import FORMAT, Shard, ShardWriter, Split, TokenData, open_dataset, token_dtype, write_index
+from llama_eqx.data.sources import Record, Source, find, lines
+from llama_eqx.data.tokenizer import Tokenizer
+from llama_eqx.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Conversation(Document):
+    """`messages` are of a role and a content each, from line `record` of `source`. `text` is what they say."""
+
+    messages: tuple[dict[str, str], ...]
+    source: Source
+    record: int
+
+
+class SftConfig(CorpusConfig):
+    """Lines of JSON, in a file, a glob, or all *.jsonl in a folder. Each is an object with a list of "messages", each of a "role" and a
+    "content", or with two strings, of which the second answers the first: `prompt_key` and `response_key` name them.
+
+    They become ids by the chat format of the tokenizer. Only what the assistant says is learned. Whole conversations are held out.
+    Lines that are no such objects end the run, or are counted, as `on_error` says.
+    """
+
+    rows: Literal["packed", "single"]
+    path: str | None
+    prompt_key: str
+    response_key: str
+    on_error: Literal["refuse", "skip"]
+
+    def documents(self) -> Iterator[Document]:
+        yield from self.conversations([])
+
+    def parts(self) -> Iterator[Part]:
+        return self.whole(self.documents())
+
+    def identity(self) -> str:
+        found = hashlib.sha256(repr(self.held_out()).encode())
+        for conversation in self.conversations([]):
+            found.update(json.dumps([conversation.name, conversation.messages]).encode())
+        return found.hexdigest()
+
+    def conversations(self, skipped: list[str]) -> Iterator[Conversation]:
+        """Every conversation, in order. Where lines are skipped is added to `skipped`.
+
+        Raises `DataError` naming file and line.
+        """
+        if not self.path:
+            raise ConfigError("data=sft needs data.path=FILE.jsonl", where="data.path")
+        empty, found = True, find(self.path, "data.path")
+        if Path(self.path).expanduser().is_dir():
+            found = [source for source in found if ".jsonl" in source.name]
+        for source in found:
+            for line in lines(source):
+                where = f"{source.path}:{line.number}"
+                try:
+                    messages = self._messages(line)
+                except ValueError as error:
+                    if self.on_error == "refuse":
+                        raise DataError(str(error), where=where, next="mend the line, or data.on_error=skip") from error
+                    skipped.append(where)
+                    continue
+                empty = False
+                text = "\n".join(message["content"] for message in messages)
+                yield Conversation(f"{source.name}:{line.number}", text, messages, source, line.number)
+        if empty:
+            raise DataError("no conversation here", where=self.path, next="data.path=FILE.jsonl, a folder of such files, or a glob")
+
+    def _messages(self, line: Record) -> tuple[dict[str, str], ...]:
+        """Raises `ValueError` saying what is wrong."""
+        if line.text is None:
+            raise ValueError(line.problem)
+        try:
+            example: Any = json.loads(line.text)
+            json.dumps(example, ensure_ascii=False).encode()  # no halves of surrogate pairs
+        except (ValueError, RecursionError) as error:
+            raise ValueError("not JSON") from error
+        if not isinstance(example, dict):
+            raise ValueError("not a JSON object")
+        if "messages" not in example:
+            pair = [example.get(key) for key in (self.prompt_key, self.response_key)]
+            if not all(isinstance(text, str) for text in pair):
+                raise ValueError(f'neither "messages" nor strings "{self.prompt_key}" and "{self.response_key}"')
+            return tuple({"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True))
+        messages = example["messages"]
+        if not isinstance(messages, list) or not all(
+            isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content")) for message in messages
+        ):
+            raise ValueError('"messages" is not a list of objects with strings "role" and "content"')
+        if not any(message["role"] == "assistant" for message in messages):
+            raise ValueError("the assistant says nothing: there is nothing to learn")
+        return tuple(messages)
+
+
+def encode_conversations(data: SftConfig, tokenizer: Tokenizer) -> tuple[TokenData, dict[str, Split], list[str]]:
+    """The conversations as ids, from the cache when the same were encoded before; for each split one that has the same offsets, and a 1 in
+    place of each id that is to be learned; and where lines were skipped.
+
+    The `bytes` of the splits are those of what the assistant says.
+
+    Raises `DataError` when a split is empty or a conversation does not fit the chat format, `StorageError` when it cannot be written.
+    """
+    skipped: list[str] = []
+    for _ in data.conversations(skipped):
+        pass
+    identity = [FORMAT, "conversations", data.identity(), tokenizer.fingerprint, tokenizer.chat]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    folder = publish(cache_dir() / "tokens" / key, lambda folder: _encode(folder, data, tokenizer))
+    encoded = open_dataset(folder, remedy="delete this folder; it is made anew")
+    learned = {}
+    for split in (encoded.train, encoded.val):
+        (shard,) = split.shards
+        marks = Shard(folder / f"{split.name}-learned", shard.tokens, shard.documents, shard.bytes, vocab=2)
+        learned[split.name] = Split((marks,), split.name)
+    return encoded, learned, skipped
+
+
+def _encode(folder: Path, data: SftConfig, tokenizer: Tokenizer) -> None:
+    form, names = chat_format(tokenizer), {}
+    with ExitStack() as stack:
+        writers = {
+            (split, kind): stack.enter_context(ShardWriter(folder / f"{split}-{kind}", vocab))
+            for split in ("train", "val")
+            for kind, vocab in (("00000", tokenizer.vocab), ("learned", 2))
+        }
+        for split, conversation in tqdm(data.whole(data.documents()), desc="encoding conversations", unit="", disable=None):
+            assert isinstance(conversation, Conversation)
+            try:
+                ids, learn = form.encode(conversation.messages, tokenizer, generate=False)
+            except DataError as error:
+                where = f"{conversation.source.path}:{conversation.record}, {error.where}"
+                raise DataError(error.what, where=where, next=error.next or "mend the line, or take it out") from error
+            said = sum(len(message["content"].encode()) for message in conversation.messages if message["role"] == "assistant")
+            origin = np.array([[names.setdefault(conversation.source.name, len(names)), conversation.record]])
+            for kind, row, dtype in (("00000", ids, token_dtype(tokenizer.vocab)), ("learned", learn, token_dtype(2))):
+                writers[split, kind].add(np.array(row, dtype), np.array([len(row)]), said, origin)
+        for split in ("train", "val"):
+            if not writers[split, "00000"].documents:
+                raise DataError(
+                    f"no conversation fell into the {split} split",
+                    where="data.validation_fraction",
+                    next="more conversations, or another data.validation_fraction",
+                )
+        shards = {key: writer.finish() for key, writer in writers.items()}
+    kept = [(split, record) for (split, kind), record in shards.items() if kind == "00000"]
+    write_index(folder, tokenizer, kept, [{"name": name} for name in names])

@@ -1,0 +1,131 @@
+"""Conversations: what is learned of them, and what is wrong with a file of them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from llama_eqx import load_config
+from llama_eqx.data.dataset import open_data
+from llama_eqx.data.tokenizer import BytesTokenizer
+from llama_eqx.errors import ConfigError, DataError
+
+GSM8K = {
+    "question": "Natalia sold clips to {a} of her friends in April, and then she sold {b} more in May. How many did she sell altogether?",
+    "answer": "Natalia sold {a}+{b} = <<{a}+{b}={c}>>{c} clips altogether.\n#### {c}",
+}
+
+
+def gsm8k(count):
+    numbers = [{"a": i, "b": 2 * i, "c": 3 * i} for i in range(count)]
+    return [{key: text.format(**values) for key, text in GSM8K.items()} for values in numbers]
+
+
+@pytest.fixture
+def sft(tmp_path):
+    """The config of data=sft with those lines in a file."""
+
+    def sft(lines, *overrides):
+        path = tmp_path / "a.jsonl"
+        path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+        return load_config("data=sft", f"data.path={path}", "data.validation_fraction=0.3", *overrides).data
+
+    return sft
+
+
+def opened(config, seq_len=512):
+    return open_data(config, BytesTokenizer(), seq_len=seq_len, seed=0)
+
+
+def learned(rows):
+    """The text of the targets that the loss counts, of each segment of all rows."""
+    batch = rows.read(np.arange(len(rows)))
+    found = []
+    for targets, mask, segments in zip(batch.targets, batch.loss_mask, batch.segment_ids, strict=True):
+        for segment in range(1, segments.max() + 1):
+            found.append(bytes(t for t in targets[(segments == segment) & (mask > 0)].tolist() if t < 256).decode())
+    return found
+
+
+@pytest.mark.parametrize("rows", ["packed", "single"])
+def test_answers_are_learned_and_questions_are_not(sft, rows):
+    examples = gsm8k(30)
+    data = opened(sft(examples, "data.prompt_key=question", "data.response_key=answer", f"data.rows={rows}"))
+    answers = learned(data.train) + learned(data.val)
+    assert sorted(answer.strip() for answer in answers) == sorted(example["answer"] for example in examples)
+    assert len(data.train) == (len(learned(data.train)) if rows == "single" else -(-len(learned(data.train)) // 2))
+    batch = data.train.read(np.arange(len(data.train)))
+    ends = batch.targets[batch.loss_mask > 0] == BytesTokenizer.eos
+    assert ends.sum() == len(learned(data.train))  # the end of the turn is learned too
+    assert batch.loss_mask.sum() == data.train.counted(np.arange(len(data.train)))
+    assert data.val.bytes == sum(len(answer.strip().encode()) for answer in learned(data.val))
+
+
+def test_every_turn_of_the_assistant_is_learned(sft):
+    turns = [("system", "Be brief."), ("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2")]
+    conversation = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    pairs = [{"prompt": str(i), "response": "x"} for i in range(20)]
+    data = opened(sft([conversation, *pairs]))
+    found = [text.split() for text in learned(data.train) + learned(data.val)]
+    assert sorted(found) == sorted([["1", "2"], *[["x"]] * 20])
+
+
+BAD = {
+    "{": "not JSON",
+    "[1]": "not a JSON object",
+    '{"prompt": "a"}': 'neither "messages" nor strings "prompt" and "response"',
+    '{"prompt": "a", "response": 1}': 'neither "messages" nor strings',
+    '{"messages": [{"role": "user"}]}': '"messages" is not a list of objects with strings',
+    '{"messages": []}': "the assistant says nothing",
+    '{"messages": [{"role": "user", "content": "a"}]}': "the assistant says nothing",
+    r'{"prompt": "\ud800", "response": "a"}': "not JSON",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_a_bad_line_is_named_or_skipped_and_counted(sft, line):
+    good = gsm8k(30)
+    lines = [*good[:5], "", line, *good[5:]]
+    keys = ["data.prompt_key=question", "data.response_key=answer"] if "prompt" not in line else []
+    lines = lines if keys else [{"prompt": x["question"], "response": x["answer"]} if isinstance(x, dict) else x for x in lines]
+    with pytest.raises(DataError, match=BAD[line]) as error:
+        opened(sft(lines, *keys))
+    assert error.value.where.endswith("a.jsonl:7")
+    assert "data.on_error=skip" in error.value.next
+    data = opened(sft(lines, "data.on_error=skip", *keys))
+    assert len(learned(data.train) + learned(data.val)) == 30
+    assert data.notes == [f"1 lines are no conversations and were skipped, the first at {error.value.where}"]
+    assert opened(sft(lines, "data.on_error=skip", *keys)).notes == data.notes  # from the cache, too
+
+
+def test_a_conversation_that_the_format_does_not_know_is_named(sft):
+    messages = [{"role": role, "content": "x"} for role in ("assistant", "user", "assistant")]
+    with pytest.raises(DataError, match="'assistant' at the beginning") as error:
+        opened(sft([*({"prompt": "a", "response": "b"} for _ in range(9)), {"messages": messages}]))
+    assert error.value.where.endswith(r"a.jsonl:10, messages[0].role")
+
+
+def test_a_long_conversation_is_refused_or_cut(sft):
+    lines = [{"prompt": "a" * 10 * i, "response": "b" * 100} for i in range(1, 20)]
+    with pytest.raises(DataError, match="longer than the 65 tokens of a row") as error:
+        opened(sft(lines), seq_len=64)
+    assert "a.jsonl:" in error.value.where
+    data = opened(sft(lines, "data.long_documents=cut"), seq_len=64)
+    assert sum(text.count("b") for text in learned(data.train) + learned(data.val)) == 1900
+    assert data.train.index.counted.min() > 0  # pieces without an answer are in no row
+
+
+def test_no_path_no_conversation_and_no_validation_split_say_what_to_type(sft, tmp_path):
+    with pytest.raises(ConfigError, match=r"data=sft needs data\.path=FILE\.jsonl"):
+        opened(load_config("data=sft").data)
+    with pytest.raises(DataError, match="no conversation here"):
+        opened(sft([""]))
+    with pytest.raises(DataError, match=r"no conversation fell into the (train|val) split") as error:
+        opened(sft(gsm8k(1), "data.prompt_key=question", "data.response_key=answer"))
+    assert "data.validation_fraction" in error.value.next
+
+
+def test_other_roles_are_other_data(sft):
+    one, two = ([{"role": "system", "content": "x"}] * n + [{"role": "user", "content": "x"}] for n in (0, 1))
+    identities = {sft([{"messages": [*turns, {"role": "assistant", "content": "y"}]}]).identity() for turns in (one, two)}
+    assert len(identities) == 2
