@@ -54,7 +54,7 @@ def train(config: RunConfig) -> Result:
     steps, size, length = config.train.steps, config.train.batch_size, config.train.seq_len
     layout = Layout(config.mesh.build(), config.sharding)
     known = {axis: n for axis, n in vars(config.model.dims).items() if n is not None}
-    replicated = layout.check({"batch": size, "seq": length, **known})
+    layout.check({"batch": size, "seq": length, **known})
     batch_sharding = layout.sharding(("batch", "seq"), (size, length))
 
     # Text to tokens, and the sizes that follow from it.
@@ -105,7 +105,7 @@ def train(config: RunConfig) -> Result:
             tracker.say(f"run_dir={run_dir}")
             tracker.say(f"{parameters:,} parameters, {flops.causal:,.0f} FLOPs per token, {layout.mesh.size} x {device_kind}")
             tracker.say(f"{data.train.targets:,} tokens to train on, {data.val.targets:,} held out, vocabulary of {tokenizer.vocab:,}")
-            for warning in warnings(config, tokenizer) + replicated + remarks + changed + data.notes:
+            for warning in warnings(config, tokenizer) + remarks + changed + data.notes:
                 tracker.say(f"warning: {warning}")
             if weights is not None:
                 tracker.say(f"starts from the weights in {config.init_from}")
@@ -149,6 +149,4 @@ def train(config: RunConfig) -> Result:
                 tracker.sample(steps, sample)
 
     once(lambda: plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png"))
-    return Result(
-        evaluation, sample, reporter.typical(), run_dir, run_dir / "checkpoints" / str(max(begin, steps)), once(lambda: export(config))
-    )
+    return Result(evaluation, sample, reporter.typical(), run_dir, run_dir / "checkpoints" / str(max(begin, steps)), export(config))

@@ -36,13 +36,14 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
 
     Raises `ConfigError` when a size does not divide over the mesh, or a kernel cannot be had there.
     """
-    layout.check({"batch": config.train.batch_size, "seq": config.train.seq_len, **vars(config.model.dims)})
     train, platform = config.train, layout.mesh.devices.flat[0].platform
+    remarks = layout.check({"batch": train.batch_size, "seq": train.seq_len, **vars(config.model.dims)})
     microbatches(train.batch_size, train.microbatch_size or train.batch_size, layout)
     kernel = config.kernel.choose(
         platform, dtype=config.precision.compute, seq=train.seq_len, slots=train.seq_len, head_dim=config.model.dims.head_dim
     )
-    remarks = [f"attention is computed by {kernel.name}, {kernel.reason}"] if kernel.reason else []
+    if kernel.reason:
+        remarks.append(f"attention is computed by {kernel.name}, {kernel.reason}")
     if platform == "cpu" and getattr(config.remat, "offloaded", ()):
         remarks.append("a CPU has one memory: what remat is to offload stays in it")
     optimizer = config.optimizer.build()

@@ -35,13 +35,13 @@ def folder(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
     command = [sys.executable, str(pathlib.Path(__file__).with_name("two_processes.py")), str(folder)]
-    started = [
-        subprocess.Popen(
-            command, env={**environment, "JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
-        for i in range(2)
-    ]
-    said = [process.communicate(timeout=300)[1] for process in started]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, env={**environment, "JAX_PROCESS_ID": str(i)}, **streams) for i in range(2)]
+    try:
+        said = [process.communicate(timeout=900)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [0, 0], said
     (folder / "said.txt").write_text(said[1])
     return folder

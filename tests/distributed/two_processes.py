@@ -8,7 +8,7 @@ import sys
 
 STEPS = 20
 TEXT = pathlib.Path(__file__).parents[1] / "golden" / "text.md"
-SIZES = {"vocab": 264, "layers": 2, "embed": 32, "heads": 8, "kv_heads": 2, "head_dim": 8, "mlp": 48}
+SIZES = {"vocab": 264, "layers": 1, "embed": 32, "heads": 8, "kv_heads": 2, "head_dim": 8, "mlp": 48}
 PARALLEL = {
     "ddp": ["sharding=ddp"],
     "fsdp": ["sharding=fsdp"],

@@ -130,10 +130,11 @@ def test_policies_do_not_change_the_curve(settings, config, rows, ours):
         ("ddp", (8, 1, 1, 1)),
         ("fsdp", (1, 8, 1, 1)),
         ("tensor", (2, 1, 1, 4)),  # with key heads that do not divide
-        ("fsdp_tensor", (2, 2, 1, 2)),
-        ("sequence", (1, 2, 4, 1)),
         ("sequence", (1, 2, 2, 2)),
+        pytest.param("fsdp_tensor", (2, 2, 1, 2), marks=pytest.mark.slow),
+        pytest.param("sequence", (1, 2, 4, 1), marks=pytest.mark.slow),
     ],
 )
-def test_eight_devices_give_the_losses_of_one(sharding, mesh, config, rows, ours):
-    np.testing.assert_allclose(our_losses(config, rows, sharding=sharding, mesh=mesh), ours, rtol=1e-5)
+@pytest.mark.parametrize("kernel", [pytest.param(None, marks=pytest.mark.slow), BLOCKED], ids=["plain", "blocked"])
+def test_eight_devices_give_the_losses_of_one(kernel, sharding, mesh, config, rows, ours):
+    np.testing.assert_allclose(our_losses(config, rows, sharding=sharding, mesh=mesh, kernel=kernel), ours, rtol=1e-5)
