@@ -1,0 +1,259 @@
+"""From every format to every other: the same bytes, in little memory, complete or not there."""
+
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from llama_eqx import convert as verb
+from llama_eqx import load_config
+from llama_eqx.checkpoint.manifest import find_damage, read_manifest, verify
+from llama_eqx.checkpoint.save import CheckpointConfig, Checkpoints
+from llama_eqx.compose import run_verb
+from llama_eqx.errors import CheckpointError, StorageError
+from llama_eqx.interop import conversion, huggingface, meta
+from llama_eqx.interop.conversion import ConvertConfig, convert, save_pretrained
+from llama_eqx.interop.pretrained import load_pretrained, open_pretrained
+from llama_eqx.model.llama import build_model
+from llama_eqx.precision import cast
+from llama_eqx.sharding import parameter_names
+
+transformers.utils.logging.disable_progress_bar()
+ROOT = pathlib.Path(__file__).parents[2]
+FORMATS = ("hf", "meta", "native")
+
+
+@pytest.fixture(scope="module")
+def models(tiny):
+    """In bfloat16, tied, and with other numbers of heads."""
+    config = tiny("model/rotary=llama3_1", "model.tied=false")
+    tied = tiny("model/rotary=llama3_2", "model.tied=true", "model.dims.kv_heads=1")
+    return {
+        "plain": build_model(config, key=jax.random.key(0)),
+        "tied": cast(build_model(tied, key=jax.random.key(1)), "bfloat16"),
+    }
+
+
+def same(a, b) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+def job(source, target, format, dtype=None, shards=None):
+    return ConvertConfig(from_=str(source), to=str(target), format=format, dtype=dtype, shards=shards)
+
+
+@pytest.mark.parametrize("model", ["plain", "tied"])
+def test_all_directions(tmp_path, models, model):
+    for format in FORMATS:
+        save_pretrained(models[model], tmp_path / format, format=format)
+    for source, target in itertools.product(FORMATS, FORMATS):
+        convert(job(tmp_path / source, tmp_path / f"{source}-{target}", target))
+        assert same(load_pretrained(tmp_path / f"{source}-{target}"), models[model]), (source, target)
+        assert verify(tmp_path / f"{source}-{target}") == ()
+        if source == target:  # and of the files, whatever can be
+            for file in (tmp_path / source).glob("*.safetensors"):
+                assert file.read_bytes() == (tmp_path / f"{source}-{target}" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_dtypes(tmp_path, models, format):
+    """Rounded as jax rounds; the config says what the files hold."""
+    save_pretrained(models["plain"], tmp_path / "wide", format="hf")
+    convert(job(tmp_path / "wide", tmp_path / "narrow", format, dtype="bfloat16"))
+    assert same(load_pretrained(tmp_path / "narrow"), cast(models["plain"], "bfloat16"))
+    convert(job(tmp_path / "narrow", tmp_path / "half", "hf", dtype="float16"))
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float16"
+    assert load_pretrained(tmp_path / "half", dtype="float32").embed.dtype == jnp.float32
+
+
+def test_a_run_and_one_of_its_steps(tmp_path, models):
+    """A run files all layers of a parameter in one piece, of which each layer is read in turn."""
+    from llama_eqx.checkpoint.native import write_config
+
+    model = models["plain"]
+    write_config({"model": model.config, "seed": 1}, tmp_path)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer_kind.json").write_text('{"kind": "bytes"}')
+    (tmp_path / "tokenizer" / "tokenizer.model").write_text("pieces")
+    with Checkpoints(tmp_path / "checkpoints", CheckpointConfig(every=1, keep=2, export=None)) as checkpoints:
+        checkpoints.save(1, jax.tree.map(jnp.zeros_like, model), {"step": jnp.int32(1)})
+        checkpoints.save(2, model, {"step": jnp.int32(2)})
+    convert(job(tmp_path, tmp_path / "newest", "hf"))
+    assert same(load_pretrained(tmp_path / "newest"), model)
+    assert (tmp_path / "newest" / "tokenizer" / "tokenizer_kind.json").exists()
+    assert (tmp_path / "newest" / "tokenizer.model").read_text() == "pieces"
+    convert(job(tmp_path / "checkpoints" / "1", tmp_path / "older", "meta"))
+    assert float(jnp.abs(load_pretrained(tmp_path / "older").embed).max()) == 0
+
+
+def test_files_that_go_with_a_model(tmp_path, models):
+    """The tokenizer's and the settings of generation, byte for byte; nothing else, and nothing that is not what its name says."""
+    save_pretrained(models["plain"], tmp_path / "hf", format="hf")
+    (tmp_path / "hf" / "manifest.json").unlink()
+    carried = {
+        "tokenizer.json": '{"a": 1}',
+        "tokenizer_config.json": '{"b": 2}',
+        "special_tokens_map.json": "{}",
+        "chat_template.jinja": "{{ bos_token }}",
+        "generation_config.json": '{"eos_token_id": [128001, 128008, 128009]}',
+    }
+    left = {"tokenizer.model": "version https://git-lfs.github.com/spec/v1\n", "README.md": "read me", "run.sh": "echo"}
+    for name, text in {**carried, **left}.items():
+        (tmp_path / "hf" / name).write_text(text)
+    notes = convert(job(tmp_path / "hf", tmp_path / "meta", "meta"))
+    assert any("tokenizer.model was left behind: a Git LFS pointer" in note for note in notes)
+    convert(job(tmp_path / "meta", tmp_path / "native", "native"))
+    convert(job(tmp_path / "native", tmp_path / "back", "hf"))
+    for folder in ("meta", "native", "back"):
+        assert {name: (tmp_path / folder / name).read_text() for name in carried} == carried
+        assert not any((tmp_path / folder / name).exists() for name in left)
+
+
+def test_special_ids_go_along(tmp_path, tiny):
+    config = tiny("model.tokens={tokenizer: null, bos: 3, eos: [4, 5], pad: 6}")
+    save_pretrained(build_model(config, key=jax.random.key(0)), tmp_path / "hf", format="hf")
+    assert open_pretrained(tmp_path / "hf").config.tokens == config.tokens
+    found = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (3, [4, 5], 6)
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (3, [4, 5], 6)
+
+
+@pytest.mark.parametrize("source", ["meta", "native"])
+def test_written_folders_load_in_transformers(tmp_path, models, source):
+    model = models["plain"]
+    save_pretrained(model, tmp_path / source, format=source)
+    convert(job(tmp_path / source, tmp_path / "hf", "hf"))
+    reference, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    tokens = np.arange(12)[None] % 64
+    with torch.no_grad():
+        theirs = reference(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(eqx.filter_jit(model)(jnp.asarray(tokens)), theirs, atol=1e-5)
+
+
+def test_a_sentencepiece_tokenizer_begins_texts_with_bos_in_transformers(tmp_path, models, test_data):
+    save_pretrained(models["plain"], tmp_path / "meta", format="meta")
+    (tmp_path / "meta" / "manifest.json").unlink()
+    (tmp_path / "meta" / "tokenizer.model").write_bytes((test_data / "llama2_tokenizer.model").read_bytes())
+    convert(job(tmp_path / "meta", tmp_path / "hf", "hf"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer("Hello world, 你好").input_ids == [1, 15043, 3186, 29892, 29871, 30919, 31076]
+
+
+def failing(function, error):
+    """The function, which raises an error when it is called for the sixth time."""
+    calls = itertools.count()
+
+    def fails(*arguments, **settings):
+        if next(calls) == 5:
+            raise error
+        return function(*arguments, **settings)
+
+    return fails
+
+
+def test_interrupted_conversions_leave_nothing(tmp_path, models, monkeypatch):
+    save_pretrained(models["plain"], tmp_path / "hf", format="hf")
+    before = sorted(os.listdir(tmp_path))
+    for format, module, name in (("hf", huggingface, "rows_of"), ("meta", meta, "rows_of"), ("native", conversion, "pieces")):
+        for error, seen in ((KeyboardInterrupt, KeyboardInterrupt), (OSError(28, "No space left on device"), StorageError)):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, failing(getattr(module, name), error))
+                with pytest.raises(seen):
+                    convert(job(tmp_path / "hf", tmp_path / "new", format))
+            assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_what_a_killed_process_left_is_no_model_and_is_cleared_away(tmp_path, models):
+    save_pretrained(models["plain"], tmp_path / "hf", format="hf")
+    script = """
+import os, sys
+from llama_eqx.interop import conversion
+conversion.write_manifest = lambda *arguments, **facts: os.kill(os.getpid(), 9)
+source, target = sys.argv[1:]
+conversion.convert(conversion.ConvertConfig(from_=source, to=target, format="hf", dtype=None, shards=None))
+"""
+    assert subprocess.run([sys.executable, "-c", script, tmp_path / "hf", tmp_path / "new"], cwd=ROOT, check=False).returncode == -9
+    assert sorted(os.listdir(tmp_path)) == [".new.unfinished", "hf"]
+    convert(job(tmp_path / "hf", tmp_path / "new", "hf"))
+    assert sorted(os.listdir(tmp_path)) == ["hf", "new"]
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, models, monkeypatch):
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(StorageError, match="GB are free"):
+        save_pretrained(models["plain"], tmp_path / "hf", format="hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_manifest(tmp_path, models):
+    model = models["tied"]
+    save_pretrained(model, tmp_path / "hf", format="hf")
+    manifest = read_manifest(tmp_path / "hf")
+    assert manifest["format"] == "hf"
+    assert manifest["files"].keys() == {path.name for path in (tmp_path / "hf").iterdir()} - {"manifest.json"}
+    leaves = dict(zip(parameter_names(model), jax.tree.leaves(model), strict=True))
+    assert manifest["tree"] == {name: {"shape": list(x.shape), "dtype": "bfloat16"} for name, x in leaves.items()}
+    (tmp_path / "hf" / "notes.txt").write_text("mine")
+    assert verify(tmp_path / "hf") == ("notes.txt",)  # a file of the user's own does no harm
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    assert find_damage(tmp_path / "hf") == (("config.json",), ("model.safetensors",), ("notes.txt",))
+    assert find_damage(tmp_path / "hf", part=(0, 2)).damaged + find_damage(tmp_path / "hf", part=(1, 2)).damaged == ("config.json",)
+    with pytest.raises(CheckpointError, match=r"damaged: config.json\s+missing: model.safetensors\s+not in the manifest: notes.txt"):
+        load_pretrained(tmp_path / "hf")
+    manifest["files"]["../outside"] = {"size": 1, "sha256": ""}
+    (tmp_path / "hf" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="no manifest can be read"):
+        load_pretrained(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 2, "from=FOLDER"),
+        (["from=a"], 2, "to=FOLDER"),
+        (["from=a", "to=b"], 2, "hf|meta|native"),
+        (["from=a", "to=b", "format=mta"], 2, "did you mean meta?"),
+        (["from=a", "to=b", "format=hf", "dtype=bloat16"], 2, "did you mean bfloat16?"),
+        (["from=a", "to=b", "format=hf", "shards=2"], 2, "format=meta"),
+        (["fom=a"], 2, "did you mean from?"),
+        (["from=a", "to=b", "format=hf"], 4, "the folder does not exist"),
+        (["from={source}", "to={source}", "format=hf"], 6, "it exists already"),
+        (["from={source}", "to={target}, it's=1", "format=meta", "shards=3"], 4, "does not divide over 3 files"),
+        (["from={source}", "to={target}, it's=1", "format=meta", "shards=2", "dtype=bfloat16"], 0, "note:"),
+    ],
+)
+def test_the_command_line(tmp_path, models, monkeypatch, capsys, arguments, code, said):
+    save_pretrained(models["plain"], tmp_path / "a source", format="hf")
+    places = {"{source}": str(tmp_path / "a source"), "{target}": str(tmp_path / "target")}
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["convert", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_verb("convert", verb.main)
+    out = capsys.readouterr()
+    assert ended.value.code == code
+    assert said in out.err
+    assert "Traceback" not in out.err
+    if code == 0:
+        assert pathlib.Path(out.out.strip()) == tmp_path / "target, it's=1"
+        assert load_pretrained(out.out.strip()).embed.dtype == jnp.bfloat16
+
+
+def test_from_is_a_key_like_any_other():
+    config = load_config("from=a", "to=b", "format=hf", name="convert")
+    assert (config.from_, config.to) == ("a", "b")
