@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from llama_eqx.data.corpus import TextConfig
+from llama_eqx import load_config
 from llama_eqx.data.shards import tokenize
 from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer
 from llama_eqx.diagnosis.examination import examine
@@ -16,7 +16,7 @@ from llama_eqx.doctor import published
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_EQX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text("to be or not to be\n" * 20)
-    config = TextConfig(prompt="", validation_fraction=0.2, holdout="validation", path=str(tmp_path / "text.txt"))
+    config = load_config("data=text", "data.validation_fraction=0.2", f"data.path={tmp_path / 'text.txt'}").data
     return tokenize(config, BytesTokenizer()).train.shards[0].path.parent
 
 
