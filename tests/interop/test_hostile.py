@@ -153,6 +153,8 @@ def unprotected(content: bytes) -> None:
     try:
         found = Reader(io.BytesIO(content)).load()
         list(found) if isinstance(found, map) else found
+        if isinstance(found, os._wrap_close):
+            found.close()  # waits for what popen started
     except Exception:
         return
 
