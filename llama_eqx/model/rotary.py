@@ -27,11 +27,32 @@ class Rotation(eqx.Module):
     rounded: bool = eqx.field(static=True)  # every product and sum of the turn is rounded to bfloat16
 
     def __call__(self, x: Float[Array, "batch seq n head_dim"]) -> Float[Array, "batch seq n head_dim"]:
-        r = round_bfloat16 if self.rounded else lambda y: y
+        if not self.rounded:
+            return turn(x, self.cos, self.sin)
+        r = round_bfloat16
         a, b = jnp.split(r(x.astype(jnp.float32)), 2, axis=-1)
         cos, sin = r(self.cos), r(self.sin)
         turned = jnp.concatenate([r(r(a * cos) - r(b * sin)), r(r(b * cos) + r(a * sin))], axis=-1)
         return turned.astype(x.dtype)
+
+
+@jax.custom_vjp
+def turn(
+    x: Float[Array, "batch seq n head_dim"], cos: Float32[Array, "#batch seq 1 half"], sin: Float32[Array, "#batch seq 1 half"]
+) -> Float[Array, "batch seq n head_dim"]:
+    """Every pair turned by its angle. Its gradient is turned back, which is said here because XLA would take halves of heads for it, and
+    a TPU has registers of 128 lanes.
+    """
+    whole = x.astype(jnp.float32)
+    a, b = jnp.split(whole, 2, axis=-1)
+    turned = whole * jnp.concatenate([cos, cos], axis=-1) + jnp.concatenate([b, a], axis=-1) * jnp.concatenate([-sin, sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+turn.defvjp(
+    lambda x, cos, sin: (turn(x, cos, sin), (cos, sin)),
+    lambda angles, d: (turn(d, angles[0], -angles[1]), jnp.zeros_like(angles[0]), jnp.zeros_like(angles[1])),
+)
 
 
 class Rotary(eqx.Module):
