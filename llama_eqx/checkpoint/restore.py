@@ -73,7 +73,7 @@ def read_each(path: pathlib.Path, part: str) -> Iterator[tuple[str, jax.Array]]:
     names = list(_named(structure.unflatten(leaves)))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for i, name in enumerate(names):
-        wanted = [ocp.PLACEHOLDER] * len(leaves)
+        wanted: list[Any] = [ocp.PLACEHOLDER] * len(leaves)
         wanted[i] = jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype, sharding=sharding)
         try:
             yield name, _named(ocp.load_checkpointables(str(path), {part: structure.unflatten(wanted)})[part])[name]
