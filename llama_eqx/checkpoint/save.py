@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -101,7 +102,11 @@ class Checkpoints:
         # Orbax can do it too, but in a thread that only the next save waits for.
         if jax.process_index() == 0:
             for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+                for _ in range(20):  # threads of a save that broke off in this process may write on for a moment
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    if not unfinished.exists():
+                        break
+                    time.sleep(0.05)
         try:
             return ocp.training.Checkpointer(
                 str(self._folder),
