@@ -37,6 +37,7 @@ VERBATIM = (
     "to",
     "input",
     "output",
+    "bundle",
 )
 
 PACKAGE = pathlib.Path(__file__).resolve().parent

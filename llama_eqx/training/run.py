@@ -21,6 +21,7 @@ from llama_eqx.remat import Remat
 from llama_eqx.sharding import MeshConfig, Rules
 from llama_eqx.tracking.provenance import commit, versions
 from llama_eqx.tracking.tracker import TrackingConfig
+from llama_eqx.training.guard import GuardConfig
 from llama_eqx.training.loss import LossConfig
 from llama_eqx.training.optimizer import OptimizerConfig
 from llama_eqx.training.profile import ProfileConfig
@@ -62,6 +63,7 @@ class RunConfig(Config):
     loss: LossConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
+    guard: GuardConfig
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     distributed: DistributedConfig
@@ -96,6 +98,7 @@ FREE = (
     "distributed",
     "profile",
     "compile_cache",
+    "guard.max_withheld",
     "train.steps",
     "data.prompt",
     "train.unroll",
