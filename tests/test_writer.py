@@ -104,7 +104,7 @@ def test_one_on_another_machine_is_known_by_its_heartbeat(tmp_path, elsewhere, m
         with held(tmp_path):
             holder.send_signal(signal.SIGCONT)
             assert holder.wait(10) == 2
-    assert f"was silent for too long, and lost its run directory: process {os.getpid()} on " in holder.stderr.read()
+        assert f"was silent for too long, and lost its run directory: process {os.getpid()} on " in holder.stderr.read()
 
 
 def test_a_lock_that_was_left_long_ago_is_taken_without_waiting(tmp_path, elsewhere, monkeypatch):
