@@ -119,7 +119,7 @@ def test_rows_are_functions_of_their_numbers(corpus, kind):
         ids = np.concatenate([split.read(begin, end) for split, begin, end in rows.pieces(int(number))])
         assert set(ids.tolist()) == {*alone.tokens[0].tolist(), *alone.targets[0][alone.loss_mask[0] > 0].tolist()} - {0}
     assert rows.counted(numbers) == whole.loss_mask.sum() == rows.targets
-    assert whole.tokens.dtype == whole.targets.dtype == np.int32
+    assert whole.tokens.dtype == whole.targets.dtype == (np.int32 if kind == "joined" else np.uint16)
     assert whole.loss_mask.dtype == np.float32
 
 
