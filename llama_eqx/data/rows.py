@@ -2,6 +2,7 @@
 
 import abc
 import bisect
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -232,6 +233,31 @@ class Joined(Rows):
         of = np.searchsorted(self._firsts, rows, side="right") - 1
         places = [np.flatnonzero(of == i) for i in range(len(self.sources))]
         return [(self.sources[i], at, rows[at] - self._firsts[i]) for i, at in enumerate(places) if len(at)]
+
+
+class Shifted(Rows):
+    """Other rows with `offset` added to all of their positions. Nothing else changes: not what sees what, not what is a target."""
+
+    def __init__(self, rows: Rows, offset: int):
+        self.rows, self.offset = rows, offset
+        self.seq_len, self.segmented, self.targets, self.bytes = rows.seq_len, rows.segmented, rows.targets, rows.bytes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, rows: Int[np.ndarray, " batch"]) -> Batch:
+        batch = self.rows.read(rows)
+        positions = np.arange(self.seq_len, dtype=np.int32) if batch.positions is None else batch.positions
+        return dataclasses.replace(batch, positions=np.broadcast_to(positions + np.int32(self.offset), batch.tokens.shape))
+
+    def counted(self, rows: Int[np.ndarray, " batch"]) -> int:
+        return self.rows.counted(rows)
+
+    def pieces(self, row: int) -> list[Piece]:
+        return self.rows.pieces(row)
+
+    def source(self, row: int) -> int:
+        return self.rows.source(row)
 
 
 class Tokens:
