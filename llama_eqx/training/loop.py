@@ -31,6 +31,7 @@ from llama_eqx.training.program import make_program
 from llama_eqx.training.reporter import Reporter, is_logged
 from llama_eqx.training.run import RunConfig, check_shared, claim, origin, warnings, with_vocab
 from llama_eqx.training.state import TrainState, abstract
+from llama_eqx.writer import sole_writer
 
 
 class Result(NamedTuple):
@@ -48,11 +49,12 @@ class Result(NamedTuple):
     export: pathlib.Path | None
 
 
+@sole_writer
 def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     """Trains from the last checkpoint in `run_dir`, or from the start, to `train.steps`.
 
-    Raises `ConfigError`, `DataError`, `CheckpointError` and `StorageError` before the first step, `NonFiniteError` and
-    `StorageError` after it, and `Stopped` when `preemption` has heard of a signal.
+    Raises `ConfigError` (also when another process writes in `run_dir`), `DataError`, `CheckpointError` and `StorageError` before
+    the first step, `NonFiniteError` and `StorageError` after it, and `Stopped` when `preemption` has heard of a signal.
     """
     preemption = preemption or Preemption(config.checkpoint.grace)
     # Where arrays are to live: first, since it asks least and may refuse.
