@@ -8,23 +8,14 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "llama_eqx"
 LAYERS = [  # highest first; a module belongs to its longest prefix
     ["train", "generate", "convert", "doctor", "prepare", "provenance", "supervise", "replay", "compose"],
-    [
-        "training.loop",
-        "training.replay",
-        "training.setup",
-        "training.run",
-        "training.program",
-        "training.reporter",
-        "training.ends",
-        "studies",
-    ],
+    [*(f"training.{name}" for name in ("loop", "replay", "setup", "run", "program", "reporter", "ends")), "studies"],
     ["diagnosis"],
     ["generation", "interop"],
     ["checkpoint", "tracking", "data"],
     ["training"],
     ["model.llama"],
     ["model"],
-    ["sharding", "precision", "remat", "flops", "processes"],
+    ["sharding", "precision", "remat", "flops", "processes", "writer"],
     ["config", "dims", "batch", "tag", "errors", "crash", "wrapped", "__init__"],
 ]
 LEVEL = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}

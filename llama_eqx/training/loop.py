@@ -29,6 +29,7 @@ from llama_eqx.training.reporter import Reporter, is_logged
 from llama_eqx.training.run import RunConfig, check_shared, claim, origin, warnings
 from llama_eqx.training.setup import fresh_state, set_up
 from llama_eqx.training.state import TrainState, abstract
+from llama_eqx.writer import sole_writer
 
 
 class Result(NamedTuple):
@@ -46,11 +47,12 @@ class Result(NamedTuple):
     export: pathlib.Path | None
 
 
+@sole_writer
 def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     """Trains from the last checkpoint in `run_dir`, or from the start, to `train.steps`.
 
-    Raises `ConfigError`, `DataError`, `CheckpointError` and `StorageError` before the first step, `NonFiniteError` and
-    `StorageError` after it, and `Stopped` when `preemption` has heard of a signal.
+    Raises `ConfigError` (also when another process writes in `run_dir`), `DataError`, `CheckpointError` and `StorageError` before
+    the first step, `NonFiniteError` and `StorageError` after it, and `Stopped` when `preemption` has heard of a signal.
     """
     preemption = preemption or Preemption(config.checkpoint.grace)
     setup = set_up(config)
