@@ -15,7 +15,7 @@ from llama_eqx.data.pipeline import Progress, training_batches, validation_batch
 from llama_eqx.flops import flops_per_token
 from llama_eqx.generation.text import continued, prompt_tokens
 from llama_eqx.model.llama import Llama
-from llama_eqx.processes import once, require_same
+from llama_eqx.processes import of_first, once, require_same
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
@@ -148,7 +148,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 return f"step {done} is saved" if done else "before the first step"
 
             with explained_by_a_bundle(lambda: write_bundle(setup, state.model, reporter.reported)), preemption.training(keep):
-                if begin and is_due(begin) and not is_logged(run_dir, begin, "val/loss"):  # it was stopped while it evaluated
+                if begin and is_due(begin) and not of_first(is_logged(run_dir, begin, "val/loss")):  # it was stopped while it evaluated
                     measure()
                 for step in range(begin + 1, steps + 1):
                     with reporter.waiting():

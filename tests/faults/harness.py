@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 HERE = pathlib.Path(__file__).parent
@@ -39,8 +40,7 @@ SETTINGS = {
     "checkpoint.every": EVERY,
     "schedule.warmup_steps": 2,
 }
-# Where a process can die. Of ten trials, seven are within a save.
-LABELS = ("save", "finalise", "manifest", "rename", "remove", "compile", "step", "evaluate", "restore")
+KILLED, STOPPED = 300, 50  # trials
 
 
 class Outcome(NamedTuple):
@@ -62,8 +62,13 @@ class Trial(NamedTuple):
 
 
 def trial(number: int, seconds: float) -> Trial:
-    """The same for the same number. `seconds` an undisturbed run takes."""
+    """The same for the same number: of 350, the last 50 are told to stop and the others killed. `seconds` an undisturbed run takes."""
     chance = random.Random(number)
+    if number >= KILLED:
+        label = chance.choice(
+            ("compile", "step:1", f"step:{chance.randint(2, STEPS)}", "evaluate:1", "evaluate:2", "save:1", "save:2", "save:3")
+        )
+        return Trial(f"{label}{':1' * (':' not in label)}:SIGTERM")
     match number % 10:
         case 0 | 1:
             return Trial("", chance.uniform(0, 0.05), when_saving=True)
@@ -98,18 +103,36 @@ def environment(cache: pathlib.Path) -> dict[str, str]:
     }
 
 
+@contextlib.contextmanager
+def served(cache: pathlib.Path) -> Iterator[str]:
+    """The socket of a server that starts processes."""
+    folder = tempfile.mkdtemp(prefix="faults-")
+    path = f"{folder}/socket"
+    with subprocess.Popen([sys.executable, str(HERE / "server.py"), path], env=environment(cache)) as server:
+        while not pathlib.Path(f"{path}.ready").exists():
+            assert server.poll() is None
+            time.sleep(0.05)
+        yield path
+        server.kill()
+    shutil.rmtree(folder)
+
+
 def command(run_dir: pathlib.Path, *overrides: str) -> list[str]:
     settings = {**SETTINGS, "run_dir": run_dir}
-    return [sys.executable, "-m", "llama_eqx.train", *(f"{key}={value}" for key, value in settings.items()), *overrides]
+    return ["llama_eqx.train", *(f"{key}={value}" for key, value in settings.items()), *overrides]
 
 
-def run(run_dir: pathlib.Path, cache: pathlib.Path, trial: Trial) -> dict[str, Any]:
+def run(run_dir: pathlib.Path, server: str, trial: Trial) -> dict[str, Any]:
     """Trains to the end under supervise through the faults of a trial. What is returned says how that went."""
     log = run_dir.with_name(f"{run_dir.name}.starts")
-    supervised = [sys.executable, "-m", "llama_eqx.supervise", "--", sys.executable, str(HERE / "nth_start.py"), trial.faults, str(log)]
+    start = [sys.executable, "-I", "-S", str(HERE / "nth_start.py"), server, trial.faults, str(log), *command(run_dir)]
     begun = time.monotonic()
     process = subprocess.Popen(
-        [*supervised, *command(run_dir)], env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "llama_eqx.supervise", "--", *start],
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     if trial.kill_after is not None:
         threading.Thread(target=_kill, args=(log, run_dir, trial), daemon=True).start()
@@ -164,21 +187,22 @@ def leftovers(run_dir: pathlib.Path) -> list[str]:
 
 
 class Reference(NamedTuple):
-    """A run that was left alone, in how many seconds, and the cache that all runs share."""
+    """A run that was left alone, in how many seconds, and the server that started it."""
 
     outcome: Outcome
     seconds: float
-    cache: pathlib.Path
+    server: str
 
 
-def reference(folder: pathlib.Path) -> Reference:
-    cache = folder / "cache"
-    done = run(folder / "run", cache, Trial(""))
+def reference(folder: pathlib.Path, server: str) -> Reference:
+    run(folder / "first", server, Trial(""))  # fills the cache of compiled programs
+    done = run(folder / "run", server, Trial(""))
     assert done["code"] == 0, done["said"]
     found = outcome(folder / "run")
     assert [float.fromhex(record["step"]) for record in found.records if "train/loss" in record] == list(range(1, STEPS + 1))
     assert found.progress["step"] == STEPS
-    return Reference(found, done["seconds"], cache)
+    assert outcome(folder / "first") == found  # the same command twice
+    return Reference(found, done["seconds"], server)
 
 
 def attempt(number: int, against: Reference) -> dict[str, Any]:
@@ -186,7 +210,7 @@ def attempt(number: int, against: Reference) -> dict[str, Any]:
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f"faults-{number}-"))
     drawn = trial(number, against.seconds)
     try:
-        done = run(folder / "run", against.cache, drawn)
+        done = run(folder / "run", against.server, drawn)
         same = done["code"] == 0 and outcome(folder / "run") == against.outcome
         left = leftovers(folder / "run") if done["code"] == 0 else []
         told = {key: done[key] for key in ("code", "resumed", "ended", "starts", "seconds")}

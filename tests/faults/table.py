@@ -13,6 +13,8 @@ def kind(trial: dict) -> str:
         return "killed from outside while a save is under way"
     if trial["kill_after"] is not None:
         return "killed from outside at a random moment"
+    if "SIGTERM" in trial["faults"]:
+        return f"told to stop at {trial['faults'].split(':')[0]}"
     labels = [fault.split(":")[0] for fault in trial["faults"].split(";")]
     return f"killed at {', then at '.join(labels)}"
 

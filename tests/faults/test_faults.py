@@ -1,7 +1,7 @@
 """Killed at any moment and started again, a run ends as if nothing had happened.
 
-`pytest -m faults tests/faults -n 0` makes 300 trials, and goes on where it was stopped: results are added to FAULTS_LOG, faults.jsonl
-unless set, a line each. `python tests/faults/table.py FAULTS_LOG` sums them up.
+`pytest -m faults tests/faults -n 0` makes 300 trials of killing and 50 of telling to stop, and goes on where it was stopped: results are
+added to FAULTS_LOG, faults.jsonl unless set, a line each. `python tests/faults/table.py FAULTS_LOG` sums them up.
 """
 
 import json
@@ -9,14 +9,18 @@ import os
 import pathlib
 
 import pytest
-from harness import EVERY, Reference, Trial, attempt, leftovers, outcome, reference, run
-
-MANY = 300
+from harness import EVERY, KILLED, STOPPED, Reference, Trial, attempt, leftovers, outcome, reference, run, served
 
 
 @pytest.fixture(scope="module")
-def against(tmp_path_factory) -> Reference:
-    return reference(tmp_path_factory.mktemp("reference"))
+def server(tmp_path_factory):
+    with served(tmp_path_factory.mktemp("cache")) as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def against(tmp_path_factory, server) -> Reference:
+    return reference(tmp_path_factory.mktemp("reference"), server)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +32,7 @@ def against(tmp_path_factory) -> Reference:
     ],
 )
 def test_it_ends_the_same(tmp_path, against, trial, ended):
-    done = run(tmp_path / "run", against.cache, trial)
+    done = run(tmp_path / "run", against.server, trial)
     assert (done["code"], done["ended"]) == (0, ended), done["said"]
     assert outcome(tmp_path / "run") == against.outcome
     assert leftovers(tmp_path / "run") == []
@@ -38,19 +42,22 @@ def test_it_ends_the_same(tmp_path, against, trial, ended):
 
 
 @pytest.mark.faults
-def test_300_trials(tmp_path_factory):
+def test_many_trials(tmp_path_factory, server):
     log = pathlib.Path(os.environ.get("FAULTS_LOG", "faults.jsonl"))
     known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     made = {result["trial"] for result in known}
     against = None
-    for number in range(MANY):
+    for number in range(KILLED + STOPPED):
         if number in made:
             continue
-        against = against or reference(tmp_path_factory.mktemp("reference"))
+        against = against or reference(tmp_path_factory.mktemp("reference"), server)
         result = attempt(number, against)
         with log.open("a") as file:
             file.write(json.dumps(result) + "\n")
         known.append(result)
     assert [result for result in known if not result["identical"] or result["leftovers"]] == []
     for result in known:  # work that was lost: at most what lies between two saves
-        assert all(step % EVERY == 0 for step in result["resumed"]), result
+        if result["trial"] < KILLED:
+            assert all(step % EVERY == 0 for step in result["resumed"]), result
+        else:
+            assert result["ended"] == ["exit code 75"], result
