@@ -221,7 +221,7 @@ def _state(setup: Setup, run_dir: pathlib.Path, checkpoint: int | None) -> Train
 def _drawn(setup: Setup, step: int) -> dict[str, Any]:
     """What chance gave to a step: the numbers of its rows, and its key."""
     key = jax.random.key_data(jax.random.fold_in(setup.key, step - 1))
-    return {"rows": setup.parts.numbers(step - 1, 1)[0].tolist(), "key": key.tolist()}
+    return {"rows": setup.parts.numbers(step - 1).tolist(), "key": key.tolist()}
 
 
 def _batch(setup: Setup, step: int) -> Batch:
