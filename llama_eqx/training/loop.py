@@ -147,7 +147,11 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 checkpoints.wait(last=True)
                 return f"step {done} is saved" if done else "before the first step"
 
-            with explained_by_a_bundle(lambda: write_bundle(setup, state.model, reporter.reported)), preemption.training(keep):
+            def bundle() -> pathlib.Path:
+                checkpoints.wait()  # it is the one to replay from
+                return write_bundle(setup, state.model, reporter.reported)
+
+            with explained_by_a_bundle(bundle), preemption.training(keep):
                 if begin and is_due(begin) and not of_first(is_logged(run_dir, begin, "val/loss")):  # it was stopped while it evaluated
                     measure()
                 for step in range(begin + 1, steps + 1):
