@@ -106,6 +106,13 @@ def once(action: Callable[[], T]) -> T | None:
     return result
 
 
+def is_first() -> bool:
+    """Whether this is process 0: `jax.process_index`, but it starts no backend, which would settle the number of virtual devices."""
+    from jax._src.distributed import global_state
+
+    return global_state.process_id == 0
+
+
 def of_first(number: int) -> int:
     """The number that process 0 gives."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
