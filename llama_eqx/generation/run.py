@@ -15,7 +15,7 @@ from llama_eqx.data.tokenizer import Tokenizer, find_tokenizer
 from llama_eqx.errors import ConfigError, DataError, StorageError
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.text import Continuation, generate_texts, prompt_tokens, stream_text
-from llama_eqx.interop.pretrained import load_pretrained, located, open_pretrained
+from llama_eqx.interop.pretrained import format_of, load_pretrained, located, open_pretrained
 from llama_eqx.interop.weights import abstract
 from llama_eqx.model.llama import Llama
 from llama_eqx.sharding import Layout, MeshConfig, Rules
@@ -79,6 +79,7 @@ def generate(config: GenerateConfig) -> None:
     range.
     """
     assert config.checkpoint is not None
+    format_of(config.checkpoint)  # for its error
     tokenizer = find_tokenizer(located(config.checkpoint)[0])
     asked = read_prompts(config, tokenizer)  # before weights are loaded
     model = load_sharded(config)
