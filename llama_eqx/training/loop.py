@@ -14,6 +14,7 @@ from llama_eqx.crash import crash_point
 from llama_eqx.data.dataset import open_data
 from llama_eqx.data.pipeline import Parts, Progress, process_rows, training_batches, validation_batches
 from llama_eqx.flops import flops_per_token
+from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.text import continued, prompt_tokens
 from llama_eqx.model.init import named
 from llama_eqx.model.llama import Llama
@@ -193,7 +194,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 evaluation = evaluate(state.model)
             sample = ""
             if sample_tokens > 0:
-                sample = continued(state.model, tokenizer, prompt, sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed)
+                sample = continued(state.model, tokenizer, prompt, sample_tokens, Sampling(temperature=0.8, top_p=0.95), seed=config.seed)
                 tracker.sample(steps, sample)
 
     once(lambda: plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png"))
