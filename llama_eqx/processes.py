@@ -92,8 +92,14 @@ def together(config: Any) -> Iterator[tuple[Any, int]]:
 
 
 def leave(code: int) -> None:
-    """Ends this process. One of several that has failed does not wait for the others, as JAX would at a regular end."""
-    if code and "jax" in sys.modules and jax.distributed.is_initialized():
+    """Ends this process. One of several that has failed does not wait for the others, as JAX would at a regular end.
+
+    Nor is a verb that is the whole program taken apart piece by piece: a thread of a library that comes to the interpreter just then would
+    abort the process, and a run that is over would count as killed.
+    """
+    several = "jax" in sys.modules and jax.distributed.is_initialized()
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    if code if several else program is not None and program.name.startswith("llama_eqx."):
         end(code)
     sys.exit(code)
 

@@ -50,7 +50,7 @@ def watch(line: socket.socket, asked: dict, files: list[int]) -> None:
     os.environ.update(asked["environment"])
     module, *sys.argv = asked["command"]
     sys.argv.insert(0, module)
-    runpy.run_module(module, run_name="__main__")  # which exits
+    runpy.run_module(module, run_name="__main__", alter_sys=True)  # which exits
 
 
 if __name__ == "__main__":
