@@ -7,7 +7,7 @@ from llama_eqx.data.corpus import DataConfig, SourceConfig
 from llama_eqx.data.mixture import shares
 from llama_eqx.data.order import Order
 from llama_eqx.data.packing import pack_index
-from llama_eqx.data.rows import Documents, Joined, Packed, Rows, Windows
+from llama_eqx.data.rows import Documents, Joined, Packed, Rows, Shifted, Windows
 from llama_eqx.data.sft import SftConfig, encode_conversations
 from llama_eqx.data.shards import Split, tokenize
 from llama_eqx.data.tokenizer import Tokenizer
@@ -53,7 +53,8 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: i
         weights.append(weight)
     together = hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
     order = Order([len(rows) for rows in train], shares(weights), seed)
-    return Dataset(_joined(train), _joined(val), order, list(config.sources()), together, notes)
+    train, val = (_joined(rows, config.position_offset) for rows in (train, val))
+    return Dataset(train, val, order, list(config.sources()), together, notes)
 
 
 def _open(source: SourceConfig, tokenizer: Tokenizer, seq_len: int) -> tuple[dict[str, Rows], str, list[str]]:
@@ -77,5 +78,6 @@ def _open(source: SourceConfig, tokenizer: Tokenizer, seq_len: int) -> tuple[dic
     return {split.name: rows(split) for split in (data.train, data.val)}, data.fingerprint, notes
 
 
-def _joined(rows: list[Rows]) -> Rows:
-    return rows[0] if len(rows) == 1 else Joined(rows)
+def _joined(rows: list[Rows], position_offset: int) -> Rows:
+    together = rows[0] if len(rows) == 1 else Joined(rows)
+    return Shifted(together, position_offset) if position_offset else together
