@@ -16,7 +16,7 @@ from llama_eqx.training.program import make_program
 
 config = load_config(*task.options["overrides"])
 layout = Layout(config.mesh.build(), config.sharding)
-initial, step_fn, _, _, shardings = make_program(config, layout)
+initial, step_fn, _, _, shardings, _ = make_program(config, layout)
 key = jax.random.key(0)
 state = jax.jit(initial, out_shardings=shardings)(named(key, "init"))
 step_fn = eqx.filter_jit(step_fn, donate="all-except-first")

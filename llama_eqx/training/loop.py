@@ -9,8 +9,9 @@ import jax
 
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.config import dump
-from llama_eqx.data.dataset import open_data
+from llama_eqx.data.dataset import held_out, open_data
 from llama_eqx.data.pipeline import Parts, process_rows, training_batches, validation_batches
+from llama_eqx.data.rows import Rows
 from llama_eqx.flops import flops_per_token
 from llama_eqx.generation.text import continued, prompt_tokens
 from llama_eqx.model.init import named
@@ -60,13 +61,14 @@ def train(config: RunConfig) -> Result:
     # Text to tokens, and the sizes that follow from it.
     tokenizer = config.tokenizer.build(config.data)
     data = open_data(config.data, tokenizer, seq_len=length, seed=config.seed)
+    others = {name: held_out(source, tokenizer, seq_len=length) for name, source in config.eval_data.items()}
     parts = Parts(data.train, data.order, size, *process_rows(batch_sharding, size, length), data.fingerprint)
     config = with_vocab(config, tokenizer)
     prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.first()
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
 
     # What the devices are to compute, and the files of the run.
-    initial, step, loss, shapes, shardings, remarks = make_program(config, layout)
+    initial, step, score, shapes, shardings, remarks = make_program(config, layout)
     run_dir, key = pathlib.Path(config.run_dir), jax.random.key(config.seed)
     check_export(config)
     weights = open_start(config)
@@ -76,15 +78,14 @@ def train(config: RunConfig) -> Result:
     once(lambda: tokenizer.save(run_dir / "tokenizer"))
 
     step_fn = eqx.filter_jit(step, donate="all-except-first", compiler_options=config.mesh.compiler_options)  # pyright: ignore
-    evaluate_on = make_evaluate(loss)
+    evaluate_on = make_evaluate(score)
     dropout_key = jax.jit(lambda key: named(key, "dropout"), out_shardings=layout.sharding((), ()))(key)
     flops = flops_per_token(shapes.model, length)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.model))
     device_kind = layout.mesh.devices.flat[0].device_kind
 
-    def evaluate(model: Llama) -> Evaluation:
-        batches = validation_batches(data.val, batch_sharding, batch_size=size)
-        return evaluate_on(model, batches, data.val.bytes / data.val.targets)
+    def evaluate(model: Llama, rows: Rows) -> Evaluation:
+        return evaluate_on(model, validation_batches(rows, batch_sharding, batch_size=size), rows.bytes / rows.targets)
 
     with Checkpoints(run_dir / "checkpoints", config.checkpoint) as checkpoints:
         begin = of_first(checkpoints.latest or 0)
@@ -135,14 +136,15 @@ def train(config: RunConfig) -> Result:
                         profile.end(metrics)
                 if step % config.train.eval_every == 0 or step == steps:
                     with reporter.pause():
-                        evaluation = evaluate(state.model)
-                        tracker.log(step, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
+                        evaluation = evaluate(state.model, data.val)
+                        apart = {f"val/{name}/loss": evaluate(state.model, rows).loss for name, rows in others.items()}
+                        tracker.log(step, evaluation.metrics() | apart)
                 if (step % save_every == 0 and not reporter.withheld) or step == steps:
                     with reporter.pause():
                         checkpoints.save(step, state.model, (state.step, state.opt_state))
 
             if evaluation is None:  # a finished run, asked again
-                evaluation = evaluate(state.model)
+                evaluation = evaluate(state.model, data.val)
             sample = ""
             if sample_tokens > 0:
                 sample = continued(state.model, tokenizer, prompt, sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed)
