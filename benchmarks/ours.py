@@ -16,10 +16,10 @@ from llama_eqx.training.program import make_program
 
 config = load_config(*task.options["overrides"])
 layout = Layout(config.mesh.build(), config.sharding)
-initial, step_fn, _, _, shardings, _ = make_program(config, layout)
+program = make_program(config, layout)
 key = jax.random.key(0)
-state = jax.jit(initial, out_shardings=shardings)(named(key, "init"))
-step_fn = eqx.filter_jit(step_fn, donate="all-except-first")
+state = jax.jit(program.initial, out_shardings=program.shardings)(named(key, "init"))
+step_fn = eqx.filter_jit(program.step, donate="all-except-first")
 sharding = layout.sharding(("batch", "seq"), (task.batch, task.seq))
 batches = [
     jax.device_put(

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "llama_eqx"
 LAYERS = [  # highest first; a module belongs to its longest prefix
     ["train", "generate", "evaluate", "convert", "doctor", "prepare", "provenance", "supervise", "compose"],
-    ["training.loop", "training.run", "training.program", "training.reporter", "training.ends"],
+    ["training.loop", "training.run", "training.program", "training.reporter", "training.ends", "studies"],
     ["diagnosis", "evaluation"],
     ["generation", "interop"],
     ["checkpoint", "tracking", "data"],
