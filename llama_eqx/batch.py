@@ -3,18 +3,19 @@
 from typing import Any
 
 import equinox as eqx
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 
 class Batch(eqx.Module):
-    """Rows of tokens and the tokens that follow them; arrays of numpy as they are read, of JAX when a step sees them.
+    """Rows of tokens and the tokens that follow them; arrays of numpy as they are read, in the dtype on disk, and int32 on the
+    devices when a step sees them.
 
     `loss_mask` weighs each target (0 leaves it out). `segment_ids` None means that a row is one segment, `positions` None that it
     starts at position 0; segment 0 is padding.
     """
 
-    tokens: Int[Any, "batch seq"]
-    targets: Int[Any, "batch seq"]
+    tokens: Integer[Any, "batch seq"]
+    targets: Integer[Any, "batch seq"]
     loss_mask: Float[Any, "batch seq"]
-    segment_ids: Int[Any, "batch seq"] | None = None
-    positions: Int[Any, "batch seq"] | None = None
+    segment_ids: Integer[Any, "batch seq"] | None = None
+    positions: Integer[Any, "batch seq"] | None = None

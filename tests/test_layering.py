@@ -15,7 +15,7 @@ LAYERS = [  # highest first; a module belongs to its longest prefix
     ["training"],
     ["model.llama"],
     ["model"],
-    ["sharding", "precision", "remat", "flops", "processes"],
+    ["sharding", "precision", "remat", "flops", "processes", "writer"],
     ["config", "dims", "batch", "tag", "errors", "wrapped", "__init__"],
 ]
 LEVEL = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}

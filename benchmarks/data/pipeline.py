@@ -6,9 +6,10 @@
     python -m benchmarks.data.pipeline starvation [--steps=200]
 
 `speed`: tokens a second of each way to make rows, in numpy, and of peers on the same ids, in turn in one process; medians over the
-rounds, and their ratio to a bare gather of rows from the mapped file. `start`: seconds and memory until the first batch, in a process of
-its own, of a dataset as large as that (sparse files). `memory`: what the process allocates over an epoch. `starvation`: the share of the
-time that the default run waits for its batches. Files are written under $TMPDIR.
+rounds, and their ratio to a bare gather of rows from the mapped file. `start`: seconds until the first batch, imports not counted, and
+what memory grew by to the opened dataset and to the first batch, of a dataset as large as that (sparse files) in a process of its own.
+`memory`: what the process has over an epoch. `allocated` is its own, `resident` has the pages of mapped files too, which the system takes
+back when it needs them. `starvation`: the share of the time that the default run waits for its batches. Files are written under $TMPDIR.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import itertools
 import json
 import os
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -76,7 +76,7 @@ def opened(folder: pathlib.Path, seq: int, rows: str = "windows"):
     from llama_eqx.data.dataset import open_data
     from llama_eqx.data.tokenizer import BytesTokenizer
 
-    config = load_config("data=prepared", f"data.path={folder}", f"data.rows={rows}", "data.verify=false").data
+    config = load_config("data=prepared", f"data.path={folder}", f"data.rows={rows}", "data.verify=false", "tokenizer=bytes").data
     return open_data(config, BytesTokenizer(), seq_len=seq, seed=0)
 
 
@@ -85,11 +85,13 @@ def speed(options: argparse.Namespace) -> None:
 
     folder = dataset(options.tokens)
     ids = np.load(folder / "train-00001.ids.npy", mmap_mode="r").view(np.ndarray)
-    ids.max()  # into the page cache: this is about the processor, not the disk
+    ids.max()  # maps the pages: this is about the processor, not the disk
     with contextlib.ExitStack() as stack:
         ways = {name: stack.enter_context(contextlib.closing(peer(ids, options.batch, options.seq))) for name, peer in PEERS.items()}
         for rows in ("windows", "documents", "packed", "single"):
             data = opened(folder, options.seq, rows)
+            for row in range(0, len(data.train), options.batch):
+                data.train.read(np.arange(row, min(row + options.batch, len(data.train))))  # maps the pages
             ways[rows] = stack.enter_context(read(Parts(data.train, data.order, options.batch, fingerprint=data.fingerprint)))
         found = {name: [] for name in ways}
         for turn in range(options.rounds + 1):
@@ -120,13 +122,12 @@ def started(folder: str, seq: int, batch: int, rows: str) -> None:
     from llama_eqx.data.dataset import open_data  # noqa: F401
     from llama_eqx.data.pipeline import Parts, read
 
-    imported, begin = memory_now(), time.perf_counter()
+    before, begin = memory_now(), time.perf_counter()
     data = opened(pathlib.Path(folder), seq, rows)
+    found = {"name": rows, "tokens": data.train.targets, "opened_s": time.perf_counter() - begin, "opened_mib": grown(before)}
     with read(Parts(data.train, data.order, batch, fingerprint=data.fingerprint)) as batches:
         next(batches)
-    seconds = time.perf_counter() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"name": rows, "tokens": data.train.targets, "seconds": seconds, "imports_mib": imported, "peak_mib": peak}))
+        print(json.dumps(found | {"batch_s": time.perf_counter() - begin, "batch_mib": grown(before), "imports_mib": before}))
 
 
 def memory(options: argparse.Namespace) -> None:
@@ -141,14 +142,18 @@ def memory(options: argparse.Namespace) -> None:
             for step in range(steps + 1):
                 next(batches)
                 if step % max(1, steps // 8) == max(1, steps // 8) - 1:
-                    found.append(round(memory_now(), 1))
-        print(json.dumps({"name": rows, "steps": steps, "allocated_mib": found}))
+                    found.append(memory_now())
+        print(json.dumps({"name": rows, "steps": steps, **{kind: [now[kind] for now in found] for kind in found[0]}}))
 
 
-def memory_now() -> float:
-    """MiB that the process has allocated; pages of mapped files are not among them."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+def memory_now() -> dict[str, float]:
+    """In MiB."""
+    lines = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
+    return {name: round(int(lines[key].split()[0]) / 1024, 1) for name, key in (("allocated", "RssAnon"), ("resident", "VmRSS"))}
+
+
+def grown(before: dict[str, float]) -> dict[str, float]:
+    return {name: round(now - before[name], 1) for name, now in memory_now().items()}
 
 
 def starvation(options: argparse.Namespace) -> None:

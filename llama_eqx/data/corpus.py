@@ -35,9 +35,18 @@ class Part(NamedTuple):
 
 
 class DataConfig(Config):
-    """What a run trains on. `prompt` is what a sample after training starts from."""
+    """What a run trains on. `prompt` is what a sample after training starts from.
+
+    `position_offset` is added to every position of every row, to train and to evaluate on. Rotary attention sees differences of positions
+    only, so that in exact arithmetic nothing changes: what does change is rounding.
+    """
 
     prompt: str
+    position_offset: int
+
+    def check(self) -> None:
+        if not 0 <= self.position_offset < 2**30:
+            raise ConfigError(f"{self.position_offset} is not at least 0 and below 2³⁰", where="position_offset")
 
     @abc.abstractmethod
     def documents(self) -> Iterator[Document]:
@@ -86,6 +95,7 @@ class CorpusConfig(SourceConfig):
     holdout: Literal["validation", "tuning"]
 
     def check(self) -> None:
+        super().check()
         if not 0 < self.validation_fraction <= 1:
             raise ConfigError(f"{self.validation_fraction} is not between 0 and 1", where="validation_fraction")
 

@@ -7,7 +7,7 @@ from llama_eqx.data.corpus import DataConfig, SourceConfig
 from llama_eqx.data.mixture import shares
 from llama_eqx.data.order import Order
 from llama_eqx.data.packing import pack_index
-from llama_eqx.data.rows import Documents, Joined, Packed, Rows, Windows
+from llama_eqx.data.rows import Documents, Joined, Packed, Rows, Shifted, Windows
 from llama_eqx.data.sft import SftConfig, encode_conversations
 from llama_eqx.data.shards import Split, TokenData, tokenize
 from llama_eqx.data.sliding import Sliding
@@ -55,7 +55,8 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: i
         weights.append(weight)
     together = hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
     order = Order([len(rows) for rows in train], shares(weights), seed)
-    return Dataset(_joined(train), _joined(val), order, list(config.sources()), together, notes)
+    train, val = (_joined(rows, config.position_offset) for rows in (train, val))
+    return Dataset(train, val, order, list(config.sources()), together, notes)
 
 
 def held_out(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int) -> Rows:
@@ -100,5 +101,6 @@ def _rows(source: SourceConfig, opened: _Opened, split: Split, seq_len: int) -> 
     return Packed(split, marks, index, seq_len)
 
 
-def _joined(rows: list[Rows]) -> Rows:
-    return rows[0] if len(rows) == 1 else Joined(rows)
+def _joined(rows: list[Rows], position_offset: int) -> Rows:
+    together = rows[0] if len(rows) == 1 else Joined(rows)
+    return Shifted(together, position_offset) if position_offset else together

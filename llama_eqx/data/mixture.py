@@ -11,7 +11,8 @@ STEPS = 10_000  # weights are whole multiples of 1 / STEPS
 
 
 class MixtureConfig(DataConfig):
-    """`components` by name, each with a weight: its share of the rows, in steps of 0.0001. Only the `prompt` of the mixture is used.
+    """`components` by name, each with a weight: its share of the rows, in steps of 0.0001. Of `prompt` and `position_offset` those of the
+    mixture are used.
 
     What is held out is that of all components.
     """
@@ -20,9 +21,14 @@ class MixtureConfig(DataConfig):
     weights: dict[str, float]
 
     def check(self) -> None:
+        super().check()
         for name, component in self.components.items():
             if not isinstance(component, SourceConfig):
                 raise ConfigError("a mixture cannot be part of a mixture", where=f"components.{name}")
+            if component.position_offset:
+                raise ConfigError(
+                    "a mixture has one offset", where=f"components.{name}.position_offset", next="data.position_offset, for all rows"
+                )
         unmatched = sorted(self.components.keys() ^ self.weights.keys())
         wrong = [f"{name} has {'no weight' if name in self.components else 'a weight and is no component'}" for name in unmatched]
         wrong += [f"the weight of {name} is {weight}" for name, weight in self.weights.items() if not 0 < weight <= 1]

@@ -1,6 +1,7 @@
 """From rows to sharded batches. A batch is a function of (seed, index of the batch) alone, however many processes share it."""
 
 import contextlib
+import functools
 import itertools
 import queue
 import threading
@@ -19,7 +20,8 @@ from llama_eqx.errors import ConfigError
 
 T = TypeVar("T")
 
-AT_ONCE = 2**20  # tokens
+AT_ONCE = 2**19  # tokens
+ORDERED = 2**14  # samples
 
 
 class Progress(NamedTuple):
@@ -58,32 +60,37 @@ class Parts:
         if rest or not share:
             raise ConfigError(f"batch_size={batch_size} does not divide into {n_shards} parts", where="train.batch_size")
         self._rows, self._order, self._batch_size, self._mine = rows, order, batch_size, slice(shard * share, (shard + 1) * share)
+        # The order of many samples is computed at once, and kept for the batches that come next.
+        self._block = max(1, min(64, ORDERED // batch_size))
+        self._ordered = functools.lru_cache(maxsize=4)(self._ordered_block)
         self._start = Progress(0, chained(0, fingerprint.encode()), 0)
 
     def __len__(self) -> int:
         return 2**62 // self._batch_size
 
     def __getitem__(self, index: int) -> Part:
-        return self.several(index, 1)[0]
+        rows = self.numbers(index)
+        return Part(self._rows.read(rows[self._mine]), digest(rows), self._rows.counted(rows))
 
-    def several(self, first: int, count: int) -> list[Part]:
-        """Batches one after another."""
-        return [Part(self._rows.read(rows[self._mine]), digest(rows), self._rows.counted(rows)) for rows in self.numbers(first, count)]
+    def numbers(self, index: int) -> Int[np.ndarray, " batch"]:
+        """The rows of a whole batch."""
+        block, within = divmod(index, self._block)
+        return self._ordered(block)[within]
 
-    def numbers(self, first: int, count: int) -> Int[np.ndarray, "count batch"]:
-        """The rows of whole batches."""
-        return self._order(np.arange(first * self._batch_size, (first + count) * self._batch_size)).reshape(count, -1)
+    def _ordered_block(self, block: int) -> Int[np.ndarray, "block batch"]:
+        size = self._block * self._batch_size
+        return self._order(np.arange(block * size, (block + 1) * size)).reshape(self._block, -1)
 
     @property
     def together(self) -> int:
-        """How many batches are best read at once."""
+        """How many batches are handed on at once."""
         return max(1, min(64, AT_ONCE // ((self._mine.stop - self._mine.start) * self._rows.seq_len)))
 
     def after(self, step: int, known: Progress | None = None) -> Progress:
         """The progress after `step` batches, from that after some of them; no token is read for it."""
         known = known or self._start
         for index in range(known.step, step):
-            (rows,) = self.numbers(index, 1)
+            rows = self.numbers(index)
             known = Progress(index + 1, chained(known.ledger, digest(rows)), known.tokens + self._rows.counted(rows))
         return known
 
@@ -98,9 +105,10 @@ def read(parts: Parts, start: int = 0) -> Iterator[Iterator[Part]]:
 
     # An element of grain's costs about as much whatever is in it, and so it has several batches.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # more threads are slower
-    runs = grain.MapDataset.range(len(parts) // parts.together).map(lambda run: parts.several(run * parts.together, parts.together))
+    size = parts.together
+    runs = grain.MapDataset.range(len(parts) // size).map(lambda run: [parts[index] for index in range(run * size, (run + 1) * size)])
     iterator: Any = iter(runs.to_iter_dataset(options))
-    run, within = divmod(start, parts.together)
+    run, within = divmod(start, size)
     iterator.set_state({"next_index": run})
     try:
         yield itertools.islice(itertools.chain.from_iterable(iterator), within, None)
@@ -185,6 +193,7 @@ def place(part: Batch, sharding: Sharding, batch_size: int) -> Batch:
     """A batch of `batch_size` rows over all processes, from those of this process."""
 
     def placed(leaf: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(leaf), (batch_size, leaf.shape[1]))
+        dtype = np.float32 if leaf.dtype.kind == "f" else np.int32
+        return jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(leaf, dtype), (batch_size, leaf.shape[1]))
 
     return jax.tree.map(placed, part)

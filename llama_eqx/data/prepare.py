@@ -148,7 +148,9 @@ def prepare(config: PrepareConfig) -> Prepared:
     assert config.output is not None
     began, output = time.monotonic(), Path(config.output).expanduser()
     sources = _sources(config.input)
-    trained_on = InputConfig(prompt="", path=config.input, field=config.field, validation_fraction=config.validation_fraction)
+    trained_on = InputConfig(
+        prompt="", position_offset=0, path=config.input, field=config.field, validation_fraction=config.validation_fraction
+    )
     tokenizer = config.tokenizer.build(trained_on)
     encoding = {
         "format": FORMAT,

@@ -63,7 +63,7 @@ def provenance(config: ProvenanceConfig) -> str:
     data = open_data(settings, tokenizer, seq_len=seq_len, seed=seed)
     if data.fingerprint != fingerprint:
         raise DataError("the data is no longer what the run was trained on", where=f"data in {run_dir}/config.yaml")
-    number = int(Parts(data.train, data.order, batch_size).numbers(config.step - 1, 1)[0, config.row])
+    number = int(Parts(data.train, data.order, batch_size).numbers(config.step - 1)[config.row])
     lines = [f"step {config.step}, row {config.row}: row {number:,} of the {len(data.train):,} to train on"]
     for stretch in stretches(data, number):
         of = f"{stretch.source}: " if stretch.source else ""

@@ -2,16 +2,17 @@
 
 import abc
 import bisect
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt
 
 from llama_eqx.batch import Batch
 from llama_eqx.data.packing import PackIndex
-from llama_eqx.data.shards import Split
+from llama_eqx.data.shards import Split, token_dtype
 from llama_eqx.errors import DataError
 
 MAPS = 400  # shards that are mapped at once: each takes file descriptors
@@ -158,7 +159,8 @@ class Packed(Rows):
 
     def read(self, rows: Int[np.ndarray, " batch"]) -> Batch:
         shape = len(rows), self.seq_len
-        tokens, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
+        tokens, targets = (np.zeros(shape, self._tokens.dtype) for _ in range(2))
+        segments, positions = (np.zeros(shape, np.int32) for _ in range(2))
         mask = np.zeros(shape, np.float32)
         real = rows >= 0
         firsts = np.where(real, self.index.firsts[rows], 0)
@@ -233,28 +235,56 @@ class Joined(Rows):
         return [(self.sources[i], at, rows[at] - self._firsts[i]) for i, at in enumerate(places) if len(at)]
 
 
+class Shifted(Rows):
+    """Other rows with `offset` added to all of their positions. Nothing else changes: not what sees what, not what is a target."""
+
+    def __init__(self, rows: Rows, offset: int):
+        self.rows, self.offset = rows, offset
+        self.seq_len, self.segmented, self.targets, self.bytes = rows.seq_len, rows.segmented, rows.targets, rows.bytes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, rows: Int[np.ndarray, " batch"]) -> Batch:
+        batch = self.rows.read(rows)
+        positions = np.arange(self.seq_len, dtype=np.int32) if batch.positions is None else batch.positions
+        return dataclasses.replace(batch, positions=np.broadcast_to(positions + np.int32(self.offset), batch.tokens.shape))
+
+    def counted(self, rows: Int[np.ndarray, " batch"]) -> int:
+        return self.rows.counted(rows)
+
+    def pieces(self, row: int) -> list[Piece]:
+        return self.rows.pieces(row)
+
+    def source(self, row: int) -> int:
+        return self.rows.source(row)
+
+
 class Tokens:
     """Many short reads from a split at once."""
 
     def __init__(self, split: Split):
-        self.split = split
+        self.split, self.dtype = split, token_dtype(split.shards[0].vocab)
         self._firsts = np.cumsum([0, *(shard.tokens for shard in split.shards)])
         self._documents = np.cumsum([0, *(shard.documents for shard in split.shards)])
         self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def windows(self, begins: Int[np.ndarray, " count"], length: int) -> Int[np.ndarray, "count length"]:
+    def windows(self, begins: Int[np.ndarray, " count"], length: int) -> UInt[np.ndarray, "count length"]:
         """`length` ids from each token on, zeros where it is negative. Raises as `check` does."""
-        real = np.flatnonzero(begins >= 0)
-        ids = (np.empty if len(real) == len(begins) else np.zeros)((len(begins), length), np.int32)
-        lengths = np.full(len(real), length)
-        for line, run in zip(real.tolist(), self.runs(begins[real], lengths), strict=True):
-            ids[line] = run
-        self.check(ids, begins[real], lengths)
+        ids = np.zeros((len(begins), length), self.dtype)
+        lengths = np.full(len(begins), length)
+        real = begins >= 0
+        lines = ids
+        if not real.all():
+            lines, begins, lengths = (ids[i] for i in np.flatnonzero(real)), begins[real], lengths[real]
+        for line, run in zip(lines, self.runs(begins, lengths), strict=True):
+            line[:] = run
+        self.check(ids, begins, lengths)
         return ids
 
-    def check(self, ids: Int[np.ndarray, "..."], begins: Int[np.ndarray, " count"], lengths: Int[np.ndarray, " count"]) -> None:
+    def check(self, ids: UInt[np.ndarray, "..."], begins: Int[np.ndarray, " count"], lengths: Int[np.ndarray, " count"]) -> None:
         """Raises `DataError` naming shard and offset when one of `ids`, which were read from there, is not in the vocabulary."""
-        if ids.size and ids.view(np.uint32).max() >= self.split.shards[0].vocab:
+        if ids.size and ids.max() >= self.split.shards[0].vocab:
             for begin, length in zip(begins.tolist(), lengths.tolist(), strict=True):
                 self.split.read(begin, begin + length)
 

@@ -28,6 +28,7 @@ from llama_eqx.training.program import make_program
 from llama_eqx.training.reporter import Reporter, recorded
 from llama_eqx.training.run import RunConfig, check_shared, claim, warnings, with_vocab
 from llama_eqx.training.state import TrainState, abstract
+from llama_eqx.writer import sole_writer
 
 
 class Result(NamedTuple):
@@ -45,11 +46,12 @@ class Result(NamedTuple):
     export: pathlib.Path | None
 
 
+@sole_writer
 def train(config: RunConfig) -> Result:
     """Trains from the last checkpoint in `run_dir`, or from the start, to `train.steps`.
 
-    Raises `ConfigError`, `DataError`, `CheckpointError` and `StorageError` before the first step, `NonFiniteError` and
-    `StorageError` after it.
+    Raises `ConfigError` (also when another process writes in `run_dir`), `DataError`, `CheckpointError` and `StorageError` before
+    the first step, `NonFiniteError` and `StorageError` after it.
     """
     # Where arrays are to live: first, since it asks least and may refuse.
     steps, size, length = config.train.steps, config.train.batch_size, config.train.seq_len

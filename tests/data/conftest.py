@@ -32,6 +32,7 @@ def text():
 
     return lambda path, fraction=0.1, holdout="validation": TextConfig(
         prompt="",
+        position_offset=0,
         rows="windows",
         long_documents="refuse",
         validation_fraction=fraction,

@@ -58,9 +58,11 @@ def test_components_keep_their_own_rows_and_are_held_out_on_their_own(mixture):
         (["+data.weights.poems=0.1"], "poems has a weight and is no component"),
         (["~data.weights.code", "data.weights.prose=1"], "code has no weight"),
         (["data@data.components.code=mixture"], "a mixture cannot be part of a mixture"),
+        (["data.components.code.position_offset=8"], "a mixture has one offset"),
+        (["data.position_offset=-1"], "-1 is not at least 0"),
     ],
 )
-def test_weights_that_make_no_sense_are_refused(overrides, said):
+def test_settings_that_make_no_sense_are_refused(overrides, said):
     with pytest.raises(ConfigError, match=said):
         load_config("data=mixture", *overrides)
 

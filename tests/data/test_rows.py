@@ -1,11 +1,13 @@
 """Rows against what a person would write down for them, document by document."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from llama_eqx.data.packing import pack_index
-from llama_eqx.data.rows import Documents, Joined, Packed, Windows
+from llama_eqx.data.rows import Documents, Joined, Packed, Shifted, Windows
 from llama_eqx.errors import DataError
 
 SEQ = 8
@@ -119,7 +121,7 @@ def test_rows_are_functions_of_their_numbers(corpus, kind):
         ids = np.concatenate([split.read(begin, end) for split, begin, end in rows.pieces(int(number))])
         assert set(ids.tolist()) == {*alone.tokens[0].tolist(), *alone.targets[0][alone.loss_mask[0] > 0].tolist()} - {0}
     assert rows.counted(numbers) == whole.loss_mask.sum() == rows.targets
-    assert whole.tokens.dtype == whole.targets.dtype == np.int32
+    assert whole.tokens.dtype == whole.targets.dtype == (np.int32 if kind == "joined" else np.uint16)
     assert whole.loss_mask.dtype == np.float32
 
 
@@ -152,3 +154,18 @@ def test_an_id_that_is_not_in_the_vocabulary_is_named(split, kind):
     with pytest.raises(DataError, match="id 11 is not in the vocabulary of 11") as error:
         rows.read(np.arange(len(rows)))
     assert error.value.where == f"{path}, offset 3"
+
+
+@pytest.mark.parametrize("kind", ["windows", "documents", "packed", "joined"])
+def test_an_offset_is_added_to_positions_and_changes_nothing_else(corpus, kind):
+    rows = Joined(list(sources(corpus).values())) if kind == "joined" else sources(corpus)[kind]
+    shifted, numbers = Shifted(rows, 1000), np.array([2, -1, 0])
+    plain, moved = rows.read(numbers), shifted.read(numbers)
+    before = np.broadcast_to(np.arange(SEQ), (3, SEQ)) if kind == "windows" else plain.positions
+    assert np.array_equal(moved.positions, before + 1000)
+    assert moved.positions.dtype == np.int32
+    assert (moved.segment_ids is None) == (kind == "windows")
+    assert jax.tree.all(jax.tree.map(np.array_equal, dataclasses.replace(moved, positions=plain.positions), plain))
+    assert (len(shifted), shifted.targets, shifted.bytes, shifted.seq_len) == (len(rows), rows.targets, rows.bytes, SEQ)
+    assert (shifted.segmented, shifted.counted(numbers), shifted.first()) == (rows.segmented, rows.counted(numbers), rows.first())
+    assert (shifted.pieces(2), shifted.source(2)) == (rows.pieces(2), rows.source(2))

@@ -95,3 +95,13 @@ def test_another_run_is_refused(finished, change):
 def test_numbers_that_are_not_finite_end_the_run(tmp_path):
     with pytest.raises(NonFiniteError, match="3 steps in a row"):
         train(config(tmp_path / "run", "schedule.peak=1e38", "optimizer.clip_norm=1e30"))
+
+
+def test_an_offset_of_positions_changes_losses_by_rounding_only(finished, tmp_path):
+    train(config(tmp_path / "run", "data.position_offset=100_000"))
+    for name in ("train/loss", "val/loss"):
+        plain, shifted = ([record[name] for record in records(run) if name in record] for run in (finished.run_dir, tmp_path / "run"))
+        assert shifted != plain
+        assert shifted == pytest.approx(plain, abs=2e-4)
+    ledgers = [[r["data/ledger"] for r in records(run) if "data/ledger" in r] for run in (finished.run_dir, tmp_path / "run")]
+    assert ledgers[0] == ledgers[1]

@@ -1,0 +1,151 @@
+"""One writer for a run directory: a second one is refused, and told who the first is.
+
+The operating system's own lock tells a living writer of this machine from a dead one at once. A writer on another machine, whose lock may
+not reach here over a network's file system, is known by its heartbeat: it touches the file of the lock every `BEAT` seconds.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import functools
+import json
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from llama_eqx.errors import ConfigError, StorageError
+
+T = TypeVar("T")
+
+LOCK = ".writer"
+BEAT = 2.0  # seconds between signs of life
+SILENT = 30.0  # seconds without one after which a writer on another machine is taken for dead
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of file systems that know no locks
+
+
+def sole_writer(job: Callable[[Any], T]) -> Callable[[Any], T]:
+    """`job(config)` as the only writer in `config.run_dir`. Of several processes of one run the first holds the lock for all."""
+
+    @functools.wraps(job)
+    def alone(config: Any) -> T:
+        import jax
+
+        with held(config.run_dir) if jax.process_index() == 0 else contextlib.nullcontext():
+            return job(config)
+
+    return alone
+
+
+@contextlib.contextmanager
+def held(run_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Around all writing in `run_dir`, which is made if need be.
+
+    A lock whose holder is dead is taken over: at once on this machine, after `SILENT` seconds without a sign of life from another.
+
+    Raises `ConfigError` naming the holder if it lives: at once on this machine, at its next heartbeat on another; `StorageError` when
+    nothing can be written there.
+    """
+    folder, over = pathlib.Path(run_dir), threading.Event()
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            stack.callback(os.close, file)
+            locked, before = _lock(file, folder), _read(file)
+            if before and (not locked or before.get("machine") != machine()) and not _silent(folder, file):
+                raise _refusal(folder, before)
+            own = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid(), "since": time.time()}
+            _write(file, own)
+        except OSError as error:
+            where, advice = str(error.filename or folder), "free some space or mend the permissions there, or another place: run_dir=FOLDER"
+            raise StorageError(f"cannot write: {error.strerror}", where=where, next=advice) from None
+        beating = threading.Thread(target=_beat, args=(folder, own, over), daemon=True)
+        beating.start()
+        try:
+            yield
+        finally:
+            over.set()
+            beating.join()
+            with contextlib.suppress(OSError):  # a disk that is full or gone: the lock is free all the same
+                _write(file, {})
+
+
+def machine() -> str:
+    """Tells apart what shares a kernel, and so its locks, from what does not, under whatever names."""
+    try:
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _lock(file: int, folder: pathlib.Path) -> bool:
+    """Whether there is now a lock on the file; False where the file system has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _refusal(folder, _read(file)) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _silent(folder: pathlib.Path, file: int) -> bool:
+    """Waits for a sign of life, and says whether there was none for `SILENT` seconds."""
+    probe = folder / f"{LOCK}.{os.getpid()}"
+    probe.touch()  # the clock of the file system, which need not be ours
+    age = probe.stat().st_mtime - os.fstat(file).st_mtime
+    probe.unlink()
+    last, deadline = _seen(folder), time.monotonic() + SILENT - age
+    while time.monotonic() < deadline:
+        if _seen(folder) != last:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _seen(folder: pathlib.Path) -> tuple[float, bytes]:
+    with (folder / LOCK).open("rb") as file:  # opened anew: only then does NFS ask the server
+        return os.fstat(file.fileno()).st_mtime, file.read()
+
+
+def _beat(folder: pathlib.Path, own: dict[str, Any], over: threading.Event) -> None:
+    while not over.wait(BEAT):
+        with contextlib.suppress(OSError, ValueError):  # the disk's troubles show where the run writes
+            if (taken := json.loads((folder / LOCK).read_bytes() or b"{}")) != own and not over.is_set():
+                print(_refusal(folder, taken, "was silent for too long, and lost its run directory"), file=sys.stderr, flush=True)
+                os._exit(ConfigError.code)
+            os.utime(folder / LOCK)
+
+
+def _read(file: int) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        found = json.loads(os.pread(file, 4096, 0) or b"{}")
+        return found if isinstance(found, dict) else {}
+    return {"host": "another machine"}  # it was just being written
+
+
+def _write(file: int, holder: dict[str, Any]) -> None:
+    text = json.dumps(holder).encode() if holder else b""
+    os.ftruncate(file, 0)
+    os.pwrite(file, text, 0)
+    os.fsync(file)
+
+
+def _refusal(folder: pathlib.Path, holder: dict[str, Any], what: str = "another process is writing in this run directory") -> ConfigError:
+    known = [f"process {holder['pid']}"] if "pid" in holder else []
+    known += [f"on {holder['host']}"] if "host" in holder else []
+    known += [f"since {datetime.datetime.fromtimestamp(holder['since']):%Y-%m-%d %H:%M:%S}"] if "since" in holder else []
+    return ConfigError(
+        f"{what}: {' '.join(known)}".removesuffix(": "),
+        where=str(folder),
+        kept="its run is untouched",
+        next="wait for its end, or give another run_dir",
+    )

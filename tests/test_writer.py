@@ -1,0 +1,138 @@
+"""A run directory has one writer, whoever else comes, and a dead one is no obstacle."""
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from llama_eqx import writer
+from llama_eqx.errors import ConfigError, StorageError
+from llama_eqx.writer import LOCK, held
+
+ROOT = pathlib.Path(__file__).parents[1]
+HOLDER = """
+import sys, time
+from llama_eqx import writer
+from llama_eqx.errors import UserError
+writer.BEAT = 0.05
+try:
+    with writer.held(sys.argv[1]):
+        print("holds", flush=True)
+        sys.stdin.read()
+except UserError as error:
+    print("refused", flush=True)
+    sys.exit(error.code)
+"""
+
+
+def start(folder) -> subprocess.Popen[str]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+
+
+@contextlib.contextmanager
+def another(folder):
+    """A process that holds the run directory."""
+    process = start(folder)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "holds\n"
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """This process on another machine, which the locks of the first do not reach."""
+
+    def no_locks(file, _):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(writer.fcntl, "flock", no_locks)
+    monkeypatch.setattr(writer, "machine", lambda: "another")
+
+
+def test_a_second_one_is_refused_and_told_of_the_first(tmp_path):
+    with another(tmp_path) as holder, pytest.raises(ConfigError) as error, held(tmp_path):
+        pass
+    assert f"process {holder.pid} on " in error.value.what
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_dead_one_is_no_obstacle(tmp_path, number):
+    with another(tmp_path) as holder:
+        holder.send_signal(number)
+        holder.wait()
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == holder.pid
+        with held(tmp_path):
+            assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    with held(tmp_path):  # it ended in order, and is none either
+        pass
+
+
+def test_one_that_is_stopped_is_not_dead(tmp_path):
+    with another(tmp_path) as holder:
+        holder.send_signal(signal.SIGSTOP)
+        with pytest.raises(ConfigError), held(tmp_path):
+            pass
+
+
+def test_of_many_at_once_one_wins(tmp_path):
+    started = [start(tmp_path) for _ in range(6)]
+    said = [process.stdout.readline().strip() for process in started]
+    for process in started:
+        process.communicate("")
+    assert sorted(said) == ["holds", *["refused"] * 5]
+    assert sorted(process.returncode for process in started) == [0, *[2] * 5]
+
+
+def test_one_on_another_machine_is_known_by_its_heartbeat(tmp_path, elsewhere, monkeypatch):
+    with another(tmp_path) as holder:
+        with pytest.raises(ConfigError, match=f"process {holder.pid} on "), held(tmp_path):
+            pass
+        holder.send_signal(signal.SIGSTOP)  # to this machine, it is gone
+        monkeypatch.setattr(writer, "SILENT", 0.5)
+        with held(tmp_path):
+            holder.send_signal(signal.SIGCONT)
+            assert holder.wait(10) == 2
+        assert f"was silent for too long, and lost its run directory: process {os.getpid()} on " in holder.stderr.read()
+
+
+def test_a_lock_that_was_left_long_ago_is_taken_without_waiting(tmp_path, elsewhere, monkeypatch):
+    (tmp_path / LOCK).write_text('{"host": "gone", "machine": "gone", "pid": 1, "since": 0}')
+    os.utime(tmp_path / LOCK, (0, 0))
+    monkeypatch.setattr(writer.time, "sleep", lambda _: pytest.fail("it waits"))
+    with held(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\0\0"])
+def test_a_torn_lock(tmp_path, content):
+    (tmp_path / LOCK).write_text(content)
+    os.utime(tmp_path / LOCK, (0, 0))
+    with held(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_where_nothing_can_be_written():
+    with pytest.raises(StorageError, match="cannot write") as error, held("/proc/nowhere/run"):
+        pass
+    assert error.value.where.startswith("/proc/nowhere")
+
+
+def test_training_is_refused_too(tmp_path):
+    from llama_eqx import load_config
+    from llama_eqx.training.loop import train
+
+    with held(tmp_path), pytest.raises(ConfigError, match=f"process {os.getpid()}"):
+        train(load_config(f"run_dir={tmp_path}"))
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]  # before any work
