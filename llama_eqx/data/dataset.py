@@ -62,7 +62,7 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: i
 def held_out(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int) -> Rows:
     """The rows to evaluate on alone, as those of `open_data`; there need be none to train on. Raises `DataError`, `StorageError`."""
     opened = [(source, _open(source, tokenizer)) for _, source in config.sources().values()]
-    return _joined([_rows(source, found, found.data.val, seq_len) for source, found in opened])
+    return _joined([_rows(source, found, found.data.val, seq_len) for source, found in opened], config.position_offset)
 
 
 def sliding(source: SourceConfig, tokenizer: Tokenizer, *, seq_len: int, stride: int) -> Sliding:

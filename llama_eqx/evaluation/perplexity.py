@@ -15,6 +15,7 @@ from llama_eqx.config import Config, load
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.dataset import sliding
 from llama_eqx.data.pipeline import validation_batches
+from llama_eqx.data.rows import Shifted
 from llama_eqx.data.shards import PreparedTokenizerConfig
 from llama_eqx.data.sliding import Sliding
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig, find_tokenizer
@@ -127,7 +128,8 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
     results = {}
     for name, (_, source) in data.sources().items():
         rows = sliding(source, opened.tokenizer, seq_len=length, stride=stride)
-        results[name] = measure(opened, rows, _batch_size(config.batch_size, opened.layout), name or "evaluating")
+        size = _batch_size(config.batch_size, opened.layout)
+        results[name] = measure(opened, rows, size, name or "evaluating", position_offset=data.position_offset)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(opened.model))
     return Evaluated(parameters, length, stride, results, notes)
 
@@ -156,12 +158,12 @@ def open_model(config: EvaluateConfig, data: DataConfig | None, length: int) -> 
     return Opened(model, layout, eqx.filter_jit(make_score(view, layout, CHUNK)), tokenizer), notes + said
 
 
-def measure(opened: Opened, rows: Sliding, batch_size: int, name: str) -> Result:
-    """The model on all of `rows`, with a progress bar."""
+def measure(opened: Opened, rows: Sliding, batch_size: int, name: str, *, position_offset: int = 0) -> Result:
+    """The model on all of `rows`, with a progress bar that is called `name`. `position_offset` is added to their positions."""
     split = rows.split
     positions, documents, windows = Sums(BUCKETS), Sums(split.documents), Sums(rows.windows)
     sharding = opened.layout.sharding(("batch", "seq"), (batch_size, rows.seq_len))
-    batches = validation_batches(rows, sharding, batch_size=batch_size)
+    batches = validation_batches(Shifted(rows, position_offset), sharding, batch_size=batch_size)
     with tqdm(batches, total=-(-len(rows) // batch_size), desc=name, unit=" batches", disable=None) as progress:
         for number, batch in enumerate(progress):
             scores = jax.device_get(opened.score(opened.model, batch))

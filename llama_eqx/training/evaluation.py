@@ -20,7 +20,7 @@ BUCKETS = 33  # of positions: 0, 1, 2-3, 4-7, … up to those of an int32
 
 class Scores(NamedTuple):
     """Of the target at every place of a batch: its cross-entropy in nats, whether it is the most probable token, its weight (0 leaves it
-    out), and the position from which it is predicted: the number of tokens in its text or window before that.
+    out), and the position from which it is predicted: how many tokens of its segment there are before that one.
     """
 
     nats: Float32[Array, "batch seq"]
@@ -39,11 +39,19 @@ def make_score(view: Callable[[Llama], Llama], layout: Layout, chunk: int | None
         model = view(model)
         x, _ = model.hidden(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
         nats, correct = head_scores(x, model.unembed, batch.targets, chunk=chunk, layout=layout)
-        positions = jnp.arange(batch.tokens.shape[1])[None] if batch.positions is None else batch.positions
-        scores = Scores(nats, correct, batch.loss_mask, jnp.broadcast_to(positions, batch.tokens.shape))
+        scores = Scores(nats, correct, batch.loss_mask, _within_segments(batch))
         return jax.lax.with_sharding_constraint(scores, layout.sharding(("", ""), batch.tokens.shape))
 
     return score
+
+
+def _within_segments(batch: Batch) -> Int[Array, "batch seq"]:
+    """The place of every token in its segment, whatever its position is said to be."""
+    places = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+    if batch.segment_ids is None:
+        return places
+    begins = jnp.diff(batch.segment_ids, axis=1, prepend=-1) != 0
+    return places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
 
 
 class Sums:

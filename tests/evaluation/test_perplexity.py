@@ -58,7 +58,12 @@ def texts_of(folder, corpus, rows):
 
 @pytest.mark.parametrize(
     ("rows", "stride", "layout"),
-    [("documents", LENGTH, []), ("documents", 4, TENSOR), ("windows", LENGTH, ["batch_size=3"]), ("windows", 5, [])],
+    [
+        ("documents", LENGTH, []),
+        ("documents", 4, TENSOR),
+        ("windows", LENGTH, ["batch_size=3"]),
+        ("windows", 5, ["data.position_offset=64"]),
+    ],
 )
 def test_every_number_is_that_of_a_plain_loop(hf_model, corpus, rows, stride, layout):
     settings = [f"length={LENGTH}", f"stride={stride}", f"data.rows={rows}", *layout]
