@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from llama_eqx.checkpoint.manifest import MANIFEST, verify
 from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, load_native, open_native
+from llama_eqx.checkpoint.restore import steps
 from llama_eqx.errors import CheckpointError
 from llama_eqx.interop import huggingface, meta
 from llama_eqx.interop.files import carried
@@ -34,7 +35,7 @@ def load_pretrained(path: str | pathlib.Path, dtype: DTypeLike | None = None, sh
     Raises `CheckpointError` when there is no model, or it is damaged or of another kind.
     """
     folder, step = located(path)
-    with verified(folder):
+    with verified(path):
         if format_of(path) == "native":
             return load_native(folder, dtype=dtype, step=step, shardings=shardings)
         return to_model(open_pretrained(path), dtype, shardings)
@@ -80,18 +81,28 @@ def located(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
     return path, None
 
 
+def manifested(path: str | pathlib.Path) -> pathlib.Path | None:
+    """The folder whose manifest lists what `load_pretrained` would read: of a run, that of the step. None without a manifest."""
+    folder, step = located(path)
+    saved = [] if (folder / MANIFEST).is_file() else steps(folder / CHECKPOINTS)
+    if saved:
+        folder = folder / CHECKPOINTS / str(saved[-1] if step is None else step)
+    return folder if (folder / MANIFEST).is_file() else None
+
+
 @contextlib.contextmanager
-def verified(folder: pathlib.Path) -> Iterator[None]:
-    """Checks a folder that has a manifest against it while the block runs; processes share the work.
+def verified(path: str | pathlib.Path) -> Iterator[None]:
+    """Checks what `load_pretrained` reads at `path` against its manifest, if it has one, while the block runs; processes share the work.
 
     Raises `CheckpointError` naming every file that is damaged or missing, also in place of an error that the damage led to.
     """
-    if not (folder / MANIFEST).is_file():
+    folder = manifested(path)
+    if folder is None:
         yield
         return
     stop = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        found = pool.submit(verify, folder, (jax.process_index(), jax.process_count()), stop)
+        found = pool.submit(verify, folder, (jax.process_index(), jax.process_count()), stop, without="training")
         try:
             yield
         except CheckpointError:

@@ -1,9 +1,11 @@
 """A run: everything that its YAML says, and what must be the same for it to be resumed."""
 
 import dataclasses
+import hashlib
 import pathlib
 import socket
 import time
+from typing import Any
 
 from llama_eqx.checkpoint.native import CONFIG, read_config, write_config
 from llama_eqx.checkpoint.save import CheckpointConfig
@@ -17,6 +19,7 @@ from llama_eqx.precision import PrecisionConfig
 from llama_eqx.processes import DistributedConfig
 from llama_eqx.remat import Remat
 from llama_eqx.sharding import MeshConfig, Rules
+from llama_eqx.tracking.provenance import commit, versions
 from llama_eqx.tracking.tracker import TrackingConfig
 from llama_eqx.training.loss import LossConfig
 from llama_eqx.training.optimizer import OptimizerConfig
@@ -185,3 +188,11 @@ def check_shared(run_dir: pathlib.Path) -> None:
         where=str(run_dir.absolute()),
         next="run_dir=FOLDER in a file system that all machines share",
     )
+
+
+def origin(run_dir: pathlib.Path, tokenizer: str, data: str) -> dict[str, Any]:
+    """What a checkpoint says of where it comes from: hashes of the config as it stands in the run directory, of tokenizer and data, the
+    commit of the code and the versions of the libraries.
+    """
+    config = hashlib.sha256((run_dir / CONFIG).read_bytes()).hexdigest()
+    return {"config": config, "tokenizer": tokenizer, "data": data, "commit": commit(), "versions": versions()}
