@@ -75,7 +75,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
 
     # What the devices are to compute, and the files of the run.
-    initial, step, score, shapes, shardings, remarks = make_program(config, layout)
+    initial, step, _, score, shapes, shardings, remarks = make_program(config, layout)
     run_dir, key = pathlib.Path(config.run_dir), jax.random.key(config.seed)
     check_export(config)
     weights = open_start(config)
