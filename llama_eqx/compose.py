@@ -26,6 +26,7 @@ from llama_eqx.errors import ConfigError, StorageError, UserError
 # Keys whose values are text or paths: what a user types after "=" is taken as it stands, whatever commas, quotes or braces it has.
 VERBATIM = (
     "prompt",
+    "prompts",
     "checkpoint",
     "path",
     "against",

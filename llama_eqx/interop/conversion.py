@@ -119,6 +119,7 @@ def _write_native(
             x = np.ascontiguousarray(tensor.read(index), kind)
             write(name, index if layer is None else (layer, *index), x)
             advance(x.nbytes)
+            del x  # which may be a view of the tensor, and would hold it while the next one is fetched
 
 
 def _copy_files(weights: Weights, folder: pathlib.Path, format: Format, notes: list[str]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
@@ -18,7 +19,7 @@ from llama_eqx.checkpoint.restore import steps
 from llama_eqx.errors import CheckpointError
 from llama_eqx.interop import huggingface, meta
 from llama_eqx.interop.files import carried
-from llama_eqx.interop.weights import Tensor, Weights, tensor_shapes, to_model
+from llama_eqx.interop.weights import Key, Weights, fetched, tensor_shapes, to_model
 from llama_eqx.model.llama import Llama
 
 Format = Literal["hf", "meta", "native"]
@@ -117,11 +118,11 @@ def verified(path: str | pathlib.Path) -> Iterator[None]:
 def _read_native(folder: pathlib.Path, step: int | None) -> Weights:
     config, arrays = open_native(folder, step)
 
-    def tensor(name: str, layer: int | None, shape: tuple[int, ...]) -> Tensor:
-        array = arrays[name]
+    def fetch(key: Key) -> np.ndarray:
+        name, layer = key
         if layer is None:
-            return Tensor(shape, array.dtype, array.read)
-        return Tensor(shape, array.dtype, lambda index: array.read((slice(layer, layer + 1), *index))[0])
+            return arrays[name].read((slice(None),) * len(arrays[name].shape))
+        return arrays[name].read((slice(layer, layer + 1), *[slice(None)] * (len(arrays[name].shape) - 1)))[0]
 
-    tensors = {(name, layer): tensor(name, layer, shape) for (name, layer), shape in tensor_shapes(config).items()}
+    tensors = fetched(tensor_shapes(config), {name: array.dtype for name, array in arrays.items()}, fetch)
     return Weights(config, tensors, carried(folder), ())

@@ -15,6 +15,7 @@ from llama_eqx.data.dataset import held_out, open_data
 from llama_eqx.data.pipeline import Parts, Progress, process_rows, training_batches, validation_batches
 from llama_eqx.data.rows import Rows
 from llama_eqx.flops import flops_per_token
+from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.text import continued, prompt_tokens
 from llama_eqx.model.init import named
 from llama_eqx.model.llama import Llama
@@ -195,7 +196,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 evaluation = evaluate(state.model, data.val)
             sample = ""
             if sample_tokens > 0:
-                sample = continued(state.model, tokenizer, prompt, sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed)
+                sample = continued(state.model, tokenizer, prompt, sample_tokens, Sampling(temperature=0.8, top_p=0.95), seed=config.seed)
                 tracker.sample(steps, sample)
 
     once(lambda: plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png"))

@@ -115,15 +115,19 @@ SHARED_WITHIN = 30  # seconds; a network's file system may be slow to show a new
 
 
 def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """`config` with the tokenizer's size where `dims.vocab` is None, and its BOS and EOS where `tokens` has none.
+    """`config` with the tokenizer's size where `dims.vocab` is None, and its BOS where `tokens` has none.
+
+    Among the ends of a text are all that the tokenizer knows, those of a turn too: a model that has learned to end with one of them
+    is handed on with it, and else nobody would stop there. Not if `tokens` are those of another tokenizer.
 
     Raises `ConfigError` when the tokenizer has ids that the model has not.
     """
     vocab, tokens = config.model.dims.vocab, config.model.tokens
     if tokens.bos is None and not tokens.eos:
-        eos = () if tokenizer.eos is None else (tokenizer.eos,)
-        tokens = dataclasses.replace(tokens, bos=tokenizer.bos, eos=eos)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, tokens=tokens))
+        tokens = dataclasses.replace(tokens, bos=tokenizer.bos, eos=tokenizer.stop)
+    elif tokenizer.eos in tokens.eos:
+        tokens = dataclasses.replace(tokens, eos=tuple(dict.fromkeys((*tokens.eos, *tokenizer.stop))))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, tokens=tokens))
     if vocab is None:
         dims = dataclasses.replace(config.model.dims, vocab=tokenizer.vocab)
         return dataclasses.replace(config, model=dataclasses.replace(config.model, dims=dims))
