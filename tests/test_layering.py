@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "llama_eqx"
 LAYERS = [  # highest first; a module belongs to its longest prefix
-    ["train", "generate", "convert", "doctor", "plan", "prepare", "provenance", "supervise", "replay", "compose"],
+    ["train", "generate", "evaluate", "convert", "doctor", "plan", "prepare", "provenance", "supervise", "replay", "compose"],
     [*(f"training.{name}" for name in ("loop", "replay", "setup", "run", "program", "reporter", "ends")), "studies", "planning"],
-    ["diagnosis"],
+    ["diagnosis", "evaluation"],
     ["generation", "interop"],
     ["checkpoint", "tracking", "data"],
     ["training"],

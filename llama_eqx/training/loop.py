@@ -11,7 +11,9 @@ import jax
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.config import dump
 from llama_eqx.crash import crash_point
+from llama_eqx.data.dataset import held_out
 from llama_eqx.data.pipeline import Progress, training_batches, validation_batches
+from llama_eqx.data.rows import Rows
 from llama_eqx.flops import flops_per_token
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.text import continued, prompt_tokens
@@ -59,6 +61,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     setup = set_up(config)
     config, layout, batch_sharding, tokenizer, data, parts, program, key = setup
     steps, size, length = config.train.steps, config.train.batch_size, config.train.seq_len
+    others = {name: held_out(source, tokenizer, seq_len=length) for name, source in config.eval_data.items()}
     prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.first()
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
 
@@ -74,14 +77,13 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
 
     options: Any = {"donate": "all-except-first", "compiler_options": config.mesh.compiler_options}
     step_fn = eqx.filter_jit(program.step, **options)
-    evaluate_on = make_evaluate(program.loss)
+    evaluate_on = make_evaluate(program.score)
     flops = flops_per_token(program.shapes.model, length)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.shapes.model))
     device_kind = layout.mesh.devices.flat[0].device_kind
 
-    def evaluate(model: Llama) -> Evaluation:
-        batches = validation_batches(data.val, batch_sharding, batch_size=size)
-        return evaluate_on(model, batches, data.val.bytes / data.val.targets)
+    def evaluate(model: Llama, rows: Rows) -> Evaluation:
+        return evaluate_on(model, validation_batches(rows, batch_sharding, batch_size=size), rows.bytes / rows.targets)
 
     def is_due(step: int) -> bool:
         return step % config.train.eval_every == 0 or step == steps
@@ -131,8 +133,9 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 nonlocal evaluation, measured
                 with reporter.pause(), preemption.idle():
                     crash_point("evaluate")
-                    evaluation = evaluate(state.model)
-                measured = {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte}
+                    evaluation = evaluate(state.model, data.val)
+                    apart = {f"val/{name}/loss": evaluate(state.model, rows).loss for name, rows in others.items()}
+                measured = evaluation.metrics() | apart
                 tracker.log(done, measured)
 
             def save() -> None:
@@ -179,7 +182,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
             checkpoints.finish()
 
             if evaluation is None:  # a finished run, asked again
-                evaluation = evaluate(state.model)
+                evaluation = evaluate(state.model, data.val)
             sample = ""
             if sample_tokens > 0:
                 sample = continued(state.model, tokenizer, prompt, sample_tokens, Sampling(temperature=0.8, top_p=0.95), seed=config.seed)
