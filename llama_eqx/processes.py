@@ -352,7 +352,8 @@ def _read(line: socket.socket) -> dict[str, Any] | None:
 
 def end(code: int) -> NoReturn:
     """Ends this process now, whatever its threads are doing."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read it is gone
+            stream.flush()
     logging.shutdown()
     os._exit(code)
