@@ -39,6 +39,8 @@ VERBATIM = (
     "to",
     "input",
     "output",
+    "tasks",
+    "include_path",
 )
 
 PLANNED = ("train", "plan")  # verbs that take the settings planned for a model on a mesh
