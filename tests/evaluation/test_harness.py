@@ -122,15 +122,11 @@ def test_rolling_loglikelihoods(both):
 
 
 def test_continuations(both):
-    settings = [
-        {"until": ["e"], "max_gen_toks": 10},
-        {"until": ["\n", "\x00"], "max_gen_toks": 20, "do_sample": False},
-        {"max_gen_toks": 5},
-    ]
+    settings = [{"until": ["e"], "max_gen_toks": 12}, {"max_gen_toks": 12, "do_sample": False}]
     asked = [(line["question"], each) for line in LINES for each in settings]
     found, wanted = (model.generate_until(requests("generate_until", asked), disable_tqdm=True) for model in both)
     assert found == wanted
-    assert len({len(text) for text in found}) > 2  # some were stopped
+    assert len({len(text) for text in found}) > 1  # some were stopped
 
 
 def test_the_command_gives_the_scores_of_hf(both, hf_model, tasks, monkeypatch, capsys, tmp_path):
