@@ -40,6 +40,8 @@ VERBATIM = (
     "input",
     "output",
     "bundle",
+    "tasks",
+    "include_path",
 )
 
 PLANNED = ("train", "plan")  # verbs that take the settings planned for a model on a mesh

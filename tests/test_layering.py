@@ -12,7 +12,7 @@ LAYERS = [  # highest first; a module belongs to its longest prefix
     ["diagnosis", "evaluation"],
     ["generation", "interop"],
     ["checkpoint", "tracking", "data"],
-    ["training"],
+    ["training", "tracing"],
     ["model.llama"],
     ["model"],
     ["sharding", "precision", "remat", "flops", "processes", "writer"],

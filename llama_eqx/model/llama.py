@@ -18,7 +18,7 @@ from llama_eqx.model.feed_forward import FeedForwardConfig
 from llama_eqx.model.init import InitConfig, named
 from llama_eqx.model.norm import Norm, NormConfig
 from llama_eqx.model.rotary import Rotary, RotaryConfig
-from llama_eqx.tag import tag
+from llama_eqx.tag import scan_layers, tag
 
 
 class Llama(eqx.Module):
@@ -78,7 +78,7 @@ class Llama(eqx.Module):
             return (x, caches), None
 
         unroll = getattr(self.blocks, "unroll", 1)  # of blocks that a policy has wrapped
-        (x, cache), _ = jax.lax.scan(fold, (x, cache), (self.blocks, jnp.arange(self.config.dims.layers)), unroll=unroll)
+        x, cache = scan_layers(fold, (x, cache), (self.blocks, jnp.arange(self.config.dims.layers)), unroll)
         return self.final_norm(x), cache
 
     def head(self, x: Float[Array, "batch seq embed"]) -> Float32[Array, "batch seq vocab"]:
