@@ -59,12 +59,12 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: i
 
 def _open(source: SourceConfig, tokenizer: Tokenizer, seq_len: int) -> tuple[dict[str, Rows], str, list[str]]:
     learned: dict[str, Split] = {}
-    notes = []
     if isinstance(source, SftConfig):
-        data, learned, skipped = encode_conversations(source, tokenizer)
-        notes = [f"{len(skipped)} lines are no conversations and were skipped, the first at {skipped[0]}"] if skipped else []
+        data, learned = encode_conversations(source, tokenizer)
     else:
         data = tokenize(source, tokenizer)
+    skipped = source.skipped()
+    notes = [f"{len(skipped):,} records cannot be read and are skipped, the first at {skipped[0]}"] if skipped else []
 
     def rows(split: Split) -> Rows:
         if source.rows == "windows":
