@@ -35,7 +35,7 @@ from llama_eqx.errors import ConfigError, DataError, StorageError
 DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("hash", "<u8", (2,)), ("source", "<i8"), ("record", "<i8")])
 BLOCK = 2**23  # ids that are moved at once
 NAMED = 20  # records that are named one by one
-UNITS, LEAST = 256, 2**22  # units of few files, and bytes of each
+UNITS, LEAST = 256, 2**20  # units of few files, and bytes of each
 
 
 class PrepareConfig(Config):
