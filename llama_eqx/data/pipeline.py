@@ -118,8 +118,13 @@ def read(parts: Parts, start: int = 0) -> Iterator[Iterator[Part]]:
     iterator: Any = iter(runs.to_iter_dataset(options))
     run, within = divmod(start, size)
     iterator.set_state({"next_index": run})
+
+    def drawn() -> Iterator[Part]:
+        yield parts[start]  # a run of batches would take longer
+        yield from itertools.islice(itertools.chain.from_iterable(iterator), within + 1, None)
+
     try:
-        yield itertools.islice(itertools.chain.from_iterable(iterator), within, None)
+        yield drawn()
     finally:
         iterator.close()
 
