@@ -84,10 +84,12 @@ class _Opened(NamedTuple):
 
 
 def _open(source: SourceConfig, tokenizer: Tokenizer) -> _Opened:
-    if not isinstance(source, SftConfig):
-        return _Opened(tokenize(source, tokenizer), {}, [])
-    data, learned, skipped = encode_conversations(source, tokenizer)
-    notes = [f"{len(skipped)} lines are no conversations and were skipped, the first at {skipped[0]}"] if skipped else []
+    if isinstance(source, SftConfig):
+        data, learned = encode_conversations(source, tokenizer)
+    else:
+        data, learned = tokenize(source, tokenizer), {}
+    skipped = source.skipped()
+    notes = [f"{len(skipped):,} records cannot be read and are skipped, the first at {skipped[0]}"] if skipped else []
     return _Opened(data, learned, notes)
 
 
