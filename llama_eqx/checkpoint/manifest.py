@@ -101,7 +101,7 @@ def find_damage(folder: pathlib.Path, part: tuple[int, int] = (0, 1), stop: thre
     stop = threading.Event() if stop is None else stop
     listed = read_manifest(folder)["files"]
     names = sorted(listed)[part[0] :: part[1]]
-    present = [name for name in names if (folder / name).is_file()]
+    present = [name for name in names if os.path.isfile(folder / name)]  # False, too, for what cannot be a name
     differ = _map(lambda name: _differs(folder / name, listed[name], stop), present, stop)
     damaged = [name for name, differs in zip(present, differ, strict=True) if differs]
     return Damage(tuple(damaged), tuple(sorted({*names} - {*present})), tuple(sorted({*_files(folder)} - {*listed})))

@@ -15,7 +15,7 @@ from llama_eqx.flops import flops_per_token
 from llama_eqx.generation.text import continued, prompt_tokens
 from llama_eqx.model.init import named
 from llama_eqx.model.llama import Llama
-from llama_eqx.processes import of_first, once, require_same
+from llama_eqx.processes import of_first, once, require_same, watched
 from llama_eqx.sharding import Layout
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.plot import plot_loss
@@ -126,7 +126,7 @@ def train(config: RunConfig) -> Result:
                 devices=layout.mesh.size,
             )
             evaluation, save_every = None, config.checkpoint.every or steps
-            for step in range(begin + 1, steps + 1):
+            for step in watched(range(begin + 1, steps + 1), config.distributed.stall):
                 with reporter.waiting():
                     batch, progress = next(batches)
                 profile.begin(step)
