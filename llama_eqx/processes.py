@@ -17,7 +17,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -102,7 +102,7 @@ def together(config: Any) -> Iterator[tuple[Any, int]]:
 def leave(code: int) -> None:
     """Ends this process. One of several that has failed does not wait for the others, as JAX would at a regular end."""
     if code and "jax" in sys.modules and jax.distributed.is_initialized():
-        _end(code)
+        end(code)
     sys.exit(code)
 
 
@@ -144,6 +144,11 @@ def once(action: Callable[[], T]) -> T | None:
 def of_first(number: int) -> int:
     """The number that process 0 gives."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def any_process(here: bool) -> bool:
+    """Whether it is so in any of the processes."""
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(here))))
 
 
 def require_same(text: str, what: str) -> None:
@@ -301,7 +306,7 @@ def _give_up(said: str, message: dict[str, Any], lines: Lines | None, line: Line
                 line.wait(LAST_WORDS)
                 line.read()  # nothing more will come but its end
         lines.see_off()
-    _end(int(message["code"]))
+    end(int(message["code"]))
 
 
 def _stacks() -> str:
@@ -421,7 +426,8 @@ def _listed(numbers: list[int]) -> str:
     return f"number{'s' * (len(numbers) > 1)} {shown}{' and others' * (len(numbers) > 8)}"
 
 
-def _end(code: int) -> None:
+def end(code: int) -> NoReturn:
+    """Ends this process now, whatever its threads are doing."""
     sys.stdout.flush()
     sys.stderr.flush()
     logging.shutdown()
