@@ -81,7 +81,8 @@ def together(config: Any) -> Iterator[tuple[Any, int]]:
     """
     place, local_devices = _place(config.distributed)
     if place is None:
-        yield config, 0
+        with _may_end():
+            yield config, 0
         return
     if jax.distributed.is_initialized():
         raise ConfigError("a sweep over several processes needs new ones for every job", where="-m", next="hydra/launcher=submitit_slurm")
@@ -96,7 +97,21 @@ def together(config: Any) -> Iterator[tuple[Any, int]]:
             initialization_timeout=settings.timeout,
             heartbeat_timeout_seconds=settings.heartbeat + 60,  # ours has words for it, where JAX aborts
         )
-        yield dataclasses.replace(config, run_dir=lines.config["run_dir"]), place.process
+        with _may_end():
+            yield dataclasses.replace(config, run_dir=lines.config["run_dir"]), place.process
+
+
+_ending_allowed = threading.Event()
+
+
+@contextlib.contextmanager
+def _may_end() -> Iterator[None]:
+    """The time in which this process is the run's own, and may be ended for it."""
+    _ending_allowed.set()
+    try:
+        yield
+    finally:
+        _ending_allowed.clear()
 
 
 def leave(code: int) -> None:
@@ -107,14 +122,16 @@ def leave(code: int) -> None:
 
 
 def watched(steps: Iterable[T], stall: int | None) -> Iterator[T]:
-    """`steps`, the first of which may take its time: it compiles. When a later one takes more than `stall` seconds, this process and all
-    others say where they are and end with code 75.
+    """`steps`, the first of which may take its time: it compiles. When a later one takes more than `stall` seconds, with what is
+    evaluated and saved after it, this process and all others say where they are and end with code 75.
+
+    Outside of `together`, for users of the library, it only passes them on.
     """
     over, begun = threading.Event(), [time.monotonic()]
 
     def watch() -> None:
         assert stall is not None
-        while not over.wait(min(stall / 10, 5)):
+        while not over.wait(min(stall / 10, 5)) and _ending_allowed.is_set():
             if time.monotonic() - begun[0] > stall:
                 said = f"error: no step for {stall} s\nnext: the stacks of the process that is stuck show where"
                 _give_up(said, {"code": PREEMPTED, "lost": True}, Lines.current)
