@@ -1,6 +1,7 @@
 """Who is told what; and that W&B can fail without harm."""
 
 import io
+import json
 import re
 import subprocess
 import sys
