@@ -117,8 +117,8 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
 def quoted(override: str) -> str:
     """`prompt=it's` or `profile=true` as Hydra must be given it for the value to arrive unchanged."""
     key, equals, value = override.partition("=")
-    if value in ("true", "false") and (conf_dir() / key).is_dir():
-        return f'{key}="{value}"'  # the name of an option, which Hydra would take for a bool
+    if re.fullmatch(r"true|false|[\d.]+", value) and key and (conf_dir() / key).is_dir():
+        return f'{key}="{value}"'  # the name of an option, which Hydra would take for a bool or a number
     if not equals or re.sub(r"^(data\.components|eval_data)\.\w+", "data", key.lstrip("+")) not in VERBATIM or value == "null":
         return override
     value = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
@@ -217,7 +217,7 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
     """The merged YAML, not yet checked against the dataclasses."""
     try:
         return _compose(name, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # the last is Hydra's word on an option that is no text
         raise _explained(error, name, overrides) from None
 
 
