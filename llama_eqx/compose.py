@@ -1,6 +1,7 @@
 """From YAML and the command line to a config. With the verbs, the only importer of Hydra."""
 
 import dataclasses
+import errno
 import logging
 import os
 import pathlib
@@ -44,6 +45,8 @@ VERBATIM = (
     "include_path",
 )
 
+# What the system says of a place that cannot be written: full, read-only, not ours, or no place at all.
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 PLANNED = ("train", "plan")  # verbs that take the settings planned for a model on a mesh
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -117,8 +120,8 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
 def quoted(override: str) -> str:
     """`prompt=it's` or `profile=true` as Hydra must be given it for the value to arrive unchanged."""
     key, equals, value = override.partition("=")
-    if value in ("true", "false") and (conf_dir() / key).is_dir():
-        return f'{key}="{value}"'  # the name of an option, which Hydra would take for a bool
+    if re.fullmatch(r"true|false|[\d.]+", value) and key and (conf_dir() / key).is_dir():
+        return f'{key}="{value}"'  # the name of an option, which Hydra would take for a bool or a number
     if not equals or re.sub(r"^(data\.components|eval_data)\.\w+", "data", key.lstrip("+")) not in VERBATIM or value == "null":
         return override
     value = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
@@ -148,7 +151,7 @@ def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[
         return job(config, overrides)
     try:
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-        log = logging.FileHandler(pathlib.Path(folder, log_file))
+        log = Log(pathlib.Path(folder, log_file))
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", where=folder, next="another place: run_dir=FOLDER") from None
     log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
@@ -165,6 +168,17 @@ def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[
         log.close()  # and is opened again if something is yet to be said
 
 
+class Log(logging.FileHandler):
+    """A log that a full disk ends with one line, where `logging` would print a traceback for every record."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        self.handle = lambda record: False
+        print(f"warning: {self.baseFilename} cannot be written: {error.strerror}; the run goes on without it", file=sys.stderr, flush=True)
+
+
 def _guarded(job: Callable[[], None]) -> int:
     """The exit code of `job`, with whatever ended it said in a block."""
     try:
@@ -178,25 +192,35 @@ def _guarded(job: Callable[[], None]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         print(_explained(error, "train", sys.argv[1:]), file=sys.stderr)
         return ConfigError.code
-    except PermissionError as error:
-        print(StorageError(f"cannot write: {error.strerror}", where=str(error.filename), next="work in another folder"), file=sys.stderr)
+    except OSError as error:
+        if error.errno not in STORAGE:
+            return _unexpected(error)
+        logging.getLogger("llama_eqx").info("ended by", exc_info=True)
+        where = str(error.filename or "")
+        print(
+            StorageError(f"cannot write: {error.strerror}", where=where, next="free some space, or work in another folder"), file=sys.stderr
+        )
         return StorageError.code
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             what = f"out of memory: {str(error).splitlines()[0]}"
             print(UserError(what, next="a smaller model or train.batch_size, remat=full, or more devices"), file=sys.stderr)
             return 1
-        traceback.print_exc()
-        print(UserError(f"unexpected {type(error).__name__}: {error}", next="please report this with the lines above"), file=sys.stderr)
-        return 1
+        return _unexpected(error)
     return 0
+
+
+def _unexpected(error: Exception) -> int:
+    traceback.print_exc()
+    print(UserError(f"unexpected {type(error).__name__}: {error}", next="please report this with the lines above"), file=sys.stderr)
+    return 1
 
 
 def compose(name: str, overrides: list[str]) -> DictConfig:
     """The merged YAML, not yet checked against the dataclasses."""
     try:
         return _compose(name, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # the last is Hydra's word on an option that is no text
         raise _explained(error, name, overrides) from None
 
 
@@ -212,6 +236,9 @@ def resolve(config: DictConfig) -> Any:
 
 
 def _compose(name: str, overrides: list[str]) -> DictConfig:
+    for group, _, option in (override.lstrip("+").partition("=") for override in overrides):
+        if (conf_dir() / group.partition("@")[0]).is_dir() and (".." in option.split("/") or option.startswith("/")):
+            raise ConfigError(f"{group} has no option {option!r}", where=group, next="options are the names of files in conf/")
     outer = GlobalHydra.instance().hydra  # the caller's own, if any
     GlobalHydra.instance().clear()
     try:

@@ -259,6 +259,8 @@ def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = Non
         hashes: dict[Path, str] = {}
         sizes: dict[Path, int] = {}
         for record in index["shards"]:
+            if record["name"] != Path(record["name"]).name or "\0" in record["name"]:
+                raise ValueError(f"{record['name']} lies outside of the folder")
             shard = Shard(folder / record["name"], vocab=index["vocab"], **{count: record[count] for count in COUNTS})
             splits[record["split"]].append(shard)
             for kind, (shape, dtype) in shard.content.items():

@@ -123,6 +123,7 @@ class LlamaConfig(Config):
     tokens: SpecialTokens
 
     def check(self) -> None:
+        self.within(1, float("inf"), "context")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{self.dropout} is not a probability below 1", where="dropout")
 

@@ -61,6 +61,10 @@ class Rotary(eqx.Module):
 
 
 class RotaryConfig(Config):
+    def check(self) -> None:
+        self.within(1, float("inf"), "theta", "factor", "original_context")
+        self.within(0, float("inf"), "low_freq_factor", "high_freq_factor")
+
     @abc.abstractmethod
     def build(self, dims: Dims) -> Rotary: ...
 

@@ -18,7 +18,7 @@ from llama_eqx.flops import flops_per_token
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.text import continued, prompt_tokens
 from llama_eqx.model.llama import Llama
-from llama_eqx.processes import of_first, once, require_same
+from llama_eqx.processes import of_first, once, require_same, watched
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
@@ -158,7 +158,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
             with explained_by_a_bundle(bundle), preemption.training(keep):
                 if begin and is_due(begin) and not of_first(is_logged(run_dir, begin, "val/loss")):  # it was stopped while it evaluated
                     measure()
-                for step in range(begin + 1, steps + 1):
+                for step in watched(range(begin + 1, steps + 1), config.distributed.stall):
                     with reporter.waiting():
                         batch, progress = next(batches)
                     profile.begin(step)
