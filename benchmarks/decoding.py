@@ -5,16 +5,14 @@ tokens after the first: what `new` tokens take longer than one. Prints a table a
 """
 
 import argparse
-import json
 import os
 import pathlib
 import statistics
-import sys
-import time
 from typing import Any
 
+from benchmarks.record import idle, write
 from benchmarks.task import Task
-from benchmarks.training import MAX_LOAD, measured, version
+from benchmarks.training import measured
 
 MODELS = {
     "smoke": {"vocab": 256, "layers": 2, "embed": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 176},
@@ -47,9 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--loaded", action="store_true", help="run on a busy machine too: to try the script, not for numbers")
     arguments = parser.parse_args()
-    load = os.getloadavg()[0]
-    if load > MAX_LOAD and not arguments.loaded:
-        sys.exit(f"load {load:.2f} is above {MAX_LOAD}\nnext: wait until the machine is idle")
+    load = idle(arguments.loaded)
 
     sides, records = ["llama_eqx", *arguments.peers], []
     for model in arguments.models:
@@ -77,14 +73,8 @@ def main() -> None:
                         )
             records.append({"model": model, "batch": batch, "answers": answers})
     lines = table(records)
-    print(lines)
-    if arguments.out:
-        versions = {name: version(name) for name in ("jax", "jaxlib", "equinox", "torch", "transformers")}
-        settings = {key: str(value) for key, value in vars(arguments).items() if key != "out"}
-        record = {"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "load_before": load, "versions": versions}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({**record, "settings": settings, "records": records}, indent=1) + "\n")
-        arguments.out.with_suffix(".md").write_text(lines + "\n")
+    settings = {key: value for key, value in vars(arguments).items() if key != "out"}
+    write(arguments.out, {"settings": settings, "records": records}, lines, load, arguments.device)
 
 
 def table(records: list[dict[str, Any]]) -> str:

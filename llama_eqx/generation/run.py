@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -119,9 +120,10 @@ def generate(config: GenerateConfig) -> None:
     length = fitted_length(model, config, [tokens for _, tokens in asked])
     plain = config.prompts is None and config.output is None and config.samples == 1 and not config.top_logprobs
     if plain and not (config.draft or config.beams):
-        print(tokenizer.decode(asked[0][1]), end="", flush=True)
         settings = {key: value for key, value in config.settings().items() if key != "samples"}
-        for part in stream_text(model, tokenizer, asked[0][1], length, config.sampling(), **settings):
+        parts = stream_text(model, tokenizer, asked[0][1], length, config.sampling(), **settings)
+        begun = next(parts, "")  # settings that do not fit the model are said before the prompt is
+        for part in itertools.chain([tokenizer.decode(asked[0][1]), begun], parts):
             print(part, end="", flush=True)
         print()
         return
