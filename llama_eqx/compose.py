@@ -28,6 +28,9 @@ from llama_eqx.errors import ConfigError, StorageError, UserError
 VERBATIM = (
     "prompt",
     "prompts",
+    "system",
+    "draft",
+    "quantize_text",
     "checkpoint",
     "path",
     "against",
