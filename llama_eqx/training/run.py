@@ -1,9 +1,11 @@
 """A run: everything that its YAML says, and what must be the same for it to be resumed."""
 
 import dataclasses
+import hashlib
 import pathlib
 import socket
 import time
+from typing import Any
 
 from llama_eqx.checkpoint.native import CONFIG, read_config, write_config
 from llama_eqx.checkpoint.save import CheckpointConfig
@@ -17,6 +19,7 @@ from llama_eqx.precision import PrecisionConfig
 from llama_eqx.processes import DistributedConfig
 from llama_eqx.remat import Remat
 from llama_eqx.sharding import MeshConfig, Rules
+from llama_eqx.tracking.provenance import commit, versions
 from llama_eqx.tracking.tracker import TrackingConfig
 from llama_eqx.training.loss import LossConfig
 from llama_eqx.training.optimizer import OptimizerConfig
@@ -48,8 +51,11 @@ class TrainConfig(Config):
 
 
 class RunConfig(Config):
+    """`eval_data` are further data by name, whose held-out text is evaluated as that of `data` is."""
+
     model: LlamaConfig
     data: DataConfig
+    eval_data: dict[str, DataConfig]
     tokenizer: TokenizerConfig
     mesh: MeshConfig
     sharding: Rules
@@ -95,6 +101,7 @@ FREE = (
     "compile_cache",
     "train.steps",
     "data.prompt",
+    "eval_data",
     "train.unroll",
     "train.microbatch_size",
     "loss.chunk",
@@ -108,15 +115,19 @@ SHARED_WITHIN = 30  # seconds; a network's file system may be slow to show a new
 
 
 def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """`config` with the tokenizer's size where `dims.vocab` is None, and its BOS and EOS where `tokens` has none.
+    """`config` with the tokenizer's size where `dims.vocab` is None, and its BOS where `tokens` has none.
+
+    Among the ends of a text are all that the tokenizer knows, those of a turn too: a model that has learned to end with one of them
+    is handed on with it, and else nobody would stop there. Not if `tokens` are those of another tokenizer.
 
     Raises `ConfigError` when the tokenizer has ids that the model has not.
     """
     vocab, tokens = config.model.dims.vocab, config.model.tokens
     if tokens.bos is None and not tokens.eos:
-        eos = () if tokenizer.eos is None else (tokenizer.eos,)
-        tokens = dataclasses.replace(tokens, bos=tokenizer.bos, eos=eos)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, tokens=tokens))
+        tokens = dataclasses.replace(tokens, bos=tokenizer.bos, eos=tokenizer.stop)
+    elif tokenizer.eos in tokens.eos:
+        tokens = dataclasses.replace(tokens, eos=tuple(dict.fromkeys((*tokens.eos, *tokenizer.stop))))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, tokens=tokens))
     if vocab is None:
         dims = dataclasses.replace(config.model.dims, vocab=tokenizer.vocab)
         return dataclasses.replace(config, model=dataclasses.replace(config.model, dims=dims))
@@ -181,3 +192,11 @@ def check_shared(run_dir: pathlib.Path) -> None:
         where=str(run_dir.absolute()),
         next="run_dir=FOLDER in a file system that all machines share",
     )
+
+
+def origin(run_dir: pathlib.Path, tokenizer: str, data: str) -> dict[str, Any]:
+    """What a checkpoint says of where it comes from: hashes of the config as it stands in the run directory, of tokenizer and data, the
+    commit of the code and the versions of the libraries.
+    """
+    config = hashlib.sha256((run_dir / CONFIG).read_bytes()).hexdigest()
+    return {"config": config, "tokenizer": tokenizer, "data": data, "commit": commit(), "versions": versions()}
