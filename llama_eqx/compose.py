@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -207,7 +208,9 @@ def _guarded(job: Callable[[], None]) -> int:
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             what = f"out of memory: {str(error).splitlines()[0]}"
-            print(UserError(what, next="a smaller model or train.batch_size, remat=full, or more devices"), file=sys.stderr)
+            verb = pathlib.Path(sys.argv[0]).stem
+            plan = f"; {shlex.join(['python', '-m', 'llama_eqx.plan', *sys.argv[1:]])} says which part to shrink" if verb == "train" else ""
+            print(UserError(what, next=f"a smaller model or train.batch_size, remat=full, or more devices{plan}"), file=sys.stderr)
             return 1
         return _unexpected(error)
     return 0
