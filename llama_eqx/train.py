@@ -12,6 +12,8 @@ def main(config: Any, overrides: list[str]) -> None:
     import jax
 
     from llama_eqx.checkpoint.restore import steps  # after the config has been checked, so that a typo is answered at once
+    from llama_eqx.errors import NonFiniteError
+    from llama_eqx.studies.pairing import keep
     from llama_eqx.training.loop import train
     from llama_eqx.training.program import keep_compiled
 
@@ -24,6 +26,10 @@ def main(config: Any, overrides: list[str]) -> None:
         result = train(config)
         if jax.process_index() > 0:
             return  # process 0 says it
+    except NonFiniteError:
+        if config.study is not None and jax.process_index() == 0:
+            keep(config)  # it counts, as the worst
+        raise
     except KeyboardInterrupt:
         saved = steps(pathlib.Path(config.run_dir, "checkpoints"))
         kept = f"the checkpoint of step {saved[-1]}" if saved else "no checkpoint yet: see checkpoint.every"
@@ -31,6 +37,7 @@ def main(config: Any, overrides: list[str]) -> None:
         sys.exit(130)
 
     evaluation, speed, exported = result.evaluation, "", ""
+    filed = f"\nkept        {keep(config)}" if config.study is not None else ""
     if result.speed:
         rate, waited = result.speed["perf/tokens_per_second"], result.speed["data/starved_fraction"]
         speed = f"\nspeed       {rate:,.0f} tokens/s, {waited:.2%} of the time waiting for data"
@@ -43,7 +50,7 @@ def main(config: Any, overrides: list[str]) -> None:
 
 validation  {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte, on {evaluation.tokens:,} tokens{speed}
 curve       {result.run_dir / "loss.png"}
-checkpoint  {result.checkpoint}{exported}
+checkpoint  {result.checkpoint}{exported}{filed}
 resume      {command} train.steps={2 * config.train.steps}
 sample      python -m llama_eqx.generate checkpoint={run_dir} prompt={shlex.quote(config.data.prompt)}""")
     if config.tracking.wandb.mode != "disabled":

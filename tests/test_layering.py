@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "llama_eqx"
 LAYERS = [  # highest first; a module belongs to its longest prefix
-    ["train", "generate", "convert", "doctor", "prepare", "provenance", "supervise", "compose"],
+    ["train", "generate", "convert", "doctor", "prepare", "provenance", "supervise", "report", "multirun", "compose"],
     ["training.loop", "training.run", "training.program", "training.reporter", "training.ends", "studies"],
     ["diagnosis"],
     ["generation", "interop"],
@@ -19,7 +19,14 @@ LAYERS = [  # highest first; a module belongs to its longest prefix
     ["config", "dims", "batch", "tag", "errors", "wrapped", "__init__"],
 ]
 LEVEL = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}
-ONLY_IN = {"hydra": ("compose",), "omegaconf": ("compose",), "wandb": ("tracking.wandb",), "grain": ("data",), "orbax": ("checkpoint",)}
+ONLY_IN = {
+    "hydra": ("compose",),
+    "omegaconf": ("compose",),
+    "wandb": ("tracking.wandb",),
+    "grain": ("data",),
+    "orbax": ("checkpoint",),
+    "submitit": ("multirun",),
+}
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 
 

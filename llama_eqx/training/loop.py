@@ -17,6 +17,8 @@ from llama_eqx.model.init import named
 from llama_eqx.model.llama import Llama
 from llama_eqx.processes import of_first, once, require_same
 from llama_eqx.sharding import Layout
+from llama_eqx.studies.matching import matched
+from llama_eqx.studies.pairing import record_start
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
@@ -61,9 +63,9 @@ def train(config: RunConfig) -> Result:
 
     # Text to tokens, and the sizes that follow from it.
     tokenizer = config.tokenizer.build(config.data)
-    data = open_data(config.data, tokenizer, seq_len=length, seed=config.seed)
+    data = open_data(config.data, tokenizer, seq_len=length, seed=config.seed, distinct_rows=config.train.distinct_rows)
     parts = Parts(data.train, data.order, size, *process_rows(batch_sharding, size, length), data.fingerprint)
-    config = with_vocab(config, tokenizer)
+    config = matched(with_vocab(config, tokenizer))
     prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.first()
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
 
@@ -98,6 +100,8 @@ def train(config: RunConfig) -> Result:
             state = start(weights, config, shardings)
         else:
             state = jax.jit(initial, out_shardings=shardings)(named(key, "init"))
+        if config.study is not None and not begin:
+            record_start(config, state.model, getattr(config.data, "position_offset", 0))
 
         with (
             Tracker(config.tracking, run_dir, settings=dump(config), steps=steps, start=begin) as tracker,

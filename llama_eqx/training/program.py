@@ -56,7 +56,7 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
     view = policy_view(config.precision, config.remat, layout, config.kernel, train.unroll)
     loss = config.loss.build(view, layout)
     rate = lambda step: config.schedule.rate(step, train.steps)  # noqa: E731
-    step = make_step(optimizer, rate, loss, layout, train.microbatch_size)
+    step = make_step(optimizer, rate, loss, layout, train.microbatch_size, train.meters)
     return Program(initial, step, loss, shapes, layout.shardings(shapes), remarks)
 
 
