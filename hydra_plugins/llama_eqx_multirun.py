@@ -23,6 +23,7 @@ class Multirun(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from llama_eqx.compose import quoted, resolve  # what a single run need not wait for
         from llama_eqx.multirun import Job, command, labels, run_jobs
+        from llama_eqx.studies.pairing import is_kept
         from llama_eqx.training.run import finished
 
         verb, folder = self.config.hydra.job.name, pathlib.Path(self.config.hydra.sweep.dir)
@@ -37,7 +38,7 @@ class Multirun(Launcher):
                 del settings["hydra"]  # as Hydra does before it runs a job
             built = resolve(settings)
             job = Job(number, label, command(verb, words), pathlib.Path(built.run_dir, "console.txt"))
-            (skipped if verb == "train" and finished(built) else jobs).append(job)
+            (skipped if verb == "train" and (finished(built) or is_kept(built)) else jobs).append(job)
             results.append(JobReturn(overrides=list(overrides), cfg=config, status=JobStatus.COMPLETED, _return_value=None))
         place = folder / ".submitit"
         run_jobs(jobs, skipped, folder=place, cluster=self.cluster, at_once=self.at_once, parameters=self.parameters, say=_say)

@@ -8,10 +8,11 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -26,6 +27,7 @@ from llama_eqx.errors import ConfigError, StorageError, UserError
 # Keys whose values are text or paths: what a user types after "=" is taken as it stands, whatever commas, quotes or braces it has.
 VERBATIM = (
     "prompt",
+    "prompts",
     "checkpoint",
     "path",
     "against",
@@ -39,6 +41,8 @@ VERBATIM = (
     "input",
     "output",
 )
+
+PLANNED = ("train", "plan")  # verbs that take the settings planned for a model on a mesh
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 
@@ -71,15 +75,40 @@ def home(name: str) -> pathlib.Path:
     return own if (own / f"{name}.yaml").is_file() else conf_dir()
 
 
-def load_config(*overrides: str, name: str = "train") -> Any:
+def load_config(*overrides: str, name: str = "train", plan: bool = True) -> Any:
     """`conf/<name>.yaml` with Hydra overrides such as "model=llama3_2_1b" or "train.steps=100", as frozen dataclasses.
+
+    Settings planned for the model on the mesh come first, see `planned`, unless `plan` is False.
 
     Raises `ConfigError` naming the key and the nearest right one.
     """
-    config = resolve(compose(name, list(overrides)))
+    config = resolve(compose(name, planned(name, overrides) if plan else list(overrides)))
     if not isinstance(config, Config):
         raise ConfigError(f"conf/{name}.yaml has no _target_")
     return config
+
+
+def plan_file(overrides: Sequence[str]) -> pathlib.Path:
+    """Where the settings planned for a model on a mesh are, or would be."""
+    said = {override.partition("=")[0]: override.partition("=")[2] for override in overrides}
+    return conf_dir() / "plan" / f"{said.get('model', 'llama3_1m')}_{said.get('mesh', 'local')}.yaml"
+
+
+def planned(name: str, overrides: Sequence[str]) -> list[str]:
+    """`overrides` and, before them, those that the plan has for keys and groups which they leave alone.
+
+    Hydra's defaults lists cannot do it: what is included by an interpolated name may not choose options of groups.
+    """
+    path = plan_file(overrides)
+    if name not in PLANNED or not path.is_file():
+        return list(overrides)
+    said = [override.partition("=")[0].lstrip("+~") for override in overrides]
+
+    def left_alone(override: str) -> bool:
+        key = override.partition("=")[0].lstrip("+~")
+        return not any(key == other or key.startswith(f"{other}.") for other in said if other != "mesh")
+
+    return [*filter(left_alone, yaml.safe_load(path.read_text())["overrides"]), *overrides]
 
 
 def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = True) -> None:
@@ -101,6 +130,7 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
         _together(job, built, overrides)
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here instead of being printed by Hydra
+    sys.argv[1:] = planned(name, arguments)
     main = hydra.main(version_base="1.3", config_path=str(home(name)), config_name=name)(hydra_job)
     _leave(_guarded(main))
 

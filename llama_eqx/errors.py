@@ -7,7 +7,8 @@ from typing import Any
 class UserError(Exception):
     """What happened, where, what was kept, and what to type next.
 
-    `code` is the exit code of a verb: 1 unexpected, 2 config, 3 data, 4 checkpoint unusable, 5 non-finite numbers, 6 storage.
+    `code` is the exit code of a verb: 1 unexpected, 2 config, 3 data, 4 checkpoint unusable, 5 non-finite numbers, 6 storage,
+    75 and 130 stopped by a signal.
     """
 
     code = 1
@@ -42,3 +43,18 @@ class NonFiniteError(UserError):
 
 class StorageError(UserError):
     code = 6
+
+
+class Stopped(UserError):
+    """A signal ended a run, whose last finished step is saved. Exit code 75 asks to be started again; 130 is for Ctrl-C."""
+
+    def __init__(self, what: str, *, code: int, where: str = "", kept: str = "", next: str = ""):
+        super().__init__(what, where=where, kept=kept, next=next)
+        self.code = code
+
+    def __reduce__(self) -> Any:
+        return functools.partial(type(self), code=self.code, next=self.next), (self.what,)
+
+    def __str__(self) -> str:
+        again = " (start me again)" if self.code == 75 else ""
+        return f"{self.what}; exit code {self.code}{again}" + f"\nnext: {self.next}" * bool(self.next)

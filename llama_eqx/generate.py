@@ -1,4 +1,4 @@
-"""`python -m llama_eqx.generate`: continues a prompt with a trained model."""
+"""`python -m llama_eqx.generate`: continues prompts with a trained model."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from llama_eqx.compose import run_verb
 
 
 def main(config: Any, overrides: list[str]) -> None:
-    from llama_eqx.generation.text import generate
+    from llama_eqx.generation.run import generate
 
-    print(generate(config))
+    generate(config)
 
 
 if __name__ == "__main__":

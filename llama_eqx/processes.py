@@ -16,7 +16,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -94,7 +94,7 @@ def together(config: Any) -> Iterator[tuple[Any, int]]:
 def leave(code: int) -> None:
     """Ends this process. One of several that has failed does not wait for the others, as JAX would at a regular end."""
     if code and "jax" in sys.modules and jax.distributed.is_initialized():
-        _end(code)
+        end(code)
     sys.exit(code)
 
 
@@ -109,6 +109,11 @@ def once(action: Callable[[], T]) -> T | None:
 def of_first(number: int) -> int:
     """The number that process 0 gives."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def any_process(here: bool) -> bool:
+    """Whether it is so in any of the processes."""
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(here))))
 
 
 def require_same(text: str, what: str) -> None:
@@ -190,7 +195,7 @@ class Lines:
             line.settimeout(LAST_WORDS)
             line.recv(1)  # nothing more will come but its end
         self._see_off()
-        _end(int(message["code"]))
+        end(int(message["code"]))
 
     def _see_off(self) -> None:
         """Process 0 leaves last: JAX aborts the others, in the middle of what they have to say, when it is gone."""
@@ -332,7 +337,8 @@ def _read(line: socket.socket) -> dict[str, Any] | None:
     return json.loads(content)
 
 
-def _end(code: int) -> None:
+def end(code: int) -> NoReturn:
+    """Ends this process now, whatever its threads are doing."""
     sys.stdout.flush()
     sys.stderr.flush()
     logging.shutdown()

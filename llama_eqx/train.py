@@ -1,8 +1,6 @@
 """`python -m llama_eqx.train`: trains a model from YAML and the command line, and says what came of it."""
 
-import pathlib
 import shlex
-import sys
 from typing import Any
 
 from llama_eqx.compose import run_verb
@@ -11,10 +9,10 @@ from llama_eqx.compose import run_verb
 def main(config: Any, overrides: list[str]) -> None:
     import jax
 
-    from llama_eqx.checkpoint.restore import steps  # after the config has been checked, so that a typo is answered at once
     from llama_eqx.errors import NonFiniteError
     from llama_eqx.studies.pairing import keep
-    from llama_eqx.training.loop import train
+    from llama_eqx.training.loop import train  # after the config has been checked, so that a typo is answered at once
+    from llama_eqx.training.preemption import Preemption
     from llama_eqx.training.program import keep_compiled
 
     if config.compile_cache:
@@ -23,18 +21,14 @@ def main(config: Any, overrides: list[str]) -> None:
     same = [override for override in overrides if not override.startswith(("run_dir=", "train.steps="))]
     command = f"python -m llama_eqx.train {shlex.join([*same, ''])[:-2]}run_dir={run_dir}"
     try:
-        result = train(config)
-        if jax.process_index() > 0:
-            return  # process 0 says it
+        with Preemption(config.checkpoint.grace, next=f"{command} train.steps={config.train.steps}") as preemption:
+            result = train(config, preemption)
     except NonFiniteError:
         if config.study is not None and jax.process_index() == 0:
             keep(config)  # it counts, as the worst
         raise
-    except KeyboardInterrupt:
-        saved = steps(pathlib.Path(config.run_dir, "checkpoints"))
-        kept = f"the checkpoint of step {saved[-1]}" if saved else "no checkpoint yet: see checkpoint.every"
-        print(f"interrupted\nkept: {kept}\nnext: {command} train.steps={config.train.steps}", file=sys.stderr)
-        sys.exit(130)
+    if jax.process_index() > 0:
+        return  # process 0 says it
 
     evaluation, speed, exported = result.evaluation, "", ""
     filed = f"\nkept        {keep(config)}" if config.study is not None else ""

@@ -29,15 +29,15 @@ SILENT = 30.0  # seconds without one after which a writer on another machine is 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of file systems that know no locks
 
 
-def sole_writer(job: Callable[[Any], T]) -> Callable[[Any], T]:
-    """`job(config)` as the only writer in `config.run_dir`. Of several processes of one run the first holds the lock for all."""
+def sole_writer(job: Callable[..., T]) -> Callable[..., T]:
+    """`job(config, …)` as the only writer in `config.run_dir`. Of several processes of one run the first holds the lock for all."""
 
     @functools.wraps(job)
-    def alone(config: Any) -> T:
+    def alone(config: Any, *rest: Any) -> T:
         import jax
 
         with held(config.run_dir) if jax.process_index() == 0 else contextlib.nullcontext():
-            return job(config)
+            return job(config, *rest)
 
     return alone
 

@@ -1,7 +1,9 @@
 """What a user types, and what they are told when it is wrong: one block and an exit code, never a traceback."""
 
 import pathlib
+import pickle
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -96,17 +98,20 @@ def test_from_training_to_text(monkeypatch, capsys, tmp_path):
         assert steps in err + again[0]
 
 
-def test_an_interruption_says_what_was_kept(monkeypatch, capsys, tmp_path):
+def test_an_interruption_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    from llama_eqx.errors import Stopped
     from llama_eqx.training import loop
 
-    def interrupted(config):
-        raise KeyboardInterrupt
+    def interrupted(config, preemption):
+        raise preemption._stopped(signal.SIGINT, "step 7 is saved")
 
     monkeypatch.setattr(loop, "train", interrupted)
     code, err = run(monkeypatch, capsys, "train", f"run_dir={tmp_path}", "train.seq_len=64")
     assert code == 130
-    assert "no checkpoint yet" in err
+    assert err.startswith("SIGINT: step 7 is saved; exit code 130\nnext: ")
     assert f"train.seq_len=64 run_dir={tmp_path}" in err
+    copied = pickle.loads(pickle.dumps(Stopped("a", code=75, next="b")))  # as it goes between processes
+    assert str(copied) == "a; exit code 75 (start me again)\nnext: b"
 
 
 def test_what_is_unexpected_exits_with_1(monkeypatch, capsys, tmp_path):

@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "llama_eqx"
 LAYERS = [  # highest first; a module belongs to its longest prefix
-    ["train", "generate", "convert", "doctor", "prepare", "provenance", "supervise", "report", "multirun", "compose"],
-    ["training.loop", "training.run", "training.program", "training.reporter", "training.ends", "studies"],
+    ["train", "generate", "convert", "doctor", "plan", "prepare", "provenance", "supervise", "report", "multirun", "compose"],
+    ["planning", "studies", "training.loop", "training.run", "training.program", "training.reporter", "training.ends"],
     ["diagnosis"],
     ["generation", "interop"],
     ["checkpoint", "tracking", "data"],
@@ -16,7 +16,7 @@ LAYERS = [  # highest first; a module belongs to its longest prefix
     ["model.llama"],
     ["model"],
     ["sharding", "precision", "remat", "flops", "processes", "writer"],
-    ["config", "dims", "batch", "tag", "errors", "wrapped", "__init__"],
+    ["config", "dims", "batch", "tag", "errors", "crash", "wrapped", "__init__"],
 ]
 LEVEL = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}
 ONLY_IN = {

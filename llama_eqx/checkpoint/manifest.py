@@ -13,17 +13,21 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from llama_eqx.crash import crash_point
 from llama_eqx.errors import CheckpointError, StorageError
 
 MANIFEST = "manifest.json"
 
 
 class Damage(NamedTuple):
-    """Files that are not as the manifest lists them, each with what is wrong; names relative to the folder."""
+    """Files that are not as the manifest lists them; names relative to the folder. `damaged` says what differs of each."""
 
-    damaged: tuple[str, ...]
+    damaged: dict[str, str]
     missing: tuple[str, ...]
     extra: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        return [f"{name}: {differs}" for name, differs in self.damaged.items()] + [f"{name}: missing" for name in self.missing]
 
 
 @contextlib.contextmanager
@@ -46,7 +50,7 @@ def appearing(path: pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.
         if replace and path.exists():
             path.rename(old)
         unfinished.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise StorageError(
             f"it could not be saved: {error.strerror or error}",
@@ -59,31 +63,38 @@ def appearing(path: pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.
             shutil.rmtree(rest, ignore_errors=True)
 
 
-def write_manifest(folder: pathlib.Path, tree: Mapping[str, Any], **facts: Any) -> None:
+def write_manifest(folder: pathlib.Path, tree: Mapping[str, Any], *, show: bool = True, **facts: Any) -> dict[str, Any]:
     """`manifest.json`, the last file of a folder: size and SHA-256 of all others, and shape and dtype of the arrays in `tree`.
 
-    By then every file is on the disk and not only in its cache. `facts` are further entries, plain JSON.
+    By then every file is on the disk and not only in its cache. `facts` are further entries, plain JSON; the last one is the SHA-256
+    of all of them. Returns what was written. `show` is for a bar on the terminal.
     """
     names, stop = _files(folder), threading.Event()
-    with tqdm(total=sum((folder / name).stat().st_size for name in names), unit="B", unit_scale=True, desc="sha256", disable=None) as bar:
+    size, quiet = sum((folder / name).stat().st_size for name in names), None if show else True
+    with tqdm(total=size, unit="B", unit_scale=True, desc="sha256", disable=quiet) as bar:
         found = _map(lambda name: _digest(folder / name, stop, sync=True, advance=bar.update), names, stop)
     entries = dict(zip(names, found, strict=True))
     arrays = {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in tree.items()}
-    content = json.dumps({**facts, "tree": arrays, "files": entries}, indent=1) + "\n"
+    content = {**facts, "tree": arrays, "files": entries}
+    content["sha256"] = _own_digest(content)
     unfinished = folder / f".{MANIFEST}.unfinished"
     with unfinished.open("w", encoding="utf-8") as stream:
-        stream.write(content)
+        stream.write(json.dumps(content, indent=1) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
+    crash_point("manifest")
     unfinished.replace(folder / MANIFEST)
     for directory in sorted({folder, *((folder / name).parent for name in names)}):
-        _sync(directory)
+        sync(directory)
+    return content
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-    """Raises `CheckpointError` when there is none, or it is not a manifest."""
+    """Raises `CheckpointError` when there is none, it is damaged or no manifest."""
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if found["sha256"] != _own_digest({name: value for name, value in found.items() if name != "sha256"}):
+            raise ValueError("its SHA-256 is not the one that it ends with")
         for name, entry in found["files"].items():
             if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts:
                 raise ValueError(f"{name} lies outside of the folder")
@@ -93,28 +104,35 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def find_damage(folder: pathlib.Path, part: tuple[int, int] = (0, 1), stop: threading.Event | None = None) -> Damage:
+def find_damage(
+    folder: pathlib.Path, part: tuple[int, int] = (0, 1), stop: threading.Event | None = None, without: str | None = None
+) -> Damage:
     """What in a folder is not as its manifest says. `part`: (i, n) looks at every n-th file from the i-th on, to share the work.
+    `without` names a folder within that is not looked at.
 
     Files are hashed side by side, at some 1.3 GB/s a core, until `stop` is set.
     """
     stop = threading.Event() if stop is None else stop
     listed = read_manifest(folder)["files"]
+    listed = {name: entry for name, entry in listed.items() if pathlib.PurePath(name).parts[0] != without}
     names = sorted(listed)[part[0] :: part[1]]
     present = [name for name in names if (folder / name).is_file()]
     differ = _map(lambda name: _differs(folder / name, listed[name], stop), present, stop)
-    damaged = [name for name, differs in zip(present, differ, strict=True) if differs]
-    return Damage(tuple(damaged), tuple(sorted({*names} - {*present})), tuple(sorted({*_files(folder)} - {*listed})))
+    damaged = {name: differs for name, differs in zip(present, differ, strict=True) if differs}
+    extra = {name for name in _files(folder) if pathlib.PurePath(name).parts[0] != without} - {*listed}
+    return Damage(damaged, tuple(sorted({*names} - {*present})), tuple(sorted(extra)))
 
 
-def verify(folder: pathlib.Path, part: tuple[int, int] = (0, 1), stop: threading.Event | None = None) -> tuple[str, ...]:
+def verify(
+    folder: pathlib.Path, part: tuple[int, int] = (0, 1), stop: threading.Event | None = None, without: str | None = None
+) -> tuple[str, ...]:
     """The names of files that the manifest does not list.
 
     Raises `CheckpointError` naming every file that is damaged or missing.
     """
-    found = find_damage(folder, part, stop)
+    found = find_damage(folder, part, stop, without)
     if found.damaged or found.missing:
-        lines = [f"damaged: {name}" for name in found.damaged] + [f"missing: {name}" for name in found.missing]
+        lines = [f"damaged: {name} ({differs})" for name, differs in found.damaged.items()] + [f"missing: {name}" for name in found.missing]
         lines += [f"not in the manifest: {name}" for name in found.extra]
         raise CheckpointError(
             "files are not as they were written\n" + "\n".join(lines), where=str(folder), next="copy these files again, or convert again"
@@ -127,8 +145,17 @@ def _files(folder: pathlib.Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
-def _differs(file: pathlib.Path, entry: Mapping[str, Any], stop: threading.Event) -> bool:
-    return file.stat().st_size != entry["size"] or _digest(file, stop)["sha256"] != entry["sha256"]
+def _differs(file: pathlib.Path, entry: Mapping[str, Any], stop: threading.Event) -> str:
+    """What of a file is not as listed, for people; empty if all is."""
+    if (size := file.stat().st_size) != entry["size"]:
+        return f"{size:,} bytes, {entry['size']:,} expected"
+    if (found := _digest(file, stop)["sha256"]) != entry["sha256"]:
+        return f"sha256 {found[:8]}…, {entry['sha256'][:8]}… expected"
+    return ""
+
+
+def _own_digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(
@@ -154,7 +181,8 @@ def _map(function: Callable[[str], Any], names: list[str], stop: threading.Event
             raise
 
 
-def _sync(directory: pathlib.Path) -> None:
+def sync(directory: pathlib.Path) -> None:
+    """Brings the names in a folder to the disk."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

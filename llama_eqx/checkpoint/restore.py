@@ -1,8 +1,10 @@
 """Reading: arrays as they were filed, or a list of all that does not fit."""
 
+import functools
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +12,97 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
+from llama_eqx.checkpoint.manifest import MANIFEST, find_damage, read_manifest
+from llama_eqx.crash import crash_point
 from llama_eqx.errors import CheckpointError
+from llama_eqx.processes import any_process, of_first, once
+
+NONE_LEFT = "start again from the beginning in another run_dir, or bring a copy of a checkpoint there"
+
+
+class Damaged(CheckpointError):
+    """A checkpoint is not as it was written."""
+
+
+class Restored(NamedTuple):
+    """A checkpoint in memory. `facts` is its manifest."""
+
+    step: int
+    model: Any
+    training: Any
+    facts: dict[str, Any]
 
 
 def steps(folder: pathlib.Path) -> list[int]:
-    """The steps saved in full in a folder of checkpoints, oldest first; a save that is under way or broke off is not among them."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+    """The steps saved in full in a folder of checkpoints, oldest first; a save that is under way or broke off is not among them.
+
+    Each has a manifest of its own, or the folder above has one for all.
+    """
+    above = (folder.parent / MANIFEST).is_file()
+    return [step for step in _numbered(folder) if above or (folder / str(step) / MANIFEST).is_file()]
+
+
+def newest(folder: pathlib.Path, parts: Mapping[str, PyTree], step: int | None, say: Callable[[str], None]) -> Restored | None:
+    """The newest checkpoint in `folder` that is as it was written, or that of `step`; see `Checkpoints.restore`."""
+    numbered = _numbered(folder)
+    if step is not None and step not in numbered:
+        raise CheckpointError(
+            f"step {step} is not saved", where=str(folder), next=f"saved steps: {', '.join(map(str, steps(folder))) or 'none'}"
+        )
+    lost: list[str] = []
+    candidates = numbered if step is None else [step]
+    for i in range(of_first(len(candidates)) - 1, -1, -1):
+        path = folder / str(of_first(candidates[i] if i < len(candidates) else -1))
+        facts, damage = {}, ""
+        try:
+            facts = manifest_of(path)
+            compare(path, facts["tree"], parts)
+            crash_point("restore")
+            verified(path, (jax.process_index(), jax.process_count()), facts)
+        except Damaged as error:
+            damage = error.what
+        if not any_process(bool(damage)):
+            found = read(path, parts)
+            once(functools.partial(set_aside, *(folder / str(later) for later in candidates[i + 1 :])))
+            for line in lost:
+                say(f"warning: {line}; step {path.name} is used")
+            return Restored(int(path.name), found["model"], found["training"], facts)
+        lost.append(f"step {path.name} is damaged: {damage or 'another process says how'}")
+    if not lost:
+        return None
+    raise CheckpointError("\n".join(["no checkpoint is as it was written", *lost]), where=str(folder), next=NONE_LEFT)
+
+
+def set_aside(*paths: pathlib.Path) -> None:
+    """Renames damaged checkpoints to `<step>.damaged`, so that their steps can be saved again."""
+    for path in paths:
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+
+
+def manifest_of(path: pathlib.Path) -> dict[str, Any]:
+    """Raises `Damaged` when the checkpoint at `path` has none that can be read."""
+    try:
+        return read_manifest(path)
+    except CheckpointError as error:
+        raise Damaged(f"{MANIFEST}: {error.what}" if (path / MANIFEST).exists() else f"{MANIFEST}: missing", where=str(path)) from error
+
+
+def metrics_of(path: pathlib.Path) -> dict[str, float]:
+    """The metrics that the checkpoint at `path` was saved with; none when its manifest cannot be read."""
+    try:
+        return manifest_of(path).get("metrics", {})
+    except Damaged:
+        return {}
+
+
+def verified(path: pathlib.Path, part: tuple[int, int] = (0, 1), facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The manifest of the checkpoint at `path`, whose files (of that part) are as it says. Raises `Damaged` naming those that are not."""
+    facts = manifest_of(path) if facts is None else facts
+    if lines := find_damage(path, part).lines():
+        raise Damaged("\n".join(lines), where=str(path))
+    return facts
 
 
 def filed(path: pathlib.Path, part: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -53,8 +138,24 @@ def read(path: pathlib.Path, parts: Mapping[str, PyTree], *, dtype: DTypeLike | 
 def check(path: pathlib.Path, parts: Mapping[str, PyTree]) -> None:
     """Raises `CheckpointError` listing every array in the checkpoint that is missing, left over, or of another shape or dtype."""
     # Orbax would cast a dtype that differs without a word.
-    rows = [row for part, tree in parts.items() for row in _differences(part, _named(tree), filed(path, part))]
-    if rows:
+    found = {f"{part}.{name}": _said(leaf) for part in parts for name, leaf in filed(path, part).items()}
+    _compare(path, parts, found)
+
+
+def compare(path: pathlib.Path, tree: Mapping[str, Any], parts: Mapping[str, PyTree]) -> None:
+    """`check`, by the tree in a manifest."""
+    _compare(path, parts, {name: f"{leaf['dtype']}[{','.join(map(str, leaf['shape']))}]" for name, leaf in tree.items()})
+
+
+def described(parts: Mapping[str, PyTree]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every array by part and name, as it is filed, for a manifest."""
+    return {f"{part}.{name}": _filed_as(leaf) for part, tree in parts.items() for name, leaf in _named(tree).items()}
+
+
+def _compare(path: pathlib.Path, parts: Mapping[str, PyTree], found: Mapping[str, str]) -> None:
+    wanted = {name: _said(leaf) for name, leaf in described(parts).items()}
+    pairs = [(name, wanted.get(name, "nothing"), found.get(name, "nothing")) for name in sorted(wanted.keys() | found.keys())]
+    if rows := [row for row in pairs if row[1] != row[2]]:
         raise CheckpointError(
             "the checkpoint is of another model or optimizer\n" + _table([("name", "expected", "found"), *rows]),
             where=str(path),
@@ -78,7 +179,7 @@ def read_each(path: pathlib.Path, part: str) -> Iterator[tuple[str, jax.Array]]:
         try:
             yield name, _named(ocp.load_checkpointables(str(path), {part: structure.unflatten(wanted)})[part])[name]
         except Exception as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
 
 
 def first_line(error: Exception) -> str:
@@ -99,18 +200,18 @@ def _named(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _differences(part: str, wanted: dict[str, Any], found: dict[str, jax.ShapeDtypeStruct]) -> list[tuple[str, str, str]]:
-    rows = []
-    for name in sorted(wanted.keys() | found.keys()):
-        here, there = (_said(leaves[name]) if name in leaves else "nothing" for leaves in (wanted, found))
-        if here != there:
-            rows.append((f"{part}.{name}", here, there))
-    return rows
+def _numbered(folder: pathlib.Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def _filed_as(leaf: Any) -> jax.ShapeDtypeStruct:
+    """A key is filed as its data."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def _said(leaf: Any) -> str:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.eval_shape(jax.random.key_data, leaf)  # as which a key is filed
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 

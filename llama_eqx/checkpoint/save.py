@@ -1,30 +1,42 @@
 """Saving: in the background, uncompressed, and never without saying that it failed."""
 
-import contextlib
+import concurrent.futures
 import os
 import pathlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from llama_eqx.checkpoint import restore
+from llama_eqx.checkpoint.manifest import sync, write_manifest
+from llama_eqx.checkpoint.restore import Restored
 from llama_eqx.config import Config
-from llama_eqx.errors import CheckpointError, ConfigError, StorageError
+from llama_eqx.crash import crash_point
+from llama_eqx.errors import CheckpointError, ConfigError, StorageError, UserError
+
+FAILURES = 2  # saves in a row that may fail before a run is given up
 
 
 class CheckpointConfig(Config):
-    """A save every `every` steps (0: only the last step), of which the newest `keep` stay on disk.
+    """A save every `every` steps (0: only the last step). What stays on disk: the newest `keep`; with `keep_every`, the steps that it
+    divides; the `keep_best` at which the metric `best_by` was lowest, of the steps that were both saved and evaluated.
 
-    `export` is the format in which the trained model is written once more, into `export` in the run directory.
+    A run that is told to stop has `grace` seconds to save itself. `export` is the format in which the trained model is written once
+    more, into `export` in the run directory.
     """
 
     every: int
     keep: int
+    keep_every: int | None
+    keep_best: int
+    best_by: str
+    grace: float
     export: Literal["hf", "meta", "native"] | None
 
     def check(self) -> None:
@@ -32,65 +44,134 @@ class CheckpointConfig(Config):
             raise ConfigError(f"{self.every} is not a number of steps", where="every", next="0 saves only the last step")
         if self.keep < 1:
             raise ConfigError(f"keep={self.keep} would delete every checkpoint", where="keep", next="keep=1 holds the newest")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ConfigError(f"{self.keep_every} is not a number of steps", where="keep_every", next="null keeps none for its number")
+        if self.keep_best < 0:
+            raise ConfigError(f"{self.keep_best} is not a number of checkpoints", where="keep_best", next="0 keeps none for its metric")
+        if self.grace <= 0:
+            raise ConfigError(f"{self.grace} s are not enough to save anything", where="grace")
+
+    def kept(self, saved: Mapping[int, Mapping[str, float]]) -> set[int]:
+        """Which of the saved steps are to stay, given the metrics of each."""
+        measured = sorted((metrics[self.best_by], step) for step, metrics in saved.items() if self.best_by in metrics)
+        best = [step for _, step in measured[: self.keep_best]]
+        return {*sorted(saved)[-self.keep :], *best, *(step for step in saved if self.keep_every and step % self.keep_every == 0)}
 
 
 class Checkpoints:
     """The checkpoints of a run, one folder a step, each in two parts: `model`, so that weights are read alone, and `training`.
 
-    A context manager: leaving it waits for the last save. The training loop decides when to save. Every process calls every method.
+    A step is saved when its folder has its name, which it gets when its manifest is written. A context manager: leaving it waits for
+    the save under way. The training loop decides when to save. Every process calls every method. `say` is told of what happened.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], config: CheckpointConfig):
+    def __init__(self, folder: str | os.PathLike[str], config: CheckpointConfig, say: Callable[[str], None] = print):
         """Makes the folder, and clears away what a killed process left half written.
 
         Raises `StorageError` when it cannot be written to.
         """
         self._folder = pathlib.Path(folder).resolve()
-        self._config = config
-        self._pending: tuple[int, ocp.AsyncResponse[bool]] | None = None
-        self._checkpointer = self._open()
+        self._config, self.say = config, say
+        self._pending: tuple[int, concurrent.futures.Future[str]] | None = None
+        self._failures = 0
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable("checkpoints cannot be written", error) from error
+        self._clear()
 
     @property
     def latest(self) -> int | None:
         """The newest step saved in full."""
         return max(restore.steps(self._folder), default=None)
 
-    def save(self, step: int, model: PyTree, training: PyTree, metrics: Mapping[str, float] | None = None) -> None:
+    def require_room(self, parts: PyTree) -> None:
+        """Raises `StorageError` when the disk has no room for one checkpoint of these (possibly abstract) arrays."""
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts))
+        if (free := shutil.disk_usage(self._folder).free) < size:
+            raise self._unwritable("a checkpoint has no room", OSError(f"it needs {_said(size)}, and {_said(free)} are free"))
+
+    def save(
+        self,
+        step: int,
+        model: PyTree,
+        training: PyTree,
+        metrics: Mapping[str, float] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         """Begins a save and returns once the arrays may be donated. A step that is saved, or is being saved, is left as it is.
 
-        Waits for the save before, and raises its error (`StorageError`); then nothing of this step has been written.
+        `metrics` decide what is kept. `facts` go into the manifest, plain JSON. Waits for the save before; see `poll` for its errors.
         """
         if step in restore.steps(self._folder) or (self._pending and step == self._pending[0]):
             return
-        self._wait()
+        self.wait()
+        begun, parts = time.perf_counter(), {"model": model, "training": training}
         try:
-            response = self._checkpointer.save_checkpointables_async(
-                step, {"model": model, "training": training}, force=True, metrics=dict(metrics) if metrics else None
-            )
-        except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
-            raise self._failed(step, error) from error
-        assert response is not None
-        self._pending = step, response
+            self.require_room(parts)
+            with uncompressed():
+                response = ocp.save_checkpointables_async(str(self._unfinished(step)), parts)
+        except (OSError, ValueError, StorageError) as error:  # TensorStore's errors are ValueErrors
+            self._failed(step, error)
+            return
+        crash_point("save")
+        said = {"step": step, "metrics": dict(metrics or {}), **(facts or {})}
+        self._pending = step, self._thread.submit(self._commit, step, response.result, restore.described(parts), said, begun)
 
-    def restore(self, step: int, model: PyTree, training: PyTree) -> tuple[Any, Any]:
-        """`(model, training)` as saved at `step`, in the shardings of the abstract trees given.
+    def poll(self) -> None:
+        """To be called often: says when a save is over.
 
-        Raises `CheckpointError` when there is no such step, and listing all that differs in name, shape or dtype.
+        Raises `StorageError` when it failed, as did the one before it, and `kept` of it says what there is. One failure is only said.
         """
-        self._wait()
-        if step not in (saved := restore.steps(self._folder)):
-            raise CheckpointError(
-                f"step {step} is not saved", where=str(self._folder), next=f"saved steps: {', '.join(map(str, saved)) or 'none'}"
-            )
-        parts = restore.read(self._folder / str(step), {"model": model, "training": training})
-        return parts["model"], parts["training"]
+        if self._pending and self._pending[1].done():
+            self.wait()
+
+    def wait(self, *, last: bool = False) -> None:
+        """Waits for the save under way; errors as of `poll`, and a single failure too if the save was the `last` one."""
+        if self._pending is None:
+            return
+        step, commit = self._pending
+        try:
+            said = commit.result()
+        except Exception as error:
+            self._failed(step, error, last=last)
+        else:
+            self._failures = 0
+            if said:
+                self.say(said)
+        finally:
+            self._pending = None
+
+    def finish(self) -> None:
+        """Waits for the last save, and reads it once more from the disk. Raises `StorageError` when it is not there in full."""
+        self.wait(last=True)
+        step = self.latest
+        if jax.process_index() == 0 and step is not None:
+            try:
+                files = len(restore.verified(self._folder / str(step))["files"])
+            except CheckpointError as error:
+                raise self._unwritable(f"step {step} is not on the disk as it was written", error) from error
+            self.say(f"final checkpoint verified: step {step}, {files} files")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("last checkpoint")
+
+    def restore(self, model: PyTree, training: PyTree, step: int | None = None) -> Restored | None:
+        """The newest checkpoint that is as it was written, or that of `step`, in the shardings of the abstract trees given.
+
+        None when nothing was saved yet. A damaged one is named, set aside as `<step>.damaged`, and the one before it tried.
+
+        Raises `CheckpointError` when no good one is left, there is no such step, or listing all that differs in name, shape or dtype.
+        """
+        self.wait()
+        return restore.newest(self._folder, {"model": model, "training": training}, step, self.say)
 
     def close(self) -> None:
-        """Waits for the last save. Raises `StorageError` when it failed."""
+        """Waits for the save under way. Raises `StorageError` when it failed."""
         try:
-            self._wait()
+            self.wait(last=True)
         finally:
-            self._checkpointer.close()
+            self._thread.shutdown()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -98,46 +179,53 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self) -> ocp.training.Checkpointer:
-        # Orbax can do it too, but in a thread that only the next save waits for.
-        if jax.process_index() == 0:
-            for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
-                for _ in range(20):  # threads of a save that broke off in this process may write on for a moment
-                    shutil.rmtree(unfinished, ignore_errors=True)
-                    if not unfinished.exists():
-                        break
-                    time.sleep(0.05)
-        try:
-            return ocp.training.Checkpointer(
-                str(self._folder),
-                context=uncompressed(),
-                preservation_policy=ocp.training.preservation_policies.LatestN(self._config.keep),  # pyright: ignore[reportArgumentType]
-            )
-        except (OSError, ValueError) as error:
-            raise self._unwritable("checkpoints cannot be written", error) from error
+    def _commit(self, step: int, written: Callable[[], None], tree: Mapping[str, Any], facts: dict[str, Any], begun: float) -> str:
+        """The background of a save: once all processes have written theirs, number 0 hashes everything and gives the folder its name."""
+        written()
+        if jax.process_index() > 0:
+            return ""
+        crash_point("finalise")
+        unfinished, folder = self._unfinished(step), self._folder / str(step)
+        files = write_manifest(unfinished, tree, show=False, **facts)["files"]
+        crash_point("rename")
+        if folder.exists():  # it has no manifest
+            restore.set_aside(folder)
+        unfinished.rename(folder)
+        sync(self._folder)
+        size, seconds = sum(entry["size"] for entry in files.values()), time.perf_counter() - begun
+        saved = {other: restore.metrics_of(self._folder / str(other)) for other in restore.steps(self._folder)}
+        for other in {*saved} - self._config.kept(saved):
+            removed = self._folder / f"{other}.removed"
+            (self._folder / str(other)).rename(removed)
+            crash_point("remove")
+            shutil.rmtree(removed, ignore_errors=True)
+        return f"saved step {step}: {len(files)} files, {_said(size)} in {seconds:.1f} s"
 
-    def _wait(self) -> None:
-        if self._pending is None:
+    def _clear(self) -> None:
+        if jax.process_index() > 0:
             return
-        step, response = self._pending
-        try:
-            response.result()
-        except Exception as error:
-            raise self._failed(step, error) from error
-        finally:
-            self._pending = None
+        for unfinished in [path for mark in ("unfinished*", "removed") for path in self._folder.glob(f"*.{mark}")]:
+            for _ in range(20):  # threads of a save that broke off in this process may write on for a moment
+                shutil.rmtree(unfinished, ignore_errors=True)
+                if not unfinished.exists():
+                    break
+                time.sleep(0.05)
 
-    def _failed(self, step: int, error: Exception) -> StorageError:
-        # Orbax would raise the same error once more.
-        with contextlib.suppress(Exception):
-            self._checkpointer.close()
-        self._checkpointer = self._open()
-        return self._unwritable(f"step {step} could not be saved", error)
+    def _unfinished(self, step: int) -> pathlib.Path:
+        return self._folder / f"{step}.unfinished"
+
+    def _failed(self, step: int, error: Exception, *, last: bool = False) -> None:
+        self._clear()
+        self._failures += 1
+        told = self._unwritable(f"step {step} could not be saved", error)
+        if last or self._failures >= FAILURES or jax.process_count() > 1:
+            raise told from error
+        self.say(f"warning: {told.what}; there is {told.kept}. Training goes on, and stops if the next save fails too")
 
     def _unwritable(self, what: str, error: Exception) -> StorageError:
         saved = restore.steps(self._folder)
         return StorageError(
-            f"{what}: {restore.first_line(error)}",
+            f"{what}: {error.what if isinstance(error, UserError) else restore.first_line(error)}",
             where=str(self._folder),
             kept=f"the checkpoint of step {saved[-1]}" if saved else "no checkpoint yet",
             next="free some space or mend the permissions there, then give the same command again",
@@ -149,3 +237,8 @@ def uncompressed() -> ocp.Context:
     context = ocp.Context()
     context.array.saving.use_compression = False
     return context
+
+
+def _said(size: int) -> str:
+    unit = next(unit for unit in (1, 1e3, 1e6, 1e9) if size < 1000 * unit or unit == 1e9)
+    return f"{size / unit:.3g} {dict(zip((1, 1e3, 1e6, 1e9), ('B', 'kB', 'MB', 'GB'), strict=True))[unit]}"

@@ -1,160 +1,212 @@
-"""From prompts to continuations, all tokens in one compiled call."""
+"""From prompts to continuations: prefill, then a loop over tokens that ends when every row has, in one compiled call."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from llama_eqx.errors import ConfigError
-from llama_eqx.generation.sampling import sample
+from llama_eqx.generation.constraints import History, constrained
+from llama_eqx.generation.request import Rows, Rule, prepared
+from llama_eqx.generation.sampling import Sampling, draw
+from llama_eqx.model.cache import with_rows, with_slots
 from llama_eqx.model.llama import Llama
 
-SHORTEST = 16  # prompts are padded to a power of two from here on, so that few lengths are compiled
+FEWEST = 128  # slots of the smallest cache; it doubles when it is full, and a token reads no more than there is
 
 
 class Generation(NamedTuple):
     """New tokens of each row, up to and with its first stop token, and their log-probabilities.
 
-    These are natural logarithms under the model itself, before temperature, top-k and top-p.
+    These are natural logarithms under the model itself, before any constraint. `top` holds for every token the ids that were the most
+    probable in its place, with their log-probabilities, as many as were asked for.
     """
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
+    top: list[list[list[tuple[int, float]]]]
 
 
 def generate_tokens(
     model: Llama,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008
     *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    samples: int = 1,
     stop: Sequence[int] = (),
+    top_logprobs: int = 0,
     seed: int = 0,
     first_row: int = 0,
     cache_dtype: DTypeLike | None = None,
+    prefill_chunk: int = 512,
+    shift: bool = False,
 ) -> Generation:
     """Continues every prompt by up to `max_new_tokens`, until it draws a token of `stop`.
 
-    Temperature 0 is greedy. Row r draws its t-th token with a key of (seed, first_row + r, t) alone: many prompts may be split over
-    calls that say where each begins, and draw the same. `cache_dtype` is that of the weights unless given.
+    `samples` rows come of each prompt, side by side. Row r of the prompts draws token t of sample s with a key of
+    (seed, first_row + r, s, t) alone: many prompts may be split over calls that say where each begins, and draw the same.
+    `cache_dtype` is that of the weights unless given. Prompts go through the model `prefill_chunk` tokens at a time. With `shift` the
+    beginning of a prompt is left out that would pass the context.
 
     Raises `ConfigError` before anything is compiled: for an empty prompt, an id outside of the vocabulary, a length past the context
     and settings out of range.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, stop)
-    width = max(SHORTEST, 1 << (max(map(len, prompts)) - 1).bit_length())
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[width - len(prompt) :] = prompt
-    new, logprobs, lengths = jax.device_get(
-        _generate(
-            model,
-            jnp.asarray(tokens),
-            jnp.asarray([width - len(prompt) for prompt in prompts], jnp.int32),
-            jax.random.key(seed),
-            jnp.asarray(first_row, jnp.int32),
-            jnp.asarray(temperature, jnp.float32),
-            None if top_p is None else jnp.asarray(top_p, jnp.float32),
-            jnp.asarray(stop, jnp.int32),
-            max_new_tokens,
-            top_k,
-            None if cache_dtype is None else jnp.dtype(cache_dtype),
+    rows, rule = prepared(
+        model,
+        prompts,
+        max_new_tokens,
+        sampling,
+        samples=samples,
+        stop=stop,
+        top_logprobs=top_logprobs,
+        seed=seed,
+        first_row=first_row,
+        cache_dtype=cache_dtype,
+        prefill_chunk=prefill_chunk,
+        shift=shift,
+    )
+    return found(jax.device_get(_generate(model, rows, rule)))
+
+
+def found(state: "State") -> Generation:
+    """What a state on the host has come to."""
+    cut = lambda array: [row[:length].tolist() for row, length in zip(array, state.lengths, strict=True)]  # noqa: E731
+    pairs = zip(cut(state.top_ids), cut(state.top_logprobs), strict=True)
+    top = [[list(zip(*each, strict=True)) for each in zip(*row, strict=True)] for row in pairs]
+    return Generation(tokens=cut(state.new), logprobs=cut(state.logprobs), top=top)
+
+
+class State(eqx.Module):
+    """Rows of which `t` new tokens are drawn; the last of them is not in the cache yet, and stands at `position` in its row."""
+
+    cache: Any
+    keys: Key[Array, " batch"] | None
+    history: History | None
+    position: Int[Array, " batch"]
+    new: Int[Array, "batch new"]
+    logprobs: Float[Array, "batch new"]
+    top_ids: Int[Array, "batch new top"]
+    top_logprobs: Float[Array, "batch new top"]
+    lengths: Int[Array, " batch"]
+    stopped: Bool[Array, " batch"]
+    t: Int[Array, ""]
+
+
+def prefill(
+    model: Llama, cache: Any, tokens: Int[Array, "batch seq"], real: Bool[Array, "batch seq"], chunk: int, start: Any = 0
+) -> tuple[Float[Array, "batch embed"], Any]:
+    """The residual of each row's last real token, and the cache with all tokens appended; the padding may be on either side.
+
+    The rows have `start` tokens in the cache already. They go through the model `chunk` at a time if that divides them.
+    """
+    batch, width = tokens.shape
+    positions = jnp.maximum(start + jnp.cumsum(real, axis=1) - 1, 0)
+    last = width - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    if width <= chunk or width % chunk:
+        hidden, cache = model.hidden(tokens, positions=positions, segment_ids=real.astype(jnp.int32), cache=cache)
+        return hidden[jnp.arange(batch), last], cache
+
+    def piece(i: Array, so_far: tuple) -> tuple:
+        found, cache = so_far
+        part, positions_, segment_ids = (
+            jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1) for x in (tokens, positions, real.astype(jnp.int32))
         )
+        hidden, cache = model.hidden(part, positions=positions_, segment_ids=segment_ids, cache=cache)
+        here = (last // chunk == i)[:, None]
+        return jnp.where(here, hidden[jnp.arange(batch), last % chunk], found), cache
+
+    empty = jnp.zeros((batch, model.config.dims.embed), jax.eval_shape(lambda: model.embed[tokens[:, :1]]).dtype)
+    return jax.lax.fori_loop(0, width // chunk, piece, (empty, cache))
+
+
+def begin(model: Llama, rows: Rows, rule: Rule) -> State:
+    """The prompts in a cache and the first token of each row drawn."""
+    prompts, width = rows.tokens.shape
+    batch, n = prompts * rule.samples, rule.max_new_tokens
+    cache = model.init_cache(prompts, slots_for(width, width + n - 1), None if rule.cache_dtype is None else jnp.dtype(rule.cache_dtype))
+    hidden, cache = prefill(model, cache, rows.tokens, rows.real, rule.prefill_chunk)
+    each = jnp.arange(batch) // rule.samples
+    if rule.samples > 1:
+        cache, hidden = with_rows(cache, each), hidden[each]
+    history = None
+    if rows.present is not None:
+        history = History(present=rows.present[each], generated=jnp.zeros((batch, rows.present.shape[1]), jnp.int32))
+    state = State(
+        cache=cache,
+        keys=rows.keys,
+        history=history,
+        position=rows.real.sum(axis=1)[each] - 1,
+        new=jnp.zeros((batch, n), jnp.int32),
+        logprobs=jnp.zeros((batch, n), jnp.float32),
+        top_ids=jnp.zeros((batch, n, rule.top_logprobs), jnp.int32),
+        top_logprobs=jnp.zeros((batch, n, rule.top_logprobs), jnp.float32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        stopped=jnp.zeros(batch, bool),
+        t=jnp.zeros((), jnp.int32),
     )
-    return Generation(
-        tokens=[row[:length].tolist() for row, length in zip(new, lengths, strict=True)],
-        logprobs=[row[:length].tolist() for row, length in zip(logprobs, lengths, strict=True)],
-    )
+    return _drawn(model, state, rule, hidden[:, None])
+
+
+def advance(model: Llama, state: State, rule: Rule, until: Any) -> State:
+    """Draws on until there are `until` new tokens or every row has stopped. The cache must have slots for them."""
+
+    def going(state: State) -> Bool[Array, ""]:
+        return (state.t < until) & ~jnp.all(state.stopped)
+
+    def step(state: State) -> State:
+        token = jax.lax.dynamic_slice_in_dim(state.new, state.t - 1, 1, axis=1)
+        hidden, cache = model.hidden(token, positions=state.position[:, None], cache=state.cache)
+        return _drawn(model, eqx.tree_at(lambda s: s.cache, state, cache), rule, hidden)
+
+    return jax.lax.while_loop(going, step, state)
+
+
+def told(state: State) -> State:
+    """Less what is of no use on the host."""
+    return eqx.tree_at(lambda s: (s.cache, s.keys, s.history), state, (None,) * 3, is_leaf=lambda x: x is None)
+
+
+def slots_for(tokens: int, most: int) -> int:
+    """The size of the cache that is to hold that many tokens: a power of two, but never more than `most`."""
+    return min(max(FEWEST, 1 << (tokens - 1).bit_length()), most)
 
 
 @eqx.filter_jit
-def _generate(
-    model: Llama,
-    tokens: Int[Array, "batch seq"],
-    padding: Int[Array, " batch"],
-    key: PRNGKeyArray,
-    first_row: Int[Array, ""],
-    temperature: Float[Array, ""],
-    top_p: Float[Array, ""] | None,
-    stop: Int[Array, " stop"],
-    max_new_tokens: int,
-    top_k: int | None,
-    cache_dtype: jnp.dtype | None,
-) -> tuple[Int[Array, "batch new"], Float[Array, "batch new"], Int[Array, " batch"]]:
-    """New tokens, their log-probabilities and how many of each row count. The prompts follow `padding` tokens of no meaning."""
-    batch, width = tokens.shape
-    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(first_row + jnp.arange(batch))
-
-    def choose(hidden: Float[Array, "batch 1 embed"], t: Int[Array, ""] | int) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
-        logits = model.head(hidden)[:, 0]
-        keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, t))(row_keys)
-        token = sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p)
-        return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-
-    positions = jnp.arange(width) - padding[:, None]
-    real = positions >= 0
-    cache = model.init_cache(batch, width + max_new_tokens - 1, cache_dtype)
-    hidden, cache = model.hidden(tokens, positions=jnp.maximum(positions, 0), segment_ids=real.astype(jnp.int32), cache=cache)
-    token, logprob = choose(hidden[:, -1:], 0)
-    new = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(token)
-    logprobs = jnp.zeros((batch, max_new_tokens), jnp.float32).at[:, 0].set(logprob)
-
-    def going(state: tuple) -> Bool[Array, ""]:
-        t, *_, stopped = state
-        return (t < max_new_tokens) & ~jnp.all(stopped)
-
-    def step(state: tuple) -> tuple:
-        t, new, logprobs, cache, lengths, stopped = state
-        token = jax.lax.dynamic_slice_in_dim(new, t - 1, 1, axis=1)
-        hidden, cache = model.hidden(token, positions=(width - padding + t - 1)[:, None], cache=cache)
-        token, logprob = choose(hidden, t)
-        new, logprobs = new.at[:, t].set(token), logprobs.at[:, t].set(logprob)
-        return t + 1, new, logprobs, cache, lengths + (~stopped).astype(jnp.int32), stopped | jnp.isin(token, stop)
-
-    state = (jnp.ones((), jnp.int32), new, logprobs, cache, jnp.ones(batch, jnp.int32), jnp.isin(token, stop))
-    _, new, logprobs, _, lengths, _ = jax.lax.while_loop(going, step, state)
-    return new, logprobs, lengths
+def _generate(model: Llama, rows: Rows, rule: Rule) -> State:
+    """The final state, as `told`."""
+    state, width = begin(model, rows, rule), rows.tokens.shape[1]
+    most = width + rule.max_new_tokens - 1
+    slots = slots_for(width, most)
+    while True:
+        state = advance(model, state, rule, slots - width + 1)
+        if slots == most:
+            return told(state)
+        slots = slots_for(slots + 1, most)
+        state = eqx.tree_at(lambda s: s.cache, state, with_slots(state.cache, slots))
 
 
-def _check(
-    model: Llama,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    stop: Sequence[int],
-) -> None:
-    vocab, context = model.config.dims.of("vocab")[0], model.config.context
-    if not prompts:
-        raise ConfigError("no prompts", where="prompts")
-    if max_new_tokens < 1:
-        raise ConfigError(f"{max_new_tokens} new tokens are none", where="max_new_tokens")
-    if not temperature >= 0 or temperature == float("inf"):
-        raise ConfigError(f"{temperature} is not a temperature", where="temperature", next="0 is greedy, 1 samples the model as it is")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"{top_k} tokens cannot be drawn from", where="top_k", next="at least 1, or None for all tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(f"{top_p} is not in (0, 1]", where="top_p")
-    for token in stop:
-        if not 0 <= token < vocab:
-            raise ConfigError(f"id {token} is outside of the vocabulary of {vocab}", where="stop")
-    for row, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ConfigError("an empty prompt: there is nothing to continue", where=f"prompts[{row}]", next="begin it with the BOS token")
-        for position, token in enumerate(prompt):
-            if not 0 <= token < vocab:
-                raise ConfigError(f"id {token} is outside of the vocabulary of {vocab}", where=f"prompts[{row}][{position}]")
-        if len(prompt) + max_new_tokens > context:
-            raise ConfigError(
-                f"{len(prompt)} tokens and {max_new_tokens} new ones pass the context of {context}",
-                where=f"prompts[{row}]",
-                next=f"max_new_tokens may be up to {context - len(prompt)}" if len(prompt) < context else "shorten the prompt",
-            )
+def _drawn(model: Llama, state: State, rule: Rule, hidden: Float[Array, "batch 1 embed"]) -> State:
+    """The state with the token that follows `hidden`; what a row that has stopped draws does not count."""
+    logits, t = model.head(hidden)[:, 0], state.t
+    keys = None if state.keys is None else jax.vmap(lambda key: jax.random.fold_in(key, t))(state.keys)
+    token = draw(constrained(logits, rule.constraints, state.history), keys)
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    logprob = jnp.take_along_axis(logits, token[:, None], axis=-1) - total
+    top, top_ids = jax.lax.top_k(logits, rule.top_logprobs)
+    return State(
+        cache=state.cache,
+        keys=state.keys,
+        history=None if state.history is None else state.history.extended(token),
+        position=state.position + 1,
+        new=state.new.at[:, t].set(token),
+        logprobs=state.logprobs.at[:, t].set(logprob[:, 0]),
+        top_ids=state.top_ids.at[:, t].set(top_ids),
+        top_logprobs=state.top_logprobs.at[:, t].set(top - total),
+        lengths=state.lengths + (~state.stopped).astype(jnp.int32),
+        stopped=state.stopped | jnp.isin(token, rule.stop),
+        t=t + 1,
+    )

@@ -1,52 +1,88 @@
 """The choice of the next token from its logits."""
 
+import dataclasses
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
-
-def sample(
-    logits: Float[Array, "batch vocab"],
-    keys: Key[Array, " batch"],
-    *,
-    temperature: Float[Array, ""] | float,
-    top_k: int | None = None,
-    top_p: Float[Array, ""] | float | None = None,
-) -> Int[Array, " batch"]:
-    """One token per row, drawn from `restricted` logits with the row's own key. Temperature 0 is the argmax."""
-    cold = jnp.asarray(temperature) == 0
-    warm = restricted(logits, temperature=jnp.where(cold, 1, temperature), top_k=top_k, top_p=top_p)
-    drawn = jax.vmap(jax.random.categorical)(keys, warm)
-    return jnp.where(cold, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+from llama_eqx.errors import ConfigError
+from llama_eqx.generation.constraints import (
+    Constraint,
+    heat,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalise_frequency,
+    penalise_presence,
+    penalise_repetition,
+)
 
 
-def restricted(
-    logits: Float[Array, "batch vocab"],
-    *,
-    temperature: Float[Array, ""] | float,
-    top_k: int | None = None,
-    top_p: Float[Array, ""] | float | None = None,
-) -> Float[Array, "batch vocab"]:
-    """Logits divided by a positive `temperature`, then cut to `top_k`, then to the nucleus `top_p`: the order of `transformers`."""
-    x = logits / temperature
-    x = x if top_k is None else keep_top_k(x, top_k)
-    return x if top_p is None else keep_top_p(x, top_p)
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; without settings the most probable one is. See `constraints.py` for what each setting means.
 
+    Temperature 0 is greedy: the most probable token after the penalties. None leaves a constraint out.
 
-def keep_top_k(logits: Float[Array, "batch vocab"], k: int) -> Float[Array, "batch vocab"]:
-    """The k largest logits and whatever equals the smallest of them; the others at -inf (Fan et al., 2018, arXiv 1805.04833)."""
-    largest, _ = jax.lax.top_k(logits, min(k, logits.shape[-1]))
-    return jnp.where(logits < largest[:, -1:], -jnp.inf, logits)
-
-
-def keep_top_p(logits: Float[Array, "batch vocab"], p: Float[Array, ""] | float) -> Float[Array, "batch vocab"]:
-    """The nucleus: the fewest most probable tokens whose probabilities reach p (Holtzman et al., 2020, arXiv 1904.09751).
-
-    The others are at -inf. What equals the least probable token of the nucleus stays too.
+    Raises `ConfigError` for a setting out of range.
     """
-    ascending = jnp.sort(logits, axis=-1)
-    # Summed from the small end, where float32 still tells the probabilities of the tail apart.
-    below = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
-    kept = (below > 1 - p).at[:, -1].set(True)
-    least = jnp.min(ascending, axis=-1, where=kept, initial=jnp.inf, keepdims=True)
-    return jnp.where(logits < least, -jnp.inf, logits)
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(
+                f"{self.temperature} is not a temperature", where="temperature", next="0 is greedy, 1 samples the model as it is"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"{self.top_k} tokens cannot be drawn from", where="top_k", next="at least 1, or null for all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"{self.top_p} is not in (0, 1]", where="top_p")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ConfigError(f"{self.min_p} is not in [0, 1]", where="min_p")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
+            raise ConfigError(
+                f"{self.repetition_penalty} is not a factor", where="repetition_penalty", next="above 1 discourages, 1 leaves things be"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name) or 0):
+                raise ConfigError(f"{getattr(self, name)} is not a number to subtract", where=name)
+
+    @property
+    def penalties(self) -> tuple[Constraint, ...]:
+        """Those of the constraints that ask what a row has said."""
+        return _built(
+            (penalise_repetition, "penalty", self.repetition_penalty),
+            (penalise_presence, "penalty", self.presence_penalty),
+            (penalise_frequency, "penalty", self.frequency_penalty),
+        )
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """In the order of `transformers`. Numbers other than k are arrays, so that another value compiles nothing anew."""
+        if self.temperature == 0:
+            return self.penalties
+        kept = () if self.top_k is None else (Partial(keep_top_k, k=self.top_k),)
+        heated = _built((heat, "temperature", self.temperature))
+        return self.penalties + heated + kept + _built((keep_top_p, "p", self.top_p), (keep_min_p, "p", self.min_p))
+
+
+def _built(*wanted: tuple) -> tuple[Constraint, ...]:
+    return tuple(Partial(function, **{name: jnp.asarray(value, jnp.float32)}) for function, name, value in wanted if value is not None)
+
+
+def draw(logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"] | None) -> Int[Array, " batch"]:
+    """One token per row: drawn with the row's own key, or without keys the argmax."""
+    if keys is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.vmap(partial(jax.random.categorical, axis=-1))(keys, logits).astype(jnp.int32)

@@ -1,54 +1,28 @@
-"""From text to text: a checkpoint with its tokenizer."""
+"""From text to text: prompts, continuations and where they end."""
 
-import sys
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from llama_eqx.config import Config
-from llama_eqx.data.tokenizer import Tokenizer, find_tokenizer
+from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import ConfigError
-from llama_eqx.generation.decode import generate_tokens
-from llama_eqx.interop.pretrained import load_pretrained, located
+from llama_eqx.generation.decode import Generation, generate_tokens
+from llama_eqx.generation.sampling import Sampling
+from llama_eqx.generation.stream import stream_tokens
 from llama_eqx.model.llama import Llama
 
 
-class GenerateConfig(Config):
-    """What `generate_tokens` takes, with text for tokens. `max_new_tokens` is cut to what the model's context leaves."""
+class Continuation(NamedTuple):
+    """The text that follows a prompt, its tokens with their log-probabilities (see `Generation`), and why it ends: stop or length.
 
-    checkpoint: str | None
-    prompt: str | None
-    max_new_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    seed: int
-
-    def check(self) -> None:
-        for name, example in {"checkpoint": "RUN_DIR", "prompt": "'Once upon a time'"}.items():
-            if getattr(self, name) is None:
-                raise ConfigError(f"{name} is not given", where=name, next=f"{name}={example}")
-
-
-def generate(config: GenerateConfig) -> str:
-    """The prompt and its continuation.
-
-    Raises `CheckpointError` for a checkpoint that cannot be read, `DataError` for text that the tokenizer does not know.
+    What ends it, a stop token or a stop string, is not part of the text.
     """
-    assert config.checkpoint is not None
-    assert config.prompt is not None
-    model = load_pretrained(config.checkpoint)
-    tokenizer = find_tokenizer(located(config.checkpoint)[0])
-    prompt = prompt_tokens(tokenizer, config.prompt)
-    if 0 < model.config.context - len(prompt) < config.max_new_tokens:
-        print(f"{model.config.context - len(prompt)} new tokens fill the context of {model.config.context}", file=sys.stderr)
-    return continued(
-        model,
-        tokenizer,
-        prompt,
-        config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-    )
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
+    end: str
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -56,30 +30,120 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode(prompt) if tokenizer.bos is None else [tokenizer.bos, *tokenizer.encode(prompt)]
 
 
-def continued(
+def continued(model: Llama, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int, sampling: Sampling, *, seed: int = 0) -> str:
+    """The text of `prompt` and of up to `max_new_tokens` tokens more, to the end of the text or as far as the context reaches.
+
+    Raises `ConfigError` for an empty prompt and one that fills the context.
+    """
+    room = model.config.context - len(prompt)
+    new = generate_tokens(
+        model, [prompt], min(max_new_tokens, room) if room > 0 else max_new_tokens, sampling, stop=tokenizer.stop, seed=seed
+    )
+    return tokenizer.decode([*prompt, *new.tokens[0]])
+
+
+def generate_texts(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    stop_strings: Sequence[str] = (),
+    **settings: Any,
+) -> list[Continuation]:
+    """Continuations as text, `samples` of each prompt side by side; `settings` are those of `generate_tokens`.
+
+    A row ends at a stop token of the tokenizer or of `stop`, or where its text first has one of `stop_strings`.
+    """
+    settings["stop"] = stop = (*tokenizer.stop, *settings.get("stop", ()))
+    if stop_strings:
+        ended = stops_at(tokenizer, [prompt for prompt in prompts for _ in range(settings.get("samples", 1))], stop_strings)
+        new = _last(stream_tokens(model, prompts, max_new_tokens, sampling, ended=ended, **settings))
+    else:
+        new = generate_tokens(model, prompts, max_new_tokens, sampling, **settings)
+    samples = len(new.tokens) // len(prompts)
+    return [
+        _continuation(tokenizer, prompts[row // samples], stop_strings, stop, tokens, logprobs, top)
+        for row, (tokens, logprobs, top) in enumerate(zip(*new, strict=True))
+    ]
+
+
+def stream_text(
     model: Llama,
     tokenizer: Tokenizer,
     prompt: list[int],
     max_new_tokens: int,
+    sampling: Sampling,
     *,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-) -> str:
-    """The text of `prompt` and of up to `max_new_tokens` tokens more, to the end of the text or as far as the context reaches.
+    stop_strings: Sequence[str] = (),
+    **settings: Any,
+) -> Iterator[str]:
+    """The text of one prompt's continuation as it comes, in whole characters, up to its end as in `generate_texts`."""
+    settings["stop"] = (*tokenizer.stop, *settings.get("stop", ()))
+    ended = stops_at(tokenizer, [prompt], stop_strings) if stop_strings else None
+    tokens = (token for part in stream_tokens(model, [prompt], max_new_tokens, sampling, ended=ended, **settings) for token in part[0])
+    yield from up_to(stop_strings, following(tokenizer, prompt, tokens))
 
-    Raises `ConfigError` for an empty prompt, one that fills the context, and settings out of range.
+
+def following(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """The text of `tokens` in parts, as they come, written as it is after the prompt."""
+    before = tokenizer.decode(prompt[-1:])  # how a token is written depends on whether it is the first
+    left = len(before)
+    for part in tokenizer.stream(itertools.chain(prompt[-1:], tokens)):
+        yield part[left:]
+        left = max(left - len(part), 0)
+
+
+def up_to(stop_strings: Sequence[str], parts: Iterable[str]) -> Iterator[str]:
+    """The text before the first of `stop_strings`; what may yet become one is held back."""
+    held = ""
+    for part in parts:
+        held += part
+        if places := [held.find(string) for string in stop_strings if string in held]:
+            yield held[: min(places)]
+            return
+        longest = max((n for string in stop_strings for n in range(1, len(string)) if held.endswith(string[:n])), default=0)
+        if said := held[: len(held) - longest]:
+            yield said
+        held = held[len(held) - longest :]
+    if held:
+        yield held
+
+
+def stops_at(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], strings: Sequence[str]) -> Callable[[list[list[int]]], list[bool]]:
+    """For each row of new tokens whether its text has one of `strings`.
+
+    Raises `ConfigError` for an empty string.
     """
-    room = model.config.context - len(prompt)
-    new = generate_tokens(
-        model,
-        [prompt],
-        min(max_new_tokens, room) if room > 0 else max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop=tokenizer.stop,
-        seed=seed,
-    )
-    return tokenizer.decode([*prompt, *new.tokens[0]])
+    if "" in strings:
+        raise ConfigError("an empty stop string would end every text", where="stop_strings", next="leave it out")
+    return lambda rows: [
+        any(string in "".join(following(tokenizer, prompt, row)) for string in strings) for prompt, row in zip(prompts, rows, strict=True)
+    ]
+
+
+def _continuation(
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    strings: Sequence[str],
+    stop: Sequence[int],
+    tokens: list[int],
+    logprobs: list[float],
+    top: list[list[tuple[int, float]]],
+) -> Continuation:
+    text = "".join(following(tokenizer, prompt, tokens))
+    cut = "".join(up_to(strings, [text]))
+    if cut != text:  # drawn in the same call as the last that counts
+        has = lambda n: any(string in "".join(following(tokenizer, prompt, tokens[:n])) for string in strings)  # noqa: E731
+        n = next(n for n in range(1, len(tokens) + 1) if has(n))
+        tokens, logprobs, top = tokens[:n], logprobs[:n], top[:n]
+    return Continuation(cut, tokens, logprobs, top, "stop" if cut != text or tokens[-1] in stop else "length")
+
+
+def _last(stream: Generator[Any, None, Generation]) -> Generation:
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            return end.value

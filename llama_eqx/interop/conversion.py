@@ -18,7 +18,7 @@ from llama_eqx.data.tokenizer.files import is_tiktoken
 from llama_eqx.errors import ConfigError, StorageError
 from llama_eqx.interop import huggingface, meta
 from llama_eqx.interop.files import CARRIED, mistaken, write_json
-from llama_eqx.interop.pretrained import MARKS, Format, located, open_pretrained, verified
+from llama_eqx.interop.pretrained import MARKS, Format, manifested, open_pretrained, verified
 from llama_eqx.interop.weights import Weights, of_model, parameter_tree, pieces
 from llama_eqx.model.llama import Llama, LlamaConfig
 
@@ -56,12 +56,11 @@ def convert(config: ConvertConfig, *, replace: bool = False) -> list[str]:
     assert config.from_ is not None
     assert config.to is not None
     assert config.format is not None
-    folder, _ = located(config.from_)
     dtype = None if config.dtype is None else np.dtype(DTYPES[config.dtype])
-    with appearing(pathlib.Path(config.to), replace=replace) as target, verified(folder):
+    with appearing(pathlib.Path(config.to), replace=replace) as target, verified(config.from_):
         weights = open_pretrained(config.from_)
         notes = [*weights.notes, *_write(weights, target, config.format, dtype, config.shards)]
-    if not (folder / MANIFEST).is_file():
+    if manifested(config.from_) is None:
         notes.append(f"no {MANIFEST} beside the source: had its numbers been damaged, nobody would know")
     return notes
 
@@ -120,6 +119,7 @@ def _write_native(
             x = np.ascontiguousarray(tensor.read(index), kind)
             write(name, index if layer is None else (layer, *index), x)
             advance(x.nbytes)
+            del x  # which may be a view of the tensor, and would hold it while the next one is fetched
 
 
 def _copy_files(weights: Weights, folder: pathlib.Path, format: Format, notes: list[str]) -> None:

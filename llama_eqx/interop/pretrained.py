@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from typing import Literal
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from llama_eqx.checkpoint.manifest import MANIFEST, verify
 from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, load_native, open_native
+from llama_eqx.checkpoint.restore import steps
 from llama_eqx.errors import CheckpointError
 from llama_eqx.interop import huggingface, meta
 from llama_eqx.interop.files import carried
-from llama_eqx.interop.weights import Tensor, Weights, tensor_shapes, to_model
+from llama_eqx.interop.weights import Key, Weights, fetched, tensor_shapes, to_model
 from llama_eqx.model.llama import Llama
 
 Format = Literal["hf", "meta", "native"]
@@ -34,7 +36,7 @@ def load_pretrained(path: str | pathlib.Path, dtype: DTypeLike | None = None, sh
     Raises `CheckpointError` when there is no model, or it is damaged or of another kind.
     """
     folder, step = located(path)
-    with verified(folder):
+    with verified(path):
         if format_of(path) == "native":
             return load_native(folder, dtype=dtype, step=step, shardings=shardings)
         return to_model(open_pretrained(path), dtype, shardings)
@@ -80,18 +82,28 @@ def located(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
     return path, None
 
 
+def manifested(path: str | pathlib.Path) -> pathlib.Path | None:
+    """The folder whose manifest lists what `load_pretrained` would read: of a run, that of the step. None without a manifest."""
+    folder, step = located(path)
+    saved = [] if (folder / MANIFEST).is_file() else steps(folder / CHECKPOINTS)
+    if saved:
+        folder = folder / CHECKPOINTS / str(saved[-1] if step is None else step)
+    return folder if (folder / MANIFEST).is_file() else None
+
+
 @contextlib.contextmanager
-def verified(folder: pathlib.Path) -> Iterator[None]:
-    """Checks a folder that has a manifest against it while the block runs; processes share the work.
+def verified(path: str | pathlib.Path) -> Iterator[None]:
+    """Checks what `load_pretrained` reads at `path` against its manifest, if it has one, while the block runs; processes share the work.
 
     Raises `CheckpointError` naming every file that is damaged or missing, also in place of an error that the damage led to.
     """
-    if not (folder / MANIFEST).is_file():
+    folder = manifested(path)
+    if folder is None:
         yield
         return
     stop = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        found = pool.submit(verify, folder, (jax.process_index(), jax.process_count()), stop)
+        found = pool.submit(verify, folder, (jax.process_index(), jax.process_count()), stop, without="training")
         try:
             yield
         except CheckpointError:
@@ -106,11 +118,11 @@ def verified(folder: pathlib.Path) -> Iterator[None]:
 def _read_native(folder: pathlib.Path, step: int | None) -> Weights:
     config, arrays = open_native(folder, step)
 
-    def tensor(name: str, layer: int | None, shape: tuple[int, ...]) -> Tensor:
-        array = arrays[name]
+    def fetch(key: Key) -> np.ndarray:
+        name, layer = key
         if layer is None:
-            return Tensor(shape, array.dtype, array.read)
-        return Tensor(shape, array.dtype, lambda index: array.read((slice(layer, layer + 1), *index))[0])
+            return arrays[name].read((slice(None),) * len(arrays[name].shape))
+        return arrays[name].read((slice(layer, layer + 1), *[slice(None)] * (len(arrays[name].shape) - 1)))[0]
 
-    tensors = {(name, layer): tensor(name, layer, shape) for (name, layer), shape in tensor_shapes(config).items()}
+    tensors = fetched(tensor_shapes(config), {name: array.dtype for name, array in arrays.items()}, fetch)
     return Weights(config, tensors, carried(folder), ())

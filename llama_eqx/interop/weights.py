@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from llama_eqx.errors import CheckpointError
 from llama_eqx.interop.table import to_torch
@@ -108,16 +108,30 @@ def of_model(model: Llama) -> Weights:
     leaves = dict(zip(parameter_names(model), jax.tree.leaves(model), strict=True))
     compare(parameter_shapes(abstract(model.config)), parameter_shapes(model), where="a model that is no longer that of its config")
 
-    @functools.lru_cache(maxsize=1)
     def fetch(key: Key) -> np.ndarray:
         name, layer = key
-        return np.asarray(leaves[name] if layer is None else leaves[name][layer])
+        return np.asarray(leaves[name] if layer is None else _layer(leaves[name], layer))
 
-    tensors = {
-        key: Tensor(shape, np.dtype(leaves[key[0]].dtype), lambda index, key=key: fetch(key)[index])
-        for key, shape in tensor_shapes(model.config).items()
-    }
-    return Weights(model.config, tensors, {}, ())
+    return Weights(model.config, fetched(tensor_shapes(model.config), {name: leaf.dtype for name, leaf in leaves.items()}, fetch), {}, ())
+
+
+@jax.jit
+def _layer(stack: Array, i: Array | int) -> Array:
+    """`stack[i]`, which outside of `jit` makes two arrays of that size."""
+    return jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
+
+
+def fetched(shapes: Mapping[Key, tuple[int, ...]], dtypes: Mapping[str, Any], fetch: Callable[[Key], np.ndarray]) -> dict[Key, Tensor]:
+    """Tensors that are fetched whole, however small the parts that are read. One is held at a time: until another is asked for."""
+    held: dict[Key, np.ndarray] = {}
+
+    def read(key: Key, index: Index) -> np.ndarray:
+        if key not in held:
+            held.clear()
+            held[key] = fetch(key)
+        return held[key][index]
+
+    return {key: Tensor(shape, np.dtype(dtypes[key[0]]), functools.partial(read, key)) for key, shape in shapes.items()}
 
 
 def to_model(weights: Weights, dtype: DTypeLike | None = None, shardings: PyTree[Sharding] | None = None) -> Llama:

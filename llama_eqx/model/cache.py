@@ -1,15 +1,19 @@
 """The memory of attention while it generates."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llama_eqx.errors import ConfigError
+
 
 class KVCache(eqx.Module):
     """Keys and values of the tokens seen so far, in slots 0 … length - 1 of a fixed number.
 
-    Slots past `length` hold zeros. Appending past the last slot would overwrite it silently: callers check the length.
+    What lies in slots past `length` is never seen. Appending past the last slot would overwrite it silently: callers check the length.
     """
 
     keys: Float[Array, "batch cache kv_heads head_dim"]
@@ -23,6 +27,14 @@ class KVCache(eqx.Module):
         values: Float[Array, "batch seq kv_heads head_dim"],
         segment_ids: Int[Array, "batch seq"],
     ) -> "KVCache":
+        """Raises `ConfigError` when these tokens alone are more than the slots."""
+        if keys.shape[1] > self.keys.shape[1]:
+            raise ConfigError(
+                f"{keys.shape[1]} tokens do not go into a cache of {self.keys.shape[1]} slots",
+                where="cache",
+                next="model.init_cache(batch, slots) with as many slots as there will be tokens",
+            )
+
         def put(old: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), self.length, axis=1)
 
@@ -37,3 +49,35 @@ class KVCache(eqx.Module):
     def empty(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> "KVCache":
         zeros = jnp.zeros((batch, slots, kv_heads, head_dim), dtype)
         return KVCache(keys=zeros, values=zeros, segment_ids=jnp.zeros((batch, slots), jnp.int32), length=jnp.zeros((), jnp.int32))
+
+
+# Of the caches of all layers, stacked or in a tuple.
+
+
+def slots_of(caches: Any) -> int:
+    return jax.tree.leaves(caches, is_leaf=lambda node: isinstance(node, KVCache))[0].keys.shape[-3]
+
+
+def with_slots(caches: Any, slots: int) -> Any:
+    """As many slots as given, of which the first are those that were there."""
+    grow = lambda x, axis: jnp.pad(x, [(0, slots - x.shape[axis] if i == x.ndim + axis else 0) for i in range(x.ndim)])  # noqa: E731
+    return _each(caches, keys=lambda x: grow(x, -3), values=lambda x: grow(x, -3), segment_ids=lambda x: grow(x, -1))
+
+
+def with_rows(caches: Any, rows: Int[Array, " rows"]) -> Any:
+    """The rows of the batch with these numbers, in that order."""
+    take = lambda x: jnp.take(x, rows, axis=-4)  # noqa: E731
+    return _each(caches, keys=take, values=take, segment_ids=lambda x: jnp.take(x, rows, axis=-2))
+
+
+def with_length(caches: Any, length: Int[Array, ""] | int) -> Any:
+    """The first `length` tokens alone: what was appended after them is forgotten."""
+    return _each(caches, length=lambda x: jnp.full_like(x, length))
+
+
+def _each(caches: Any, **changes: Any) -> Any:
+    def changed(cache: KVCache) -> KVCache:
+        where = lambda c: [getattr(c, name) for name in changes]  # noqa: E731
+        return eqx.tree_at(where, cache, [change(getattr(cache, name)) for name, change in changes.items()])
+
+    return jax.tree.map(changed, caches, is_leaf=lambda node: isinstance(node, KVCache))

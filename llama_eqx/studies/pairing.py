@@ -1,5 +1,6 @@
 """What a run of an experiment leaves behind so that a report can tell whether two arms were paired."""
 
+import contextlib
 import gzip
 import json
 import pathlib
@@ -11,11 +12,13 @@ import numpy as np
 from jaxtyping import Array, Int, UInt32
 
 from llama_eqx.checkpoint.native import read_config
+from llama_eqx.errors import DataError
 from llama_eqx.model.llama import Llama
 from llama_eqx.sharding import parameter_names
 from llama_eqx.studies.matching import cost, residual
 from llama_eqx.studies.registration import folder
-from llama_eqx.training.run import RunConfig
+from llama_eqx.studies.runs import read_kept
+from llama_eqx.training.run import RunConfig, is_over
 
 STUDY = "study.json"
 
@@ -73,3 +76,13 @@ def keep(config: RunConfig) -> pathlib.Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(content, mtime=0))
     return path
+
+
+def is_kept(config: RunConfig) -> bool:
+    """Whether the run of this config has been kept, here or on the machine that this checkout comes from."""
+    if config.study is None or not (path := kept_at(config)).exists():
+        return False
+    with contextlib.suppress(DataError):
+        run = read_kept(path)
+        return is_over(config, run.settings, run.metrics)
+    return False

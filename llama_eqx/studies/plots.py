@@ -107,14 +107,14 @@ def buckets(losses: Mapping[str, Mapping[int, float]]) -> Figure:
 
 def curves(runs: Mapping[str, Run], metric: str, label: str, *, log: bool = False) -> Figure | None:
     """A metric over the steps of several runs, raw and smoothed; None when no run has it."""
+    if not any(run.series(metric)[0] for run in runs.values()):
+        return None
     made, axes = figure()
-    drawn = False
     for (name, run), color in zip(runs.items(), _colors(len(runs)), strict=True):
         steps, values = run.series(metric)
         points = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
         if not points:
             continue
-        drawn = True
         steps, values = zip(*points, strict=True)
         radius = len(values) // 60
         if radius:
@@ -125,7 +125,7 @@ def curves(runs: Mapping[str, Run], metric: str, label: str, *, log: bool = Fals
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.legend(frameon=False, fontsize=9)
-    return made if drawn else None
+    return made
 
 
 def _colors(count: int) -> list[str]:

@@ -118,7 +118,7 @@ def of_runs(config: ReportConfig) -> Report:
         page.verbatim("\n".join(lines) or "no setting differs")
         comparison = compared(first[1], run)
         page.text(comparison)
-        said += [f"{first[0]} -> {name}: {len(lines)} settings differ. {comparison}"]
+        said += [f"{first[0]} -> {name}: {_count(lines)}. {comparison}"]
     page.heading("Curves")
     for name, metric, label in (
         ("loss", "train/loss", "training loss (nats per token)"),
@@ -157,6 +157,10 @@ def compared(a: Run, b: Run) -> str:
         last = both[-1]
         said.append(f"Validation at step {last}: the second is {_signed(ends[1][last] - ends[0][last])}. One pair says nothing of seeds.")
     return " ".join(said)
+
+
+def _count(lines: Sequence[str]) -> str:
+    return "1 setting differs" if len(lines) == 1 else f"{len(lines)} settings differ"
 
 
 def _signed(difference: float) -> str:

@@ -15,8 +15,9 @@ from llama_eqx.studies.statistics import Interval, equivalence_p, holm, interval
 class Finding(NamedTuple):
     """A contrast over the seeds that all its arms have. `role` is "contrast", "negative control" or "positive control".
 
-    `p` and `equivalence_p` are adjusted by Holm's method within the contrasts, and as they are in a control. `verdict` is "worse",
-    "better", "no effect" or "undecided".
+    `p` is that of the t test; it and `equivalence_p` are adjusted by Holm's method within the contrasts, and as they are in a control.
+    `verdict` is "no effect" when `equivalence_p` is below alpha, or else "worse" or "better" when both `p` and `sign_flip_p` are, which
+    does not rest on a normal distribution, or else "undecided".
     """
 
     name: str
@@ -46,14 +47,14 @@ def findings(runs: Sequence[Run], registration: Registration) -> list[Finding]:
             found = paired(values, contrast)
             if len(found) >= 2:
                 measured.append((name, role, found))
-    raw = {name: sign_flip_p(found) for name, role, found in measured if role == "contrast"}
+    raw = {name: paired_t_p(found) for name, role, found in measured if role == "contrast"}
     adjusted = holm(raw)
     alike = holm({name: equivalence_p(found, registration.margin) for name, role, found in measured if role == "contrast"})
     out = []
     for name, role, found in measured:
-        p, same = adjusted.get(name, sign_flip_p(found)), alike.get(name, equivalence_p(found, registration.margin))
+        p, same = adjusted.get(name, paired_t_p(found)), alike.get(name, equivalence_p(found, registration.margin))
         middle = interval(found)
-        verdict = _verdict(p, same, middle.mean, registration.alpha)
+        verdict = _verdict(max(p, sign_flip_p(found)), same, middle.mean, registration.alpha)
         out.append(Finding(name, role, found, middle, sign_flip_p(found), paired_t_p(found), p, same, verdict))
     return out
 
@@ -101,7 +102,7 @@ def _sentence(finding: Finding, registration: Registration) -> str:
     with contextlib.suppress(DataError):  # it would take more than thousands
         need = sample_size(registration.margin, spread, alpha=registration.alpha / max(len(registration.contrasts), 1))
         if need > n:
-            more = f"; to see {margin} at this spread with 90% probability takes {need} seeds"
+            more = f"; to see {margin} at this spread with 90% probability takes {need:,} seeds"
     return f"undecided, neither an effect (p = {_p(finding.p)}) nor its absence (p = {_p(finding.equivalence_p)}) is shown; {numbers}{more}"
 
 

@@ -1,5 +1,6 @@
 """The training loop, to be read from top to bottom."""
 
+import contextlib
 import math
 import pathlib
 from typing import NamedTuple
@@ -9,13 +10,15 @@ import jax
 
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.config import dump
+from llama_eqx.crash import crash_point
 from llama_eqx.data.dataset import open_data
-from llama_eqx.data.pipeline import Parts, process_rows, training_batches, validation_batches
+from llama_eqx.data.pipeline import Parts, Progress, process_rows, training_batches, validation_batches
 from llama_eqx.flops import flops_per_token
+from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.text import continued, prompt_tokens
 from llama_eqx.model.init import named
 from llama_eqx.model.llama import Llama
-from llama_eqx.processes import of_first, once, require_same
+from llama_eqx.processes import once, require_same
 from llama_eqx.sharding import Layout
 from llama_eqx.studies.matching import matched
 from llama_eqx.studies.pairing import record_start
@@ -24,10 +27,12 @@ from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.ends import check_export, export, open_start, start
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
+from llama_eqx.training.guard import require_finite
+from llama_eqx.training.preemption import Preemption
 from llama_eqx.training.profile import Profile
 from llama_eqx.training.program import make_program
-from llama_eqx.training.reporter import Reporter, recorded
-from llama_eqx.training.run import RunConfig, check_shared, claim, warnings, with_vocab
+from llama_eqx.training.reporter import Reporter, is_logged
+from llama_eqx.training.run import RunConfig, check_shared, claim, origin, warnings, with_vocab
 from llama_eqx.training.state import TrainState, abstract
 from llama_eqx.writer import sole_writer
 
@@ -48,12 +53,13 @@ class Result(NamedTuple):
 
 
 @sole_writer
-def train(config: RunConfig) -> Result:
+def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     """Trains from the last checkpoint in `run_dir`, or from the start, to `train.steps`.
 
     Raises `ConfigError` (also when another process writes in `run_dir`), `DataError`, `CheckpointError` and `StorageError` before
-    the first step, `NonFiniteError` and `StorageError` after it.
+    the first step, `NonFiniteError` and `StorageError` after it, and `Stopped` when `preemption` has heard of a signal.
     """
+    preemption = preemption or Preemption(config.checkpoint.grace)
     # Where arrays are to live: first, since it asks least and may refuse.
     steps, size, length = config.train.steps, config.train.batch_size, config.train.seq_len
     layout = Layout(config.mesh.build(), config.sharding)
@@ -85,17 +91,22 @@ def train(config: RunConfig) -> Result:
     flops = flops_per_token(shapes.model, length)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.model))
     device_kind = layout.mesh.devices.flat[0].device_kind
+    source = origin(run_dir, tokenizer.fingerprint, data.fingerprint)
 
     def evaluate(model: Llama) -> Evaluation:
         batches = validation_batches(data.val, batch_sharding, batch_size=size)
         return evaluate_on(model, batches, data.val.bytes / data.val.targets)
 
+    def is_due(step: int) -> bool:
+        return step % config.train.eval_every == 0 or step == steps
+
     with Checkpoints(run_dir / "checkpoints", config.checkpoint) as checkpoints:
-        begin = of_first(checkpoints.latest or 0)
-        if begin:
-            target = abstract(shapes, shardings)
-            model, (step, opt_state) = checkpoints.restore(begin, target.model, (target.step, target.opt_state))
-            state = TrainState(step, model, opt_state)
+        checkpoints.require_room(shapes)
+        target = abstract(shapes, shardings)
+        restored = checkpoints.restore(target.model, (target.step, target.opt_state))
+        begin, past = (restored.step, Progress(**restored.facts["progress"])) if restored else (0, parts.after(0))
+        if restored:
+            state = TrainState(restored.training[0], restored.model, restored.training[1])
         elif weights is not None:
             state = start(weights, config, shardings)
         else:
@@ -106,7 +117,7 @@ def train(config: RunConfig) -> Result:
         with (
             Tracker(config.tracking, run_dir, settings=dump(config), steps=steps, start=begin) as tracker,
             Profile(config.profile, run_dir, tracker.say) as profile,
-            training_batches(parts, batch_sharding, size, parts.after(begin, recorded(run_dir, begin))) as batches,
+            training_batches(parts, batch_sharding, size, past) as batches,
         ):
             tracker.say(f"run_dir={run_dir}")
             tracker.say(f"{parameters:,} parameters, {flops.causal:,.0f} FLOPs per token, {layout.mesh.size} x {device_kind}")
@@ -117,8 +128,11 @@ def train(config: RunConfig) -> Result:
                 tracker.say(f"starts from the weights in {config.init_from}")
                 for note in weights.notes:
                     tracker.say(f"note: {note}")
-            if begin:
-                tracker.say(f"resumed from step {begin} of {steps}" if begin < steps else f"trained to step {begin} already")
+            if restored:
+                files = len(restored.facts["files"])
+                tracker.say(
+                    f"resumed from step {begin} of {steps}, {files} files verified" if begin < steps else f"trained to step {begin} already"
+                )
             reporter = Reporter(
                 tracker,
                 log_every=config.train.log_every,
@@ -129,29 +143,62 @@ def train(config: RunConfig) -> Result:
                 device_kind=device_kind,
                 devices=layout.mesh.size,
             )
-            evaluation, save_every = None, config.checkpoint.every or steps
-            for step in range(begin + 1, steps + 1):
-                with reporter.waiting():
-                    batch, progress = next(batches)
-                profile.begin(step)
-                state, metrics = step_fn((batch, dropout_key), state)
-                reporter.add(step, metrics, progress)
-                if profile.ends_with(step):
-                    with reporter.pause():
-                        profile.end(metrics)
-                if step % config.train.eval_every == 0 or step == steps:
-                    with reporter.pause():
-                        evaluation = evaluate(state.model)
-                        tracker.log(step, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
-                if (step % save_every == 0 and not reporter.withheld) or step == steps:
-                    with reporter.pause():
-                        checkpoints.save(step, state.model, (state.step, state.opt_state))
+            checkpoints.say = tracker.say
+            evaluation, measured, progress = None, {}, past
+            done, save_every = begin, config.checkpoint.every or steps
+
+            def measure() -> None:
+                nonlocal evaluation, measured
+                with reporter.pause(), preemption.idle():
+                    crash_point("evaluate")
+                    evaluation = evaluate(state.model)
+                measured = {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte}
+                tracker.log(done, measured)
+
+            def save() -> None:
+                require_finite(state, done)
+                facts = {**source, "progress": progress._asdict()}
+                checkpoints.save(done, state.model, (state.step, state.opt_state), measured, facts)
+
+            def keep() -> str:
+                """Brings the last finished step to the disk, if it is not there yet."""
+                reporter.flush()
+                if done > begin:
+                    save()
+                checkpoints.wait(last=True)
+                return f"step {done} is saved" if done else "before the first step"
+
+            with preemption.training(keep):
+                if begin and is_due(begin) and not is_logged(run_dir, begin, "val/loss"):  # it was stopped while it evaluated
+                    measure()
+                for step in range(begin + 1, steps + 1):
+                    with reporter.waiting():
+                        batch, progress = next(batches)
+                    profile.begin(step)
+                    with preemption.idle() if step == begin + 1 else contextlib.nullcontext():  # it compiles
+                        crash_point("compile")
+                        state, metrics = step_fn((batch, dropout_key), state)
+                    done, measured = step, {}
+                    reporter.add(step, metrics, progress)
+                    crash_point("step")
+                    if profile.ends_with(step):
+                        with reporter.pause():
+                            profile.end(metrics)
+                    if is_due(step):
+                        measure()
+                    if step % save_every == 0 or step == steps:
+                        with reporter.pause():
+                            if not reporter.withheld or step == steps:
+                                save()
+                    checkpoints.poll()
+                    preemption.check(step)
+            checkpoints.finish()
 
             if evaluation is None:  # a finished run, asked again
                 evaluation = evaluate(state.model)
             sample = ""
             if sample_tokens > 0:
-                sample = continued(state.model, tokenizer, prompt, sample_tokens, temperature=0.8, top_p=0.95, seed=config.seed)
+                sample = continued(state.model, tokenizer, prompt, sample_tokens, Sampling(temperature=0.8, top_p=0.95), seed=config.seed)
                 tracker.sample(steps, sample)
 
     once(lambda: plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png"))

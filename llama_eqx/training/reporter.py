@@ -19,11 +19,9 @@ MAX_WITHHELD = 3  # updates in a row that may be withheld before a run is given 
 LEDGER = "data/ledger"
 
 
-def recorded(run_dir: pathlib.Path, step: int) -> Progress | None:
-    """The progress that `metrics.jsonl` has of the last step up to `step`."""
-    path = run_dir / "metrics.jsonl"
-    known = [record for record in read_metrics(path) if record["step"] <= step and LEDGER in record] if path.exists() else []
-    return Progress(int(known[-1]["step"]), int(known[-1][LEDGER]), int(known[-1]["tokens"])) if known else None
+def is_logged(run_dir: pathlib.Path, step: int, name: str) -> bool:
+    """Whether `metrics.jsonl` has this metric of that step."""
+    return any(record["step"] == step and name in record for record in read_metrics(run_dir / "metrics.jsonl"))
 
 
 class Reporter:

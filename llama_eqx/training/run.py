@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import pathlib
 import socket
 import time
-from typing import Literal
+from typing import Any, Literal
 
 from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, read_config, write_config
 from llama_eqx.checkpoint.restore import steps
@@ -22,6 +23,7 @@ from llama_eqx.remat import Remat
 from llama_eqx.sharding import MeshConfig, Rules
 from llama_eqx.studies.study import StudyConfig
 from llama_eqx.tracking.jsonl import read_metrics
+from llama_eqx.tracking.provenance import commit, versions
 from llama_eqx.tracking.tracker import TrackingConfig
 from llama_eqx.training.loss import LossConfig
 from llama_eqx.training.optimizer import OptimizerConfig
@@ -119,15 +121,19 @@ SHARED_WITHIN = 30  # seconds; a network's file system may be slow to show a new
 
 
 def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """`config` with the tokenizer's size where `dims.vocab` is None, and its BOS and EOS where `tokens` has none.
+    """`config` with the tokenizer's size where `dims.vocab` is None, and its BOS where `tokens` has none.
+
+    Among the ends of a text are all that the tokenizer knows, those of a turn too: a model that has learned to end with one of them
+    is handed on with it, and else nobody would stop there. Not if `tokens` are those of another tokenizer.
 
     Raises `ConfigError` when the tokenizer has ids that the model has not.
     """
     vocab, tokens = config.model.dims.vocab, config.model.tokens
     if tokens.bos is None and not tokens.eos:
-        eos = () if tokenizer.eos is None else (tokenizer.eos,)
-        tokens = dataclasses.replace(tokens, bos=tokenizer.bos, eos=eos)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, tokens=tokens))
+        tokens = dataclasses.replace(tokens, bos=tokenizer.bos, eos=tokenizer.stop)
+    elif tokenizer.eos in tokens.eos:
+        tokens = dataclasses.replace(tokens, eos=tuple(dict.fromkeys((*tokens.eos, *tokenizer.stop))))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, tokens=tokens))
     if vocab is None:
         dims = dataclasses.replace(config.model.dims, vocab=tokenizer.vocab)
         return dataclasses.replace(config, model=dataclasses.replace(config.model, dims=dims))
@@ -187,11 +193,16 @@ def finished(config: RunConfig) -> bool:
     if steps(run_dir / CHECKPOINTS)[-1:] != [config.train.steps]:
         return False
     with contextlib.suppress(UserError):
-        evaluated = any(record["step"] == config.train.steps and "val/loss" in record for record in read_metrics(run_dir / "metrics.jsonl"))
-        known = differences(read_config(run_dir), dump(config))
-        # What a config leaves open, such as the size of a tokenizer, has been filled in.
-        return evaluated and all(line.startswith(FREE) or line.endswith(("-> None", "-> []")) for line in known)
+        return is_over(config, read_config(run_dir), read_metrics(run_dir / "metrics.jsonl"))
     return False
+
+
+def is_over(config: RunConfig, settings: dict[str, Any], metrics: list[dict[str, Any]]) -> bool:
+    """Whether `metrics` are those of a whole run of this config; `settings` are those that it was made with, in plain containers."""
+    evaluated = any(record["step"] == config.train.steps and "val/loss" in record for record in metrics)
+    # What a config leaves open, such as the size of a tokenizer, has been filled in.
+    changed = [line for line in differences(settings, dump(config)) if not line.endswith(("-> None", "-> []"))]
+    return evaluated and all(line.startswith(FREE) for line in changed)
 
 
 def check_shared(run_dir: pathlib.Path) -> None:
@@ -205,3 +216,11 @@ def check_shared(run_dir: pathlib.Path) -> None:
         where=str(run_dir.absolute()),
         next="run_dir=FOLDER in a file system that all machines share",
     )
+
+
+def origin(run_dir: pathlib.Path, tokenizer: str, data: str) -> dict[str, Any]:
+    """What a checkpoint says of where it comes from: hashes of the config as it stands in the run directory, of tokenizer and data, the
+    commit of the code and the versions of the libraries.
+    """
+    config = hashlib.sha256((run_dir / CONFIG).read_bytes()).hexdigest()
+    return {"config": config, "tokenizer": tokenizer, "data": data, "commit": commit(), "versions": versions()}

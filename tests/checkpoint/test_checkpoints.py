@@ -1,7 +1,11 @@
 """Saving and restoring a run: bit for bit, on any mesh, and never without saying what went wrong."""
 
+import hashlib
 import pathlib
+import random
+import re
 import resource
+import shutil
 
 import equinox as eqx
 import jax
@@ -11,11 +15,14 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from llama_eqx import load_config
+from llama_eqx.checkpoint import save
+from llama_eqx.checkpoint.manifest import read_manifest
 from llama_eqx.checkpoint.restore import steps
-from llama_eqx.checkpoint.save import CheckpointConfig, Checkpoints
+from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError
 
-TWO = CheckpointConfig(every=1, keep=2, export=None)
+TWO = load_config("checkpoint.every=1").checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +68,7 @@ def test_restores_every_bit_static_fields_and_types(tmp_path, model, training):
     with Checkpoints(tmp_path, TWO) as checkpoints:
         assert checkpoints.latest is None
         checkpoints.save(7, model, (training["step"], training), {"val/loss": 1.5})
-        loaded, (step, rest) = checkpoints.restore(7, abstract(model), abstract((training["step"], training)))
+        _, loaded, (step, rest), _ = checkpoints.restore(abstract(model), abstract((training["step"], training)), step=7)
         assert checkpoints.latest == 7
     assert same(loaded, model)
     assert same(rest, training)
@@ -78,7 +85,7 @@ def test_moves_to_another_mesh(tmp_path, model, sizes):
         checkpoints.save(1, on_mesh, {"step": jnp.int32(1)})
         wanted = sharded(model, mesh(*sizes))
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model, wanted)
-        loaded, _ = checkpoints.restore(1, target, abstract({"step": jnp.int32(0)}))
+        _, loaded, _, _ = checkpoints.restore(target, abstract({"step": jnp.int32(0)}), step=1)
     assert same(loaded, model)
     assert jax.tree.map(lambda x: x.sharding, loaded) == wanted
     assert len(loaded.embed.sharding.device_set) == 8
@@ -89,7 +96,7 @@ def test_keeps_the_newest(tmp_path, model):
     with Checkpoints(tmp_path, TWO) as checkpoints:
         for step in (1, 2, 3, 4):
             checkpoints.save(step, model, {"step": jnp.int32(step)})
-        _, rest = checkpoints.restore(3, abstract(model), abstract({"step": jnp.int32(0)}))
+        _, _, rest, _ = checkpoints.restore(abstract(model), abstract({"step": jnp.int32(0)}), step=3)
     assert int(rest["step"]) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
     with Checkpoints(tmp_path, TWO) as again:
@@ -102,7 +109,7 @@ def test_a_step_is_saved_once(tmp_path, model):
         checkpoints.save(5, model, {"step": jnp.int32(2)})
     with Checkpoints(tmp_path, TWO) as checkpoints:
         checkpoints.save(5, model, {"step": jnp.int32(3)})
-        _, rest = checkpoints.restore(5, abstract(model), abstract({"step": jnp.int32(0)}))
+        _, _, rest, _ = checkpoints.restore(abstract(model), abstract({"step": jnp.int32(0)}), step=5)
     assert int(rest["step"]) == 1
 
 
@@ -112,7 +119,7 @@ def test_the_saved_arrays_may_be_donated(tmp_path, model):
     with Checkpoints(tmp_path, TWO) as checkpoints:
         checkpoints.save(1, copy, {"step": jnp.int32(1)})
         update(copy)
-        loaded, _ = checkpoints.restore(1, abstract(model), abstract({"step": jnp.int32(0)}))
+        _, loaded, _, _ = checkpoints.restore(abstract(model), abstract({"step": jnp.int32(0)}), step=1)
     assert same(loaded, model)
 
 
@@ -121,7 +128,7 @@ def test_lists_every_difference(tmp_path, model):
         checkpoints.save(1, model, {"step": jnp.int32(1), "old": jnp.zeros(2)})
         other = eqx.tree_at(lambda m: (m.embed, m.final_norm.weight), model, (model.embed.astype(jnp.bfloat16), jnp.zeros(5)))
         with pytest.raises(CheckpointError) as caught:
-            checkpoints.restore(1, abstract(other), abstract({"step": jnp.int32(0), "new": jax.random.key(0)}))
+            checkpoints.restore(abstract(other), abstract({"step": jnp.int32(0), "new": jax.random.key(0)}), step=1)
     rows = [line.split() for line in caught.value.what.splitlines()[1:]]
     assert rows == [
         ["name", "expected", "found"],
@@ -137,13 +144,13 @@ def test_a_missing_step_names_those_there(tmp_path, model):
     with Checkpoints(tmp_path, TWO) as checkpoints:
         checkpoints.save(1, model, {"step": jnp.int32(1)})
         with pytest.raises(CheckpointError, match="saved steps: 1"):
-            checkpoints.restore(2, abstract(model), abstract({"step": jnp.int32(0)}))
+            checkpoints.restore(abstract(model), abstract({"step": jnp.int32(0)}), step=2)
 
 
 def test_clears_what_a_killed_save_left(tmp_path, model):
     with Checkpoints(tmp_path, TWO) as checkpoints:
         checkpoints.save(1, model, {"step": jnp.int32(1)})
-    half = tmp_path / "2.orbax-checkpoint-tmp" / "model.orbax-checkpoint-tmp"
+    half = tmp_path / "2.unfinished.orbax-checkpoint-tmp" / "model.orbax-checkpoint-tmp"
     half.mkdir(parents=True)
     (half / "manifest.ocdbt").write_bytes(b"half")
     with Checkpoints(tmp_path, TWO) as checkpoints:
@@ -167,25 +174,51 @@ def full_disk():
     jax.config.update("jax_enable_compilation_cache", True)
 
 
-def test_a_failed_save_is_told_at_the_next_and_then_training_may_go_on(tmp_path, model, full_disk):
-    with Checkpoints(tmp_path, TWO) as checkpoints:
+def test_after_one_failed_save_training_goes_on_and_after_two_it_stops(tmp_path, model, full_disk):
+    said = []
+    with Checkpoints(tmp_path, TWO, said.append) as checkpoints:
         checkpoints.save(1, model, {"step": jnp.int32(1)})
-        checkpoints.restore(1, abstract(model), abstract({"step": jnp.int32(0)}))
+        checkpoints.wait()
+        assert said.pop().startswith("saved step 1: ")
         free = full_disk()
         checkpoints.save(2, model, {"step": jnp.int32(2)})
-        with pytest.raises(StorageError) as caught:
-            checkpoints.save(3, model, {"step": jnp.int32(3)})
+        checkpoints.wait()
+        assert re.match("warning: step 2 could not be saved: .*File too large.*there is the checkpoint of step 1", said.pop())
+        checkpoints.save(3, model, {"step": jnp.int32(3)})
+        with pytest.raises(StorageError, match="step 3 could not be saved") as caught:
+            checkpoints.wait()
         free()
-        assert caught.value.what.startswith("step 2 could not be saved")
-        assert "File too large" in caught.value.what
         assert len(str(caught.value).splitlines()) == 4
         assert caught.value.kept == "the checkpoint of step 1"
         assert checkpoints.latest == 1
         checkpoints.save(2, model, {"step": jnp.int32(4)})
         checkpoints.save(3, model, {"step": jnp.int32(3)})
-        _, rest = checkpoints.restore(2, abstract(model), abstract({"step": jnp.int32(0)}))
+        _, _, rest, _ = checkpoints.restore(abstract(model), abstract({"step": jnp.int32(0)}), step=2)
     assert int(rest["step"]) == 4
-    assert steps(tmp_path) == [2, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+
+
+def test_polling_waits_for_nothing_and_tells_of_a_failure(tmp_path, model, full_disk):
+    said = []
+    with Checkpoints(tmp_path, TWO, said.append) as checkpoints:
+        checkpoints.poll()
+        free = full_disk()
+        checkpoints.save(2, model, {"step": jnp.int32(2)})
+        while not said:
+            checkpoints.poll()
+        free()
+    assert "step 2 could not be saved" in said[0]
+
+
+def test_no_room_is_said_before_anything_is_written(tmp_path, model, monkeypatch):
+    said = []
+    monkeypatch.setattr(save.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    with Checkpoints(tmp_path, TWO, said.append) as checkpoints:
+        with pytest.raises(StorageError, match=r"it needs 90.* kB, and 100 B are free"):
+            checkpoints.require_room(model)
+        checkpoints.save(2, model, {"step": jnp.int32(2)})
+    assert "step 2 could not be saved: a checkpoint has no room" in said[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_last_save_is_told_at_close(tmp_path, model, full_disk):
@@ -206,7 +239,137 @@ def test_a_folder_that_cannot_be_made(tmp_path: pathlib.Path):
         Checkpoints(tmp_path / "file" / "checkpoints", TWO)
 
 
-@pytest.mark.parametrize("values", [{"every": -1, "keep": 1}, {"every": 1, "keep": 0}])
-def test_config_refuses(values):
+@pytest.mark.parametrize("wrong", ["every=-1", "keep=0", "keep_every=0", "keep_best=-1", "grace=0"])
+def test_config_refuses(wrong):
     with pytest.raises(ConfigError):
-        CheckpointConfig(**values, export=None)
+        load_config(f"checkpoint.{wrong}")
+
+
+def test_what_is_kept(tmp_path, model):
+    config = load_config("checkpoint.keep=1", "checkpoint.keep_every=4", "checkpoint.keep_best=2").checkpoint
+    losses = {1: 3.0, 2: 1.0, 3: 2.5, 4: 2.0, 5: None, 6: 1.5}
+    with Checkpoints(tmp_path, config) as checkpoints:
+        for step, loss in losses.items():
+            metrics = None if loss is None else {"val/loss": loss}
+            checkpoints.save(step, jax.tree.map(jnp.zeros_like, model.final_norm), {"step": jnp.int32(step)}, metrics)
+    assert steps(tmp_path) == [2, 4, 6]
+
+
+# --- Damage: every byte of a checkpoint is guarded.
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory, model):
+    folder = tmp_path_factory.mktemp("two")
+    with Checkpoints(folder, TWO) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, model, {"step": jnp.int32(step)}, facts={"data": "abc"})
+    return folder
+
+
+def restored(folder, model):
+    said = []
+    with Checkpoints(folder, TWO, said.append) as checkpoints:
+        found = checkpoints.restore(abstract(model), abstract({"step": jnp.int32(0)}))
+    return found, said
+
+
+def flip_a_bit(file: pathlib.Path, random):
+    content = bytearray(file.read_bytes())
+    content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+    file.write_bytes(content)
+
+
+def truncate(file: pathlib.Path, random):
+    file.write_bytes(file.read_bytes()[: random.randrange(file.stat().st_size)])
+
+
+def garbage(file: pathlib.Path, random):
+    file.write_bytes(random.randbytes(file.stat().st_size))
+
+
+def remove(file: pathlib.Path, random):
+    file.unlink()
+
+
+DAMAGES = [flip_a_bit, truncate, garbage, remove]
+
+
+def damaged_everywhere(two_saved, model, tmp_path, damage, trials):
+    """Damages every file of step 2 in turn; of an empty one, nothing can be damaged but its name."""
+    files = (path for path in (two_saved / "2").rglob("*") if path.is_file())
+    for file in sorted(path.relative_to(two_saved) for path in files if path.stat().st_size or damage is remove):
+        for trial in range(trials):
+            seed = f"{damage.__name__} {file} {trial}"
+            folder = tmp_path / f"{abs(hash(seed))}"
+            shutil.copytree(two_saved, folder)
+            damage(folder / file, random.Random(seed))
+            found, said = restored(folder, model)
+            assert found.step == 1, seed
+            assert int(found.training["step"]) == 1
+            assert same(found.model, model)
+            assert said[0].startswith(f"warning: step 2 is damaged: {file.relative_to('2')}: "), said
+            assert "step 1 is used" in said[0]
+            assert sorted(path.name for path in folder.iterdir()) == ["1", "2.damaged"]
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_and_the_step_before_is_used(two_saved, model, tmp_path, damage):
+    damaged_everywhere(two_saved, model, tmp_path, damage, 1)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_many_times(two_saved, model, tmp_path, damage):
+    damaged_everywhere(two_saved, model, tmp_path, damage, 25)
+
+
+def test_no_good_one_is_left(two_saved, model, tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(two_saved, folder)
+    for step in (1, 2):
+        flip_a_bit(folder / str(step) / "_CHECKPOINT_METADATA", random.Random(step))
+    for _ in range(2):  # nor does the next start begin anew over them
+        with pytest.raises(CheckpointError, match=r"(?s)step 2 is damaged: .*sha256 .*step 1 is damaged: _CHECK") as caught:
+            restored(folder, model)
+        assert caught.value.code == 4
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_an_empty_folder_is_no_checkpoint_and_its_step_can_be_saved(two_saved, model, tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(two_saved, folder)
+    (folder / "3").mkdir()
+    assert steps(folder) == [1, 2]
+    found, said = restored(folder, model)
+    assert found.step == 2
+    assert said == ["warning: step 3 is damaged: manifest.json: missing; step 2 is used"]
+    (folder / "3").mkdir()
+    with Checkpoints(folder, TWO) as checkpoints:
+        checkpoints.save(3, model, {"step": jnp.int32(3)})
+    assert steps(folder) == [2, 3]
+
+
+def test_what_a_manifest_says(two_saved, model):
+    manifest = read_manifest(two_saved / "2")
+    files = {path.relative_to(two_saved / "2").as_posix(): path for path in (two_saved / "2").rglob("*") if path.is_file()}
+    assert manifest["files"].keys() == files.keys() - {"manifest.json"}
+    for name, entry in manifest["files"].items():
+        content = files[name].read_bytes()
+        assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert manifest["tree"]["model.embed"] == {"shape": [64, 32], "dtype": "float32"}
+    assert manifest["tree"]["training.step"] == {"shape": [], "dtype": "int32"}
+    assert len(manifest["tree"]) == len(jax.tree.leaves(model)) + 1
+    assert (manifest["step"], manifest["data"]) == (2, "abc")
+
+
+def test_the_last_save_is_verified(tmp_path, model):
+    said = []
+    with Checkpoints(tmp_path, TWO, said.append) as checkpoints:
+        checkpoints.save(1, model, {"step": jnp.int32(1)})
+        checkpoints.finish()
+        assert said[-1].startswith("final checkpoint verified: step 1, ")
+        flip_a_bit(tmp_path / "1" / "_CHECKPOINT_METADATA", random.Random(0))
+        with pytest.raises(StorageError, match="step 1 is not on the disk as it was written: _CHECK"):
+            checkpoints.finish()

@@ -11,8 +11,9 @@ import pytest
 import yaml
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from llama_eqx import load_config
 from llama_eqx.checkpoint.native import load_native, read_config, save_native, write_config
-from llama_eqx.checkpoint.save import CheckpointConfig, Checkpoints
+from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.config import load
 from llama_eqx.errors import CheckpointError, StorageError
 
@@ -67,7 +68,7 @@ def test_shardings_one_or_a_tree(saved, model):
 
 def test_a_run_directory_by_step(tmp_path, model):
     write_config({"model": model.config, "seed": 1}, tmp_path)
-    with Checkpoints(tmp_path / "checkpoints", CheckpointConfig(every=1, keep=2, export=None)) as checkpoints:
+    with Checkpoints(tmp_path / "checkpoints", load_config("checkpoint.every=1").checkpoint) as checkpoints:
         checkpoints.save(10, jax.tree.map(jnp.zeros_like, model), {"step": jnp.int32(10)})
         checkpoints.save(20, model, {"step": jnp.int32(20)})
     assert equal(load_native(tmp_path), model)

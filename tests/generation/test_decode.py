@@ -7,8 +7,10 @@ import torch
 import transformers
 
 from llama_eqx.errors import ConfigError
-from llama_eqx.generation import decode
+from llama_eqx.generation import decode, request
 from llama_eqx.generation.decode import generate_tokens
+from llama_eqx.generation.sampling import Sampling
+from llama_eqx.generation.stream import stream_tokens
 from llama_eqx.interop.conversion import save_pretrained
 from llama_eqx.interop.huggingface import config_from_huggingface
 
@@ -16,6 +18,7 @@ transformers.utils.logging.disable_progress_bar()
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [60, 2, 33], [12] * 16]
 NEW = 12
+WARM = Sampling(temperature=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +75,7 @@ def test_alone_equals_in_a_batch(model, greedy, reference):
 
 
 def test_padding_of_any_width_changes_nothing(model, greedy, monkeypatch):
-    monkeypatch.setattr(decode, "SHORTEST", 32)
+    monkeypatch.setattr(request, "SHORTEST", 32)
     wider = generate_tokens(model, PROMPTS, NEW)
     assert wider.tokens == greedy.tokens
     for a, b in zip(wider.logprobs, greedy.logprobs, strict=True):
@@ -81,7 +84,7 @@ def test_padding_of_any_width_changes_nothing(model, greedy, monkeypatch):
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.3}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}], ids=str)
 def test_equals_the_forward_without_a_cache(model, settings):
-    new = generate_tokens(model, PROMPTS, NEW, **settings)
+    new = generate_tokens(model, PROMPTS, NEW, Sampling(**settings))
     rows = np.zeros((len(PROMPTS), 16 + NEW), np.int32)  # what follows a text does not reach back into it
     for row, prompt, tokens in zip(rows, PROMPTS, new.tokens, strict=True):
         row[: len(prompt) + NEW] = prompt + tokens
@@ -118,36 +121,45 @@ def test_ends_when_every_row_has_stopped(model, greedy, monkeypatch):
     generate = decode._generate
     monkeypatch.setattr(decode, "_generate", lambda *args: seen.append(generate(*args)) or seen[-1])
     generate_tokens(model, PROMPTS[:1] * 4, NEW, stop=[greedy.tokens[0][1]] * 2)
-    written = np.asarray(seen[0][1]) != 0
+    written = np.asarray(seen[0].logprobs) != 0
     assert written.tolist() == [[True, True] + [False] * (NEW - 2)] * 4
 
 
 def test_draws_are_reproducible(model):
-    draw = lambda **settings: generate_tokens(model, PROMPTS, NEW, temperature=1.0, **settings).tokens  # noqa: E731
+    draw = lambda **settings: generate_tokens(model, PROMPTS, NEW, WARM, **settings).tokens  # noqa: E731
     assert draw(seed=1) == draw(seed=1)
     assert all(a != b for a, b in zip(draw(seed=1), draw(seed=2), strict=True))
-    twice = generate_tokens(model, [[3], [3]], NEW, temperature=1.0).tokens
+    twice = generate_tokens(model, [[3], [3]], NEW, WARM).tokens
     assert twice[0] != twice[1]
 
 
 def test_draws_do_not_depend_on_the_split(model):
-    whole = generate_tokens(model, PROMPTS, NEW, temperature=1.0, seed=7).tokens
-    draw = lambda r, first_row: generate_tokens(model, [PROMPTS[r]], NEW, temperature=1.0, seed=7, first_row=first_row).tokens[0]  # noqa: E731
-    assert [draw(r, r) for r in range(4)] == whole
-    assert draw(2, 0) != whole[2]
+    """Neither on that of the prompts nor on how many samples are drawn of each."""
+
+    def draw(rows, first_row, samples):
+        return generate_tokens(model, PROMPTS[rows], NEW, WARM, seed=7, first_row=first_row, samples=samples).tokens
+
+    whole = draw(slice(0, 4), 0, 3)
+    assert len({tuple(row) for row in whole}) == 12
+    assert [row for r in range(4) for row in draw(slice(r, r + 1), r, 3)] == whole
+    assert draw(slice(0, 4), 0, 1) == whole[::3]
+    assert draw(slice(2, 3), 0, 1) != whole[6:7]
 
 
 def test_cache_in_another_dtype_compiles_once(model, greedy, monkeypatch):
     traced = []
-    monkeypatch.setattr(decode, "sample", lambda *args, sample=decode.sample, **settings: traced.append(1) or sample(*args, **settings))
+    monkeypatch.setattr(decode, "draw", lambda *args, draw=decode.draw: traced.append(1) or draw(*args))
     near = generate_tokens(model, PROMPTS, 3, cache_dtype="bfloat16", stop=[1])
     assert [row[:2] for row in near.logprobs] != [row[:2] for row in greedy.logprobs]
     np.testing.assert_allclose([row[0] for row in near.logprobs], [row[0] for row in greedy.logprobs], atol=0.1)
     once = len(traced)
     assert once > 0
     others = [[4], [5] * 16, [6] * 9, [7]]
-    generate_tokens(model, others, 3, cache_dtype="bfloat16", temperature=1.5, stop=[2], seed=4, first_row=3)
+    generate_tokens(model, others, 3, cache_dtype="bfloat16", stop=[2], seed=4, first_row=3)
     assert len(traced) == once
+    for sampling in (Sampling(temperature=0.7, top_p=0.9), Sampling(temperature=1.5, top_p=0.5)):
+        generate_tokens(model, others, 3, sampling, cache_dtype="bfloat16")
+    assert len(traced) == 2 * once
 
 
 @pytest.mark.parametrize(
@@ -158,13 +170,12 @@ def test_cache_in_another_dtype_compiles_once(model, greedy, monkeypatch):
         ({"prompts": [[1], [1, 2, 61]]}, "prompts[1][2]", "id 61 is outside of the vocabulary of 61"),
         ({"prompts": [[-1]]}, "prompts[0][0]", "id -1 is outside"),
         ({"prompts": [[1], [1] * 60]}, "prompts[1]", "60 tokens and 5 new ones pass the context of 64"),
-        ({"max_new_tokens": 0}, "max_new_tokens", "none"),
-        ({"temperature": -0.1}, "temperature", "-0.1"),
-        ({"temperature": float("nan")}, "temperature", "nan"),
-        ({"temperature": float("inf")}, "temperature", "inf"),
-        ({"top_k": 0}, "top_k", "0"),
-        ({"top_p": 0.0}, "top_p", "0.0"),
-        ({"top_p": 1.1}, "top_p", "1.1"),
+        ({"prompts": [[1]], "max_new_tokens": 64, "shift": True}, "prompts[0]", "1 tokens and 64 new ones pass the context of 64"),
+        ({"max_new_tokens": 0}, "max_new_tokens", "0 is less than 1"),
+        ({"samples": 0}, "samples", "0 is less than 1"),
+        ({"prefill_chunk": 0}, "prefill_chunk", "0 is less than 1"),
+        ({"top_logprobs": -1}, "top_logprobs", "-1"),
+        ({"top_logprobs": 62}, "top_logprobs", "62 of 61"),
         ({"stop": (1, 61)}, "stop", "61"),
     ],
 )
@@ -174,3 +185,81 @@ def test_bad_input(model, monkeypatch, arguments, where, what):
         generate_tokens(model, **{"prompts": [[1, 2]], "max_new_tokens": 5, **arguments})
     assert error.value.where == where
     assert what in error.value.what
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", value) for value in (-0.1, float("nan"), float("inf"))),
+        *(("top_k", value) for value in (0, -3)),
+        *(("top_p", value) for value in (0.0, 1.1, float("nan"))),
+        *(("min_p", value) for value in (-0.1, 1.1)),
+        *(("repetition_penalty", value) for value in (0.0, -1.0, float("inf"))),
+        ("presence_penalty", float("nan")),
+        ("frequency_penalty", float("inf")),
+    ],
+)
+def test_bad_settings(name, value):
+    with pytest.raises(ConfigError, match=str(value)) as error:
+        Sampling(**{name: value})
+    assert error.value.where == name
+
+
+def test_tokens_that_no_cache_holds(model):
+    with pytest.raises(ConfigError, match="9 tokens do not go into a cache of 8 slots"):
+        model.hidden(jax.numpy.zeros((1, 9), int), cache=model.init_cache(1, 8))
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.4])
+def test_penalised_equals_transformers(model, reference, penalty):
+    prompts = [[5, 6, 7, 8], [60, 2, 33, 33], [12] * 4]  # of one length: transformers counts padding as part of a row
+    settings = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0, "repetition_penalty": penalty}
+    theirs = reference.generate(torch.tensor(prompts), attention_mask=torch.ones(3, 4, dtype=torch.long), **settings)[:, 4:].tolist()
+    ours = generate_tokens(model, prompts, NEW, Sampling(repetition_penalty=penalty)).tokens
+    assert ours == theirs
+    assert ours != generate_tokens(model, prompts, NEW).tokens
+
+
+def test_penalties_count_what_was_generated(model):
+    """A frequency penalty beyond all logits draws every id once before any comes again; one on presence does not see the prompt."""
+    rows = generate_tokens(model, [[5], [6, 6]], 61, Sampling(frequency_penalty=1e4)).tokens
+    assert [sorted(row) for row in rows] == [list(range(61))] * 2
+    once = generate_tokens(model, [[5], [6, 6]], 61, Sampling(presence_penalty=1e4)).tokens
+    assert [sorted(row) for row in once] == [list(range(61))] * 2
+
+
+def test_top_logprobs(model, greedy):
+    new = generate_tokens(model, PROMPTS, NEW, WARM, top_logprobs=61)
+    for tokens, logprobs, top in zip(*new, strict=True):
+        for token, logprob, place in zip(tokens, logprobs, top, strict=True):
+            assert len({i for i, _ in place}) == 61
+            np.testing.assert_allclose(sum(np.exp(x) for _, x in place), 1, atol=1e-5)
+            assert [x for _, x in place] == sorted((x for _, x in place), reverse=True)
+            np.testing.assert_allclose(dict(place)[token], logprob, atol=1e-6)
+    first = generate_tokens(model, PROMPTS, NEW, top_logprobs=1)
+    assert [[place[0][0] for place in row] for row in first.top] == greedy.tokens
+
+
+def test_shift_leaves_out_the_beginning(model):
+    long = [*range(50)] * 2
+    assert generate_tokens(model, [long], NEW, shift=True).tokens == generate_tokens(model, [long[-(64 - NEW) :]], NEW).tokens
+
+
+@pytest.mark.parametrize("every", [1, 5, 100])
+def test_streamed_equals_at_once(model, greedy, every):
+    stream, parts, stop = stream_tokens(model, PROMPTS, NEW, every=every, stop=greedy.tokens[0][3:4]), [], greedy.tokens[0][3]
+    while True:
+        try:
+            parts.append(next(stream))
+        except StopIteration as end:
+            whole = end.value
+            break
+    assert whole.tokens == generate_tokens(model, PROMPTS, NEW, stop=[stop]).tokens
+    assert [[token for part in parts for token in part[row]] for row in range(4)] == whole.tokens
+    assert max(len(tokens) for part in parts for tokens in part) == min(every, NEW - 1)
+
+
+def test_rows_that_the_caller_ends(model, greedy):
+    stream = stream_tokens(model, PROMPTS, NEW, every=2, ended=lambda rows: [len(row) >= 4 for row in rows])
+    parts = list(stream)
+    assert [[token for part in parts for token in part[row]] for row in range(4)] == [row[:5] for row in greedy.tokens]

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import sys
 
 import jax
@@ -14,6 +15,7 @@ from llama_eqx import build_model, generate, save_pretrained
 from llama_eqx.compose import run_verb
 from llama_eqx.data.tokenizer import TiktokenTokenizer
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
+from llama_eqx.generation.text import up_to
 
 TEXT = "The quick brown fox, aged 1234, jumps over the lazy dog.\n" * 20
 PROMPT = "The fox <|eot_id|>"
@@ -57,6 +59,17 @@ def printed(monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
+def lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def failed(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        run_verb("generate", generate.main)
+    return ended.value.code, capsys.readouterr().err
+
+
 def reference(folder, name):
     """The ids of the prompt and a function from ids to text: sentencepiece for Llama 2, transformers for Llama 3."""
     if name == "llama2":
@@ -88,3 +101,91 @@ def test_a_hugging_face_folder_is_continued_as_by_transformers(name, folders, mo
     shorter = continued(folder, ids)
     assert len(shorter) < 12
     assert printed(monkeypatch, capsys, *arguments) == text([*ids, *shorter]) + "\n"
+
+
+def test_a_file_of_prompts(folders, tmp_path, monkeypatch, capsys):
+    """Each sample is what the prompt alone gives, whatever the batch; a mesh changes nothing."""
+    folder, file = folders / "llama3", tmp_path / "prompts.txt"
+    file.write_text("The fox\nover\nA lazy dog\n")
+    common = [f"checkpoint={folder}", "max_new_tokens=6", "temperature=1", "samples=2"]
+    printed(monkeypatch, capsys, *common, f"prompts={file}", f"output={tmp_path / 'a.jsonl'}", "batch=2", "top_logprobs=2")
+    found = lines((tmp_path / "a.jsonl").read_text())
+    assert [(line["prompt"], line["sample"]) for line in found] == [(p, i) for p in ("The fox", "over", "A lazy dog") for i in (0, 1)]
+    assert all(len(place) == 2 for line in found for place in line["top_logprobs"])
+    alone = lines(printed(monkeypatch, capsys, *common, "prompt=The fox"))
+    assert [line["text"] for line in alone] == [line["text"] for line in found[:2]]
+    split = lines(printed(monkeypatch, capsys, *common, f"prompts={file}", "mesh=cpu-8"))
+    assert [line["tokens"] for line in split] == [line["tokens"] for line in found]
+
+
+def test_stop_strings(folders, tmp_path, monkeypatch, capsys):
+    """The text ends before the string, printed as it comes and in a file, and no token counts that was drawn after it."""
+    folder = folders / "llama3"
+    arguments = [f"checkpoint={folder}", "prompt=The fox", "max_new_tokens=40", "temperature=1", "seed=3"]
+    whole = printed(monkeypatch, capsys, *arguments)[len("The fox") : -1]
+    string = re.search("[A-Za-z0-9]", whole[2:])[0]
+    cut = whole[: whole.index(string)]
+    stops = "stop_strings=" + json.dumps([string, "never"])
+    assert printed(monkeypatch, capsys, *arguments, stops) == "The fox" + cut + "\n"
+    (line,) = lines(printed(monkeypatch, capsys, *arguments, stops, "top_logprobs=1"))
+    assert (line["text"], line["end"]) == (cut, "stop")
+    assert len(line["tokens"]) == len(line["logprobs"]) == len(line["top_logprobs"]) < 40
+
+
+@pytest.mark.parametrize("strings", [("end",), ("n", "xyz"), ("ab", "bca")])
+def test_text_up_to_a_string_in_any_parts(strings):
+    text = "ababcabc xy the end."
+    places = [text.find(string) for string in strings if string in text]
+    for size in range(1, 8):
+        parts = [text[i : i + size] for i in range(0, len(text), size)]
+        assert "".join(up_to(strings, parts)) == text[: min(places)]
+    assert list(up_to((), ["a", "b"])) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "what"),
+    [
+        ('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}', "p.jsonl", "raw text in line 1 and a conversation in line 2"),
+        ('{"prompt": ""}', "p.jsonl:1", "empty prompt"),
+        ("{", "p.jsonl:1", "not JSON"),
+        ("[]", "p.jsonl:1", "neither a prompt nor messages"),
+        ('{"messages": [{"role": "assistant", "content": "b"}]}', "p.jsonl:1: messages[0].role", "'assistant' at the beginning"),
+        ("\n", "p.jsonl", "no prompts"),
+        (None, "p.jsonl", "No such file"),
+    ],
+)
+def test_bad_files_of_prompts(folders, tmp_path, monkeypatch, capsys, content, where, what):
+    if content is not None:
+        (tmp_path / "p.jsonl").write_text(content)
+    monkeypatch.setattr("llama_eqx.generation.run.load_sharded", lambda config: pytest.fail("loaded the weights"))
+    code, said = failed(monkeypatch, capsys, f"checkpoint={folders / 'llama3'}", f"prompts={tmp_path / 'p.jsonl'}")
+    assert code == 3
+    assert what in said
+    assert f"where: {tmp_path / where}\n" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["temperature=-1"], "-1.0 is not a temperature"),
+        (["stop=[99999]"], "id 99999 is outside of the vocabulary"),
+        (["prompts=FILE"], "one prompt and a file of prompts"),
+        (["stop_strings=['']"], "an empty stop string"),
+        (["min_p=2"], "2.0 is not in [0, 1]"),
+        (["batch=0"], "0 prompts at a time"),
+        (["mesh=cpu-8", "mesh.fsdp=1", "mesh.tensor=8"], "heads=4 does not divide"),
+    ],
+)
+def test_bad_settings(folders, monkeypatch, capsys, arguments, what):
+    code, said = failed(monkeypatch, capsys, f"checkpoint={folders / 'llama3'}", "prompt=The", *arguments)
+    assert code == 2
+    assert what in said
+
+
+def test_past_the_context(folders, monkeypatch, capsys):
+    arguments = [f"checkpoint={folders / 'llama3'}", "prompt=" + "a b c d " * 300, "max_new_tokens=5", "temperature=0"]
+    code, said = failed(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "pass the context of" in said
+    assert "shift=true" in said
+    assert printed(monkeypatch, capsys, *arguments, "shift=true")

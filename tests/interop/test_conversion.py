@@ -18,7 +18,7 @@ import transformers
 from llama_eqx import convert as verb
 from llama_eqx import load_config
 from llama_eqx.checkpoint.manifest import find_damage, read_manifest, verify
-from llama_eqx.checkpoint.save import CheckpointConfig, Checkpoints
+from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.compose import run_verb
 from llama_eqx.errors import CheckpointError, StorageError
 from llama_eqx.interop import conversion, huggingface, meta
@@ -86,7 +86,7 @@ def test_a_run_and_one_of_its_steps(tmp_path, models):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer_kind.json").write_text('{"kind": "bytes"}')
     (tmp_path / "tokenizer" / "tokenizer.model").write_text("pieces")
-    with Checkpoints(tmp_path / "checkpoints", CheckpointConfig(every=1, keep=2, export=None)) as checkpoints:
+    with Checkpoints(tmp_path / "checkpoints", load_config("checkpoint.every=1").checkpoint) as checkpoints:
         checkpoints.save(1, jax.tree.map(jnp.zeros_like, model), {"step": jnp.int32(1)})
         checkpoints.save(2, model, {"step": jnp.int32(2)})
     convert(job(tmp_path, tmp_path / "newest", "hf"))
@@ -210,9 +210,10 @@ def test_the_manifest(tmp_path, models):
     assert verify(tmp_path / "hf") == ("notes.txt",)  # a file of the user's own does no harm
     (tmp_path / "hf" / "config.json").write_text("{}")
     (tmp_path / "hf" / "model.safetensors").unlink()
-    assert find_damage(tmp_path / "hf") == (("config.json",), ("model.safetensors",), ("notes.txt",))
-    assert find_damage(tmp_path / "hf", part=(0, 2)).damaged + find_damage(tmp_path / "hf", part=(1, 2)).damaged == ("config.json",)
-    with pytest.raises(CheckpointError, match=r"damaged: config.json\s+missing: model.safetensors\s+not in the manifest: notes.txt"):
+    size = manifest["files"]["config.json"]["size"]
+    assert find_damage(tmp_path / "hf") == ({"config.json": f"2 bytes, {size:,} expected"}, ("model.safetensors",), ("notes.txt",))
+    assert sorted(len(find_damage(tmp_path / "hf", part=(i, 2)).damaged) for i in range(2)) == [0, 1]
+    with pytest.raises(CheckpointError, match=r"damaged: config.json \(2 .*\)\s+missing: model.safe\w+\s+not in the manifest: notes.txt"):
         load_pretrained(tmp_path / "hf")
     manifest["files"]["../outside"] = {"size": 1, "sha256": ""}
     (tmp_path / "hf" / "manifest.json").write_text(json.dumps(manifest))

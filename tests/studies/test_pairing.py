@@ -1,5 +1,6 @@
 """What makes arms comparable: sizes that match, values that are the same at step 0, and data that is."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -11,10 +12,11 @@ import pytest
 import yaml
 
 from llama_eqx import load_config
+from llama_eqx.config import dump
 from llama_eqx.data.order import Order
 from llama_eqx.model.llama import Llama
 from llama_eqx.studies.matching import cost, matched, residual
-from llama_eqx.studies.pairing import STUDY, keep, kept_at, position_codes, record_start, tensor_hashes
+from llama_eqx.studies.pairing import STUDY, is_kept, keep, kept_at, position_codes, record_start, tensor_hashes
 from llama_eqx.studies.registration import load_registration
 from llama_eqx.studies.runs import read_kept
 from llama_eqx.training.run import RunConfig, finished, write_config
@@ -137,3 +139,12 @@ def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
     assert run.study == json.loads((tmp_path / "run" / STUDY).read_text())
     assert run.study["residual"] is not None
     assert not finished(config)
+    assert not is_kept(config)  # it was not evaluated at its last step
+
+    write_config(dump(config), tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1000, "val/loss": 3.0}\n')
+    keep(config)
+    assert is_kept(config)
+    assert not is_kept(dataclasses.replace(config, seed=9))
+    assert not is_kept(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.2)))

@@ -1,19 +1,28 @@
 """Of an experiment whose outcome is known: what the report says, what it refuses, and what it writes."""
 
+import json
 import pathlib
 import re
+import shutil
 import statistics
+import subprocess
 
+import matplotlib.image
 import pytest
 import yaml
+from scipy import stats
 
 from llama_eqx import load_config
+from llama_eqx.checkpoint.native import write_config
 from llama_eqx.errors import ConfigError, DataError
+from llama_eqx.studies.plots import VERDICTS
 from llama_eqx.studies.registration import load_registration, registered, tuned
 from llama_eqx.studies.report import report
 from llama_eqx.studies.runs import kept
 from llama_eqx.studies.statistics import interval
 from llama_eqx.studies.verdict import findings, in_words
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def the(*overrides):
@@ -29,7 +38,8 @@ def test_the_verdict(experiment):
     pairs = [a - b for a, b in zip(losses["worse"], losses["base"], strict=True)]
     assert found["first"].interval == pytest.approx(interval(pairs))
     assert statistics.stdev(losses["base"]) > 20 * statistics.stdev(pairs)  # pairing is what shows it
-    assert found["first"].p == pytest.approx(3 / 128)  # the least that 8 signs can give, times the three contrasts
+    assert found["first"].p == pytest.approx(3 * stats.ttest_1samp(pairs, 0).pvalue)  # the least of three
+    assert found["first"].sign_flip_p == 1 / 128  # the least that 8 signs can give
 
 
 def test_the_words_follow_from_the_numbers(experiment):
@@ -154,3 +164,42 @@ def test_the_hash_is_of_what_is_said_and_not_of_how_it_is_written(experiment):
     assert load_registration("known").hash() == before
     (folder / "prereg.yaml").write_text(text.replace("margin: 0.01", "margin: 0.02"))
     assert load_registration("known").hash() != before
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_the_page_is_drawn_without_a_network(experiment, tmp_path):
+    (_, page) = the().files
+    shot = tmp_path / "page.png"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=900,2400"]
+    subprocess.run([*command, f"--screenshot={shot}", page.resolve().as_uri()], check=True, capture_output=True, timeout=120)
+    pixels = matplotlib.image.imread(shot)
+    colors = {tuple(color) for color in (pixels[::2, ::2, :3].reshape(-1, 3) * 255).round().astype(int).tolist()}
+    assert {tuple(bytes.fromhex(VERDICTS[verdict][1:])) for verdict in ("worse", "no effect", "undecided")} <= colors
+
+
+def test_any_two_runs_side_by_side(tmp_path, monkeypatch):
+    """What differs in their settings, where their losses part, and by how much the second is worse."""
+    monkeypatch.chdir(tmp_path)
+    for name, b2, extra in (("a", 0.95, 0.0), ("b", 0.9, 0.25), ("other", 0.95, 0.0)):
+        folder = tmp_path / "outputs" / name
+        folder.mkdir(parents=True)
+        write_config({"seed": 0, "optimizer": {"b2": b2}, "run_dir": str(folder)}, folder)
+        ledger = 5.0 if name == "other" else 4.0
+        records = [{"step": step, "train/loss": 9.0 - step + extra * (step > 2), "data/ledger": ledger} for step in range(1, 9)]
+        records[0] |= {"perf/tokens_per_second": 5.0, "optim/grad_norm": 1.0}
+        records.append({"step": 8, "val/loss": 3.0 + extra})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / "sample.txt").write_text(f"written by {name} <b>\n")
+
+    def of(*names):
+        return report(load_config(f"runs=[{','.join(f'outputs/{name}' for name in names)}]", name="report"))
+
+    written = of("a", "b")
+    assert "a -> b: 1 setting differs. Their training losses differ from step 3 on." in written.words
+    assert "On the same batches the second is 0.2500 nats per token worse over the last 2 steps" in written.words
+    assert "Validation at step 8: the second is 0.2500 nats per token worse" in written.words
+    markdown, page = (path.read_text() for path in written.files)
+    assert "optimizer.b2: 0.95 -> 0.9" in markdown
+    assert "written by b &lt;b&gt;" in page
+    assert "different data by step 1" in of("a", "other").words
+    assert "equal to the last bit" in of("a", "other").words

@@ -1,0 +1,119 @@
+"""What is asked of generation: checked on the host, then arrays."""
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Int, Key
+
+from llama_eqx.errors import ConfigError
+from llama_eqx.generation.constraints import Constraint
+from llama_eqx.generation.sampling import Sampling
+from llama_eqx.model.llama import Llama
+
+SHORTEST = 16  # prompts are padded to a power of two from here on, so that few lengths are compiled
+
+
+class Rows(eqx.Module):
+    """Prompts padded on the left to one width, and what their rows draw with."""
+
+    tokens: Int[Array, "prompts seq"]
+    real: Bool[Array, "prompts seq"]
+    keys: Key[Array, " batch"] | None
+    present: Bool[Array, "prompts vocab"] | None
+
+
+class Rule(eqx.Module):
+    """How rows go on."""
+
+    constraints: tuple[Constraint, ...]
+    stop: Int[Array, " stop"]
+    samples: int = eqx.field(static=True)
+    max_new_tokens: int = eqx.field(static=True)
+    top_logprobs: int = eqx.field(static=True)
+    cache_dtype: str | None = eqx.field(static=True)
+    prefill_chunk: int = eqx.field(static=True)
+
+
+def prepared(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    samples: int = 1,
+    stop: Sequence[int] = (),
+    top_logprobs: int = 0,
+    seed: int = 0,
+    first_row: int = 0,
+    cache_dtype: DTypeLike | None = None,
+    prefill_chunk: int = 512,
+    shift: bool = False,
+) -> tuple[Rows, Rule]:
+    """What `generate_tokens` is asked for, as arrays.
+
+    Raises `ConfigError` as it says.
+    """
+    vocab = model.config.dims.vocab
+    for name, value, least in [("max_new_tokens", max_new_tokens, 1), ("samples", samples, 1), ("prefill_chunk", prefill_chunk, 1)]:
+        if value < least:
+            raise ConfigError(f"{value} is less than {least}", where=name)
+    if not 0 <= top_logprobs <= vocab:
+        raise ConfigError(f"{top_logprobs} of {vocab} tokens cannot be told", where="top_logprobs")
+    for token in stop:
+        if not 0 <= token < vocab:
+            raise ConfigError(f"id {token} is outside of the vocabulary of {vocab}", where="stop")
+    prompts = fitting(model, prompts, max_new_tokens, shift)
+    width = max(SHORTEST, 1 << (max(map(len, prompts)) - 1).bit_length())
+    tokens, real = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
+    present = np.zeros((len(prompts), vocab), bool) if sampling.penalties else None
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :], real[row, width - len(prompt) :] = prompt, True
+        if present is not None:
+            present[row, list(prompt)] = True
+    keys = None
+    if sampling.temperature > 0:
+        numbers = jnp.arange(len(prompts) * samples)
+        rows_and_samples = jnp.stack([first_row + numbers // samples, numbers % samples], axis=1)
+        keys = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), pair[0]), pair[1]))(rows_and_samples)
+    rule = Rule(
+        constraints=sampling.constraints,
+        stop=jnp.asarray(stop, jnp.int32),
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        top_logprobs=top_logprobs,
+        cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype).name,
+        prefill_chunk=prefill_chunk,
+    )
+    as_array = lambda x: None if x is None else jnp.asarray(x)  # noqa: E731
+    return Rows(tokens=jnp.asarray(tokens), real=jnp.asarray(real), keys=keys, present=as_array(present)), rule
+
+
+def fitting(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, shift: bool) -> list[Sequence[int]]:
+    """The prompts, each of ids of the vocabulary and, with `shift`, without what would pass the context at its beginning.
+
+    Raises `ConfigError` as `generate_tokens` says.
+    """
+    vocab, context = model.config.dims.vocab, model.config.context
+    if not prompts:
+        raise ConfigError("no prompts", where="prompts")
+    found = []
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ConfigError("an empty prompt: there is nothing to continue", where=f"prompts[{row}]", next="begin it with the BOS token")
+        for position, token in enumerate(prompt):
+            if not 0 <= token < vocab:
+                raise ConfigError(f"id {token} is outside of the vocabulary of {vocab}", where=f"prompts[{row}][{position}]")
+        if len(prompt) + max_new_tokens > context and not (shift and max_new_tokens < context):
+            raise ConfigError(
+                f"{len(prompt)} tokens and {max_new_tokens} new ones pass the context of {context}",
+                where=f"prompts[{row}]",
+                next=f"max_new_tokens may be up to {context - len(prompt)}"
+                if len(prompt) < context
+                else "shorten the prompt, or shift=true leaves out its beginning",
+            )
+        found.append(prompt[-(context - max_new_tokens) :])
+    return found

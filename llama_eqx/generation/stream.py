@@ -1,0 +1,70 @@
+"""Tokens as they come: a few per call, the cache handed from one to the next."""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from llama_eqx.generation.decode import Generation, State, advance, begin, found, slots_for, told
+from llama_eqx.generation.request import Rule, prepared
+from llama_eqx.generation.sampling import Sampling
+from llama_eqx.model.cache import slots_of, with_slots
+from llama_eqx.model.llama import Llama
+
+Ended = Callable[[list[list[int]]], list[bool]]
+
+
+def stream_tokens(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    *,
+    every: int = 8,
+    ended: Ended | None = None,
+    **settings: Any,
+) -> Generator[list[list[int]], None, Generation]:
+    """What `generate_tokens` draws, as it comes: yields the further tokens of each row, the first at once and then by `every`.
+
+    `ended` is shown all new tokens of every row so far, and says which rows are to draw no more. Returns the whole.
+
+    Raises `ConfigError` as `generate_tokens` does, when the first tokens are asked for.
+    """
+    rows, rule = prepared(model, prompts, max_new_tokens, sampling, **settings)
+    return (yield from streamed(model, _begin(model, rows, rule), rule, rows.tokens.shape[1], every, ended))
+
+
+def streamed(
+    model: Llama, state: State, rule: Rule, filled: int, every: int, ended: Ended | None
+) -> Generator[list[list[int]], None, Generation]:
+    """As `stream_tokens`, from a state with its first token, which is to stand in slot `filled` of the cache."""
+    said = 0
+    while True:
+        so_far = jax.device_get(told(state))  # before the state is donated
+        new = found(so_far)
+        if ended is not None:
+            stopped = np.asarray(so_far.stopped) | np.asarray(ended(new.tokens))
+            state, so_far = (eqx.tree_at(lambda s: s.stopped, s, x) for s, x in ((state, jnp.asarray(stopped)), (so_far, stopped)))
+        yield [row[said:] for row in new.tokens]
+        said = int(so_far.t)
+        if said == rule.max_new_tokens or so_far.stopped.all():
+            return new
+        until = min(said + every, rule.max_new_tokens)
+        if slots_of(state.cache) < filled + until - 1:
+            slots = slots_for(filled + until - 1, filled + rule.max_new_tokens - 1)
+            state = eqx.tree_at(lambda s: s.cache, state, with_slots(state.cache, slots))
+        state = _advance((model, rule, jnp.asarray(until)), state)
+
+
+_begin = eqx.filter_jit(begin)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _advance(kept: tuple[Llama, Rule, Array], state: State) -> State:
+    """`advance` in place of the state."""
+    model, rule, until = kept
+    return advance(model, state, rule, until)

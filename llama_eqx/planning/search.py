@@ -1,0 +1,198 @@
+"""Settings that make a run fast on its mesh: those that cannot fit or look slow are put aside, the rest is compiled."""
+
+import dataclasses
+import importlib.metadata
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from llama_eqx.errors import ConfigError, StorageError, UserError
+from llama_eqx.planning.chips import GIB, HOST_LINK, Torus
+from llama_eqx.planning.compile import build_mesh
+from llama_eqx.planning.estimate import collective_seconds
+from llama_eqx.planning.memory import Trace, memory_by_part, trace
+from llama_eqx.planning.plan import Plan, make_plan
+from llama_eqx.sharding import MESH_AXES, Layout
+from llama_eqx.training.program import Program, make_program
+from llama_eqx.training.run import RunConfig
+
+MOST = 10  # candidates to compile
+HOPELESS = 1.1  # of the best prediction: slower ones are not compiled
+PRODUCTS = 0.8  # of the peak, in matrix products
+LENGTH = 8192  # tokens of a row where the user says nothing, or the model's context if that is shorter
+BASE = ("precision=mixed", "kernel.fused_backward=true", "kernel.q_block=1024", "kernel.kv_block=1024")
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of a microbatch on a device
+
+Variant = Callable[..., RunConfig]
+
+
+class Candidate(NamedTuple):
+    """A config, the overrides that make it, and what the formulas say of it: `bytes` per device, `seconds` per token and device."""
+
+    config: RunConfig
+    overrides: tuple[str, ...]
+    bytes: int
+    seconds: float
+
+
+def candidates(variant: Variant, remats: Sequence[str], fixed: Sequence[str]) -> list[Candidate]:
+    """Every combination of mesh shape, remat and rows at a time that fits by the formula, the fastest first.
+
+    `variant(*overrides)` is the config with overrides, `remats` are options of the group, and keys in `fixed` are not to be changed.
+
+    Raises `UserError` when none fits.
+    """
+    first = variant()
+    if first.mesh.topology is None:
+        raise UserError("only TPU slices can be searched: nothing else says how long a step takes", where="mesh", next="mesh=v4-32")
+    whole = build_mesh(first.mesh)
+    devices, torus = list(whole.devices.flat), Torus.of(whole.devices.flat)
+    found, smallest = [], math.inf
+    changes = [Change((), {})] if _fixed(fixed, "mesh", "sharding") else list(mesh_shapes(variant, len(devices)))
+    options = [()] if _fixed(fixed, "remat") else [(f"remat={name}",) for name in remats]
+    for option in tqdm(options, desc="trying", unit="remat", disable=None, leave=False):
+        config = dataclasses.replace(first, remat=variant(*option).remat)
+        traced = trace(config, Layout(whole, config.sharding))
+        for shape in changes:
+            shaped = dataclasses.replace(config, **shape.parts)
+            layout = Layout(shaped.mesh.build(devices), shaped.sharding)
+            for rows in batches(shaped, layout.mesh.shape["data"] * layout.mesh.shape["fsdp"], fixed):
+                settings = dataclasses.replace(shaped, **rows.parts)
+                try:
+                    program = make_program(settings, layout)
+                except ConfigError:
+                    break  # sizes that do not divide over this shape
+                memory = memory_by_part(settings, program, layout, traced).total
+                smallest = min(smallest, memory)
+                if memory < torus.chip.memory:
+                    seconds = predicted_seconds(settings, program, layout, torus, traced)
+                    found.append(Candidate(settings, shape.overrides + option + rows.overrides, memory, seconds))
+    if not found:
+        raise UserError(
+            f"nothing fits into the {torus.chip.memory / GIB:.1f} GiB of a device: the smallest setting takes {smallest / GIB:.1f}",
+            where="mesh",
+            next="more devices",
+        )
+    return sorted(found, key=lambda candidate: candidate.seconds)
+
+
+class Change(NamedTuple):
+    """Overrides, and the parts of a config that they change."""
+
+    overrides: tuple[str, ...]
+    parts: dict[str, Any]
+
+
+def mesh_shapes(variant: Variant, devices: int) -> Iterable[Change]:
+    """All of the devices in fsdp, or some of them in tensor, or in data."""
+    first, split = variant(), variant("sharding=fsdp_tensor").sharding
+    yield Change((), {})
+    for size in (2, 4, 8):
+        if devices % size == 0 and first.model.dims.heads % size == 0:
+            mesh = dataclasses.replace(first.mesh, tensor=size)
+            yield Change(("sharding=fsdp_tensor", f"mesh.tensor={size}"), {"mesh": mesh, "sharding": split})
+        if devices % size == 0 and devices > size:
+            yield Change((f"mesh.data={size}",), {"mesh": dataclasses.replace(first.mesh, data=size)})
+
+
+def batches(config: RunConfig, ways: int, fixed: Sequence[str]) -> Iterable[Change]:
+    """How many rows at a time. The batch is one microbatch, or as large as the user says."""
+    train = config.train
+    if _fixed(fixed, "train.batch_size"):
+        sizes = [n * ways for n in ROWS if train.batch_size % (n * ways) == 0 and not _fixed(fixed, "train.microbatch_size")]
+        for size in sizes or [train.microbatch_size]:
+            yield Change((f"train.microbatch_size={size}",), {"train": dataclasses.replace(train, microbatch_size=size)})
+    else:
+        for n in ROWS:
+            yield Change((f"train.batch_size={n * ways}",), {"train": dataclasses.replace(train, batch_size=n * ways)})
+
+
+def _fixed(keys: Sequence[str], *names: str) -> bool:
+    """Whether any of the keys is one of the names, or within it. The choice of a mesh leaves its shape open."""
+    return any(
+        key == name or (key.startswith(f"{name}.") and not key.startswith("mesh.compiler_options"))
+        for key in keys
+        for name in names
+        if key != "mesh"
+    )
+
+
+def predicted_seconds(config: RunConfig, program: Program, layout: Layout, torus: Torus, traced: Trace) -> float:
+    """A guess, per token and device, good enough to tell what is worth compiling."""
+    chip, shape = torus.chip, layout.mesh.shape
+    ways, dims = shape["data"] * shape["fsdp"], config.model.dims
+    rows = (config.train.microbatch_size or config.train.batch_size) / ways
+    tokens = rows * config.train.seq_len / shape["sequence"]
+    compute = rows * traced.flops / (shape["tensor"] * shape["sequence"]) / (PRODUCTS * chip.peak)
+    host = rows * traced.host / HOST_LINK
+
+    def seconds(kind: str, size: float, axis: str) -> float:
+        places = np.arange(layout.mesh.size).reshape(tuple(shape.values()))
+        group = places.swapaxes(MESH_AXES.index(axis), 0)[:, 0, 0, 0]
+        bandwidth, hops = torus.bandwidth(group), torus.hops(group)
+        return collective_seconds(kind, int(size), len(group), bandwidth, chip.link, hops) if len(group) > 1 else 0.0
+
+    model = program.shapes.model
+    weights = 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.blocks)) / shape["tensor"]
+    gathers = 2 * seconds("all-gather", weights, "fsdp")
+    reductions = seconds("reduce-scatter", weights, "fsdp") + seconds("all-reduce", weights / shape["fsdp"], "data")
+    activations = 4 * dims.layers * seconds("all-reduce", 2 * tokens * dims.embed, "tensor")
+    return (max(compute, gathers, host) + reductions + activations) * shape["tensor"] / tokens
+
+
+def search(variant: Variant, overrides: Sequence[str], remats: Sequence[str], path: pathlib.Path) -> Plan:
+    """Compiles the candidates that look fastest, writes the overrides of the one with the best estimate to `path`, and gives its plan.
+
+    Raises `UserError` when none fits, `StorageError` when the file cannot be written.
+    """
+    said = [override for override in overrides if override.partition("=")[0] not in ("model", "mesh", "search", "run_dir")]
+    fixed = [override.partition("=")[0] for override in said]
+    length = min(variant().model.context, LENGTH)
+    base = [o for o in (*BASE, f"train.seq_len={length}") if not _fixed(fixed, o.partition("=")[0])]
+    ranked = candidates(lambda *more: variant(*base, *more), remats, fixed)
+    tried: list[tuple[Candidate, Plan]] = []
+    with tqdm(ranked[:MOST], desc="compiling", unit="candidate", disable=None, leave=False) as bar:
+        for candidate in bar:
+            if candidate.seconds > HOPELESS * min((entry.seconds for entry, plan in tried if plan.estimate), default=math.inf):
+                break
+            bar.set_postfix_str(" ".join(candidate.overrides))
+            tried.append((candidate, make_plan(candidate.config)))
+    timed = [(plan.estimate.step / plan.tokens, candidate, plan) for candidate, plan in tried if plan.estimate]
+    if not timed:
+        raise UserError(f"none of the {len(tried)} settings that were compiled fits", where="mesh", next="more devices")
+    _, best, plan = min(timed, key=lambda each: each[0])
+    write(path, [*base, *said, *best.overrides], plan, tried)
+    return plan
+
+
+def write(path: pathlib.Path, overrides: Sequence[str], plan: Plan, tried: Sequence[tuple[Candidate, Plan]]) -> None:
+    """A file of overrides that train takes for this model on this mesh, with what is known of them and of the other candidates.
+
+    Raises `StorageError` when it cannot be written.
+    """
+
+    def line(plan: Plan) -> str:
+        if plan.estimate is None:
+            return "does not fit"
+        share = plan.mfu(plan.flops.causal) or 0
+        return f"{(plan.needs or 0) / GIB:.2f} GiB, {plan.tokens / plan.devices:,.0f} tokens per device, MFU {share:.1%} causal (estimate)"
+
+    libtpu = importlib.metadata.version("libtpu")
+    lines = [
+        f"# {line(plan)}, of {(plan.may or 0) / GIB:.2f} GiB",
+        f"# Found by search=true with jax {jax.__version__} and libtpu {libtpu}.",
+        "# Tried:",
+        *(f"#   {' '.join(candidate.overrides)}: {line(other)}" for candidate, other in tried),
+        "overrides:",
+        *(f"  - {override}" for override in overrides),
+    ]
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+    except OSError as error:
+        raise StorageError(f"cannot write: {error.strerror}", where=str(path), next="search in a checkout of one's own") from error

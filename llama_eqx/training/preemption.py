@@ -1,0 +1,140 @@
+"""A run that is told to stop: signals, and when the last finished step is safe."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llama_eqx.errors import Stopped
+from llama_eqx.processes import PREEMPTED, end
+
+INTERRUPTED = 130
+# A scheduler's last word, SLURM's notice before it (`sbatch --signal=B:USR1@120`), a terminal that closes, and a person's Ctrl-C.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+
+class Preemption:
+    """While this is entered, a signal ends the run with its last finished step on the disk: with 75, "start me again", or 130 for SIGINT.
+
+    The loop asks `check` after every step, and most often that is where a run ends. But the main thread may be in a compilation for
+    minutes, where Python runs no handler. So the signals go to a thread as well, which ends the process by itself when the main thread
+    has said that it is `idle`: that it does not touch the state meanwhile. A second SIGINT ends the process at once, and after
+    `grace` seconds so does the first signal.
+
+    Not entered, as for users of the library, it leaves signals alone.
+    """
+
+    def __init__(self, grace: float, next: str = ""):
+        """`next` is what to type to go on."""
+        self._grace, self._next = grace, next
+        self._signal = 0
+        self._idle = threading.Lock()  # held by the main thread while it is busy
+        self._keep: Callable[[], str] = lambda: "before the first step"
+        self._in_loop = self._over = False
+        self._before: dict[int, Any] = {}
+        self._asked: jax.Array | None = None
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> "Preemption":
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        threading.Thread(target=self._listen, args=(self._reader,), name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._writer)  # ends the thread
+        if self._timer:
+            self._timer.cancel()
+
+    @contextlib.contextmanager
+    def training(self, keep: Callable[[], str]) -> Iterator[None]:
+        """Around the loop. `keep` brings the last finished step to the disk, and says so."""
+        self._keep, self._in_loop = keep, True
+        with self._idle:
+            yield
+
+    @contextlib.contextmanager
+    def idle(self) -> Iterator[None]:
+        """Around what may take long within the loop and leaves the state, and its last step, as they are."""
+        self._idle.release()
+        try:
+            yield
+        finally:
+            self._idle.acquire()  # for ever, if the process is being ended
+
+    def check(self, step: int) -> None:
+        """To be called by every process after every step. Raises `Stopped`, in all of them after the same step, once that is kept."""
+        if number := self._agreed(step):
+            self._over = True
+            raise self._stopped(number, self._keep())
+
+    def _agreed(self, step: int) -> int:
+        """The signal that any process was given. It is asked with every step and answered with the next, so that no process waits."""
+        if jax.process_count() == 1:
+            return self._signal
+        mesh = Mesh(np.array(jax.devices()), ("devices",), axis_types=(AxisType.Auto,))
+        here = np.full(jax.local_device_count(), self._signal, np.int32)
+        each = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("devices")), here)
+        asked, self._asked = self._asked, jax.jit(jax.numpy.max, out_shardings=NamedSharding(mesh, PartitionSpec()))(each)
+        noticed = False
+        with contextlib.suppress(RuntimeError):  # JAX was told not to listen
+            noticed = multihost_utils.reached_preemption_sync_point(step)  # such as the notice of a TPU's host
+        return (0 if asked is None else int(asked)) or (signal.SIGTERM if noticed else 0)
+
+    def _listen(self, reader: int) -> None:
+        while told := os.read(reader, 1):
+            number = told[0]
+            if number not in SIGNALS or (self._signal and number != signal.SIGINT):
+                continue
+            if self._signal:
+                self._end(number, "ended at once; the checkpoints saved before are whole")
+            self._signal = number
+            again = "; once more ends at once, without it" if number == signal.SIGINT else ""
+            _say(f"{_name(number)}: the last finished step is being saved{again}")
+            self._timer = threading.Timer(self._grace, self._end, (number, f"not saved within {self._grace:g} s (checkpoint.grace)"))
+            self._timer.daemon = True
+            self._timer.start()
+            threading.Thread(target=self._leave, args=(number,), name="leaving", daemon=True).start()
+        os.close(reader)
+
+    def _leave(self, number: int) -> None:
+        """Ends the process when the main thread is idle. One of several cannot save by itself, and leaves it to `check`."""
+        with self._idle:
+            if self._over or (jax.distributed.is_initialized() and self._in_loop):
+                return
+            try:
+                said = self._keep()
+            except Exception as error:
+                _say(f"{_name(number)}: {error}")
+                end(getattr(error, "code", 1))
+            self._end(number, said)
+
+    def _end(self, number: int, said: str) -> None:
+        stopped = self._stopped(number, said)
+        _say(str(stopped))
+        end(stopped.code)
+
+    def _stopped(self, number: int, said: str) -> Stopped:
+        return Stopped(f"{_name(number)}: {said}", code=INTERRUPTED if number == signal.SIGINT else PREEMPTED, next=self._next)
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

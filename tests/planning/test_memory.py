@@ -1,0 +1,98 @@
+"""Memory by formula, held against the compiler."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from llama_eqx import load_config
+from llama_eqx.planning.compile import build_mesh, compile_step, too_big
+from llama_eqx.planning.memory import memory_by_part, trace
+from llama_eqx.sharding import Layout
+from llama_eqx.training.program import make_program
+
+DIMS = ("vocab=320", "layers=8", "embed=256", "heads=4", "kv_heads=2", "head_dim=64", "mlp=704")
+
+
+def settings(*overrides):
+    dims = [f"model.dims.{dim}" for dim in DIMS]
+    return load_config("mesh=cpu-8", "model.context=512", "train.seq_len=512", "train.batch_size=16", *dims, *overrides, name="plan")
+
+
+def parts(config):
+    layout = Layout(build_mesh(config.mesh), config.sharding)
+    program = make_program(config, layout)
+    return memory_by_part(config, program, layout), program, layout
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "names"])
+def test_against_the_compiler(remat):
+    config = settings(f"remat={remat}")
+    memory, program, layout = parts(config)
+    jax.config.update("jax_disable_most_optimizations", False)  # a step's memory is that of the optimised program
+    try:
+        compiled = compile_step(config, program, layout)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    batch = 3 * 2 * 512 * 4  # tokens, targets and mask of two rows
+    np.testing.assert_allclose(compiled.arguments, memory.parameters + memory.optimizer + batch, rtol=1e-3)
+    np.testing.assert_allclose(memory.total, compiled.peak, rtol=0.25)
+
+
+def test_remat_and_rows_change_what_is_kept():
+    kept = {remat: trace(settings(f"remat={remat}"), parts(settings())[2]) for remat in ("none", "full", "offload")}
+    row, layers = 512 * 256 * 4, 8
+    assert layers * row <= kept["full"].whole <= (layers + 4) * row  # the residual between blocks, and a few around the head
+    assert kept["none"].whole + kept["none"].split > 8 * layers * row
+    assert kept["offload"].host == layers * row
+    assert kept["offload"].whole <= 4 * row
+    assert kept["none"].flops < kept["full"].flops < 4 / 3 * kept["none"].flops * 1.01
+
+
+def test_flops_without_remat_are_those_of_the_formula():
+    from llama_eqx.flops import flops_per_token
+
+    config = settings("remat=none", "kernel.name=plain")
+    _, program, layout = parts(config)
+    expected = flops_per_token(program.shapes.model, 512).palm * 512  # the plain kernel computes the masked half too
+    assert trace(config, layout).flops == pytest.approx(expected, rel=1e-4)
+
+
+def test_tensor_parallelism_splits_heads_and_feed_forward():
+    whole, _, _ = parts(settings("remat=none"))
+    half, _, _ = parts(settings("remat=none", "sharding=fsdp_tensor", "mesh.tensor=2"))
+    assert half.parameters == pytest.approx(whole.parameters, rel=0.05)  # of 2 x 4 devices as of 8
+    assert half.activations > whole.activations  # rows are split over 4 devices then, and the residual is whole on both
+
+
+def test_microbatches_keep_less_and_a_second_gradient():
+    config = settings("remat=none")
+    whole, program, layout = parts(config)
+    split = memory_by_part(dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_size=8)), program, layout)
+    assert (split.activations, split.gradients) == (whole.activations // 2, 2 * whole.gradients)
+
+
+@pytest.mark.parametrize(
+    ("message", "needs", "may"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (132.50G)"
+            " exceeds available HBM (15.75G).",
+            132.5,
+            15.75,
+        ),
+        ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: the program requires (116.43G) exceeds available HBM (30.75G)", 116.43, 30.75),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 35.20G of 30.75G hbm. Exceeded by 4.45G", 35.2, 30.75),
+        ("RESOURCE_EXHAUSTED: Used 512.0M of 256.0M", 0.5, 0.25),
+    ],
+)
+def test_what_the_compiler_says(message, needs, may):
+    error = too_big(message + "\nmore")
+    assert (error.needs, error.may) == (int(needs * 2**30), int(may * 2**30))
+    assert str(error) == message
+
+
+def test_a_message_without_numbers():
+    error = too_big("RESOURCE_EXHAUSTED: no idea")
+    assert (error.needs, error.may) == (None, None)

@@ -1,0 +1,103 @@
+"""The verb, and what it says."""
+
+import dataclasses
+import json
+
+import pytest
+
+from llama_eqx import load_config
+from llama_eqx.errors import UserError
+from llama_eqx.plan import main
+from llama_eqx.planning import compile as compiling
+from llama_eqx.planning.compile import TooBig
+from llama_eqx.planning.estimate import Estimate, Traffic
+from llama_eqx.planning.plan import figures, make_plan, report, shrink
+
+TINY = ["tokenizer=bytes", "model.dims.vocab=320", "train.seq_len=128", "train.batch_size=16"]
+
+
+def config(*overrides):
+    return load_config(*TINY, *overrides, name="plan")
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(config("mesh=cpu-8"))
+
+
+def test_virtual_devices_through_the_verb(tmp_path, capsys):
+    overrides = [*TINY, "mesh=cpu-8", f"run_dir={tmp_path}"]
+    main(load_config(*overrides, name="plan"), overrides)
+    said = capsys.readouterr().out
+    assert "8 x cpu: fsdp 8" in said
+    assert "16 x 128 tokens = 256 per device" in said
+    assert "no estimate" in said
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] is True
+    assert found["tokens_per_device"] == 256
+    assert found["peak_bytes_per_device"] == found["compiler"]["peak"] > found["memory_by_formula"]["parameters"] > 0
+    assert found["step_seconds_estimate"] is found["mfu_causal_estimate"] is found["mfu_palm_estimate"] is None
+
+
+def test_an_estimate_is_called_one(plan):
+    traffic = {("all-gather", True): Traffic(3, 2**30, 0.5), ("all-reduce", False): Traffic(1, 2**20, 0.1)}
+    timed = dataclasses.replace(plan, device_kind="TPU v4", estimate=Estimate(2.0, 1.9, 0.1, 0.3, traffic, ("loop x: unknown",)))
+    said = report(timed)
+    for line in said.splitlines():
+        if any(word in line for word in ("step ", "speed", "MFU", "ms if alone")):
+            assert "estimate" in line, line
+    assert "asynchronous, 3 x, 1.00 GiB, 500.0 ms" in said
+    assert "loop x: unknown" in said
+    found = figures(timed)
+    rate = 16 * 128 / 2.0 / 8
+    assert found["mfu_causal_estimate"] == pytest.approx(rate * plan.flops.causal / 275e12)
+    assert found["mfu_palm_estimate"] == pytest.approx(rate * plan.flops.palm / 275e12)
+    assert {"kind": "all-reduce", "asynchronous": False, "count": 1, "bytes": 2**20, "seconds": 0.1} in found["collectives"]
+
+
+def test_too_big(monkeypatch):
+    def refuse(*args):
+        raise TooBig("Used 3.0M of 2.0M", 3 * 2**20, 2 * 2**20)
+
+    monkeypatch.setattr("llama_eqx.planning.plan.compile_step", refuse)
+    plan = make_plan(config("mesh=cpu-8"))
+    assert not plan.fits
+    assert "no: too big by 1.0 MiB, needs 3.0 MiB of 2.0 MiB" in report(plan)
+    assert figures(plan)["fits"] is False
+    assert figures(plan)["peak_bytes_per_device"] == 3 * 2**20
+
+    advice = shrink(plan, lambda *more: config("mesh=cpu-8", *more))
+    assert advice.startswith(("activations take most", "the state of the model takes most", "logits take most"))
+
+
+@pytest.mark.parametrize(
+    ("may", "advice"),
+    [(0.7, "it would fit with"), (0.001, "neither remat=full nor a smaller train.batch_size is enough")],
+)
+def test_advice_is_computed(plan, may, advice):
+    small = dataclasses.replace(plan, compiled=None, needs=plan.memory.total, may=int(may * plan.memory.total))
+    said = shrink(small, lambda *more: config("mesh=cpu-8", *more))
+    assert advice in said
+    if may > 0.1:
+        better = config("mesh=cpu-8", *said.partition("it would fit with ")[2].split())
+        assert make_plan(better).memory.total < small.may
+
+
+def test_without_the_compiler(monkeypatch):
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs its compiler") as error:
+        make_plan(config("mesh=v4-8"))
+    assert "pip install 'llama_eqx[plan]'" in error.value.next
+
+
+def test_a_slice():
+    pytest.importorskip("libtpu")
+    sizes = ("embed=256", "heads=4", "kv_heads=2", "head_dim=64", "mlp=512", "layers=3", "vocab=1024")
+    dims = [f"model.dims.{size}" for size in sizes]
+    rest = ["precision=mixed", "remat=full", "model.context=256", "train.seq_len=256", "train.batch_size=4"]
+    plan = make_plan(load_config("mesh=v5e-4", *dims, *rest, name="plan"))
+    assert plan.fits
+    assert plan.estimate
+    assert plan.estimate.doubts == ()
+    assert 0 < plan.estimate.kernels < plan.estimate.compute < plan.estimate.step < 1
+    assert any(kind in ("all-gather", "collective-permute") for kind, _ in plan.estimate.traffic)

@@ -1,0 +1,125 @@
+"""What is worth compiling, what comes of it, and where it is written."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from llama_eqx import compose, load_config
+from llama_eqx.errors import ConfigError, UserError
+from llama_eqx.planning import search as module
+from llama_eqx.planning.chips import CHIPS, Torus
+from llama_eqx.planning.estimate import Estimate
+from llama_eqx.planning.plan import make_plan
+from llama_eqx.planning.search import MOST, candidates, search
+
+DIMS = ("vocab=320", "layers=4", "embed=256", "heads=4", "kv_heads=2", "head_dim=64", "mlp=704")
+BASE = ["mesh=cpu-8", "mesh.topology=v5e:2x4", "train.seq_len=512", "model.context=512", *(f"model.dims.{dim}" for dim in DIMS)]
+REMATS = ["full", "none"]
+
+
+def variant(*overrides):
+    return load_config(*BASE, *overrides, name="plan", plan=False)
+
+
+@pytest.fixture
+def slice_of_eight(monkeypatch):
+    """Eight virtual devices that pass for a slice of v5e, with as much memory as a test wants."""
+
+    def memory(size):
+        chip = CHIPS["TPU v5 lite"]._replace(memory=size)
+        torus = Torus(chip, np.array(list(itertools.product(range(2), range(4)))), (False, False))
+        monkeypatch.setattr(module, "build_mesh", lambda config: config.build(jax.devices()))
+        monkeypatch.setattr(module.Torus, "of", lambda devices: torus)
+
+    return memory
+
+
+def test_what_fits_is_ranked(slice_of_eight):
+    slice_of_eight(2**30)
+    ranked = candidates(variant, REMATS, [])
+    assert ranked == sorted(ranked, key=lambda candidate: candidate.seconds)
+    assert all(candidate.bytes < 2**30 for candidate in ranked)
+    assert {override for candidate in ranked for override in candidate.overrides} >= {"remat=full", "mesh.tensor=2", "mesh.data=2"}
+    best = ranked[0]
+    rebuilt = variant(*best.overrides)
+    assert dataclasses.replace(best.config, run_dir="") == dataclasses.replace(rebuilt, run_dir="")  # the overrides say all
+
+    slice_of_eight(best.bytes)  # and no more: the best no longer fits
+    fewer = candidates(variant, REMATS, [])
+    assert best not in fewer
+    assert {c.overrides for c in fewer} < {c.overrides for c in ranked}
+
+
+def test_less_memory_means_more_remat(slice_of_eight):
+    slice_of_eight(40 * 2**20)
+    ranked = candidates(variant, REMATS, [])
+    assert all("remat=full" in candidate.overrides for candidate in ranked if "train.batch_size=16" in candidate.overrides)
+
+
+def test_what_the_user_says_stays(slice_of_eight):
+    slice_of_eight(2**30)
+    said = ["remat=full", "train.batch_size=32", "mesh.tensor=2", "sharding=fsdp_tensor"]
+    ranked = candidates(lambda *more: variant(*said, *more), REMATS, [override.partition("=")[0] for override in said])
+    assert {candidate.config.train.batch_size for candidate in ranked} == {32}
+    assert {candidate.config.mesh.tensor for candidate in ranked} == {2}
+    assert {candidate.config.remat.policy for candidate in ranked} == {"full"}
+    assert {candidate.config.train.microbatch_size for candidate in ranked} == {4, 8, 16, 32}
+
+
+def test_nothing_fits(slice_of_eight):
+    slice_of_eight(2**20)
+    with pytest.raises(UserError, match=r"nothing fits into the 0\.0 GiB of a device: the smallest setting takes"):
+        candidates(variant, REMATS, [])
+
+
+def test_only_slices_are_searched():
+    with pytest.raises(UserError, match="only TPU slices"):
+        candidates(lambda *more: load_config("mesh=cpu-8", *more, name="plan"), REMATS, [])
+
+
+def test_the_best_is_written_and_train_takes_it(slice_of_eight, monkeypatch, tmp_path):
+    slice_of_eight(2**30)
+    plain = make_plan(load_config("mesh=cpu-8", "tokenizer=bytes", "model.dims.vocab=320", name="plan"))
+    compiled = []
+
+    def fake_plan(config):
+        compiled.append(config)
+        if len(compiled) == 1:
+            return dataclasses.replace(plain, config=config, compiled=None)  # the compiler finds it too big
+        seconds = 2.0 if len(compiled) == 3 else 4.0
+        times = Estimate(seconds * config.train.batch_size, 1.0, 1.0, 0.0, {}, ())
+        return dataclasses.replace(plain, config=config, estimate=times, device_kind="TPU v4", needs=2**30)
+
+    monkeypatch.setattr(module, "make_plan", fake_plan)
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "0")
+    monkeypatch.setattr(module, "HOPELESS", 100.0)
+    path = tmp_path / "plan" / "llama3_1m_cpu-8.yaml"
+    overrides = [*BASE, "run_dir=x", "search=true", "seed=3"]
+    plan = search(lambda *more: load_config(*overrides, *more, name="plan", plan=False), overrides, REMATS, path)
+    assert len(compiled) == MOST
+    assert plan.config == compiled[2]
+
+    text = path.read_text()
+    assert text.count("does not fit") == 1
+    assert "(estimate)" in text
+    monkeypatch.setattr(compose, "plan_file", lambda overrides: path)
+    found = load_config("mesh=cpu-8", "run_dir=x")
+    for part in ("precision", "remat", "kernel", "sharding", "mesh", "train", "seed"):
+        assert getattr(found, part) == getattr(plan.config, part), part
+
+    mine = load_config("mesh=cpu-8", "remat=dots", "train.batch_size=64")  # the command line wins
+    assert (mine.remat.policy, mine.train.batch_size, mine.precision) == ("dots", 64, plan.config.precision)
+    assert load_config("mesh=cpu-8", plan=False).precision != plan.config.precision
+
+
+def test_every_committed_plan_is_a_run():
+    for path in (compose.conf_dir() / "plan").glob("*.yaml"):
+        model, _, mesh = path.stem.rpartition("_")
+        try:
+            config = load_config(f"model={model}", f"mesh={mesh}")
+        except ConfigError as error:
+            pytest.fail(f"{path}: {error}")
+        assert config.precision.compute == "bfloat16"
