@@ -27,6 +27,7 @@ class Multirun(Launcher):
         from llama_eqx.training.run import finished
 
         verb, folder = self.config.hydra.job.name, pathlib.Path(self.config.hydra.sweep.dir)
+        config_dirs = [source.path for source in self.config.hydra.runtime.config_sources if source.provider == "command-line"]
         jobs, skipped, results = [], [], []
         for number, (label, overrides) in enumerate(zip(labels(job_overrides), job_overrides, strict=True), initial_job_idx):
             config = self._composed(number, overrides)
@@ -37,7 +38,7 @@ class Multirun(Launcher):
             with open_dict(settings):
                 del settings["hydra"]  # as Hydra does before it runs a job
             built = resolve(settings)
-            job = Job(number, label, command(verb, words), pathlib.Path(built.run_dir, "console.txt"))
+            job = Job(number, label, command(verb, words, config_dirs), pathlib.Path(built.run_dir, "console.txt"))
             (skipped if verb == "train" and (finished(built) or is_kept(built)) else jobs).append(job)
             results.append(JobReturn(overrides=list(overrides), cfg=config, status=JobStatus.COMPLETED, _return_value=None))
         place = folder / ".submitit"

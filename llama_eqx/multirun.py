@@ -150,10 +150,11 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def labels(sweep: Sequence[Sequence[str]]) -> list[str]:
     """What tells each job of a sweep from the others."""
-    shared = set.intersection(*map(set, sweep))
+    shared = set.intersection(*map(set, sweep)) if len(sweep) > 1 else set()
     return [" ".join(override for override in overrides if override not in shared) for overrides in sweep]
 
 
-def command(verb: str, overrides: Sequence[str]) -> list[str]:
+def command(verb: str, overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list[str]:
     """A verb with overrides in Hydra's grammar: `--run` keeps them from being quoted a second time."""
-    return [sys.executable, "-m", f"llama_eqx.{verb}", "--run", *overrides]
+    folders = [word for folder in config_dirs for word in ("--config-dir", folder)]
+    return [sys.executable, "-m", f"llama_eqx.{verb}", "--run", *folders, *overrides]

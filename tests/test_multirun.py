@@ -1,5 +1,6 @@
 """A sweep whose jobs raise, die and run out of time: the others finish, the table says which, and the same command skips what is done."""
 
+import os
 import pathlib
 import sys
 
@@ -21,12 +22,12 @@ JOBS = {
 }
 
 
-def run(folder, names, skipped=(), **options):
+def run(folder, names, skipped=(), cluster="local", parameters=None):
     said = []
     jobs = [Job(i, name, [sys.executable, "-c", JOBS.get(name, LATE)], folder / name / "console.txt") for i, name in enumerate(names)]
-    parameters = {"timeout_min": 1}
     before = [Job(9, name, [], folder) for name in skipped]
-    run_jobs(jobs, before, folder=folder / "submitit", cluster="local", at_once=3, parameters=parameters, say=said.append, **options)
+    parameters = parameters or {"timeout_min": 1}
+    run_jobs(jobs, before, folder=folder / "submitit", cluster=cluster, at_once=3, parameters=parameters, say=said.append)
     return said
 
 
@@ -49,6 +50,40 @@ def test_when_all_that_is_missing_was_preempted_it_is_worth_starting_again(tmp_p
     assert found.value.code == 75
 
 
+SBATCH = """#!/bin/bash
+number=$((100 + $(ls $QUEUE | wc -l))); touch $QUEUE/$number; cp "${@: -1}" $QUEUE/script
+export SLURM_JOB_ID=$number SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 SLURM_NNODES=1 SLURM_NODEID=0 SLURM_JOB_NODELIST=here
+(bash "${@: -1}" > $QUEUE/$number.out 2>&1; echo COMPLETED > $QUEUE/$number) > /dev/null 2>&1 &
+echo Submitted batch job $number
+"""
+SRUN = """#!/bin/bash
+while [[ $1 == -* ]]; do [[ $1 == --output || $1 == --error ]] && shift; shift; done
+exec "$@"
+"""
+SACCT = """#!/bin/bash
+echo 'JobID|State|NodeList'; for job in $QUEUE/???; do echo "$(basename $job)|$(grep . $job || echo RUNNING)|here"; done
+"""
+
+
+def test_jobs_go_to_slurm(tmp_path, monkeypatch):
+    """Against programs that take SLURM's place: what is asked for reaches its script, and exit codes come back."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "queue").mkdir()
+    for name, content in (("sbatch", SBATCH), ("srun", SRUN), ("sacct", SACCT)):
+        (tmp_path / "bin" / name).write_text(content)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("QUEUE", str(tmp_path / "queue"))
+    parameters = {"timeout_min": 90, "cpus_per_task": 3, "gpus_per_node": None, "slurm_partition": "gpus"}
+    with pytest.raises(MultirunError, match=r"1 ok, 1 failed \(job 1: exit code 5"):
+        run(tmp_path, ["fine", "raises"], cluster="slurm", parameters=parameters)
+    asked = (tmp_path / "queue" / "script").read_text()
+    assert "#SBATCH --partition=gpus" in asked
+    assert "#SBATCH --time=90" in asked
+    assert "#SBATCH --cpus-per-task=3" in asked
+    assert "gpus-per-node" not in asked
+
+
 @pytest.mark.faults
 def test_a_job_whose_time_is_nearly_up_is_told_to_save_itself(tmp_path):
     """By submitit, half a minute before."""
@@ -58,6 +93,7 @@ def test_a_job_whose_time_is_nearly_up_is_told_to_save_itself(tmp_path):
 
 def test_what_tells_jobs_apart():
     assert labels([["a=1", "b=0"], ["a=2", "b=0"]]) == ["a=1", "a=2"]
+    assert labels([["a=1", "b=0"]]) == ["a=1 b=0"]
 
 
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):

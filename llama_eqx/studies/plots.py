@@ -122,6 +122,7 @@ def curves(runs: Mapping[str, Run], metric: str, label: str, *, log: bool = Fals
         axes.plot(steps, smoothed(values, radius), color=color, linewidth=1.6, label=name, marker="o" if len(values) < 8 else None)
     if log:
         axes.set_yscale("log")
+    axes.locator_params("x", integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.legend(frameon=False, fontsize=9)

@@ -89,11 +89,11 @@ def load_registration(question: str) -> Registration:
 
 
 def registered(question: str, name: str) -> str:
-    """For YAML: a list of the registration as a sweep over it, or the `hash`."""
+    """For YAML: a list of the registration as a sweep over it, "final_arms" for its `arms`; or the `hash`."""
     found = load_registration(question)
     if name == "hash":
         return found.hash()
-    return ",".join(str(value) for value in getattr(found, name))
+    return ",".join(str(value) for value in getattr(found, name.removeprefix("final_")))
 
 
 def write_tuned(question: str, rung: str, rates: dict[str, float]) -> pathlib.Path:

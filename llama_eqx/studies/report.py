@@ -94,7 +94,8 @@ def final(config: ReportConfig, question: str) -> Report:
         if len(points) > 1:
             page.heading(f"Dose and response: {name}")
             page.figure(name.replace(" ", "_"), plots.doses(name, points, registration.margin), f"difference over {name}")
-    if by_position := {arm: _by_position(of) for arm, of in arms.items() if _by_position(of)}:
+    # Positions that are shifted far lie in one bucket, of powers of two.
+    if by_position := {arm: _by_position(of) for arm, of in arms.items() if len(_by_position(of)) > 1}:
         page.heading("Loss by position in the row")
         page.figure("positions", plots.buckets(by_position), "loss by position")
     _sensitivity(page, config, question)
@@ -151,7 +152,7 @@ def compared(a: Run, b: Run) -> str:
     elif parted is not None:
         late = steps[-max(len(steps) // 4, 1) :]
         mean = statistics.fmean(other[step] - mine[step] for step in late)
-        said.append(f"On the same batches the second is {_signed(mean)} over the last {len(late)} steps recorded.")
+        said.append(f"On the same batches the second is {_signed(mean)} over the last {len(late)} of {len(steps)} records.")
     ends = [dict(zip(*run.series("val/loss"), strict=True)) for run in (a, b)]
     if both := sorted(ends[0].keys() & ends[1].keys()):
         last = both[-1]

@@ -86,7 +86,7 @@ def dead_updates(model: PyTree, update: PyTree) -> Float32[Array, ""]:
         return jnp.sum(after == before, dtype=jnp.float32)
 
     counts = jax.tree.leaves(jax.tree.map(dead, model, update))
-    return sum(counts[1:], counts[0]) / sum(leaf.size for leaf in jax.tree.leaves(model))
+    return jnp.stack(counts).sum() / sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
 def microbatches(size: int, microbatch_size: int, layout: Layout) -> tuple[int, int]:

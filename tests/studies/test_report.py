@@ -196,7 +196,7 @@ def test_any_two_runs_side_by_side(tmp_path, monkeypatch):
 
     written = of("a", "b")
     assert "a -> b: 1 setting differs. Their training losses differ from step 3 on." in written.words
-    assert "On the same batches the second is 0.2500 nats per token worse over the last 2 steps" in written.words
+    assert "On the same batches the second is 0.2500 nats per token worse over the last 2 of 8 records" in written.words
     assert "Validation at step 8: the second is 0.2500 nats per token worse" in written.words
     markdown, page = (path.read_text() for path in written.files)
     assert "optimizer.b2: 0.95 -> 0.9" in markdown
