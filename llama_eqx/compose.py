@@ -140,7 +140,7 @@ def quoted(override: str) -> str:
     key, equals, value = override.partition("=")
     if value in ("true", "false") and (conf_dir() / key).is_dir():
         return f'{key}="{value}"'  # the name of an option, which Hydra would take for a bool
-    if not equals or re.sub(r"^data\.components\.\w+", "data", key.lstrip("+")) not in VERBATIM or value == "null":
+    if not equals or re.sub(r"^(data\.components|eval_data)\.\w+", "data", key.lstrip("+")) not in VERBATIM or value == "null":
         return override
     value = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
     return f'{key}="{value}"'.replace("${", "\\${")

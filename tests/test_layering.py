@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "llama_eqx"
 LAYERS = [  # highest first; a module belongs to its longest prefix
-    ["train", "generate", "convert", "doctor", "plan", "prepare", "provenance", "supervise", "report", "multirun", "compose"],
+    ["train", "generate", "evaluate", "convert", "doctor", "plan", "prepare", "provenance", "supervise", "report", "multirun", "compose"],
     ["planning", "studies", "training.loop", "training.run", "training.program", "training.reporter", "training.ends"],
-    ["diagnosis"],
+    ["diagnosis", "evaluation"],
     ["generation", "interop"],
     ["checkpoint", "tracking", "data"],
     ["training"],

@@ -87,8 +87,8 @@ class SourceConfig(DataConfig):
 
 
 class CorpusConfig(SourceConfig):
-    """Text. `validation_fraction` of the corpus is held out. `holdout: tuning` holds out the last tenth of the training part instead and
-    leaves the true validation text alone: tune on that, and look at `validation` once.
+    """Text. `validation_fraction` of the corpus is held out; 1 is for text to evaluate on alone. `holdout: tuning` holds out the last tenth
+    of the training part instead and leaves the true validation text alone: tune on that, and look at `validation` once.
     """
 
     validation_fraction: float
@@ -96,7 +96,7 @@ class CorpusConfig(SourceConfig):
 
     def check(self) -> None:
         super().check()
-        if not 0 < self.validation_fraction < 1:
+        if not 0 < self.validation_fraction <= 1:
             raise ConfigError(f"{self.validation_fraction} is not between 0 and 1", where="validation_fraction")
 
     def parts(self) -> Iterator[Part]:

@@ -9,7 +9,8 @@ from llama_eqx.data.order import Order
 from llama_eqx.data.packing import pack_index
 from llama_eqx.data.rows import Documents, Joined, Packed, Rows, Shifted, Windows
 from llama_eqx.data.sft import SftConfig, encode_conversations
-from llama_eqx.data.shards import Split, tokenize
+from llama_eqx.data.shards import Split, TokenData, tokenize
+from llama_eqx.data.sliding import Sliding
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError
 
@@ -41,15 +42,16 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: i
     train, val, fingerprints, notes, weights = [], [], [], [], []
     for name, (weight, source) in config.sources().items():
         try:
-            rows, fingerprint, said = _open(source, tokenizer, seq_len)
+            found = _open(source, tokenizer)
+            rows = [_rows(source, found, split, seq_len) for split in (found.data.train, found.data.val)]
         except DataError as error:
             if not name:
                 raise
             raise DataError(f"the component {name}: {error.what}", where=error.where, kept=error.kept, next=error.next) from error
-        train.append(rows["train"])
-        val.append(rows["val"])
-        fingerprints.append(f"{fingerprint} {source.rows} {source.long_documents} {seq_len}")
-        notes += said
+        train.append(rows[0])
+        val.append(rows[1])
+        fingerprints.append(f"{found.data.fingerprint} {source.rows} {source.long_documents} {seq_len}")
+        notes += found.notes
         weights.append(weight)
     together = hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
     order = Order([len(rows) for rows in train], shares(weights), seed, distinct_rows)
@@ -57,25 +59,46 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: i
     return Dataset(train, val, order, list(config.sources()), together, notes)
 
 
-def _open(source: SourceConfig, tokenizer: Tokenizer, seq_len: int) -> tuple[dict[str, Rows], str, list[str]]:
-    learned: dict[str, Split] = {}
-    notes = []
-    if isinstance(source, SftConfig):
-        data, learned, skipped = encode_conversations(source, tokenizer)
-        notes = [f"{len(skipped)} lines are no conversations and were skipped, the first at {skipped[0]}"] if skipped else []
-    else:
-        data = tokenize(source, tokenizer)
+def held_out(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int) -> Rows:
+    """The rows to evaluate on alone, as those of `open_data`; there need be none to train on. Raises `DataError`, `StorageError`."""
+    opened = [(source, _open(source, tokenizer)) for _, source in config.sources().values()]
+    return _joined([_rows(source, found, found.data.val, seq_len) for source, found in opened], config.position_offset)
 
-    def rows(split: Split) -> Rows:
-        if source.rows == "windows":
-            return Windows(split, seq_len)
-        if source.rows == "documents":
-            return Documents(split, seq_len)
-        marks = learned.get(split.name)
-        index = pack_index(split, marks, data.fingerprint, seq_len, source.rows, source.long_documents)
-        return Packed(split, marks, index, seq_len)
 
-    return {split.name: rows(split) for split in (data.train, data.val)}, data.fingerprint, notes
+def sliding(source: SourceConfig, tokenizer: Tokenizer, *, seq_len: int, stride: int) -> Sliding:
+    """The held-out text of a source in sliding windows; over the edges of documents where `rows` of the source are `windows`.
+
+    Raises `DataError`, `StorageError`.
+    """
+    found = _open(source, tokenizer)
+    split = found.data.val
+    return Sliding(split, found.learned.get(split.name), seq_len, stride, whole=source.rows == "windows")
+
+
+class _Opened(NamedTuple):
+    """`learned` as in `encode_conversations`, by the name of the split; empty where all is learned."""
+
+    data: TokenData
+    learned: dict[str, Split]
+    notes: list[str]
+
+
+def _open(source: SourceConfig, tokenizer: Tokenizer) -> _Opened:
+    if not isinstance(source, SftConfig):
+        return _Opened(tokenize(source, tokenizer), {}, [])
+    data, learned, skipped = encode_conversations(source, tokenizer)
+    notes = [f"{len(skipped)} lines are no conversations and were skipped, the first at {skipped[0]}"] if skipped else []
+    return _Opened(data, learned, notes)
+
+
+def _rows(source: SourceConfig, opened: _Opened, split: Split, seq_len: int) -> Rows:
+    if source.rows == "windows":
+        return Windows(split, seq_len)
+    if source.rows == "documents":
+        return Documents(split, seq_len)
+    marks = opened.learned.get(split.name)
+    index = pack_index(split, marks, opened.data.fingerprint, seq_len, source.rows, source.long_documents)
+    return Packed(split, marks, index, seq_len)
 
 
 def _joined(rows: list[Rows], position_offset: int) -> Rows:

@@ -92,7 +92,7 @@ def pack(sizes: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def _index(split: Split, learned: Split | None, seq_len: int, fill: Fill, long_documents: Long) -> PackIndex:
-    begins, lengths = _documents(split)
+    begins, lengths = document_bounds(split)
     places = lengths - 1
     if (long := places > seq_len).any():
         if long_documents == "refuse":
@@ -107,7 +107,7 @@ def _index(split: Split, learned: Split | None, seq_len: int, fill: Fill, long_d
         number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of a piece in its document
         begins, places = np.repeat(begins, pieces) + number * seq_len, np.repeat(places, pieces) - number * seq_len
         lengths = np.minimum(places, seq_len) + 1
-    counted = lengths - 1 if learned is None else _sums(learned, begins + 1, begins + lengths)
+    counted = lengths - 1 if learned is None else learned_sums(learned, begins + 1, begins + lengths)
     used = counted > 0
     begins, lengths, counted = begins[used], lengths[used], counted[used]
     if not len(begins):
@@ -119,7 +119,7 @@ def _index(split: Split, learned: Split | None, seq_len: int, fill: Fill, long_d
     return PackIndex(firsts, begins[order], lengths[order].astype(np.int32), sums.astype(np.int32))
 
 
-def _documents(split: Split) -> tuple[np.ndarray, np.ndarray]:
+def document_bounds(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """[documents] int64 each: where the documents of a split begin, and how many tokens they have."""
     first, begins, lengths = 0, [], []
     for shard in split.shards:
@@ -130,7 +130,7 @@ def _documents(split: Split) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(begins), np.concatenate(lengths)
 
 
-def _sums(split: Split, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+def learned_sums(split: Split, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """[count] int64: the sums of ids from each `begins` up to `ends`, which are in order and do not cross an edge of a shard."""
     first, sums = 0, []
     for shard in split.shards:

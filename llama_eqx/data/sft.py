@@ -150,7 +150,7 @@ def _encode(folder: Path, data: SftConfig, tokenizer: Tokenizer) -> None:
             for kind, row, dtype in (("00000", ids, token_dtype(tokenizer.vocab)), ("learned", learn, token_dtype(2))):
                 writers[split, kind].add(np.array(row, dtype), np.array([len(row)]), said, origin)
         for split in ("train", "val"):
-            if not writers[split, "00000"].documents:
+            if not writers[split, "00000"].documents and not (split == "train" and data.validation_fraction == 1):
                 raise DataError(
                     f"no conversation fell into the {split} split",
                     where="data.validation_fraction",

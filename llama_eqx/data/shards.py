@@ -402,7 +402,8 @@ def _tokenize(folder: Path, data: DataConfig, tokenizer: Tokenizer, identity: di
                     writers[split].add(ids[end - length : end], np.array([length]), size, origin)
             progress.update(int(sizes.sum()))
         for split, writer in writers.items():
-            if not writer.tokens:
+            none_wanted = split == "train" and getattr(data, "validation_fraction", 0) == 1  # all of it is held out
+            if not writer.tokens and not none_wanted:
                 raise DataError(
                     f"the {split} split of this corpus is empty",
                     where="data.validation_fraction",

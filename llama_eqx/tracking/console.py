@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a progress bar on a terminal, plain lines in a log."""
 
 import datetime
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ class Console:
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         said = [form.format(float(metrics[name])) for name, form in SHOWN.items() if name in metrics]
+        said += [f"{name} {float(metrics[name]):.4f}" for name in metrics if re.fullmatch("val/.+/loss", name)]
         if "train/loss" in metrics:
             said.append(f"ETA {self._remaining(step)}")
         if self._bar is None:

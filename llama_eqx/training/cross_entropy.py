@@ -84,6 +84,40 @@ def head_losses(
     return objective, jax.lax.stop_gradient(cross_entropy)
 
 
+def head_scores(
+    x: Float[Array, "batch seq embed"],
+    table: Float[Array, "embed vocab"],
+    targets: Int[Array, "batch seq"],
+    *,
+    chunk: int | None,
+    layout: Layout,
+) -> tuple[Float32[Array, "batch seq"], Bool[Array, "batch seq"]]:
+    """Of each target its cross-entropy in nats, and whether it is the most probable token (the first of several). Chunks as above."""
+    batch, seq, _ = layout.spec(("batch", "seq", ""), x.shape)
+    _, vocab = layout.spec(("embed", "vocab"), table.shape)
+    vocab_axes = _axes(vocab)
+
+    def local(x: Array, table: Array, targets: Array) -> tuple[Array, Array]:
+        first = jax.lax.axis_index(vocab_axes) * table.shape[1] if vocab_axes else 0
+
+        def of_chunk(each: tuple[Array, Array]) -> tuple[Array, Array]:
+            x, targets = each
+            logits = jnp.einsum("td,dv->tv", x, table, preferred_element_type=jnp.float32)
+            hit = first + jnp.arange(table.shape[1])[None, :] == targets[:, None]
+            (_, losses), _ = _of_logits(logits, hit, 0.0, vocab_axes)
+            top = logits.max(-1)
+            best = jnp.where(top == jax.lax.pmax(top, vocab_axes), first + logits.argmax(-1), jnp.iinfo(jnp.int32).max)
+            return losses, jax.lax.pmin(best, vocab_axes) == targets
+
+        scores = jax.lax.map(of_chunk, (_chunked(x, targets.size, chunk), _chunked(targets, targets.size, chunk)))
+        losses, right = (score.reshape(-1)[: targets.size].reshape(targets.shape) for score in scores)
+        return losses, right
+
+    ids_spec = PartitionSpec(batch, seq)
+    specs = PartitionSpec(batch, seq, None), PartitionSpec(None, vocab), ids_spec
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=(ids_spec, ids_spec), check_vma=False)(x, table, targets)
+
+
 def _of_logits(
     logits: Float32[Array, "tokens vocab"], hit: Bool[Array, "tokens vocab"], z_loss: float, vocab_axes: tuple[str, ...]
 ) -> tuple[Float32[Array, "2 tokens"], Float32[Array, "tokens vocab"]]:

@@ -1,4 +1,4 @@
-"""The loss on held-out text."""
+"""How well a model predicts held-out text: target by target on the devices, summed in float64 on the host."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -6,29 +6,118 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
 from llama_eqx.batch import Batch
 from llama_eqx.model.llama import Llama
-from llama_eqx.training.loss import Loss, LossSums
+from llama_eqx.sharding import Layout
+from llama_eqx.training.cross_entropy import head_scores
+
+BUCKETS = 33  # of positions: 0, 1, 2-3, 4-7, … up to those of an int32
+
+
+class Scores(NamedTuple):
+    """Of the target at every place of a batch: its cross-entropy in nats, whether it is the most probable token, its weight (0 leaves it
+    out), and the position from which it is predicted: how many tokens of its segment there are before that one.
+    """
+
+    nats: Float32[Array, "batch seq"]
+    correct: Bool[Array, "batch seq"]
+    weights: Float[Array, "batch seq"]
+    positions: Int[Array, "batch seq"]
+
+
+Score = Callable[[Llama, Batch], Scores]
+
+
+def make_score(view: Callable[[Llama], Llama], layout: Layout, chunk: int | None) -> Score:
+    """A function to be jitted. The scores are whole on every device, so that each process can sum them. `chunk` as in `LossConfig`."""
+
+    def score(model: Llama, batch: Batch) -> Scores:
+        model = view(model)
+        x, _ = model.hidden(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+        nats, correct = head_scores(x, model.unembed, batch.targets, chunk=chunk, layout=layout)
+        scores = Scores(nats, correct, batch.loss_mask, _within_segments(batch))
+        return jax.lax.with_sharding_constraint(scores, layout.sharding(("", ""), batch.tokens.shape))
+
+    return score
+
+
+def _within_segments(batch: Batch) -> Int[Array, "batch seq"]:
+    """The place of every token in its segment, whatever its position is said to be."""
+    places = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+    if batch.segment_ids is None:
+        return places
+    begins = jnp.diff(batch.segment_ids, axis=1, prepend=-1) != 0
+    return places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+
+
+class Sums:
+    """Sums by number: of nats, of weights, and of the weights of what was predicted right. In float64, so that they do not depend on how
+    the targets come in batches.
+    """
+
+    def __init__(self, count: int):
+        self.nats, self.weights, self.correct = (np.zeros(count) for _ in range(3))
+
+    def add(self, numbers: Int[np.ndarray, "batch seq"], scores: Scores) -> None:
+        counted = scores.weights > 0
+        numbers, weights = numbers[counted], scores.weights[counted].astype(np.float64)
+        np.add.at(self.nats, numbers, weights * scores.nats[counted])
+        np.add.at(self.weights, numbers, weights)
+        np.add.at(self.correct, numbers, weights * scores.correct[counted])
+
+    @property
+    def losses(self) -> Float64[np.ndarray, " count"]:
+        """Nats per token, NaN where there is none."""
+        return np.divide(self.nats, self.weights, out=np.full(len(self.nats), np.nan), where=self.weights > 0)
+
+    def loss(self) -> float:
+        return math.fsum(self.nats) / math.fsum(self.weights)
+
+    def accuracy(self) -> float:
+        return math.fsum(self.correct) / math.fsum(self.weights)
+
+
+def bucket(positions: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+    """The number of the power of two that a position reaches: 0 for 0, 1 for 1, 2 for 2 and 3, 3 for 4 to 7."""
+    return np.frexp(positions)[1]
+
+
+def by_position(sums: Sums) -> dict[int, float]:
+    """From sums by `bucket`: by the first position of each that has targets, nats per token."""
+    return {(1 << number) >> 1: float(sums.losses[number]) for number in np.flatnonzero(sums.weights).tolist()}
 
 
 class Evaluation(NamedTuple):
-    """`loss` in nats per token; `bits_per_byte` compares models whatever their tokenizers; `tokens` that were counted."""
+    """`loss` in nats per token; `bits_per_byte` compares models whatever their tokenizers; `accuracy` is the fraction of targets that are
+    the most probable token; `tokens` that were counted. `by_position` has the loss of those predicted from position p, 2p - 1 and between.
+    """
 
     loss: float
     bits_per_byte: float
+    accuracy: float
     tokens: int
+    by_position: dict[int, float]
+
+    def metrics(self) -> dict[str, float]:
+        """By the names of `metrics.jsonl`."""
+        by_position = {f"val/loss_at_{position}": loss for position, loss in self.by_position.items()}
+        return {"val/loss": self.loss, "val/bits_per_byte": self.bits_per_byte, "val/accuracy": self.accuracy, **by_position}
 
 
-def make_evaluate(loss: Loss) -> Callable[[Llama, Iterable[Batch], float], Evaluation]:
-    @eqx.filter_jit
-    def sums(model: Llama, batch: Batch) -> LossSums:
-        return loss(model, batch, None)[1]
+def make_evaluate(score: Score) -> Callable[[Llama, Iterable[Batch], float], Evaluation]:
+    scored = eqx.filter_jit(score)
 
     def evaluate(model: Llama, batches: Iterable[Batch], bytes_per_token: float) -> Evaluation:
         """The mean over every target that the masks count, each with the tokens before it in its row as context."""
-        losses, counts = zip(*(jax.device_get(sums(model, batch)) for batch in batches), strict=True)
-        mean = math.fsum(losses) / math.fsum(counts)
-        return Evaluation(mean, mean / math.log(2) / bytes_per_token, int(math.fsum(counts)))
+        sums = Sums(BUCKETS)
+        for batch in batches:
+            scores = jax.device_get(scored(model, batch))
+            sums.add(bucket(scores.positions), scores)
+        loss = sums.loss()
+        return Evaluation(loss, loss / math.log(2) / bytes_per_token, sums.accuracy(), round(math.fsum(sums.weights)), by_position(sums))
 
     return evaluate

@@ -11,8 +11,9 @@ import jax
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.config import dump
 from llama_eqx.crash import crash_point
-from llama_eqx.data.dataset import open_data
+from llama_eqx.data.dataset import held_out, open_data
 from llama_eqx.data.pipeline import Parts, Progress, process_rows, training_batches, validation_batches
+from llama_eqx.data.rows import Rows
 from llama_eqx.flops import flops_per_token
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.text import continued, prompt_tokens
@@ -70,13 +71,14 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     # Text to tokens, and the sizes that follow from it.
     tokenizer = config.tokenizer.build(config.data)
     data = open_data(config.data, tokenizer, seq_len=length, seed=config.seed, distinct_rows=config.train.distinct_rows)
+    others = {name: held_out(source, tokenizer, seq_len=length) for name, source in config.eval_data.items()}
     parts = Parts(data.train, data.order, size, *process_rows(batch_sharding, size, length), data.fingerprint)
     config = matched(with_vocab(config, tokenizer))
     prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.first()
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
 
     # What the devices are to compute, and the files of the run.
-    initial, step, loss, shapes, shardings, remarks = make_program(config, layout)
+    initial, step, _, score, shapes, shardings, remarks = make_program(config, layout)
     run_dir, key = pathlib.Path(config.run_dir), jax.random.key(config.seed)
     check_export(config)
     weights = open_start(config)
@@ -86,16 +88,15 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     once(lambda: tokenizer.save(run_dir / "tokenizer"))
 
     step_fn = eqx.filter_jit(step, donate="all-except-first", compiler_options=config.mesh.compiler_options)  # pyright: ignore
-    evaluate_on = make_evaluate(loss)
+    evaluate_on = make_evaluate(score)
     dropout_key = jax.jit(lambda key: named(key, "dropout"), out_shardings=layout.sharding((), ()))(key)
     flops = flops_per_token(shapes.model, length)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.model))
     device_kind = layout.mesh.devices.flat[0].device_kind
     source = origin(run_dir, tokenizer.fingerprint, data.fingerprint)
 
-    def evaluate(model: Llama) -> Evaluation:
-        batches = validation_batches(data.val, batch_sharding, batch_size=size)
-        return evaluate_on(model, batches, data.val.bytes / data.val.targets)
+    def evaluate(model: Llama, rows: Rows) -> Evaluation:
+        return evaluate_on(model, validation_batches(rows, batch_sharding, batch_size=size), rows.bytes / rows.targets)
 
     def is_due(step: int) -> bool:
         return step % config.train.eval_every == 0 or step == steps
@@ -112,7 +113,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
         else:
             state = jax.jit(initial, out_shardings=shardings)(named(key, "init"))
         if config.study is not None and not begin:
-            record_start(config, state.model, getattr(config.data, "position_offset", 0))
+            record_start(config, state.model, config.data.position_offset)
 
         with (
             Tracker(config.tracking, run_dir, settings=dump(config), steps=steps, start=begin) as tracker,
@@ -151,8 +152,9 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 nonlocal evaluation, measured
                 with reporter.pause(), preemption.idle():
                     crash_point("evaluate")
-                    evaluation = evaluate(state.model)
-                measured = {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte}
+                    evaluation = evaluate(state.model, data.val)
+                    apart = {f"val/{name}/loss": evaluate(state.model, rows).loss for name, rows in others.items()}
+                measured = evaluation.metrics() | apart
                 tracker.log(done, measured)
 
             def save() -> None:
@@ -195,7 +197,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
             checkpoints.finish()
 
             if evaluation is None:  # a finished run, asked again
-                evaluation = evaluate(state.model)
+                evaluation = evaluate(state.model, data.val)
             sample = ""
             if sample_tokens > 0:
                 sample = continued(state.model, tokenizer, prompt, sample_tokens, Sampling(temperature=0.8, top_p=0.95), seed=config.seed)

@@ -10,6 +10,7 @@ from jaxtyping import PRNGKeyArray
 from llama_eqx.batch import Batch
 from llama_eqx.data.cache import cache_dir
 from llama_eqx.sharding import Layout, check_shapes
+from llama_eqx.training.evaluation import Score, make_score
 from llama_eqx.training.loss import Loss, policy_view
 from llama_eqx.training.run import RunConfig
 from llama_eqx.training.state import TrainState, init_state
@@ -17,7 +18,8 @@ from llama_eqx.training.step import Metrics, make_step, microbatches
 
 
 class Program(NamedTuple):
-    """Pure functions, not yet jitted: `initial(key)`, `step((batch, key), state)` and the `loss` that the step minimises.
+    """Pure functions, not yet jitted: `initial(key)`, `step((batch, key), state)`, the `loss` that the step minimises and the `score` of a
+    batch that is held out.
 
     `shapes` is the abstract state, `shardings` says where each of its leaves lives. `remarks` are what a user may not expect of the
     settings on that platform.
@@ -26,6 +28,7 @@ class Program(NamedTuple):
     initial: Callable[[PRNGKeyArray], TrainState]
     step: Callable[[tuple[Batch, PRNGKeyArray], TrainState], tuple[TrainState, Metrics]]
     loss: Loss
+    score: Score
     shapes: TrainState
     shardings: TrainState
     remarks: list[str]
@@ -57,7 +60,8 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
     loss = config.loss.build(view, layout)
     rate = lambda step: config.schedule.rate(step, train.steps)  # noqa: E731
     step = make_step(optimizer, rate, loss, layout, train.microbatch_size, train.meters)
-    return Program(initial, step, loss, shapes, layout.shardings(shapes), remarks)
+    score = make_score(view, layout, config.loss.chunk)
+    return Program(initial, step, loss, score, shapes, layout.shardings(shapes), remarks)
 
 
 def keep_compiled() -> None:

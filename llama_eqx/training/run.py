@@ -60,8 +60,11 @@ class TrainConfig(Config):
 
 
 class RunConfig(Config):
+    """`eval_data` are further data by name, whose held-out text is evaluated as that of `data` is."""
+
     model: LlamaConfig
     data: DataConfig
+    eval_data: dict[str, DataConfig]
     tokenizer: TokenizerConfig
     mesh: MeshConfig
     sharding: Rules
@@ -108,6 +111,7 @@ FREE = (
     "compile_cache",
     "train.steps",
     "data.prompt",
+    "eval_data",
     "train.unroll",
     "train.microbatch_size",
     "loss.chunk",

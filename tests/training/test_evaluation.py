@@ -1,0 +1,97 @@
+"""What a run says of held-out text while it trains, and whether `evaluate` says the same of its checkpoint."""
+
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_eqx import load_config
+from llama_eqx.evaluation.perplexity import evaluate
+from llama_eqx.sharding import Layout
+from llama_eqx.tracking.jsonl import read_metrics
+from llama_eqx.training.cross_entropy import head_scores
+from llama_eqx.training.evaluation import Scores, Sums, bucket
+from llama_eqx.training.loop import train
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("evaluated") / "run"
+    sizes = {"layers": 1, "embed": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 48}
+    config = load_config(
+        *(f"model.dims.{axis}={size}" for axis, size in sizes.items()),
+        *("data=text", f"data.path={GOLDEN / 'text.md'}", "data.rows=packed", "data.long_documents=cut", "tokenizer=bytes"),
+        *("tracking.wandb.mode=disabled", f"run_dir={run_dir}", "train.steps=2", "train.batch_size=8", "train.seq_len=32"),
+        *("train.eval_every=1", "train.sample_tokens=0"),
+        *("+data@eval_data.presets=test", f"eval_data.presets.path={GOLDEN / 'presets'}", "eval_data.presets.rows=packed"),
+    )
+    return run_dir, train(config)
+
+
+def test_the_verb_says_of_a_checkpoint_what_its_run_said(run):
+    run_dir, result = run
+    (found,) = evaluate(load_config(f"checkpoint={run_dir}", name="evaluate")).results.values()
+    last = [record for record in read_metrics(run_dir / "metrics.jsonl") if "val/loss" in record][-1]
+    assert last["val/loss"] == result.evaluation.loss == pytest.approx(found.loss, rel=1e-6)
+    assert last["val/accuracy"] == pytest.approx(found.accuracy, abs=1e-12)
+    assert last["val/bits_per_byte"] == pytest.approx(found.bits_per_byte, rel=1e-6)
+    by_position = {f"val/loss_at_{position}": pytest.approx(loss, rel=1e-6) for position, (loss, _) in found.by_position.items()}
+    assert {name: value for name, value in last.items() if "loss_at" in name} == by_position
+    assert list(found.by_position) == [0, 1, 2, 4, 8, 16]
+    assert result.evaluation.tokens == found.tokens
+
+
+def test_sets_by_name(run):
+    run_dir, _ = run
+    arguments = ["data=test", f"data.path={GOLDEN / 'presets'}", "data.rows=packed"]
+    (found,) = evaluate(load_config(f"checkpoint={run_dir}", *arguments, name="evaluate")).results.values()
+    named = [record["val/presets/loss"] for record in read_metrics(run_dir / "metrics.jsonl") if "val/presets/loss" in record]
+    assert len(named) == 2
+    assert named[0] != named[1]
+    assert named[1] == pytest.approx(found.loss, rel=1e-6)
+    assert found.clusters == "documents"  # there are 16
+
+
+def test_sums_do_not_depend_on_the_batches():
+    rng = np.random.default_rng(0)
+    nats = rng.lognormal(sigma=4, size=(60, 50)).astype(np.float32)
+    positions = rng.integers(0, 50, nats.shape)
+    scores = Scores(nats, nats < 1, (positions % 7 > 0).astype(np.float32), positions)
+
+    def summed(size):
+        sums = Sums(8)
+        for first in range(0, 60, size):
+            part = Scores(*(each[first : first + size] for each in scores))
+            sums.add(bucket(part.positions), part)
+        return sums
+
+    for a, b in itertools.pairwise([summed(1), summed(7), summed(60)]):
+        assert a.loss() == pytest.approx(b.loss(), rel=1e-14)
+        np.testing.assert_allclose(a.losses, b.losses, rtol=1e-13)
+    counted = scores.weights > 0
+    assert summed(7).loss() == pytest.approx(nats[counted].astype(np.float64).mean(), rel=1e-13)
+    assert summed(7).accuracy() == pytest.approx((nats[counted] < 1).mean(), rel=1e-13)
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_scores_with_a_vocabulary_over_devices(chunk):
+    """Where tokens are equally probable, the first is the most probable one, on whichever device it is."""
+    config = load_config("mesh=cpu-8", "mesh.tensor=4", "sharding=fsdp_tensor")
+    layout = Layout(config.mesh.build(), config.sharding)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, table = jax.random.normal(keys[0], (4, 6, 16)), jax.random.normal(keys[1], (16, 32))
+    table = table.at[:, 21].set(table[:, 9])
+    targets = jax.random.randint(keys[2], (4, 6), 0, 32).at[0].set(9).at[1].set(21)
+    x = x.at[:2].set(table[:, 9] * 10)
+    losses, right = jax.jit(lambda *args: head_scores(*args, chunk=chunk, layout=layout))(x, table, targets)
+    logits = np.einsum("bsd,dv->bsv", np.asarray(x, np.float64), np.asarray(table, np.float64))
+    expected = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
+    assert right[0].all()
+    assert not right[1].any()
+    np.testing.assert_array_equal(right[2:], jnp.argmax(jnp.einsum("bsd,dv->bsv", x, table), -1)[2:] == targets[2:])
