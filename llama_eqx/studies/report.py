@@ -94,8 +94,7 @@ def final(config: ReportConfig, question: str) -> Report:
         if len(points) > 1:
             page.heading(f"Dose and response: {name}")
             page.figure(name.replace(" ", "_"), plots.doses(name, points, registration.margin), f"difference over {name}")
-    # Positions that are shifted far lie in one bucket, of powers of two.
-    if by_position := {arm: _by_position(of) for arm, of in arms.items() if len(_by_position(of)) > 1}:
+    if by_position := {arm: _by_position(of) for arm, of in arms.items() if _by_position(of)}:
         page.heading("Loss by position in the row")
         page.figure("positions", plots.buckets(by_position), "loss by position")
     _sensitivity(page, config, question)
