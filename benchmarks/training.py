@@ -8,17 +8,15 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
-import time
-from importlib import metadata
 from typing import Any
 
 import equinox as eqx
 import jax
 
+from benchmarks.record import idle, write
 from benchmarks.task import Task
 from llama_eqx import load_config
 from llama_eqx.flops import PEAK_FLOPS, flops_per_token
@@ -35,7 +33,6 @@ SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "transformers": ("benchmarks.peers.huggingface", {}),
     "transformers_compile": ("benchmarks.peers.huggingface", {"compile": True}),
 }
-MAX_LOAD = 0.6  # PyTorch's threads spin: beside another busy process they are many times slower, and the ratio is a lie
 
 
 def main() -> None:
@@ -51,9 +48,7 @@ def main() -> None:
     parser.add_argument("--loaded", action="store_true", help="run on a busy machine too: to try the script, not for numbers")
     arguments = parser.parse_args()
 
-    load = os.getloadavg()[0]
-    if load > MAX_LOAD and not arguments.loaded:
-        sys.exit(f"load {load:.2f} is above {MAX_LOAD}\nnext: wait until the machine is idle")
+    load = idle(arguments.loaded)
     overrides = arguments.overrides or SMALL
     config = load_config(*overrides)
     kinds = {("float32", "float32"): "float32", ("float32", "bfloat16"): "mixed", ("bfloat16", "bfloat16"): "bfloat16"}
@@ -86,15 +81,7 @@ def main() -> None:
 
     kind = answers["llama_eqx"][0]["device_kind"] if answers["llama_eqx"] else ""
     lines = table(answers, flops, PEAK_FLOPS.get(kind))
-    print(lines)
-    if arguments.out:
-        versions = {name: version(name) for name in ("jax", "jaxlib", "equinox", "torch", "transformers")}
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "device": kind, "load_before": load}
-        record = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "versions": versions, "task": task, "overrides": overrides}
-        record |= {"flops_per_token": flops._asdict(), "answers": answers}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-        arguments.out.with_suffix(".md").write_text(lines + "\n")
+    write(arguments.out, {"task": task, "overrides": overrides, "flops_per_token": flops._asdict(), "answers": answers}, lines, load, kind)
 
 
 def measured(module: str, task: Task) -> dict[str, Any] | None:
@@ -119,13 +106,6 @@ def table(answers: dict[str, list[dict[str, Any]]], flops: Any, peak: float | No
         spread = max(rates) / min(rates) - 1
         lines.append(f"| {side} | {rate:,.0f} | {spread:.1%} | {ours / rate:.3f} | {rate * flops.causal / 1e12:.3f} | {used} |")
     return "\n".join(lines)
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

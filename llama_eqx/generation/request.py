@@ -57,7 +57,7 @@ def prepared(
 
     Raises `ConfigError` as it says.
     """
-    vocab = model.config.dims.vocab
+    (vocab,) = model.config.dims.of("vocab")
     for name, value, least in [("max_new_tokens", max_new_tokens, 1), ("samples", samples, 1), ("prefill_chunk", prefill_chunk, 1)]:
         if value < least:
             raise ConfigError(f"{value} is less than {least}", where=name)
@@ -97,7 +97,7 @@ def fitting(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int,
 
     Raises `ConfigError` as `generate_tokens` says.
     """
-    vocab, context = model.config.dims.vocab, model.config.context
+    (vocab,), context = model.config.dims.of("vocab"), model.config.context
     if not prompts:
         raise ConfigError("no prompts", where="prompts")
     found = []
