@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import logging
 import os
 import pathlib
@@ -56,9 +57,32 @@ PLANNED = ("train", "plan")  # verbs that take the settings planned for a model 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
+def sweep_name(overrides: list[str]) -> str:
+    """A folder's name for a sweep, the same for the same overrides."""
+    said = re.sub(r"[^\w.=,-]+", "_", " ".join(overrides))[:60]
+    return f"{said}-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:6]}"
+
+
+OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
+OmegaConf.register_new_resolver("registered", lambda question, name: registration().registered(question, name), replace=True)
+OmegaConf.register_new_resolver("tuned", lambda *arm: registration().tuned(*arm), replace=True)
+
+
+def registration() -> Any:
+    from llama_eqx.studies import registration  # which knows YAML and no JAX, but few configs ask for it
+
+    return registration
+
+
 def conf_dir() -> pathlib.Path:
     """The folder of YAML: the copy inside an installed package, else the checkout's."""
     return next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if (path / "train.yaml").is_file())
+
+
+def home(name: str) -> pathlib.Path:
+    """The folder that a verb is composed from. One whose keys are also names of groups has a folder of its own, without any group."""
+    own = conf_dir() / name
+    return own if (own / f"{name}.yaml").is_file() else conf_dir()
 
 
 def load_config(*overrides: str, name: str = "train", plan: bool = True) -> Any:
@@ -117,7 +141,7 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here instead of being printed by Hydra
     sys.argv[1:] = planned(name, arguments)
-    main = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(hydra_job)
+    main = hydra.main(version_base="1.3", config_path=str(home(name)), config_name=name)(hydra_job)
     _leave(_guarded(main))
 
 
@@ -248,7 +272,7 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
     outer = GlobalHydra.instance().hydra  # the caller's own, if any
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with initialize_config_dir(str(home(name)), version_base="1.3"):
             return hydra_compose(name, overrides)
     finally:
         GlobalHydra.instance().hydra = outer
