@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llama_eqx.errors import Stopped
-from llama_eqx.processes import PREEMPTED, end
+from llama_eqx.processes import PREEMPTED, end, once
 
 INTERRUPTED = 130
 # A scheduler's last word, SLURM's notice before it (`sbatch --signal=B:USR1@120`), a terminal that closes, and a person's Ctrl-C.
@@ -82,7 +82,9 @@ class Preemption:
         """To be called by every process after every step. Raises `Stopped`, in all of them after the same step, once that is kept."""
         if number := self._agreed(step):
             self._over = True
-            raise self._stopped(number, self._keep())
+            said = self._keep()
+            once(lambda: None)  # a process that leaves takes the others with it, of which number 0 names the checkpoint
+            raise self._stopped(number, said)
 
     def _agreed(self, step: int) -> int:
         """The signal that any process was given. It is asked with every step and answered with the next, so that no process waits."""

@@ -45,6 +45,7 @@ def test_both_stop_after_the_same_step(tmp_path: pathlib.Path, told):
     os.kill(processes[told].pid, signal.SIGTERM)
     rest = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [75, 75], rest
+    assert steps(tmp_path / "run" / "checkpoints"), rest
     (step,) = steps(tmp_path / "run" / "checkpoints")
     assert 5 <= step < 2000
     assert f"SIGTERM: step {step} is saved; exit code 75" in rest[told]
