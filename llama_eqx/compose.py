@@ -1,5 +1,6 @@
 """From YAML and the command line to a config. With the verbs, the only importer of Hydra."""
 
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -172,8 +173,12 @@ class Log(logging.FileHandler):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             return super().handleError(record)
-        self.handle = lambda record: False
+        self.handle = lambda record: False  # pyright: ignore[reportAttributeAccessIssue]
         print(f"warning: {self.baseFilename} cannot be written: {error.strerror}; the run goes on without it", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what is left of it has no place either
+            super().close()
 
 
 def _guarded(job: Callable[[], None]) -> int:
