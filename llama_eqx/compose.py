@@ -197,7 +197,6 @@ def _guarded(job: Callable[[], None]) -> int:
     except OSError as error:
         if error.errno not in STORAGE:
             return _unexpected(error)
-        logging.getLogger("llama_eqx").info("ended by", exc_info=True)
         where = str(error.filename or "")
         print(
             StorageError(f"cannot write: {error.strerror}", where=where, next="free some space, or work in another folder"), file=sys.stderr
