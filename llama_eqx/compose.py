@@ -1,5 +1,6 @@
 """From YAML and the command line to a config. With the verbs, the only importer of Hydra."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -203,8 +204,12 @@ class Log(logging.FileHandler):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             return super().handleError(record)
-        self.handle = lambda record: False
+        self.handle = lambda record: False  # pyright: ignore[reportAttributeAccessIssue]
         print(f"warning: {self.baseFilename} cannot be written: {error.strerror}; the run goes on without it", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what is left of it has no place either
+            super().close()
 
 
 def _guarded(job: Callable[[], None]) -> int:
@@ -223,7 +228,6 @@ def _guarded(job: Callable[[], None]) -> int:
     except OSError as error:
         if error.errno not in STORAGE:
             return _unexpected(error)
-        logging.getLogger("llama_eqx").info("ended by", exc_info=True)
         where = str(error.filename or "")
         print(
             StorageError(f"cannot write: {error.strerror}", where=where, next="free some space, or work in another folder"), file=sys.stderr

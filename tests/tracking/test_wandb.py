@@ -46,7 +46,7 @@ def drawn(folder) -> list[dict]:
     """The history in a folder of W&B, read by its own tool."""
     read = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     lines = subprocess.run(read, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [record for record in map(json.loads, lines) if record["type"] == "history"]
+    return [record["history"]["item"] for record in map(json.loads, lines) if record["type"] == "history"]
 
 
 def until(happened):
