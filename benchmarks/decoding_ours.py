@@ -13,7 +13,13 @@ from llama_eqx.generation.layout import for_decoding
 from llama_eqx.precision import cast
 
 dims = [f"model.dims.{name}={size}" for name, size in task.dims.items()]
-config = load_config(*dims, f"model.rotary.theta={task.theta}", f"model.tied={str(task.tied).lower()}", f"model.context={task.seq}")
+config = load_config(
+    *dims,
+    f"model.rotary.theta={task.theta}",
+    f"model.tied={str(task.tied).lower()}",
+    f"model.context={task.seq}",
+    f"train.seq_len={task.seq}",
+)
 model = build_model(config.model, key=jax.random.key(0))
 if task.precision == "bfloat16":
     model = cast(model, "bfloat16")

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
     dims = [f"model.dims.{name}={size}" for name, size in MODELS[arguments.model].items()]
-    config = load_config(*dims, f"model.context={max(arguments.maxima) + 16}")
+    config = load_config(*dims, f"model.context={max(arguments.maxima) + 16}", "train.seq_len=16")
     model = for_decoding(build_model(config.model, key=jax.random.key(0)))
     prompts, curves = [[1] * 16] * arguments.batch, {}
 
