@@ -1,5 +1,6 @@
 """From any format to any other, a tensor at a time."""
 
+import dataclasses
 import math
 import pathlib
 import shutil
@@ -17,7 +18,7 @@ from llama_eqx.config import Config, nearest
 from llama_eqx.data.tokenizer.files import is_tiktoken
 from llama_eqx.errors import ConfigError, StorageError
 from llama_eqx.interop import huggingface, meta
-from llama_eqx.interop.files import CARRIED, mistaken, write_json
+from llama_eqx.interop.files import CARRIED, mistaken, read_json, write_json
 from llama_eqx.interop.pretrained import MARKS, Format, manifested, open_pretrained, verified
 from llama_eqx.interop.weights import Weights, of_model, parameter_tree, pieces
 from llama_eqx.model.llama import Llama, LlamaConfig
@@ -47,10 +48,12 @@ class ConvertConfig(Config):
             raise ConfigError(f"format={self.format} has no shards to be chosen", where="shards", next="format=meta, or leave shards out")
 
 
-def convert(config: ConvertConfig, *, replace: bool = False) -> list[str]:
+def convert(config: ConvertConfig, *, replace: bool = False, files: Mapping[str, pathlib.Path] | None = None) -> list[str]:
     """Writes the model in the folder `from` as a new folder `to`, and says what had to be assumed, a line for each.
 
-    The source is checked against its manifest meanwhile. Raises `CheckpointError` for one that cannot be used or a format that cannot
+    `files` go along with those of the source, by the name that they are to have. The source is checked against its manifest meanwhile.
+
+    Raises `CheckpointError` for one that cannot be used or a format that cannot
     express it, `StorageError` when writing fails; then there is nothing at `to`.
     """
     assert config.from_ is not None
@@ -59,6 +62,7 @@ def convert(config: ConvertConfig, *, replace: bool = False) -> list[str]:
     dtype = None if config.dtype is None else np.dtype(DTYPES[config.dtype])
     with appearing(pathlib.Path(config.to), replace=replace) as target, verified(config.from_):
         weights = open_pretrained(config.from_)
+        weights = dataclasses.replace(weights, files={**weights.files, **(files or {})})
         notes = [*weights.notes, *_write(weights, target, config.format, dtype, config.shards)]
     if manifested(config.from_) is None:
         notes.append(f"no {MANIFEST} beside the source: had its numbers been damaged, nobody would know")
@@ -133,13 +137,17 @@ def _copy_files(weights: Weights, folder: pathlib.Path, format: Format, notes: l
         beside = pathlib.PurePath(name).name
         if format != "native" and beside in CARRIED and beside not in weights.files:
             shutil.copyfile(file, folder / beside)
-    model = folder / "tokenizer.model"
-    if format == "hf" and model.is_file() and not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+    model, definition, settings = (folder / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"))
+    if format == "hf" and definition.is_file() and not settings.exists():  # transformers would know no BOS, nor what ends a text
+        tokens, added = weights.config.tokens, read_json(definition).get("added_tokens")
+        added = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        marks = {"bos_token": tokens.bos, "eos_token": next(iter(tokens.eos), None), "pad_token": tokens.pad}
+        said = {mark: token.get("content") for mark, i in marks.items() for token in added if i is not None and token.get("id") == i}
+        write_json(settings, {"tokenizer_class": "PreTrainedTokenizerFast", **said})
+    if format == "hf" and model.is_file() and not definition.exists() and not settings.exists():
         if is_tiktoken(model.read_bytes()):
             notes.append(
                 "tokenizer.model is of tiktoken, which transformers reads with the package tiktoken alone: a tokenizer.json does too"
             )
         else:  # without it transformers would not begin a text with BOS
-            write_json(
-                folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
-            )
+            write_json(settings, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False})

@@ -8,8 +8,10 @@ from jax.experimental import multihost_utils
 from llama_eqx.checkpoint.native import CHECKPOINTS
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.config import dump
+from llama_eqx.data.tokenizer import HuggingFaceTokenizerConfig
 from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.interop.conversion import ConvertConfig, convert, require_expressible
+from llama_eqx.interop.files import CARRIED, carried, refuse_code
 from llama_eqx.interop.pretrained import load_pretrained, open_pretrained
 from llama_eqx.interop.weights import Weights, abstract
 from llama_eqx.model.llama import LlamaConfig
@@ -49,8 +51,9 @@ def start(weights: Weights, config: RunConfig, shardings: TrainState) -> TrainSt
 
 
 def check_export(config: RunConfig) -> None:
-    """Raises `ConfigError` when the model cannot be exported as asked: before it is trained."""
+    """Raises `ConfigError` or `CheckpointError` when the model cannot be exported as asked: before it is trained."""
     if config.checkpoint.export is not None:
+        _beside_tokenizer(config)
         try:
             require_expressible(config.model, config.checkpoint.export)
         except CheckpointError as error:
@@ -70,10 +73,25 @@ def export(config: RunConfig) -> pathlib.Path | None:
         return None
     target = pathlib.Path(config.run_dir, "export")
     if jax.process_index() == 0:
-        convert(ConvertConfig(from_=config.run_dir, to=str(target), format=config.checkpoint.export, dtype=None, shards=None), replace=True)
+        job = ConvertConfig(from_=config.run_dir, to=str(target), format=config.checkpoint.export, dtype=None, shards=None)
+        convert(job, replace=True, files=_beside_tokenizer(config))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
     return target
+
+
+def _beside_tokenizer(config: RunConfig) -> dict[str, pathlib.Path]:
+    """The chat template and the like in the folder of `tokenizer=hf`, which a run does not keep; they are handed on if still there.
+
+    Raises `CheckpointError` for a link that leads outside of it, or code of its own.
+    """
+    if not isinstance(config.tokenizer, HuggingFaceTokenizerConfig):
+        return {}
+    folder = pathlib.Path(config.tokenizer.path or "").expanduser()
+    refuse_code(folder, "tokenizer_config.json")
+    return {
+        name: file for name, file in carried(folder).items() if name in CARRIED and name not in ("tokenizer.json", "generation_config.json")
+    }
 
 
 def model_differences(there: LlamaConfig, here: LlamaConfig) -> list[tuple[str, ...]]:

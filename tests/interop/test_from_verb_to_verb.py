@@ -13,9 +13,11 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from llama_eqx import convert, load_pretrained, train
 from llama_eqx.compose import run_verb
+from llama_eqx.data.tokenizer import TiktokenTokenizer
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
 
 transformers.utils.logging.disable_progress_bar()
@@ -77,6 +79,10 @@ def published(tmp_path_factory):
     ranks = bpe_train(text, 320, PATTERN, visualise=None)
     lines = (base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items())
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
+    special = list(TiktokenTokenizer((folder / "tokenizer.model").read_bytes()).special)
+    library = TikTokenConverter(str(folder / "tokenizer.model"), PATTERN, extra_special_tokens=special).converted()
+    ends = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=library, chat_template="{{ messages }}", **ends).save_pretrained(folder)
     return folder, model
 
 
@@ -94,16 +100,14 @@ def test_there_and_back_again(tmp_path, published, monkeypatch, capsys):
     for start in ("meta", "hf", "native"):
         run_dir = tmp_path / f"from {start}"
         sizes = [f"model.dims.{name}={size}" for name, size in SIZES.items()]
+        tokenizer = ["tokenizer=tiktoken", f"tokenizer.path={tmp_path / start / 'tokenizer.model'}"]
+        if start == "hf":
+            tokenizer = ["tokenizer=hf", f"tokenizer.path={tmp_path / start}"]
         code, err = run(
             monkeypatch,
             capsys,
             "train",
-            *(
-                "data=sft",
-                f"data.path={tmp_path / 'talk.jsonl'}",
-                "tokenizer=tiktoken",
-                f"tokenizer.path={tmp_path / start}/tokenizer.model",
-            ),
+            *("data=sft", f"data.path={tmp_path / 'talk.jsonl'}", *tokenizer),
             *(*sizes, f"model.dims.vocab={VOCAB}", "model.tied=false", f"init_from={tmp_path / start}", "checkpoint.export=hf"),
             *("train.steps=2", "train.batch_size=8", "train.seq_len=128", "train.sample_tokens=0", "schedule=constant"),
             *(f"run_dir={run_dir}", "tracking.wandb.mode=disabled"),
@@ -114,6 +118,15 @@ def test_there_and_back_again(tmp_path, published, monkeypatch, capsys):
         assert np.abs(their_logits(exported) - expected).max() > 1e-3  # it has learned something
         assert transformers.GenerationConfig.from_pretrained(run_dir / "export").eos_token_id == ENDS
         assert (run_dir / "export" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+    handed_on = transformers.AutoTokenizer.from_pretrained(tmp_path / "from hf" / "export")
+    assert handed_on.chat_template == "{{ messages }}"
+    # A run keeps no more of its tokenizer than it needs, and it is one of transformers all the same.
+    code, err = run(monkeypatch, capsys, "convert", f"from={tmp_path / 'from hf'}", f"to={tmp_path / 'bare'}", "format=hf")
+    assert code == 0, err
+    text, bare = "What is 12 + 3?<|eot_id|>  don't", transformers.AutoTokenizer.from_pretrained(tmp_path / "bare")
+    assert bare(text).input_ids == handed_on(text).input_ids == transformers.AutoTokenizer.from_pretrained(source)(text).input_ids
+    assert (bare.bos_token_id, bare.eos_token_id) == (handed_on.bos_token_id, handed_on.eos_token_id) == (320, 321)
+
     runs = [load_file(tmp_path / f"from {start}" / "export" / "model.safetensors") for start in ("meta", "hf", "native")]
     for name, x in runs[0].items():  # one model in three formats is one start
         assert all(np.array_equal(x, other[name]) for other in runs[1:]), name
