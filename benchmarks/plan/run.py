@@ -95,10 +95,10 @@ def done() -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", default=[*GROUPS], choices=[*GROUPS, []])
+    parser.add_argument("groups", nargs="*", default=[], choices=[*GROUPS, []], help="without any: all")
     parser.add_argument("--limit", type=int, help="rows to add at most")
     arguments = parser.parse_args()
-    groups = arguments.groups
+    groups = arguments.groups or [*GROUPS]
     known = {(each["group"], each["name"]) for each in done()}
     missing = [(group, name) for group in groups for name in GROUPS[group] if (group, name) not in known][: arguments.limit]
     for group, name in (bar := tqdm(missing, unit="plan")):
