@@ -116,10 +116,10 @@ def test_repeated_rows_are_the_first_of_those_drawn_once():
 
 
 def test_dead_updates():
-    """1 has steps of 2^-7 in bfloat16: an update of a quarter of one is lost, one of three quarters is not; 0 takes any."""
-    values = jnp.array([1.0, 1.0, 1.0, 0.0])
-    updates = jnp.array([0.25, 0.75, 0.0, 1e-9]) / 128
-    assert float(dead_updates({"a": values}, {"a": updates})) == 0.5
+    """1 has steps of 2^-7 above it in bfloat16, and of 2^-8 below: an update of a quarter is lost, one of more than half is not."""
+    values = jnp.array([1.0, 1.0, 1.0, 1.0, 0.0])
+    updates = jnp.array([0.25, 0.75, -0.75, 0.0, 1e-9]) / 128
+    assert float(dead_updates({"a": values}, {"a": updates})) == pytest.approx(2 / 5)
 
 
 def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
