@@ -71,7 +71,8 @@ def kept_at(config: RunConfig) -> pathlib.Path:
 def keep(config: RunConfig) -> pathlib.Path:
     """Files a finished run under `experiments/`: a line with its config, `study.json` and provenance, then its metrics as they are."""
     run_dir, path = pathlib.Path(config.run_dir), kept_at(config)
-    first: dict[str, Any] = {"config": read_config(run_dir), "study": json.loads((run_dir / STUDY).read_text(encoding="utf-8"))}
+    settings = {key: value for key, value in read_config(run_dir).items() if key != "run_dir"}  # a place of one machine
+    first: dict[str, Any] = {"config": settings, "study": json.loads((run_dir / STUDY).read_text(encoding="utf-8"))}
     first["provenance"] = [json.loads(line) for line in (run_dir / "provenance.jsonl").read_text(encoding="utf-8").splitlines()]
     content = json.dumps(first).encode() + b"\n" + (run_dir / "metrics.jsonl").read_bytes()
     path.parent.mkdir(parents=True, exist_ok=True)

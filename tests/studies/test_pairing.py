@@ -1,6 +1,7 @@
 """What makes arms comparable: sizes that match, values that are the same at step 0, and data that is."""
 
 import dataclasses
+import gzip
 import json
 import pathlib
 
@@ -146,5 +147,6 @@ def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
         file.write('{"step": 1000, "val/loss": 3.0}\n')
     keep(config)
     assert is_kept(config)
+    assert str(tmp_path) not in gzip.decompress(kept_at(config).read_bytes()).decode()
     assert not is_kept(dataclasses.replace(config, seed=9))
     assert not is_kept(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.2)))
