@@ -104,6 +104,13 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old} -> {new}"]
 
 
+def known_to_both(tree: Any, other: Any) -> Any:
+    """`tree` without the keys that `other` lacks: those of a setting that is newer, or older, than the code that wrote it."""
+    if isinstance(tree, dict) and isinstance(other, dict):
+        return {key: known_to_both(value, other[key]) for key, value in tree.items() if key in other}
+    return tree
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """A sentence naming the option most like `word`, or all options when none is near."""
     options = sorted(options)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, UInt32
 from llama_eqx.checkpoint.native import read_config
 from llama_eqx.errors import DataError
 from llama_eqx.model.llama import Llama
+from llama_eqx.model.rotary import Rotary
 from llama_eqx.sharding import parameter_names
 from llama_eqx.studies.matching import cost, residual
 from llama_eqx.studies.registration import folder
@@ -43,9 +44,9 @@ def tensor_hashes(model: Llama) -> dict[str, str]:
     return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in zip(parameter_names(model), sums, strict=True)}
 
 
-def position_codes(model: Llama, positions: Int[Array, " seq"]) -> int:
+def position_codes(rotary: Rotary, positions: Int[Array, " seq"]) -> int:
     """How many of these positions the compiled rotary embedding tells apart."""
-    rotation = jax.jit(lambda p: (model.rotary(p).cos, model.rotary(p).sin))(positions[None])
+    rotation = jax.jit(lambda p: (rotary(p).cos, rotary(p).sin))(positions[None])
     return len(np.unique(np.concatenate([np.asarray(part[0, :, 0]) for part in rotation], axis=-1), axis=0))
 
 
@@ -56,7 +57,7 @@ def record_start(config: RunConfig, model: Llama, offset: int) -> None:
         "parameters": cost(config.model, "parameters", config.train.seq_len),
         "flops_per_token": cost(config.model, "flops", config.train.seq_len),
         "residual": residual(config),
-        "position_codes": position_codes(model, offset + jnp.arange(config.train.seq_len)),
+        "position_codes": position_codes(model.rotary, offset + jnp.arange(config.train.seq_len)),
     }
     if jax.process_index() == 0:
         pathlib.Path(config.run_dir, STUDY).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -70,7 +71,8 @@ def kept_at(config: RunConfig) -> pathlib.Path:
 def keep(config: RunConfig) -> pathlib.Path:
     """Files a finished run under `experiments/`: a line with its config, `study.json` and provenance, then its metrics as they are."""
     run_dir, path = pathlib.Path(config.run_dir), kept_at(config)
-    first: dict[str, Any] = {"config": read_config(run_dir), "study": json.loads((run_dir / STUDY).read_text(encoding="utf-8"))}
+    settings = {key: value for key, value in read_config(run_dir).items() if key != "run_dir"}  # a place of one machine
+    first: dict[str, Any] = {"config": settings, "study": json.loads((run_dir / STUDY).read_text(encoding="utf-8"))}
     first["provenance"] = [json.loads(line) for line in (run_dir / "provenance.jsonl").read_text(encoding="utf-8").splitlines()]
     content = json.dumps(first).encode() + b"\n" + (run_dir / "metrics.jsonl").read_bytes()
     path.parent.mkdir(parents=True, exist_ok=True)

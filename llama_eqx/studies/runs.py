@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llama_eqx.config import differences
+from llama_eqx.config import differences, known_to_both
 from llama_eqx.errors import DataError
 from llama_eqx.studies.registration import Registration, folder
 from llama_eqx.tracking.jsonl import read_metrics
@@ -106,7 +106,8 @@ def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[R
         if left is not None and abs(left) > 0.001:
             yield run, f"not matched: {left:+.2%} of the reference's {run.settings['study']['match']}"
         like = first.setdefault((run.arm, run.peak if run.settings["study"]["stage"] == "tune" else 0.0), run)
-        if wrong := [line for line in differences(like.settings, run.settings) if not line.startswith(OF_A_RUN)]:
+        old, new = known_to_both(like.settings, run.settings), known_to_both(run.settings, like.settings)
+        if wrong := [line for line in differences(old, new) if not line.startswith(OF_A_RUN)]:
             yield run, f"other settings than {like.path.name}: {'; '.join(wrong)}"
         by_seed.setdefault(run.seed, {})[run.arm] = run
     for arms in by_seed.values():

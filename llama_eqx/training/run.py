@@ -11,7 +11,7 @@ from typing import Any, Literal
 from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, read_config, write_config
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.checkpoint.save import CheckpointConfig
-from llama_eqx.config import Config, differences, dump
+from llama_eqx.config import Config, differences, dump, known_to_both
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError, UserError
@@ -208,7 +208,8 @@ def is_over(config: RunConfig, settings: dict[str, Any], metrics: list[dict[str,
     """Whether `metrics` are those of a whole run of this config; `settings` are those that it was made with, in plain containers."""
     evaluated = any(record["step"] == config.train.steps and "val/loss" in record for record in metrics)
     # What a config leaves open, such as the size of a tokenizer, has been filled in.
-    changed = [line for line in differences(settings, dump(config)) if not line.endswith(("-> None", "-> []"))]
+    old, new = known_to_both(settings, dump(config)), known_to_both(dump(config), settings)
+    changed = [line for line in differences(old, new) if not line.endswith(("-> None", "-> []"))]
     return evaluated and all(line.startswith(FREE) for line in changed)
 
 

@@ -77,7 +77,7 @@ def test_without_controls_nothing_is_claimed_of_them(experiment):
         ({"tensors": "cc"}, "began with other values than base of seed 3: embed"),
         ({"ledger": 8.0}, "saw other data than base of seed 3"),
         ({"residual": 0.02}, "not matched: +2.00% of the reference's parameters"),
-        ({"settings": {"train": {"steps": 100, "batch_size": 9}}}, "other settings than"),
+        ({"settings": {"model": {"dims": {"mlp": 9, "kv_heads": 2}}}}, "other settings than"),
         ({"settings": {"schedule": {"peak": 0.5}}}, "schedule.peak: 0.002 -> 0.5"),
     ],
 )
@@ -88,6 +88,12 @@ def test_runs_that_do_not_belong_together_are_refused(options, said, experiment)
         the()
     assert said in str(found.value)
     assert str(path.relative_to(pathlib.Path.cwd())) in str(found.value)
+
+
+def test_runs_of_older_code_lack_newer_settings_and_are_not_refused_for_it(experiment):
+    _, add = experiment
+    add("worse", 3, 3.95, settings={"train": {"steps": 100}, "new": {"setting": 1}})
+    assert "First: worse" in the().words
 
 
 def test_a_damaged_run_is_named(experiment):
