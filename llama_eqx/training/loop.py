@@ -18,7 +18,8 @@ from llama_eqx.flops import flops_per_token
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.text import continued, prompt_tokens
 from llama_eqx.model.llama import Llama
-from llama_eqx.processes import of_first, once, require_same
+from llama_eqx.processes import of_first, once, require_same, watched
+from llama_eqx.studies.pairing import record_start
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
@@ -94,6 +95,8 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
         restored = checkpoints.restore(target.model, target.training)
         begin, past = (restored.step, Progress(**restored.facts["progress"])) if restored else (0, parts.after(0))
         state = TrainState(model=restored.model, **restored.training) if restored else fresh_state(setup, weights)
+        if config.study is not None and not begin:
+            record_start(config, state.model, config.data.position_offset)
 
         with (
             Tracker(config.tracking, run_dir, settings=dump(config), steps=steps, start=begin) as tracker,
@@ -158,7 +161,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
             with explained_by_a_bundle(bundle), preemption.training(keep):
                 if begin and is_due(begin) and not of_first(is_logged(run_dir, begin, "val/loss")):  # it was stopped while it evaluated
                     measure()
-                for step in range(begin + 1, steps + 1):
+                for step in watched(range(begin + 1, steps + 1), config.distributed.stall):
                     with reporter.waiting():
                         batch, progress = next(batches)
                     profile.begin(step)

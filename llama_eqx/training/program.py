@@ -59,7 +59,7 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
     view = policy_view(config.precision, config.remat, layout, config.kernel, train.unroll)
     loss = config.loss.build(view, layout)
     rate = lambda step: config.schedule.rate(step, train.steps)  # noqa: E731
-    step = make_step(optimizer, rate, loss, layout, train.microbatch_size, config.guard)
+    step = make_step(optimizer, rate, loss, layout, train.microbatch_size, config.guard, train.meters)
     score = make_score(view, layout, config.loss.chunk)
     return Program(initial, step, loss, score, shapes, layout.shardings(shapes), remarks)
 

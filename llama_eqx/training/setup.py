@@ -12,6 +12,7 @@ from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.interop.weights import Weights
 from llama_eqx.model.init import named
 from llama_eqx.sharding import Layout
+from llama_eqx.studies.matching import matched
 from llama_eqx.training.ends import start
 from llama_eqx.training.program import Program, make_program
 from llama_eqx.training.run import RunConfig, with_vocab
@@ -42,9 +43,9 @@ def set_up(config: RunConfig) -> Setup:
 
     # Text to tokens, and the sizes that follow from it.
     tokenizer = config.tokenizer.build(config.data)
-    data = open_data(config.data, tokenizer, seq_len=length, seed=config.seed)
+    data = open_data(config.data, tokenizer, seq_len=length, seed=config.seed, distinct_rows=config.train.distinct_rows)
     parts = Parts(data.train, data.order, size, *process_rows(batch_sharding, size, length), data.fingerprint)
-    config = with_vocab(config, tokenizer)
+    config = matched(with_vocab(config, tokenizer))
 
     # What the devices are to compute.
     program = make_program(config, layout)
