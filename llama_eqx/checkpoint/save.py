@@ -73,6 +73,7 @@ class Checkpoints:
         self._folder = pathlib.Path(folder).resolve()
         self._config, self.say = config, say
         self._pending: tuple[int, concurrent.futures.Future[str]] | None = None
+        self._begun: int | None = None  # the newest save, unless it failed
         self._failures = 0
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         try:
@@ -104,7 +105,7 @@ class Checkpoints:
 
         `metrics` decide what is kept. `facts` go into the manifest, plain JSON. Waits for the save before; see `poll` for its errors.
         """
-        if step in restore.steps(self._folder) or (self._pending and step == self._pending[0]):
+        if step == self._begun or step in restore.steps(self._folder):  # of several processes, some may not see yet that it is saved
             return
         self.wait()
         begun, parts = time.perf_counter(), {"model": model, "training": training}
@@ -117,6 +118,7 @@ class Checkpoints:
             return
         crash_point("save")
         said = {"step": step, "metrics": dict(metrics or {}), **(facts or {})}
+        self._begun = step
         self._pending = step, self._thread.submit(self._commit, step, response.result, restore.described(parts), said, begun)
 
     def poll(self) -> None:
@@ -216,6 +218,7 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception, *, last: bool = False) -> None:
         self._clear()
+        self._begun = None
         self._failures += 1
         told = self._unwritable(f"step {step} could not be saved", error)
         if last or self._failures >= FAILURES or jax.process_count() > 1:

@@ -113,6 +113,18 @@ def test_a_step_is_saved_once(tmp_path, model):
     assert int(rest["step"]) == 1
 
 
+def test_a_step_is_saved_once_though_the_disk_does_not_show_it_yet(tmp_path, model, monkeypatch):
+    """As to a process that has done its part, while the first one has yet to name the folder."""
+    said = []
+    with Checkpoints(tmp_path, TWO, said.append) as checkpoints:
+        checkpoints.save(5, model, {"step": jnp.int32(1)})
+        checkpoints.wait()
+        monkeypatch.setattr(save.restore, "steps", lambda folder: [])
+        checkpoints.save(5, model, {"step": jnp.int32(2)})
+        checkpoints.wait()
+    assert len(said) == 1
+
+
 def test_the_saved_arrays_may_be_donated(tmp_path, model):
     update = jax.jit(lambda m: jax.tree.map(lambda x: x + 1, m), donate_argnums=0)
     copy = jax.tree.map(jnp.copy, model)
