@@ -67,3 +67,35 @@ class Task:
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
         print(json.dumps(answer | said), flush=True)
+
+    def measure_decoding(self, generate: Callable[[int], np.ndarray], **said: Any) -> None:
+        """Times `generate(n)`, which gives n greedy tokens for the first rows' first `prompt` ids, and prints the answer.
+
+        The rate is that of the tokens after the first, so that neither the prompt nor the call counts.
+        """
+        new = self.options["new"]
+        begun = time.perf_counter()
+        for n in (1, new, 1, new):
+            tokens = generate(n)
+            assert tokens.shape == (self.batch, n), tokens.shape
+        warmup = time.perf_counter() - begun
+        seconds: dict[int, list[float]] = {1: [], new: []}
+        for _ in range(self.steps):
+            for n, found in seconds.items():
+                begun = time.perf_counter()
+                generate(n)
+                found.append(time.perf_counter() - begun)
+        first = statistics.median(seconds[1])
+        step = (statistics.median(seconds[new]) - first) / (new - 1)
+        d = self.dims
+        per_layer = d["embed"] * d["head_dim"] * (2 * d["heads"] + 2 * d["kv_heads"]) + 3 * d["embed"] * d["mlp"]
+        weights = (d["layers"] * per_layer + d["vocab"] * d["embed"]) * (2 if self.precision == "bfloat16" else 4)
+        answer = {
+            "tokens_per_second": self.batch / step,
+            "step_seconds": step,
+            "first_seconds": first,
+            "weight_gb_per_second": weights / step / 1e9,
+            "warmup_seconds": warmup,
+            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        }
+        print(json.dumps(answer | said), flush=True)

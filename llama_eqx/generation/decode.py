@@ -1,6 +1,6 @@
 """From prompts to continuations: prefill, then a loop over tokens that ends when every row has, in one compiled call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -125,10 +125,19 @@ def prefill(
 
 def begin(model: Llama, rows: Rows, rule: Rule) -> State:
     """The prompts in a cache and the first token of each row drawn."""
-    prompts, width = rows.tokens.shape
-    batch, n = prompts * rule.samples, rule.max_new_tokens
-    cache = model.init_cache(prompts, slots_for(width, width + n - 1), None if rule.cache_dtype is None else jnp.dtype(rule.cache_dtype))
-    hidden, cache = prefill(model, cache, rows.tokens, rows.real, rule.prefill_chunk)
+    width = rows.tokens.shape[1]
+    return first(model, *prefilled(model, rows, rule, slots_for(width, width + rule.max_new_tokens - 1)), rows, rule)
+
+
+def prefilled(model: Llama, rows: Rows, rule: Rule, slots: int) -> tuple[Float[Array, "prompts embed"], Any]:
+    """The residual of each prompt's last token, and a new cache with the prompts."""
+    cache = model.init_cache(len(rows.tokens), slots, None if rule.cache_dtype is None else jnp.dtype(rule.cache_dtype))
+    return prefill(model, cache, rows.tokens, rows.real, rule.prefill_chunk)
+
+
+def first(model: Llama, hidden: Float[Array, "prompts embed"], cache: Any, rows: Rows, rule: Rule) -> State:
+    """`samples` rows of each prompt, which is in the cache, with their first tokens."""
+    batch, n = len(hidden) * rule.samples, rule.max_new_tokens
     each = jnp.arange(batch) // rule.samples
     if rule.samples > 1:
         cache, hidden = with_rows(cache, each), hidden[each]
@@ -178,13 +187,18 @@ def slots_for(tokens: int, most: int) -> int:
 @eqx.filter_jit
 def _generate(model: Llama, rows: Rows, rule: Rule) -> State:
     """The final state, as `told`."""
-    state, width = begin(model, rows, rule), rows.tokens.shape[1]
-    most = width + rule.max_new_tokens - 1
-    slots = slots_for(width, most)
+    width = rows.tokens.shape[1]
+    run = lambda state, until: advance(model, state, rule, until)  # noqa: E731
+    return told(while_growing(begin(model, rows, rule), run, width, rule.max_new_tokens))
+
+
+def while_growing(state: Any, run: Callable[[Any, int], Any], width: int, new: int) -> Any:
+    """`run(state, until)` up to `new` tokens after the `width` that fill the cache, with ever more slots."""
+    slots, most = slots_for(width, width + new - 1), width + new - 1
     while True:
-        state = advance(model, state, rule, slots - width + 1)
+        state = run(state, slots - width + 1)
         if slots == most:
-            return told(state)
+            return state
         slots = slots_for(slots + 1, most)
         state = eqx.tree_at(lambda s: s.cache, state, with_slots(state.cache, slots))
 

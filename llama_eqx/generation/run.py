@@ -1,20 +1,32 @@
 """What `python -m llama_eqx.generate` does: a checkpoint, prompts, and where the texts go."""
 
+import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import tqdm
+from jaxtyping import Array, Float, Int
 
 from llama_eqx.config import Config
 from llama_eqx.data.chat import chat_format
 from llama_eqx.data.tokenizer import Tokenizer, find_tokenizer
 from llama_eqx.errors import ConfigError, DataError, StorageError
+from llama_eqx.generation.chat import Chat
+from llama_eqx.generation.layout import for_decoding, in_int8
 from llama_eqx.generation.sampling import Sampling
-from llama_eqx.generation.text import Continuation, generate_texts, prompt_tokens, stream_text
+from llama_eqx.generation.search import search_beams
+from llama_eqx.generation.speculative import generate_speculatively
+from llama_eqx.generation.text import Continuation, following, generate_texts, prompt_tokens, stream_text
 from llama_eqx.interop.pretrained import format_of, load_pretrained, located, open_pretrained
 from llama_eqx.interop.weights import abstract
 from llama_eqx.model.llama import Llama
@@ -32,6 +44,12 @@ class GenerateConfig(Config):
     dtype: Literal["float32", "bfloat16"] | None
     mesh: MeshConfig | None
     sharding: Rules
+    quantize: Literal["int8"] | None
+    quantize_text: str | None
+    draft: str | None
+    drafted: int
+    chat: bool
+    system: str | None
     prompt: str | None
     prompts: str | None
     output: str | None
@@ -39,6 +57,9 @@ class GenerateConfig(Config):
     samples: int
     max_new_tokens: int
     temperature: float
+    beams: int | None
+    length_penalty: float
+    early_stopping: bool | str
     top_k: int | None
     top_p: float | None
     min_p: float | None
@@ -56,10 +77,20 @@ class GenerateConfig(Config):
     def check(self) -> None:
         if self.checkpoint is None:
             raise ConfigError("checkpoint is not given", where="checkpoint", next="checkpoint=RUN_DIR")
-        if self.prompt is None and self.prompts is None:
-            raise ConfigError("prompt is not given", where="prompt", next="prompt='Once upon a time', or prompts=FILE")
-        if self.prompt is not None and self.prompts is not None:
-            raise ConfigError("one prompt and a file of prompts", where="prompt/prompts", next="one of the two")
+        given = [name for name, value in {"prompt": self.prompt, "prompts": self.prompts, "chat": self.chat or None}.items() if value]
+        if not given:
+            raise ConfigError("prompt is not given", where="prompt", next="prompt='Once upon a time', or prompts=FILE, or chat=true")
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} do not go together", where="/".join(given), next="one of them")
+        if self.system is not None and not self.chat:
+            raise ConfigError("a system message is for chat=true", where="system", next="in a file of prompts it is one of the messages")
+        if self.early_stopping not in (True, False, "never"):
+            raise ConfigError(f"{self.early_stopping!r} is no rule for an end", where="early_stopping", next="false, true or never")
+        if self.draft and self.beams:
+            raise ConfigError("beams are not drawn, and a draft model is for draws", where="draft/beams", next="one of them")
+        if (self.draft or self.beams) and (self.chat or self.stop_strings):
+            what = "chat" if self.chat else "stop_strings"
+            raise ConfigError(f"{what} with {'a draft model' if self.draft else 'beams'}: its tokens do not come one by one", where=what)
         if self.batch < 1:
             raise ConfigError(f"{self.batch} prompts at a time", where="batch", next="batch=1 or more")
         self.sampling()  # for its errors
@@ -81,13 +112,18 @@ def generate(config: GenerateConfig) -> None:
     assert config.checkpoint is not None
     format_of(config.checkpoint)  # for its error
     tokenizer = find_tokenizer(located(config.checkpoint)[0])
+    if config.chat:
+        chat_format(tokenizer)
+        return converse(loaded(config, config.checkpoint, tokenizer), tokenizer, config)
     asked = read_prompts(config, tokenizer)  # before weights are loaded
-    model = load_sharded(config)
+    model = loaded(config, config.checkpoint, tokenizer)
     length = fitted_length(model, config, [tokens for _, tokens in asked])
-    if config.prompts is None and config.output is None and config.samples == 1 and not config.top_logprobs:
-        print(tokenizer.decode(asked[0][1]), end="", flush=True)
+    plain = config.prompts is None and config.output is None and config.samples == 1 and not config.top_logprobs
+    if plain and not (config.draft or config.beams):
         settings = {key: value for key, value in config.settings().items() if key != "samples"}
-        for part in stream_text(model, tokenizer, asked[0][1], length, config.sampling(), **settings):
+        parts = stream_text(model, tokenizer, asked[0][1], length, config.sampling(), **settings)
+        begun = next(parts, "")  # settings that do not fit the model are said before the prompt is
+        for part in itertools.chain([tokenizer.decode(asked[0][1]), begun], parts):
             print(part, end="", flush=True)
         print()
         return
@@ -95,23 +131,77 @@ def generate(config: GenerateConfig) -> None:
         file = sys.stdout if config.output is None else open(config.output, "w", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", where=str(config.output), next="another place: output=FILE") from None
-    with file if config.output else tqdm.tqdm(total=0, disable=True):
+    with contextlib.nullcontext() if config.output is None else file:
         for line in _lines(model, tokenizer, config, asked, length):
-            print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+            text = tokenizer.decode(asked[0][1]) + line["text"] if plain else json.dumps(line, ensure_ascii=False)
+            print(text, file=file, flush=True)
     if config.output:
         print(f"{len(asked) * config.samples} texts in {config.output}", file=sys.stderr)
 
 
+def converse(model: Llama, tokenizer: Tokenizer, config: GenerateConfig) -> None:
+    """A chat in the terminal, up to the end of its input. An interrupt breaks off the answer, and a second one the chat."""
+    settings = {key: value for key, value in config.settings().items() if key not in ("samples", "top_logprobs", "shift")}
+    chat = Chat(model, tokenizer, config.sampling(), config.max_new_tokens, system=config.system, **settings)
+    if sys.stdin.isatty():
+        print("Ctrl-C breaks off an answer, Ctrl-D ends the chat.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not text.strip():
+            continue
+        try:
+            for part in chat.say(text):
+                print(part, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" (broken off)", end="")
+        print()
+
+
 def _lines(model: Llama, tokenizer: Tokenizer, config: GenerateConfig, asked: list, length: int) -> Iterator[dict[str, Any]]:
     """What is written of each sample of each prompt. Progress goes to the terminal."""
+    draft = None if config.draft is None else loaded(config, config.draft, tokenizer)
+    settings: dict[str, Any] = {**config.settings()}
+    if draft is not None:
+        settings["generate"] = lambda *args, **rest: generate_speculatively(args[0], draft, *args[1:], drafted=config.drafted, **rest)[0]
     with tqdm.tqdm(total=len(asked), unit="prompt", disable=len(asked) == 1) as bar:
-        for first in range(0, len(asked), config.batch):
-            part = asked[first : first + config.batch]
+        for begin in range(0, len(asked), config.batch):
+            part = asked[begin : begin + config.batch]
             prompts = [tokens for _, tokens in part]
-            found = generate_texts(model, tokenizer, prompts, length, config.sampling(), first_row=first, **config.settings())
-            for i, continuation in enumerate(found):
-                yield {**part[i // config.samples][0], **_said(tokenizer, continuation, i % config.samples)}
+            if config.beams is None:
+                found = generate_texts(model, tokenizer, prompts, length, config.sampling(), first_row=begin, **settings)
+                said = [_said(tokenizer, continuation, i % config.samples) for i, continuation in enumerate(found)]
+            else:
+                said = list(_searched(model, tokenizer, prompts, length, config))
+            for i, line in enumerate(said):
+                yield {**part[i // config.samples][0], **line}
             bar.update(len(part))
+
+
+def _searched(
+    model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], length: int, config: GenerateConfig
+) -> Iterator[dict[str, Any]]:
+    """The `samples` best hypotheses of each prompt."""
+    assert config.beams is not None
+    if config.samples > config.beams:
+        raise ConfigError(f"{config.samples} samples of {config.beams} beams", where="samples", next=f"beams={config.samples}")
+    found = search_beams(
+        model,
+        prompts,
+        length,
+        config.beams,
+        length_penalty=config.length_penalty,
+        early_stopping="never" if config.early_stopping == "never" else config.early_stopping is True,
+        stop=(*tokenizer.stop, *config.stop),
+        cache_dtype=config.cache_dtype,
+        prefill_chunk=config.prefill_chunk,
+        shift=config.shift,
+    )
+    for prompt, hypotheses in zip(prompts, found, strict=True):
+        for i, (tokens, score) in enumerate(hypotheses[: config.samples]):
+            yield {"sample": i, "text": "".join(following(tokenizer, prompt, tokens)), "tokens": tokens, "score": score}
 
 
 def _said(tokenizer: Tokenizer, continuation: Continuation, sample: int) -> dict[str, Any]:
@@ -122,17 +212,45 @@ def _said(tokenizer: Tokenizer, continuation: Continuation, sample: int) -> dict
     return said
 
 
-def load_sharded(config: GenerateConfig) -> Llama:
-    """The model on the first device, or on those of `mesh`, each of which reads its own part.
+def loaded(config: GenerateConfig, checkpoint: str, tokenizer: Tokenizer) -> Llama:
+    """A model laid out for decoding, on the first device or on those of `mesh`, each of which reads its own part.
 
-    Raises `ConfigError` when its sizes do not divide.
+    What `quantize` costs is printed. Raises `ConfigError` when sizes do not divide over the mesh.
     """
-    assert config.checkpoint is not None
     if config.mesh is None:
-        return load_pretrained(config.checkpoint, dtype=config.dtype)
-    layout = Layout(config.mesh.build(), config.sharding)
-    shardings = layout.shardings(abstract(open_pretrained(config.checkpoint).config))
-    return load_pretrained(config.checkpoint, dtype=config.dtype, shardings=shardings)
+        model = load_pretrained(checkpoint, dtype=config.dtype)
+    else:
+        layout = Layout(config.mesh.build(), config.sharding)
+        shardings = layout.shardings(abstract(open_pretrained(checkpoint).config))
+        model = load_pretrained(checkpoint, dtype=config.dtype, shardings=shardings)
+    model = for_decoding(model)
+    if config.quantize is None:
+        return model
+    quantised = in_int8(model)
+    file = config.quantize_text or argparse.__file__
+    try:
+        ids = prompt_tokens(tokenizer, pathlib.Path(file).read_text(encoding="utf-8"))[: model.config.context]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read a text to measure: {error}", where=file, next="quantize_text=FILE") from None
+    before, after = perplexity(model, ids), perplexity(quantised, ids)
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 2**20  # noqa: E731
+    print(
+        f"int8: {size(model):.0f} MiB -> {size(quantised):.0f} MiB; perplexity of the first {len(ids)} tokens of {file} "
+        f"{before:.4f} -> {after:.4f} ({after / before - 1:+.2%})",
+        file=sys.stderr,
+    )
+    return quantised
+
+
+@eqx.filter_jit
+def _nats(model: Llama, ids: Int[Array, "1 seq"]) -> Float[Array, ""]:
+    logprobs = jax.nn.log_softmax(model(ids[:, :-1]))
+    return -jnp.take_along_axis(logprobs, ids[:, 1:, None], axis=-1).mean()
+
+
+def perplexity(model: Llama, ids: list[int]) -> float:
+    """Of the ids after the first, each given those before it."""
+    return math.exp(float(_nats(model, jnp.asarray([ids]))))
 
 
 def read_prompts(config: GenerateConfig, tokenizer: Tokenizer) -> list[tuple[dict[str, Any], list[int]]]:

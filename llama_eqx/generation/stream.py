@@ -35,13 +35,14 @@ def stream_tokens(
     Raises `ConfigError` as `generate_tokens` does, when the first tokens are asked for.
     """
     rows, rule = prepared(model, prompts, max_new_tokens, sampling, **settings)
-    return (yield from streamed(model, _begin(model, rows, rule), rule, rows.tokens.shape[1], every, ended))
+    new, _ = yield from streamed(model, _begin(model, rows, rule), rule, rows.tokens.shape[1], every, ended)
+    return new
 
 
 def streamed(
     model: Llama, state: State, rule: Rule, filled: int, every: int, ended: Ended | None
-) -> Generator[list[list[int]], None, Generation]:
-    """As `stream_tokens`, from a state with its first token, which is to stand in slot `filled` of the cache."""
+) -> Generator[list[list[int]], None, tuple[Generation, Any]]:
+    """As `stream_tokens`, from a state with its first token, which is to stand in slot `filled` of the cache; returns the cache too."""
     said = 0
     while True:
         so_far = jax.device_get(told(state))  # before the state is donated
@@ -52,7 +53,7 @@ def streamed(
         yield [row[said:] for row in new.tokens]
         said = int(so_far.t)
         if said == rule.max_new_tokens or so_far.stopped.all():
-            return new
+            return new, state.cache
         until = min(said + every, rule.max_new_tokens)
         if slots_of(state.cache) < filled + until - 1:
             slots = slots_for(filled + until - 1, filled + rule.max_new_tokens - 1)

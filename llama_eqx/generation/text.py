@@ -50,9 +50,10 @@ def generate_texts(
     sampling: Sampling,
     *,
     stop_strings: Sequence[str] = (),
+    generate: Callable[..., Generation] = generate_tokens,
     **settings: Any,
 ) -> list[Continuation]:
-    """Continuations as text, `samples` of each prompt side by side; `settings` are those of `generate_tokens`.
+    """Continuations as text, `samples` of each prompt side by side; `settings` are those of `generate`.
 
     A row ends at a stop token of the tokenizer or of `stop`, or where its text first has one of `stop_strings`.
     """
@@ -61,7 +62,7 @@ def generate_texts(
         ended = stops_at(tokenizer, [prompt for prompt in prompts for _ in range(settings.get("samples", 1))], stop_strings)
         new = _last(stream_tokens(model, prompts, max_new_tokens, sampling, ended=ended, **settings))
     else:
-        new = generate_tokens(model, prompts, max_new_tokens, sampling, **settings)
+        new = generate(model, prompts, max_new_tokens, sampling, **settings)
     samples = len(new.tokens) // len(prompts)
     return [
         _continuation(tokenizer, prompts[row // samples], stop_strings, stop, tokens, logprobs, top)

@@ -53,21 +53,31 @@ class GroupedQueryAttention(Attention):
         segment_ids: Int[Array, "batch seq"] | None,
         cache: KVCache | None,
     ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
-        q = tag(rotation(jnp.einsum("bsd,dnh->bsnh", x, self.q_proj)), "q")
-        k = tag(rotation(jnp.einsum("bsd,dkh->bskh", x, self.k_proj)), "k")
-        v = tag(jnp.einsum("bsd,dkh->bskh", x, self.v_proj), "v")
-        if cache is None:
-            y = attend(q, k, v, segment_ids=None if segment_ids is None else (segment_ids, segment_ids))
-        else:
-            segment_ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-            start, cache = cache.length, cache.append(k, v, segment_ids)
-            k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
-            y = attend(q, k, v, start=start, segment_ids=(segment_ids, cache.segment_ids))
+        q, k, v = (jnp.einsum("bsd,dnh->bsnh", x, weight) for weight in (self.q_proj, self.k_proj, self.v_proj))
+        y, cache = attend_rotated(q, k, v, rotation, segment_ids, cache)
         return tag(jnp.einsum("bsnh,nhd->bsd", y, self.o_proj), "attention_out"), cache
 
     def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None) -> KVCache:
         _, kv_heads, head_dim = self.k_proj.shape
         return KVCache.empty(batch, slots, kv_heads, head_dim, self.k_proj.dtype if dtype is None else dtype)
+
+
+def attend_rotated(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch seq kv_heads head_dim"],
+    v: Float[Array, "batch seq kv_heads head_dim"],
+    rotation: Rotation,
+    segment_ids: Int[Array, "batch seq"] | None,
+    cache: KVCache | None,
+) -> tuple[Float[Array, "batch seq heads head_dim"], KVCache | None]:
+    """Turns queries and keys, appends keys and values to the cache, if there is one, and reads all of it."""
+    q, k, v = tag(rotation(q), "q"), tag(rotation(k), "k"), tag(v, "v")
+    if cache is None:
+        return attend(q, k, v, segment_ids=None if segment_ids is None else (segment_ids, segment_ids)), None
+    segment_ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    start, cache = cache.length, cache.append(k, v, segment_ids)
+    k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
+    return attend(q, k, v, start=start, segment_ids=(segment_ids, cache.segment_ids)), cache
 
 
 class GroupedQueryAttentionConfig(AttentionConfig):

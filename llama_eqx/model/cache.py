@@ -58,6 +58,10 @@ def slots_of(caches: Any) -> int:
     return jax.tree.leaves(caches, is_leaf=lambda node: isinstance(node, KVCache))[0].keys.shape[-3]
 
 
+def tokens_in(caches: Any) -> Int[Array, ""]:
+    return jax.tree.leaves(caches, is_leaf=lambda node: isinstance(node, KVCache))[0].length.reshape(-1)[0]
+
+
 def with_slots(caches: Any, slots: int) -> Any:
     """As many slots as given, of which the first are those that were there."""
     grow = lambda x, axis: jnp.pad(x, [(0, slots - x.shape[axis] if i == x.ndim + axis else 0) for i in range(x.ndim)])  # noqa: E731

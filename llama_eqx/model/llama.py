@@ -12,7 +12,7 @@ from llama_eqx.dims import Dims
 from llama_eqx.errors import ConfigError
 from llama_eqx.model.attention import AttentionConfig
 from llama_eqx.model.block import Block, BlockConfig
-from llama_eqx.model.cache import KVCache
+from llama_eqx.model.cache import KVCache, tokens_in
 from llama_eqx.model.dropout import dropout
 from llama_eqx.model.feed_forward import FeedForwardConfig
 from llama_eqx.model.init import InitConfig, named
@@ -53,16 +53,16 @@ class Llama(eqx.Module):
         *,
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
-        cache: Annotated[KVCache, "layers"] | None = None,
+        cache: Annotated[KVCache, "layers"] | tuple[KVCache, ...] | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "batch seq embed"], Annotated[KVCache, "layers"] | None]:
+    ) -> tuple[Float[Array, "batch seq embed"], Annotated[KVCache, "layers"] | tuple[KVCache, ...] | None]:
         """The normalised residual after the last block, and the cache with these tokens appended.
 
         The one forward: without a cache it trains, with one it prefills or decodes. Tokens attend within their segment only;
         segment 0 is padding. `positions` default to 0, 1, 2 … (with a cache, onwards from its length). No key, no dropout.
         """
         if positions is None:
-            start = 0 if cache is None else cache.length[0]
+            start = 0 if cache is None else tokens_in(cache)
             positions = start + jnp.arange(tokens.shape[1])[None]
         rate = self.config.dropout
         x = tag(dropout(self.embed[tokens], rate, None if key is None else named(key, "embed")), "residual")
@@ -77,12 +77,21 @@ class Llama(eqx.Module):
             caches = jax.tree.map(lambda c, new: jax.lax.dynamic_update_index_in_dim(c, new, layer, axis=0), caches, cache)
             return (x, caches), None
 
+        if isinstance(self.blocks, tuple):  # laid out for decoding: the caches are in a tuple too
+            caches = []
+            for layer, (block, held) in enumerate(zip(self.blocks, cache or (None,) * len(self.blocks), strict=True)):
+                layer_key = None if block_keys is None else jax.random.fold_in(block_keys, layer)
+                x, held = block(x, rotation, segment_ids, held, layer_key)
+                caches.append(held)
+            return self.final_norm(x), None if cache is None else tuple(caches)
         unroll = getattr(self.blocks, "unroll", 1)  # of blocks that a policy has wrapped
         x, cache = scan_layers(fold, (x, cache), (self.blocks, jnp.arange(self.config.dims.layers)), unroll)
         return self.final_norm(x), cache
 
     def head(self, x: Float[Array, "batch seq embed"]) -> Float32[Array, "batch seq vocab"]:
         """Logits of `hidden`'s residual, in float32 whatever the dtype of the weights."""
+        if callable(self.lm_head):  # laid out for decoding
+            return self.lm_head(x)
         return jnp.einsum("bsd,dv->bsv", x, self.unembed, preferred_element_type=jnp.float32)
 
     @property
@@ -90,8 +99,10 @@ class Llama(eqx.Module):
         """What `head` multiplies with."""
         return self.embed.T if self.lm_head is None else self.lm_head
 
-    def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None = None) -> Annotated[KVCache, "layers"]:
+    def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None = None) -> Annotated[KVCache, "layers"] | tuple[KVCache, ...]:
         """An empty cache of `slots` tokens per row, in the dtype of the weights unless another is given."""
+        if isinstance(self.blocks, tuple):
+            return tuple(block.attention.init_cache(batch, slots, dtype) for block in self.blocks)
         return eqx.filter_vmap(lambda block: block.attention.init_cache(batch, slots, dtype))(self.blocks)
 
 
@@ -123,6 +134,7 @@ class LlamaConfig(Config):
     tokens: SpecialTokens
 
     def check(self) -> None:
+        self.within(1, float("inf"), "context")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{self.dropout} is not a probability below 1", where="dropout")
 

@@ -4,17 +4,12 @@ import jax
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation import decode, request
 from llama_eqx.generation.decode import generate_tokens
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.stream import stream_tokens
-from llama_eqx.interop.conversion import save_pretrained
-from llama_eqx.interop.huggingface import config_from_huggingface
-
-transformers.utils.logging.disable_progress_bar()
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [60, 2, 33], [12] * 16]
 NEW = 12
@@ -28,32 +23,8 @@ def strict_promotion():
 
 
 @pytest.fixture(scope="module")
-def model():
-    config = config_from_huggingface(
-        {
-            "model_type": "llama",
-            "vocab_size": 61,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-        }
-    )
-    return jax.jit(lambda key: config.build(key=key))(jax.random.key(3))
-
-
-@pytest.fixture(scope="module")
 def greedy(model):
     return generate_tokens(model, PROMPTS, NEW)
-
-
-@pytest.fixture(scope="module")
-def reference(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("decode") / "hf"
-    save_pretrained(model, folder, format="hf")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
 def continued(reference, prompts):

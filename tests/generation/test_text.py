@@ -1,6 +1,7 @@
 """Text from Hugging Face folders, against transformers in the same folder."""
 
 import base64
+import io
 import json
 import re
 import sys
@@ -11,11 +12,12 @@ import torch
 import transformers
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from llama_eqx import build_model, generate, save_pretrained
+from llama_eqx import build_model, generate, generate_tokens, load_pretrained, save_pretrained
 from llama_eqx.compose import run_verb
-from llama_eqx.data.tokenizer import TiktokenTokenizer
+from llama_eqx.data.chat import chat_format
+from llama_eqx.data.tokenizer import TiktokenTokenizer, find_tokenizer
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
-from llama_eqx.generation.text import up_to
+from llama_eqx.generation.text import following, up_to
 
 TEXT = "The quick brown fox, aged 1234, jumps over the lazy dog.\n" * 20
 PROMPT = "The fox <|eot_id|>"
@@ -157,7 +159,7 @@ def test_text_up_to_a_string_in_any_parts(strings):
 def test_bad_files_of_prompts(folders, tmp_path, monkeypatch, capsys, content, where, what):
     if content is not None:
         (tmp_path / "p.jsonl").write_text(content)
-    monkeypatch.setattr("llama_eqx.generation.run.load_sharded", lambda config: pytest.fail("loaded the weights"))
+    monkeypatch.setattr("llama_eqx.generation.run.loaded", lambda *given: pytest.fail("loaded the weights"))
     code, said = failed(monkeypatch, capsys, f"checkpoint={folders / 'llama3'}", f"prompts={tmp_path / 'p.jsonl'}")
     assert code == 3
     assert what in said
@@ -169,10 +171,15 @@ def test_bad_files_of_prompts(folders, tmp_path, monkeypatch, capsys, content, w
     [
         (["temperature=-1"], "-1.0 is not a temperature"),
         (["stop=[99999]"], "id 99999 is outside of the vocabulary"),
-        (["prompts=FILE"], "one prompt and a file of prompts"),
+        (["prompts=FILE"], "prompt and prompts do not go together"),
         (["stop_strings=['']"], "an empty stop string"),
         (["min_p=2"], "2.0 is not in [0, 1]"),
         (["batch=0"], "0 prompts at a time"),
+        (["chat=true"], "prompt and chat do not go together"),
+        (["system=Be brief."], "a system message is for chat=true"),
+        (["beams=4", "stop_strings=[a]"], "stop_strings with beams"),
+        (["beams=4", "draft=somewhere"], "beams are not drawn"),
+        (["beams=2", "samples=3"], "3 samples of 2 beams"),
         (["mesh=cpu-8", "mesh.fsdp=1", "mesh.tensor=8"], "heads=4 does not divide"),
     ],
 )
@@ -189,3 +196,36 @@ def test_past_the_context(folders, monkeypatch, capsys):
     assert "pass the context of" in said
     assert "shift=true" in said
     assert printed(monkeypatch, capsys, *arguments, "shift=true")
+
+
+def test_a_chat_in_the_terminal(folders, monkeypatch, capsys):
+    """Two turns of Llama 3's format: the second answer is that to the whole conversation."""
+    folder = folders / "llama3"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n\nReally?\n"))
+    arguments = [f"checkpoint={folder}", "max_new_tokens=8", "temperature=0"]
+    first, second = printed(monkeypatch, capsys, *arguments, "chat=true", "system=Be brief.").split("\n")[:2]
+    tokenizer, model = find_tokenizer(folder), load_pretrained(folder)
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
+    for answer in (first, second):
+        ids, _ = chat_format(tokenizer).encode(talk, tokenizer, generate=True)
+        (row,) = generate_tokens(model, [ids], 8, stop=tokenizer.stop).tokens
+        assert answer == "".join(following(tokenizer, ids, row))
+        talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": "Really?"}]
+
+
+def test_eight_bits_a_draft_and_beams(folders, monkeypatch, capsys):
+    folder = folders / "llama3"
+    arguments = [f"checkpoint={folder}", "prompt=The fox", "max_new_tokens=8", "temperature=0"]
+    plain = printed(monkeypatch, capsys, *arguments)
+    assert printed(monkeypatch, capsys, *arguments, f"draft={folder}", "drafted=2") == plain
+    assert printed(monkeypatch, capsys, *arguments, "beams=1") == plain
+    best, second = lines(printed(monkeypatch, capsys, *arguments, "beams=3", "samples=2"))
+    assert best["score"] > second["score"]
+    monkeypatch.setattr(sys, "argv", ["generate", *arguments, "quantize=int8"])
+    with pytest.raises(SystemExit):
+        run_verb("generate", generate.main)
+    said = capsys.readouterr()
+    assert said.out.startswith("The fox")
+    before, after = map(float, re.search(r"perplexity of the first \d+ tokens of \S+ ([\d.]+) -> ([\d.]+)", said.err).groups())
+    assert before != after
+    assert abs(after / before - 1) < 0.01

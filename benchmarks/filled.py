@@ -1,0 +1,63 @@
+"""Milliseconds per token against the tokens in the cache, for several maxima: `python -m benchmarks.filled [--maxima …] [--out PNG]`.
+
+What a token costs should not depend on how many there might be. Prints a JSON line for each maximum and draws them.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+
+import jax
+
+from benchmarks.decoding import MODELS
+from llama_eqx import build_model, load_config
+from llama_eqx.generation.layout import for_decoding
+from llama_eqx.generation.stream import stream_tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="27m", choices=MODELS)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--maxima", nargs="*", type=int, default=[512, 1024, 2048])
+    parser.add_argument("--every", type=int, default=32)
+    parser.add_argument("--out", type=pathlib.Path)
+    arguments = parser.parse_args()
+    dims = [f"model.dims.{name}={size}" for name, size in MODELS[arguments.model].items()]
+    config = load_config(*dims, f"model.context={max(arguments.maxima) + 16}", "train.seq_len=16")
+    model = for_decoding(build_model(config.model, key=jax.random.key(0)))
+    prompts, curves = [[1] * 16] * arguments.batch, {}
+
+    def times(maximum: int) -> list[tuple[int, float]]:
+        found, begun, filled = [], time.perf_counter(), 16
+        for part in stream_tokens(model, prompts, maximum, every=arguments.every):
+            now = time.perf_counter()
+            filled += len(part[0])
+            found.append((filled, 1e3 * (now - begun) / len(part[0])))
+            begun = now
+        return found[1:]  # the first has the prompt in it
+
+    for maximum in arguments.maxima:
+        times(maximum)  # compiles
+        curves[maximum] = times(maximum)
+        print(
+            json.dumps({"model": arguments.model, "batch": arguments.batch, "maximum": maximum, "ms_per_token": curves[maximum]}),
+            flush=True,
+        )
+    if arguments.out:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for maximum, curve in curves.items():
+            axes.plot(*zip(*curve, strict=True), label=f"up to {maximum}", alpha=0.8)
+        axes.set(xlabel="tokens in the cache", ylabel="ms per token", title=f"{arguments.model}, batch {arguments.batch}")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+        figure.savefig(arguments.out, dpi=110)
+        arguments.out.with_suffix(".json").write_text(json.dumps(curves) + "\n")
+
+
+if __name__ == "__main__":
+    main()

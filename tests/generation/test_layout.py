@@ -1,0 +1,69 @@
+"""The model laid out for decoding computes what the model does."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_eqx import build_model
+from llama_eqx.generation.decode import generate_tokens
+from llama_eqx.generation.layout import PackedAttention, PackedFeedForward, for_decoding, in_int8
+from llama_eqx.precision import cast
+
+PROMPTS = [[5, 6, 7, 8, 9], [3], [60, 2, 33]]
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(
+    scope="module", params=["model.tied=false", "model.tied=true model.dims.kv_heads=1", "model/feed_forward=plain model/norm=layer"]
+)
+def models(request, tiny):
+    model = build_model(tiny(*request.param.split()), key=jax.random.key(0))
+    return model, for_decoding(model)
+
+
+def test_the_same_logits(models):
+    model, laid_out = models
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)), jnp.int32)
+    np.testing.assert_allclose(laid_out(tokens), model(tokens), atol=1e-5)
+    cache, parts = laid_out.init_cache(2, 15), []
+    for piece in jnp.split(tokens, 12, axis=1):
+        x, cache = eqx.filter_jit(lambda m, piece, cache: m.hidden(piece, cache=cache))(laid_out, piece, cache)
+        parts.append(laid_out.head(x))
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), model(tokens), atol=1e-5)
+
+
+def test_the_same_tokens(models):
+    model, laid_out = models
+    assert type(laid_out.blocks[0].attention) is PackedAttention
+    assert (type(laid_out.blocks[0].feed_forward) is PackedFeedForward) == (type(model.blocks.feed_forward).__name__ == "GatedFeedForward")
+    assert generate_tokens(laid_out, PROMPTS, 12, samples=2).tokens == generate_tokens(model, PROMPTS, 12, samples=2).tokens
+    assert generate_tokens(laid_out, PROMPTS[:1], 12).tokens == generate_tokens(model, PROMPTS[:1], 12).tokens
+    assert for_decoding(laid_out) is laid_out
+
+
+def test_bfloat16_stays_bfloat16(models):
+    laid_out = cast(models[1], "bfloat16")
+    with jax.numpy_dtype_promotion("standard"):
+        x, cache = eqx.filter_eval_shape(lambda: laid_out.hidden(jnp.zeros((2, 3), int), cache=laid_out.init_cache(2, 12)))
+    assert x.dtype == cache[0].keys.dtype == jnp.bfloat16
+    assert eqx.filter_eval_shape(laid_out.head, x).dtype == jnp.float32
+
+
+def test_eight_bits(models):
+    """Every weight within half a step of what it was, logits near, and a quarter of the memory for the products."""
+    _, laid_out = models
+    small = in_int8(laid_out)
+    a, b = laid_out.blocks[1].attention.qkv_proj, small.blocks[1].attention.qkv_proj
+    assert b.values.dtype == jnp.int8
+    assert jnp.all(jnp.abs(b.values.astype(a.dtype) * b.scale[..., None] - a) <= b.scale[..., None] * 0.5001)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)), jnp.int32)
+    error = jnp.abs(small(tokens) - laid_out(tokens)).max() / jnp.abs(laid_out(tokens)).max()
+    assert 1e-4 < error < 0.05
+    assert len(generate_tokens(small, PROMPTS, 4).tokens) == 3

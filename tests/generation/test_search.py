@@ -1,0 +1,55 @@
+"""Beam search against transformers' own: tokens of every beam, and their scores."""
+
+import numpy as np
+import pytest
+import torch
+
+from llama_eqx.errors import ConfigError
+from llama_eqx.generation.decode import generate_tokens
+from llama_eqx.generation.search import search_beams
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [60, 2, 33], [12] * 16]
+NEW = 12
+
+
+def theirs(reference, prompts, stop, **settings):
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    settings |= {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": list(stop) or None}
+    beams = settings["num_beams"]
+    found = reference.generate(
+        tokens, attention_mask=mask, num_return_sequences=beams, return_dict_in_generate=True, output_scores=True, **settings
+    )
+    rows = []
+    for row in found.sequences[:, width:].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in stop), len(row))
+        rows.append(row[:end])
+    return [rows[i : i + beams] for i in range(0, len(rows), beams)], found.sequences_scores.reshape(-1, beams).numpy()
+
+
+@pytest.mark.parametrize("stop", [(), (21,), (4, 21, 48)], ids=str)
+@pytest.mark.parametrize(
+    ("beams", "length_penalty", "early_stopping"), [(3, 1.0, False), (4, 0.0, True), (2, 2.0, "never"), (3, -1.0, False)]
+)
+def test_equals_transformers(model, reference, stop, beams, length_penalty, early_stopping):
+    if stop:  # ids that are often the best
+        stop = tuple(sorted({token for row in generate_tokens(model, PROMPTS, NEW).tokens for token in row[2::3]}))[: len(stop)]
+    settings = {"length_penalty": length_penalty, "early_stopping": early_stopping}
+    rows, scores = theirs(reference, PROMPTS, stop, num_beams=beams, **settings)
+    found = search_beams(model, PROMPTS, NEW, beams, stop=stop, **settings)
+    assert [[each.tokens for each in row] for row in found] == rows
+    np.testing.assert_allclose([[each.score for each in row] for row in found], scores, atol=1e-5)
+    assert not stop or any(len(row) < NEW for beams in rows for row in beams)
+
+
+def test_one_beam_is_greedy(model):
+    greedy = generate_tokens(model, PROMPTS, NEW).tokens
+    assert [row[0].tokens for row in search_beams(model, PROMPTS, NEW, 1)] == greedy
+    assert [row[0].tokens for row in search_beams(model, PROMPTS, NEW, 3)] != greedy
+
+
+@pytest.mark.parametrize("beams", [0, 31])
+def test_beams_without_tokens(model, beams):
+    with pytest.raises(ConfigError, match=f"{beams} beams of a vocabulary of 61"):
+        search_beams(model, PROMPTS, NEW, beams)

@@ -1,0 +1,91 @@
+"""Speculative decoding: the tokens of the large model when greedy, and its distribution when not."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from llama_eqx import build_model
+from llama_eqx.errors import ConfigError
+from llama_eqx.generation.constraints import constrained
+from llama_eqx.generation.decode import generate_tokens
+from llama_eqx.generation.layout import for_decoding
+from llama_eqx.generation.request import Rows, prepared
+from llama_eqx.generation.sampling import Sampling
+from llama_eqx.generation.speculative import _speculate, generate_speculatively
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [60, 2, 33], [12] * 16]
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def draft(tiny):
+    return build_model(tiny("model.dims.vocab=61", "model.dims.layers=1"), key=jax.random.key(9))
+
+
+@pytest.mark.parametrize("drafted", [1, 3])
+def test_greedy_is_that_of_the_model(model, draft, drafted):
+    plain = generate_tokens(model, PROMPTS, NEW)
+    ours = generate_speculatively(model, draft, PROMPTS, NEW, drafted=drafted)
+    assert ours.generation.tokens == plain.tokens
+    for a, b in zip(ours.generation.logprobs, plain.logprobs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    stop = [plain.tokens[0][3], plain.tokens[1][0]]
+    assert generate_speculatively(model, draft, PROMPTS, NEW, drafted=drafted, stop=stop).generation.tokens == (
+        generate_tokens(model, PROMPTS, NEW, stop=stop).tokens
+    )
+
+
+def test_a_draft_by_the_model_itself_is_kept(model):
+    """Laid out for decoding or not, and in a cache that grows."""
+    long = generate_tokens(model, PROMPTS[:1], 57)
+    ours = generate_speculatively(model, for_decoding(model), PROMPTS[:1], 57, drafted=3)
+    assert ours.generation.tokens == long.tokens
+    assert ours.tokens_per_round == 4
+
+
+def test_the_distribution_is_that_of_the_model(model, draft):
+    """The joint distribution of four tokens, each one of three, against the model's own probabilities: 6,000 draws."""
+    sampling, prompt, count = Sampling(temperature=1.5, top_k=3), [5, 6, 7], 6000
+    rows, rule = prepared(model, [prompt], 4, sampling)
+    keys = jax.random.split(jax.random.key(4), (count, 1))
+    one = lambda keys: _speculate(model, draft, Rows(tokens=rows.tokens, real=rows.real, keys=keys, present=None), rule, 3).new  # noqa: E731
+    drawn = np.asarray(eqx.filter_jit(eqx.filter_vmap(one))(keys))[:, 0, :4]
+
+    def chances(prefix):
+        logits = model(jnp.asarray([prompt + list(prefix)]))[:, -1]
+        x = np.asarray(jax.nn.softmax(constrained(logits, sampling.constraints, None)))[0]
+        return {int(i): float(x[i]) for i in np.flatnonzero(x)}
+
+    expected = {(): 1.0}
+    for _ in range(4):
+        expected = {(*prefix, token): p * q for prefix, p in expected.items() for token, q in chances(prefix).items()}
+    counts = {each: 0 for each in expected}
+    for row in drawn.tolist():
+        counts[tuple(row)] += 1  # a KeyError is a token that the model would not draw
+    p_value = lambda counts: stats.chisquare(list(counts), [count * p for p in expected.values()]).pvalue  # noqa: E731
+    assert min(expected.values()) * count > 5
+    assert p_value(counts.values()) > 0.01
+    flat = np.random.default_rng(0).multinomial(
+        count, np.asarray([p**0.8 for p in expected.values()]) / sum(p**0.8 for p in expected.values())
+    )
+    assert p_value(flat) < 1e-3  # so the test can fail
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [({"drafted": 0}, "drafted"), ({"samples": 2}, "samples"), ({"top_logprobs": 1}, "top_logprobs")],
+)
+def test_bad_settings(model, draft, settings, where):
+    with pytest.raises(ConfigError) as error:
+        generate_speculatively(model, draft, PROMPTS, NEW, **settings)
+    assert error.value.where == where
+
+
+def test_models_and_penalties_that_do_not_fit(model, draft, tiny):
+    with pytest.raises(ConfigError, match="vocabularies of 64 and 61"):
+        generate_speculatively(model, build_model(tiny(), key=jax.random.key(0)), PROMPTS, NEW)
+    with pytest.raises(ConfigError, match="penalties"):
+        generate_speculatively(model, draft, PROMPTS, NEW, Sampling(repetition_penalty=1.1))
