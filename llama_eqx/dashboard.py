@@ -12,4 +12,4 @@ def main(config: Any, overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_verb("dashboard", main)
+    run_verb("dashboard", main, log=False)

@@ -63,6 +63,7 @@ def run_jobs(
     executor = submitit.AutoExecutor(folder, cluster=cluster)
     executor.update_parameters(**parameters)
     waiting, running, ended = list(jobs), dict[Any, tuple[Job, float]](), dict[int, int | str]()
+    told = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if skipped:
         say(f"finished before: {_listed(skipped)}")
     try:
@@ -81,8 +82,9 @@ def run_jobs(
                 left = f"{len(ended) + len(skipped)} of {len(jobs) + len(skipped)} over"
                 say(f"job {job.number} {_said(code)} after {time.monotonic() - begun:,.0f} s: {left}")
     finally:
-        for handle in running:  # what is left when this process is told to stop
+        for handle in running:  # what is left when this process is told to stop: each run saves itself
             handle.cancel()
+        signal.signal(signal.SIGTERM, told)
 
     failed = [(job, ended[job.number]) for job in jobs if ended[job.number] != 0]
     fine = len(jobs) + len(skipped) - len(failed)

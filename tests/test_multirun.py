@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -10,7 +12,12 @@ from llama_eqx import train
 from llama_eqx.compose import run_verb
 from llama_eqx.multirun import Job, MultirunError, labels, run_jobs
 
-LATE = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(100)"
+LATE = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(75)))
+print("began", flush=True)
+time.sleep(100)
+"""
 TEXT = pathlib.Path(__file__).parent / "golden" / "text.md"
 JOBS = {
     "fine": "print('done')",
@@ -82,6 +89,26 @@ def test_jobs_go_to_slurm(tmp_path, monkeypatch):
     assert "#SBATCH --time=90" in asked
     assert "#SBATCH --cpus-per-task=3" in asked
     assert "gpus-per-node" not in asked
+
+
+def test_a_sweep_that_is_told_to_stop_tells_its_jobs(tmp_path):
+    code = f"""
+import pathlib, sys
+from llama_eqx.multirun import Job, run_jobs
+job = Job(0, "late", [sys.executable, "-c", {LATE!r}], pathlib.Path({str(tmp_path)!r}, "console.txt"))
+run_jobs([job], [], folder=job.console.parent / "submitit", cluster="local", at_once=1, parameters={{"timeout_min": 9}}, say=print)
+"""
+    sweep = subprocess.Popen([sys.executable, "-c", code])
+    console = tmp_path / "console.txt"
+    while "began" not in (console.read_text() if console.exists() else ""):
+        assert sweep.poll() is None
+        time.sleep(0.1)
+    sweep.terminate()
+    assert sweep.wait(timeout=60) == 143
+    begun = time.monotonic()
+    while "saved" not in console.read_text():
+        assert time.monotonic() < begun + 60
+        time.sleep(0.1)
 
 
 @pytest.mark.faults

@@ -49,12 +49,11 @@ def in_int8(model: Llama) -> Llama:
 
 
 def _packed(block: eqx.Module) -> eqx.Module:
-    for name, kind, packed in (
-        ("attention", GroupedQueryAttention, PackedAttention),
-        ("feed_forward", GatedFeedForward, PackedFeedForward),
-    ):
-        if type(part := getattr(block, name, None)) is kind:
-            block = eqx.tree_at(lambda b, name=name: getattr(b, name), block, packed.of(part))
+    attention, feed_forward = getattr(block, "attention", None), getattr(block, "feed_forward", None)
+    if type(attention) is GroupedQueryAttention:
+        block = eqx.tree_at(lambda b: b.attention, block, PackedAttention.of(attention))
+    if type(feed_forward) is GatedFeedForward:
+        block = eqx.tree_at(lambda b: b.feed_forward, block, PackedFeedForward.of(feed_forward))
     return block
 
 

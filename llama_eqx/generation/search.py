@@ -43,7 +43,7 @@ def search_beams(
 
     Raises `ConfigError` as `generate_tokens` does, and for numbers of beams that there are no tokens for.
     """
-    vocab, stops = model.config.dims.vocab, len(settings.get("stop", ()))
+    vocab, stops = model.config.dims.of("vocab")[0], len(settings.get("stop", ()))
     if not beams >= 1 or max(2, 1 + stops) * beams > vocab:
         raise ConfigError(f"{beams} beams of a vocabulary of {vocab} with {stops} stop tokens", where="beams", next="beams=4")
     rows, rule = prepared(model, prompts, max_new_tokens, Sampling(), **settings)

@@ -1,6 +1,6 @@
 """The whole model: an embedding, a stack of blocks, a norm and a head."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import equinox as eqx
 import jax
@@ -77,9 +77,10 @@ class Llama(eqx.Module):
             caches = jax.tree.map(lambda c, new: jax.lax.dynamic_update_index_in_dim(c, new, layer, axis=0), caches, cache)
             return (x, caches), None
 
-        if isinstance(self.blocks, tuple):  # laid out for decoding: the caches are in a tuple too
-            caches = []
-            for layer, (block, held) in enumerate(zip(self.blocks, cache or (None,) * len(self.blocks), strict=True)):
+        blocks: Any = self.blocks
+        if isinstance(blocks, tuple):  # laid out for decoding: the caches are in a tuple too
+            caches, given = [], cache if isinstance(cache, tuple) else (None,) * len(blocks)
+            for layer, (block, held) in enumerate(zip(blocks, given, strict=True)):
                 layer_key = None if block_keys is None else jax.random.fold_in(block_keys, layer)
                 x, held = block(x, rotation, segment_ids, held, layer_key)
                 caches.append(held)

@@ -10,7 +10,8 @@ from llama_eqx.errors import ConfigError
 from llama_eqx.studies.dashboard import PANELS, build_report, build_view, dashboard
 from llama_eqx.studies.registration import load_registration
 
-pytest.importorskip("wandb_workspaces", reason="the extra dashboard is not installed")
+pytest.importorskip("wandb_workspaces", reason="the extra `dashboard` is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries of W&B
 
 RECORD = pathlib.Path(__file__).parents[2] / "benchmarks/learning/default/seed0.jsonl"
 QUESTION = "rotary_precision"
