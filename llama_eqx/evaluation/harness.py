@@ -1,5 +1,6 @@
 """A model as the lm-evaluation-harness sees one (github.com/EleutherAI/lm-evaluation-harness)."""
 
+# pyright: reportMissingImports=false
 import dataclasses
 from typing import Any
 

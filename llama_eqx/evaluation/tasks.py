@@ -1,5 +1,6 @@
 """Benchmarks of the lm-evaluation-harness (Gao et al., 2021, github.com/EleutherAI/lm-evaluation-harness), on a model of this package."""
 
+# pyright: reportMissingImports=false, reportCallIssue=false, reportArgumentType=false, reportTypedDictNotRequiredAccess=false
 from typing import Any, NamedTuple
 
 from llama_eqx.config import dump

@@ -79,7 +79,8 @@ class Llama(eqx.Module):
 
         blocks: Any = self.blocks
         if isinstance(blocks, tuple):  # laid out for decoding: the caches are in a tuple too
-            caches, given = [], cache if isinstance(cache, tuple) else (None,) * len(blocks)
+            caches: list[KVCache] = []
+            given: Any = cache if isinstance(cache, tuple) else (None,) * len(blocks)
             for layer, (block, held) in enumerate(zip(blocks, given, strict=True)):
                 layer_key = None if block_keys is None else jax.random.fold_in(block_keys, layer)
                 x, held = block(x, rotation, segment_ids, held, layer_key)

@@ -1,5 +1,6 @@
 """A question on W&B, as code: a saved view of its runs, and a report to write on."""
 
+# pyright: reportMissingImports=false, reportPrivateImportUsage=false
 from typing import Any
 
 from llama_eqx.config import Config
