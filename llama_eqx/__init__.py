@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from llama_eqx.interop.conversion import save_pretrained
     from llama_eqx.interop.pretrained import load_pretrained
     from llama_eqx.model.llama import build_model
+    from llama_eqx.tracing import trace
 
-__all__ = ["build_model", "generate_tokens", "load_config", "load_pretrained", "save_pretrained"]
+__all__ = ["build_model", "generate_tokens", "load_config", "load_pretrained", "save_pretrained", "trace"]
 
 _HOMES = {
     "build_model": "llama_eqx.model.llama",
@@ -21,6 +22,7 @@ _HOMES = {
     "load_config": "llama_eqx.compose",
     "load_pretrained": "llama_eqx.interop.pretrained",
     "save_pretrained": "llama_eqx.interop.conversion",
+    "trace": "llama_eqx.tracing",
 }
 
 

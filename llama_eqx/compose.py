@@ -1,10 +1,14 @@
 """From YAML and the command line to a config. With the verbs, the only importer of Hydra."""
 
+import contextlib
 import dataclasses
+import errno
+import hashlib
 import logging
 import os
 import pathlib
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -42,16 +46,44 @@ VERBATIM = (
     "to",
     "input",
     "output",
+    "bundle",
+    "tasks",
+    "include_path",
 )
 
+# What the system says of a place that cannot be written: full, read-only, not ours, or no place at all.
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 PLANNED = ("train", "plan")  # verbs that take the settings planned for a model on a mesh
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
+def sweep_name(overrides: list[str]) -> str:
+    """A folder's name for a sweep, the same for the same overrides."""
+    said = re.sub(r"[^\w.=,-]+", "_", " ".join(overrides))[:60]
+    return f"{said}-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:6]}"
+
+
+OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
+OmegaConf.register_new_resolver("registered", lambda question, name: registration().registered(question, name), replace=True)
+OmegaConf.register_new_resolver("tuned", lambda *arm: registration().tuned(*arm), replace=True)
+
+
+def registration() -> Any:
+    from llama_eqx.studies import registration  # which knows YAML and no JAX, but few configs ask for it
+
+    return registration
+
+
 def conf_dir() -> pathlib.Path:
     """The folder of YAML: the copy inside an installed package, else the checkout's."""
     return next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if (path / "train.yaml").is_file())
+
+
+def home(name: str) -> pathlib.Path:
+    """The folder that a verb is composed from. One whose keys are also names of groups has a folder of its own, without any group."""
+    own = conf_dir() / name
+    return own if (own / f"{name}.yaml").is_file() else conf_dir()
 
 
 def load_config(*overrides: str, name: str = "train", plan: bool = True) -> Any:
@@ -110,15 +142,15 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here instead of being printed by Hydra
     sys.argv[1:] = planned(name, arguments)
-    main = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(hydra_job)
+    main = hydra.main(version_base="1.3", config_path=str(home(name)), config_name=name)(hydra_job)
     _leave(_guarded(main))
 
 
 def quoted(override: str) -> str:
     """`prompt=it's` or `profile=true` as Hydra must be given it for the value to arrive unchanged."""
     key, equals, value = override.partition("=")
-    if value in ("true", "false") and (conf_dir() / key).is_dir():
-        return f'{key}="{value}"'  # the name of an option, which Hydra would take for a bool
+    if re.fullmatch(r"true|false|[\d.]+", value) and key and (conf_dir() / key).is_dir():
+        return f'{key}="{value}"'  # the name of an option, which Hydra would take for a bool or a number
     if not equals or re.sub(r"^(data\.components|eval_data)\.\w+", "data", key.lstrip("+")) not in VERBATIM or value == "null":
         return override
     value = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
@@ -148,7 +180,7 @@ def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[
         return job(config, overrides)
     try:
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-        log = logging.FileHandler(pathlib.Path(folder, log_file))
+        log = Log(pathlib.Path(folder, log_file))
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", where=folder, next="another place: run_dir=FOLDER") from None
     log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
@@ -165,6 +197,21 @@ def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[
         log.close()  # and is opened again if something is yet to be said
 
 
+class Log(logging.FileHandler):
+    """A log that a full disk ends with one line, where `logging` would print a traceback for every record."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        self.handle = lambda record: False  # pyright: ignore[reportAttributeAccessIssue]
+        print(f"warning: {self.baseFilename} cannot be written: {error.strerror}; the run goes on without it", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what is left of it has no place either
+            super().close()
+
+
 def _guarded(job: Callable[[], None]) -> int:
     """The exit code of `job`, with whatever ended it said in a block."""
     try:
@@ -178,25 +225,36 @@ def _guarded(job: Callable[[], None]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         print(_explained(error, "train", sys.argv[1:]), file=sys.stderr)
         return ConfigError.code
-    except PermissionError as error:
-        print(StorageError(f"cannot write: {error.strerror}", where=str(error.filename), next="work in another folder"), file=sys.stderr)
+    except OSError as error:
+        if error.errno not in STORAGE:
+            return _unexpected(error)
+        where = str(error.filename or "")
+        print(
+            StorageError(f"cannot write: {error.strerror}", where=where, next="free some space, or work in another folder"), file=sys.stderr
+        )
         return StorageError.code
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             what = f"out of memory: {str(error).splitlines()[0]}"
-            print(UserError(what, next="a smaller model or train.batch_size, remat=full, or more devices"), file=sys.stderr)
+            verb = pathlib.Path(sys.argv[0]).stem
+            plan = f"; {shlex.join(['python', '-m', 'llama_eqx.plan', *sys.argv[1:]])} says which part to shrink" if verb == "train" else ""
+            print(UserError(what, next=f"a smaller model or train.batch_size, remat=full, or more devices{plan}"), file=sys.stderr)
             return 1
-        traceback.print_exc()
-        print(UserError(f"unexpected {type(error).__name__}: {error}", next="please report this with the lines above"), file=sys.stderr)
-        return 1
+        return _unexpected(error)
     return 0
+
+
+def _unexpected(error: Exception) -> int:
+    traceback.print_exc()
+    print(UserError(f"unexpected {type(error).__name__}: {error}", next="please report this with the lines above"), file=sys.stderr)
+    return 1
 
 
 def compose(name: str, overrides: list[str]) -> DictConfig:
     """The merged YAML, not yet checked against the dataclasses."""
     try:
         return _compose(name, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # the last is Hydra's word on an option that is no text
         raise _explained(error, name, overrides) from None
 
 
@@ -212,10 +270,13 @@ def resolve(config: DictConfig) -> Any:
 
 
 def _compose(name: str, overrides: list[str]) -> DictConfig:
+    for group, _, option in (override.lstrip("+").partition("=") for override in overrides):
+        if (conf_dir() / group.partition("@")[0]).is_dir() and (".." in option.split("/") or option.startswith("/")):
+            raise ConfigError(f"{group} has no option {option!r}", where=group, next="options are the names of files in conf/")
     outer = GlobalHydra.instance().hydra  # the caller's own, if any
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with initialize_config_dir(str(home(name)), version_base="1.3"):
             return hydra_compose(name, overrides)
     finally:
         GlobalHydra.instance().hydra = outer

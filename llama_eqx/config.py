@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import importlib
 import keyword
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -39,11 +40,20 @@ class Config:
             value = _converted(getattr(self, field.name), hint)
             if not _fits(value, hint):
                 raise ConfigError(f"{_said(value)} does not fit: {_wanted(hint, value)}", where=field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{value} is not a number to compute with", where=field.name)
             object.__setattr__(self, field.name, value)
         self.check()
 
     def check(self) -> None:
         """Raises `ConfigError` when fields contradict each other."""
+
+    def within(self, low: int, high: int | float, *names: str) -> None:
+        """Raises `ConfigError` when one of these fields, where the config has them, is not from `low` up to but not including `high`."""
+        for name in names:
+            if not low <= (value := getattr(self, name, low)) < high:
+                bounds = f"at least {low:g}" + (f" and below {high:g}" if high < float("inf") else "")
+                raise ConfigError(f"{value} is not {bounds}", where=name)
 
 
 def load(node: Any, path: str = "") -> Any:
@@ -94,6 +104,13 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old} -> {new}"]
 
 
+def known_to_both(tree: Any, other: Any) -> Any:
+    """`tree` without the keys that `other` lacks: those of a setting that is newer, or older, than the code that wrote it."""
+    if isinstance(tree, dict) and isinstance(other, dict):
+        return {key: known_to_both(value, other[key]) for key, value in tree.items() if key in other}
+    return tree
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """A sentence naming the option most like `word`, or all options when none is near."""
     options = sorted(options)
@@ -113,7 +130,7 @@ def _config_class(target: str, path: str) -> type[Config]:
     if f"{module}.".startswith("llama_eqx."):
         with contextlib.suppress(ImportError):
             cls = getattr(importlib.import_module(module), name, None)
-    if not (isinstance(cls, type) and issubclass(cls, Config)):
+    if not (isinstance(cls, type) and issubclass(cls, Config) and cls is not Config):
         raise ConfigError(f"{target} is not a config class of llama_eqx, and nothing else is ever built", where=f"{path}._target_")
     return cls
 

@@ -1,4 +1,4 @@
-"""`python -m llama_eqx.evaluate`: says how well a model predicts text."""
+"""`python -m llama_eqx.evaluate`: says how well a model predicts text, or does at benchmarks."""
 
 import json
 import pathlib
@@ -10,23 +10,32 @@ from llama_eqx.errors import StorageError
 
 
 def main(config: Any, overrides: list[str]) -> None:
-    from llama_eqx.evaluation.perplexity import evaluate  # after the config has been checked, so that a typo is answered at once
-    from llama_eqx.evaluation.report import said, saved
+    from llama_eqx.evaluation import report  # after the config has been checked, so that a typo is answered at once
+    from llama_eqx.evaluation.opened import open_model
+    from llama_eqx.evaluation.perplexity import evaluate
 
     if config.output is not None:
-        _try(config.output, "")
-    found = evaluate(config)
-    for note in found.notes:
+        write(config.output, "")  # what cannot be kept is not computed
+    if config.tasks is None:
+        found = evaluate(config)
+        notes, said, saved = found.notes, report.said(config, found), report.saved(config, found)
+    else:
+        from llama_eqx.evaluation.tasks import run_tasks
+
+        opened = open_model(config)
+        results = run_tasks(opened, config)
+        notes, said, saved = opened.notes, results.table, results.saved
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    print(said(config, found))
+    print(said)
     if config.output is not None:
-        _try(config.output, json.dumps(saved(config, found), indent=1) + "\n")
+        write(config.output, json.dumps(saved, indent=1, default=str) + "\n")
 
 
-def _try(output: str, text: str) -> None:
-    """Writes the results, or before anything is computed sees that they can be written."""
+def write(output: str, text: str) -> None:
+    """Raises `StorageError`."""
     try:
-        with pathlib.Path(output).open("a" if not text else "w", encoding="utf-8") as file:
+        with pathlib.Path(output).open("w" if text else "a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", where=output, next="another place: output=FILE") from None

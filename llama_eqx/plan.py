@@ -13,10 +13,11 @@ def main(config: Any, overrides: list[str]) -> None:
         return load_config(*(o for o in overrides if o.partition("=")[0] not in keys), *more, name="plan", plan=plan)
 
     if config.search:
-        from llama_eqx.planning.search import search
+        from llama_eqx.planning.search import MOST, search
 
         remats = sorted(path.stem for path in (conf_dir() / "remat").glob("*.yaml"))
-        plan = search(lambda *more: variant(*more, plan=False), overrides, remats, plan_file(overrides))
+        enough = MOST if config.search is True else config.search
+        plan = search(lambda *more: variant(*more, plan=False), overrides, remats, plan_file(overrides), enough)
     else:
         plan = make_plan(config)
     print(report(plan, "" if plan.fits else shrink(plan, variant)))

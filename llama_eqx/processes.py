@@ -2,7 +2,7 @@
 
 The computing is JAX's own. But its start aborts without a word about whom it waited for, and a process that fails leaves the others
 waiting for minutes. So each process first goes to process 0, which sees who is missing and whether all were given the same command,
-and keeps the line to it open, over which an error reaches everyone.
+and keeps the line to it open, over which an error reaches everyone, and a sign of life every few seconds.
 """
 
 import contextlib
@@ -14,8 +14,9 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
@@ -35,15 +36,21 @@ class DistributedConfig(Config):
     """Process number `process`, from 0, of `processes`; `coordinator` is HOST:PORT of number 0.
 
     Without them they are looked for where TPU pods, SLURM, Open MPI and Kubernetes jobs name them. `timeout` is how many seconds the
-    first process waits for the last.
+    first process waits for the last. A process that gave no sign of life for `heartbeat` seconds is lost, and a run that made no step for
+    `stall` seconds is stuck (None: never): all processes then say where they are and end, to be started again.
     """
 
     coordinator: str | None
     processes: int | None
     process: int | None
     timeout: int
+    heartbeat: int
+    stall: int | None
 
     def check(self) -> None:
+        for name in ("timeout", "heartbeat", "stall"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{value} is too small: seconds", where=name)
         names = ("coordinator", "processes", "process")
         missing = [name for name in names if getattr(self, name) is None]
         if missing and len(missing) < len(names):
@@ -74,28 +81,79 @@ def together(config: Any) -> Iterator[tuple[Any, int]]:
     """
     place, local_devices = _place(config.distributed)
     if place is None:
-        yield config, 0
+        with _may_end():
+            yield config, 0
         return
     if jax.distributed.is_initialized():
         raise ConfigError("a sweep over several processes needs new ones for every job", where="-m", next="hydra/launcher=submitit_slurm")
-    lines = meet(place, config.distributed.timeout, dump(config))
-    with lines:
+    settings = config.distributed
+    with meet(place, settings.timeout, dump(config), settings.heartbeat) as lines:
         jax.distributed.initialize(
             place.coordinator,
             place.processes,
             place.process,
             local_devices,
             cluster_detection_method="deactivate",
-            initialization_timeout=config.distributed.timeout,
+            initialization_timeout=settings.timeout,
+            heartbeat_timeout_seconds=settings.heartbeat + 60,  # ours has words for it, where JAX aborts
         )
-        yield dataclasses.replace(config, run_dir=lines.config["run_dir"]), place.process
+        with _may_end():
+            yield dataclasses.replace(config, run_dir=lines.config["run_dir"]), place.process
+
+
+_ending_allowed = threading.Event()
+
+
+@contextlib.contextmanager
+def _may_end() -> Iterator[None]:
+    """The time in which this process is the run's own, and may be ended for it."""
+    _ending_allowed.set()
+    try:
+        yield
+    finally:
+        _ending_allowed.clear()
 
 
 def leave(code: int) -> None:
-    """Ends this process. One of several that has failed does not wait for the others, as JAX would at a regular end."""
-    if code and "jax" in sys.modules and jax.distributed.is_initialized():
+    """Ends this process. One of several that has failed does not wait for the others, as JAX would at a regular end.
+
+    Nor is a verb that is the whole program taken apart piece by piece: a thread of a library that comes to the interpreter just then would
+    abort the process, and a run that is over would count as killed.
+    """
+    several = "jax" in sys.modules and jax.distributed.is_initialized()
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    if code if several else program is not None and program.name.startswith("llama_eqx."):
         end(code)
     sys.exit(code)
+
+
+def watched(steps: Iterable[T], stall: int | None) -> Iterator[T]:
+    """`steps`, the first of which may take its time: it compiles. When a later one takes more than `stall` seconds, with what is
+    evaluated and saved after it, this process and all others say where they are and end with code 75.
+
+    Outside of `together`, for users of the library, it only passes them on.
+    """
+    over, begun = threading.Event(), [time.monotonic()]
+
+    def watch() -> None:
+        assert stall is not None
+        while not over.wait(min(stall / 10, 5)) and _ending_allowed.is_set():
+            if time.monotonic() - begun[0] > stall:
+                said = f"error: no step for {stall} s\nnext: the stacks of the process that is stuck show where"
+                _give_up(said, {"code": PREEMPTED, "lost": True}, Lines.current)
+
+    watching = None
+    try:
+        for number, step in enumerate(steps):
+            begun[0] = time.monotonic()
+            if number == 1 and stall is not None:
+                watching = threading.Thread(target=watch, daemon=True)
+                watching.start()
+            yield step
+    finally:
+        over.set()
+        if watching is not None:
+            watching.join()
 
 
 def once(action: Callable[[], T]) -> T | None:
@@ -104,6 +162,13 @@ def once(action: Callable[[], T]) -> T | None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("once")
     return result
+
+
+def is_first() -> bool:
+    """Whether this is process 0: `jax.process_index`, but it starts no backend, which would settle the number of virtual devices."""
+    from jax._src.distributed import global_state
+
+    return global_state.process_id == 0
 
 
 def of_first(number: int) -> int:
@@ -127,13 +192,46 @@ def require_same(text: str, what: str) -> None:
         )
 
 
-def meet(place: Place, timeout: float, config: dict[str, Any]) -> "Lines":
+def meet(place: Place, timeout: float, config: dict[str, Any], heartbeat: float) -> "Lines":
     """Waits for all processes and compares what they are to do.
 
     Raises `ConfigError`, in every process that came, naming those that did not within `timeout` seconds, or whose config differs.
     """
     deadline = time.monotonic() + timeout
-    return _receive(place, deadline, timeout, config) if place.process == 0 else _call(place, deadline, timeout, config)
+    take = _receive if place.process == 0 else _call
+    return Lines(*take(place, deadline, timeout, config), heartbeat)
+
+
+class Line:
+    """A socket for messages, JSON objects of one line each. An empty one is a sign of life."""
+
+    def __init__(self, line: socket.socket):
+        self._socket, self._file, self._sending = line, line.makefile("rb"), threading.Lock()
+
+    def wait(self, seconds: float) -> None:
+        """From now on reading raises `TimeoutError` after so many seconds without anything to read."""
+        self._socket.settimeout(seconds)
+
+    def send(self, message: dict[str, Any]) -> None:
+        with self._sending:
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def read(self) -> dict[str, Any] | None:
+        """The next message, None at the end. Raises `ValueError` when it is none."""
+        content = self._file.readline(2**24)
+        if not content:
+            return None
+        if not isinstance(message := json.loads(content), dict):
+            raise ValueError("this is no message of a process")
+        return message
+
+    def hang_up(self) -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
 
 
 class Lines:
@@ -142,66 +240,112 @@ class Lines:
     `config` is that of process 0.
     """
 
-    def __init__(self, peers: dict[str, socket.socket], config: dict[str, Any]):
+    current: "Lines | None" = None
+
+    def __init__(self, peers: dict[str, Line], config: dict[str, Any], heartbeat: float):
         """`peers` by the names under which their errors are to be told: process 0 alone, or all but process 0."""
-        self.config = config
+        self.config, self._heartbeat = config, heartbeat
         self._peers, self._over, self._first = peers, threading.Event(), "process 0" not in peers
+        self._ending = threading.Event()
         self._threads = [threading.Thread(target=self._listen, args=each, daemon=True) for each in peers.items()]
-        for thread in self._threads:
+        self._beating = threading.Thread(target=self._beat, daemon=True)
+        for thread in (*self._threads, self._beating):
             thread.start()
 
     def __enter__(self) -> "Lines":
+        Lines.current = self
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        # An error that is none of ours may be what a collective says when another process is gone. Then a line tells of it soon.
+        foreign = error is not None and not isinstance(error, UserError | SystemExit | KeyboardInterrupt)
+        if foreign and self._ending.wait(LAST_WORDS):
+            threading.Event().wait()  # for the end
+        Lines.current = None
         self._over.set()
         code = error.code if isinstance(error, UserError | SystemExit) else 130 if isinstance(error, KeyboardInterrupt) else 1
         if error is None or not code:
-            self._tell({"done": True})
+            self.tell({"done": True})
             self.close()
         else:
             said = "interrupted" if code == 130 else f"error: {type(error).__name__}: {error}"
-            self._tell({"error": str(error) if isinstance(error, UserError) else said, "code": code})
-            self._see_off()
+            self.tell({"error": str(error) if isinstance(error, UserError) else said, "code": code})
+            self.see_off()
 
     def close(self) -> None:
+        self._over.set()
         for line in self._peers.values():
-            with contextlib.suppress(OSError):  # the other end is closed
-                line.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
+            line.hang_up()
+        for thread in (*self._threads, self._beating):
             thread.join()
         for line in self._peers.values():
             line.close()
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def tell(self, message: dict[str, Any]) -> None:
         for line in self._peers.values():
             with contextlib.suppress(OSError):
-                _send(line, message)
+                line.send(message)
 
-    def _listen(self, name: str, line: socket.socket) -> None:
-        try:
-            message = _read(line)
-        except OSError:  # the network's trouble; JAX notices by itself when a process is gone
-            return
-        if self._over.is_set() or (message and "done" in message):
-            return
-        self._over.set()
-        message = message or {"error": "error: ended without a word\nnext: see its output; perhaps its machine is gone", "code": PREEMPTED}
-        said = f"{name}: {message['error']}" if self._first else message["error"]
-        print(said, file=sys.stderr, flush=True)
-        logging.getLogger("llama_eqx").info("ended by %s", said)
-        self._tell(message | {"error": said})
-        with contextlib.suppress(OSError):
-            line.settimeout(LAST_WORDS)
-            line.recv(1)  # nothing more will come but its end
-        self._see_off()
-        end(int(message["code"]))
-
-    def _see_off(self) -> None:
+    def see_off(self) -> None:
         """Process 0 leaves last: JAX aborts the others, in the middle of what they have to say, when it is gone."""
+        deadline = time.monotonic() + LAST_WORDS
         for thread in self._threads if self._first else []:
             if thread is not threading.current_thread():
-                thread.join(LAST_WORDS)
+                thread.join(max(deadline - time.monotonic(), 0))
+
+    def _beat(self) -> None:
+        while not self._over.wait(min(self._heartbeat / 4, 5)):
+            self.tell({})
+
+    def _listen(self, name: str, line: Line) -> None:
+        line.wait(self._heartbeat)
+        lost = "error: {}\nnext: see its output; perhaps its machine is gone"
+        try:
+            while (message := line.read()) == {}:
+                pass
+        except TimeoutError:
+            message = {"error": lost.format(f"no sign of life for {self._heartbeat:g} s"), "code": PREEMPTED, "lost": True}
+        except (OSError, ValueError):  # what is killed may hang up roughly
+            message = None
+        if self._over.is_set() or (message and "done" in message):
+            return
+        message = message or {"error": lost.format("ended without a word"), "code": PREEMPTED, "lost": True}
+        if self._ending.is_set():
+            return  # another line has said it
+        self._ending.set()
+        said = f"{name}: {message['error']}" if self._first else message["error"]
+        _give_up(said, message, self, line)
+
+
+def _give_up(said: str, message: dict[str, Any], lines: Lines | None, line: Line | None = None) -> None:
+    """Says why, here and along the lines, and ends this process. If one was lost or is stuck, with the stacks of all threads here.
+
+    `line` is the one over which it was learned.
+    """
+    message = {**message, "error": said}
+    print(said, file=sys.stderr, flush=True)
+    logging.getLogger("llama_eqx").info("ended by %s", said)
+    if message.get("lost"):
+        logs = [handler.baseFilename for handler in logging.getLogger("llama_eqx").handlers if isinstance(handler, logging.FileHandler)]
+        print(f"stacks: {logs[0]}" if logs else _stacks(), file=sys.stderr, flush=True)
+        logging.getLogger("llama_eqx").info("%s", _stacks())
+    if lines is not None:
+        lines.tell(message)
+        if line is not None and not message.get("lost"):
+            with contextlib.suppress(OSError, ValueError):
+                line.wait(LAST_WORDS)
+                line.read()  # nothing more will come but its end
+        lines.see_off()
+    end(int(message["code"]))
+
+
+def _stacks() -> str:
+    """Where every thread is, the main one first: `faulthandler` would leave it out where there are a hundred others."""
+    frames, said = sys._current_frames(), []
+    for thread in sorted(threading.enumerate(), key=lambda thread: thread is not threading.main_thread()):
+        if thread.ident in frames:
+            said.append(f"thread {thread.name}, most recent call last:\n{''.join(traceback.format_stack(frames[thread.ident]))}")
+    return "\n".join(said)
 
 
 def _place(config: DistributedConfig) -> tuple[Place | None, Any]:
@@ -228,9 +372,9 @@ def _place(config: DistributedConfig) -> tuple[Place | None, Any]:
     return Place(process, processes, coordinator), local_devices
 
 
-def _receive(place: Place, deadline: float, timeout: float, config: dict[str, Any]) -> Lines:
+def _receive(place: Place, deadline: float, timeout: float, config: dict[str, Any]) -> tuple[dict[str, Line], dict[str, Any]]:
     port = int(place.coordinator.rpartition(":")[2])
-    lines: dict[int, socket.socket] = {}
+    lines: dict[int, Line] = {}
     hosts, problems = {}, []
     both = socket.has_dualstack_ipv6()
     try:
@@ -241,12 +385,13 @@ def _receive(place: Place, deadline: float, timeout: float, config: dict[str, An
         while len(lines) < place.processes - 1 and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             try:
-                line, _ = server.accept()
+                accepted, _ = server.accept()
             except OSError:
                 continue
+            line = Line(accepted)
             try:
-                line.settimeout(min(left, 10))
-                hello = _read(line) or {}
+                line.wait(min(left, 10))
+                hello = line.read() or {}
                 process, host, theirs = int(hello["process"]), str(hello["host"]), hello["config"]
             except (OSError, ValueError, KeyError):  # somebody else
                 line.close()
@@ -266,30 +411,30 @@ def _receive(place: Place, deadline: float, timeout: float, config: dict[str, An
     answer: dict[str, Any] = {"error": "\n".join(problems)} if problems else {"config": config}
     for line in lines.values():
         with contextlib.suppress(OSError):
-            _send(line, answer)
+            line.send(answer)
     if problems:
         for line in lines.values():
             line.close()
         raise _refusal(answer["error"])
-    return Lines({f"process {process} on {hosts[process]}": _patient(line) for process, line in lines.items()}, config)
+    return {f"process {process} on {hosts[process]}": line for process, line in lines.items()}, config
 
 
-def _call(place: Place, deadline: float, timeout: float, config: dict[str, Any]) -> Lines:
+def _call(place: Place, deadline: float, timeout: float, config: dict[str, Any]) -> tuple[dict[str, Line], dict[str, Any]]:
     host, _, port = place.coordinator.rpartition(":")
     hello = {"process": place.process, "host": socket.gethostname(), "config": config}
     while (left := deadline - time.monotonic()) > 0:
         try:
-            line = socket.create_connection((host.strip("[]"), int(port)), left)
+            line = Line(socket.create_connection((host.strip("[]"), int(port)), left))
         except OSError:  # it is not there yet
             time.sleep(min(0.2, left))
             continue
-        line.settimeout(left + 10)  # process 0 may have begun to wait later
+        line.wait(left + 10)  # process 0 may have begun to wait later
         answer = None
         with contextlib.suppress(OSError, ValueError):
-            _send(line, hello)
-            answer = _read(line)
+            line.send(hello)
+            answer = line.read()
         if answer and "config" in answer:
-            return Lines({"process 0": _patient(line)}, answer["config"])
+            return {"process 0": line}, answer["config"]
         line.close()
         if answer:
             raise _refusal(answer["error"])
@@ -311,35 +456,10 @@ def _listed(numbers: list[int]) -> str:
     return f"number{'s' * (len(numbers) > 1)} {shown}{' and others' * (len(numbers) > 8)}"
 
 
-def _patient(line: socket.socket) -> socket.socket:
-    """A line on which nothing need be said for days."""
-    line.settimeout(None)
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_KEEPIDLE"):
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
-    return line
-
-
-def _send(line: socket.socket, message: dict[str, Any]) -> None:
-    line.sendall(json.dumps(message).encode() + b"\n")
-
-
-def _read(line: socket.socket) -> dict[str, Any] | None:
-    """One message, None at the end. There is never more than one to be read."""
-    content = b""
-    while not content.endswith(b"\n"):
-        part = line.recv(2**16)
-        if not part:
-            return None
-        content += part
-        if len(content) > 2**24:
-            raise ValueError("this is no message of a process")
-    return json.loads(content)
-
-
 def end(code: int) -> NoReturn:
     """Ends this process now, whatever its threads are doing."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read it is gone
+            stream.flush()
     logging.shutdown()
     os._exit(code)

@@ -1,9 +1,69 @@
-"""Names for activations, so that policies outside the model can speak of them."""
+"""Names for activations, so that policies and observers outside the model can speak of them."""
 
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+Seen = dict[str, list[Array]]  # what was tagged, by name, in the order of computation
+
+
+class Probe:
+    """Sees what is tagged by one of `names` while a model is traced in `probing`.
+
+    `layer(seen)` is called in the loop over layers with what each layer tagged. What it returns is stacked over layers in `layers`;
+    `outside` has what was tagged in no layer.
+    """
+
+    def __init__(self, names: Iterable[str], layer: Callable[[Seen], Any]):
+        self.names, self.layer = tuple(names), layer
+        self.outside: Seen = {name: [] for name in self.names}
+        self.layers: Any = None
+
+
+_PROBE: contextvars.ContextVar[Probe | None] = contextvars.ContextVar("probe", default=None)
+_SEEN: contextvars.ContextVar[Seen | None] = contextvars.ContextVar("seen", default=None)
+
 
 def tag(x: Array, name: str) -> Array:
-    """`x` itself, known as `name` to a rematerialisation policy; costs nothing when none asks."""
+    """`x` itself, known as `name` to a rematerialisation policy and to a probe; costs nothing when none asks."""
+    seen = _SEEN.get()
+    if seen is not None and name in seen:
+        seen[name].append(x)
     return checkpoint_name(x, name)
+
+
+def scan_layers(fold: Callable, carry: Any, layers: Any, unroll: int) -> Any:
+    """What is carried through `jax.lax.scan` over layers. The only way out of its loop for what is tagged within."""
+    probe = _PROBE.get()
+    if probe is None:
+        return jax.lax.scan(fold, carry, layers, unroll=unroll)[0]
+
+    def watched(carry: Any, layer: Any) -> tuple[Any, Any]:
+        seen = {name: [] for name in probe.names}
+        with _set(_SEEN, seen):
+            carry, _ = fold(carry, layer)
+        return carry, probe.layer(seen)
+
+    carry, probe.layers = jax.lax.scan(watched, carry, layers, unroll=unroll)
+    return carry
+
+
+@contextlib.contextmanager
+def probing(probe: Probe) -> Iterator[None]:
+    """The models that are traced within are seen by `probe`. What it sees ends with the function that is traced."""
+    with _set(_PROBE, probe), _set(_SEEN, probe.outside):
+        yield
+
+
+@contextlib.contextmanager
+def _set(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)

@@ -9,6 +9,8 @@ from llama_eqx.compose import run_verb
 def main(config: Any, overrides: list[str]) -> None:
     import jax
 
+    from llama_eqx.errors import NonFiniteError
+    from llama_eqx.studies.pairing import keep
     from llama_eqx.training.loop import train  # after the config has been checked, so that a typo is answered at once
     from llama_eqx.training.preemption import Preemption
     from llama_eqx.training.program import keep_compiled
@@ -18,12 +20,18 @@ def main(config: Any, overrides: list[str]) -> None:
     run_dir = shlex.quote(config.run_dir)
     same = [override for override in overrides if not override.startswith(("run_dir=", "train.steps="))]
     command = f"python -m llama_eqx.train {shlex.join([*same, ''])[:-2]}run_dir={run_dir}"
-    with Preemption(config.checkpoint.grace, next=f"{command} train.steps={config.train.steps}") as preemption:
-        result = train(config, preemption)
+    try:
+        with Preemption(config.checkpoint.grace, next=f"{command} train.steps={config.train.steps}") as preemption:
+            result = train(config, preemption)
+    except NonFiniteError:
+        if config.study is not None and jax.process_index() == 0:
+            keep(config)  # it counts, as the worst
+        raise
     if jax.process_index() > 0:
         return  # process 0 says it
 
     evaluation, speed, exported = result.evaluation, "", ""
+    filed = f"\nkept        {keep(config)}" if config.study is not None else ""
     if result.speed:
         rate, waited = result.speed["perf/tokens_per_second"], result.speed["data/starved_fraction"]
         speed = f"\nspeed       {rate:,.0f} tokens/s, {waited:.2%} of the time waiting for data"
@@ -36,7 +44,7 @@ def main(config: Any, overrides: list[str]) -> None:
 
 validation  {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte, on {evaluation.tokens:,} tokens{speed}
 curve       {result.run_dir / "loss.png"}
-checkpoint  {result.checkpoint}{exported}
+checkpoint  {result.checkpoint}{exported}{filed}
 resume      {command} train.steps={2 * config.train.steps}
 sample      python -m llama_eqx.generate checkpoint={run_dir} prompt={shlex.quote(config.data.prompt)}""")
     if config.tracking.wandb.mode != "disabled":

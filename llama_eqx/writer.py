@@ -34,9 +34,9 @@ def sole_writer(job: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(job)
     def alone(config: Any, *rest: Any) -> T:
-        import jax
+        from llama_eqx.processes import is_first
 
-        with held(config.run_dir) if jax.process_index() == 0 else contextlib.nullcontext():
+        with held(config.run_dir) if is_first() else contextlib.nullcontext():
             return job(config, *rest)
 
     return alone

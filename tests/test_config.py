@@ -61,6 +61,7 @@ def test_missing_keys_are_listed():
         "llama_eqx.config.importlib.import_module",
         "llama_eqx.model.norm.RMSNorm",
         "llama_eqx_evil.Config",
+        "llama_eqx.config.Config",
         "llama_eqx.nowhere.X",
         "Dims",
         "",

@@ -6,20 +6,43 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "llama_eqx"
+VERBS = [
+    "train",
+    "generate",
+    "evaluate",
+    "convert",
+    "doctor",
+    "plan",
+    "prepare",
+    "provenance",
+    "supervise",
+    "replay",
+    "report",
+    "dashboard",
+    "multirun",
+    "compose",
+]
 LAYERS = [  # highest first; a module belongs to its longest prefix
-    ["train", "generate", "evaluate", "convert", "doctor", "plan", "prepare", "provenance", "supervise", "compose"],
-    ["planning", "studies", "training.loop", "training.run", "training.program", "training.reporter", "training.ends"],
+    VERBS,
+    [*(f"training.{name}" for name in ("loop", "replay", "setup", "run", "program", "reporter", "ends")), "studies", "planning"],
     ["diagnosis", "evaluation"],
     ["generation", "interop"],
     ["checkpoint", "tracking", "data"],
-    ["training"],
+    ["training", "tracing"],
     ["model.llama"],
     ["model"],
     ["sharding", "precision", "remat", "flops", "processes", "writer"],
     ["config", "dims", "batch", "tag", "errors", "crash", "wrapped", "__init__"],
 ]
 LEVEL = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}
-ONLY_IN = {"hydra": ("compose",), "omegaconf": ("compose",), "wandb": ("tracking.wandb",), "grain": ("data",), "orbax": ("checkpoint",)}
+ONLY_IN = {
+    "hydra": ("compose",),
+    "omegaconf": ("compose",),
+    "wandb": ("tracking.wandb",),
+    "grain": ("data",),
+    "orbax": ("checkpoint",),
+    "submitit": ("multirun",),
+}
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 
 

@@ -5,8 +5,9 @@
     python -m benchmarks.data.pipeline memory [--tokens=50_000_000]
     python -m benchmarks.data.pipeline starvation [--steps=200]
 
-`speed`: tokens a second of each way to make rows, in numpy, and of peers on the same ids, in turn in one process; medians over the
-rounds, and their ratio to a bare gather of rows from the mapped file. `start`: seconds until the first batch, imports not counted, and
+The first line says under what conditions. `speed`: tokens a second of each way to make rows, in numpy, and of peers on the same ids, in
+turn in one process; medians over the rounds, and their ratio to a bare gather of rows from the mapped file. As many batches as are timed
+are drawn before, so that none was made ahead. `start`: seconds until the first batch, imports not counted, and
 what memory grew by to the opened dataset and to the first batch, of a dataset as large as that (sparse files) in a process of its own.
 `memory`: what the process has over an epoch. `allocated` is its own, `resident` has the pages of mapped files too, which the system takes
 back when it needs them. `starvation`: the share of the time that the default run waits for its batches. Files are written under $TMPDIR.
@@ -26,6 +27,7 @@ import time
 
 import numpy as np
 
+from benchmarks.conditions import conditions
 from benchmarks.peers.data import PEERS
 
 VOCAB, MEAN = 32_000, 700  # ids; tokens of a document, on average
@@ -96,6 +98,8 @@ def speed(options: argparse.Namespace) -> None:
         found = {name: [] for name in ways}
         for turn in range(options.rounds + 1):
             for name, batches in ways.items():
+                for _ in range(options.batches):  # those that were made ahead among them
+                    next(batches)
                 begin = time.perf_counter()
                 for _ in range(options.batches):
                     next(batches)
@@ -172,9 +176,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["speed", "start", "memory", "starvation"])
     parser.add_argument("--tokens", type=lambda text: int(text.replace("_", "")))
-    for name, default in {"batch": 64, "seq": 2048, "rounds": 7, "batches": 30, "steps": 200}.items():
+    for name, default in {"batch": 64, "seq": 2048, "rounds": 7, "batches": 320, "steps": 200}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     options.tokens = options.tokens or (10**10 if options.what == "start" else 5 * 10**7)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    print(json.dumps({"name": "conditions", **conditions("numpy", "grain", "jax", "torch")}))
     {"speed": speed, "start": start, "memory": memory, "starvation": starvation}[options.what](options)

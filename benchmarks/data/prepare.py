@@ -6,7 +6,8 @@
 The text is that of the files, by default Python's own and its packages' sources, one document each; `form` is how `prepare` finds it:
 jsonl, jsonl.gz, jsonl.zst or parquet. In each round the library encodes all documents, which it has in memory, on all cores and leaves the
 ids there; then `prepare` reads the text from disk, encodes it, and writes shards, index and hashes, processes being started anew.
-Prints a line of JSON for each tokenizer: megabytes of text a second, medians over the rounds, and the ratio.
+Prints a line of JSON for each tokenizer: megabytes of text a second, medians over the rounds, and the ratio; and the ratio of the
+processor's seconds, of which other work on the machine takes nothing.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import gzip
 import json
 import os
 import pathlib
+import resource
 import shutil
 import statistics
 import sys
@@ -24,6 +26,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.conditions import conditions
 from llama_eqx import load_config
 from llama_eqx.data.prepare import prepare
 
@@ -67,6 +70,11 @@ def library(tokenizer: Any, texts: list[str], cores: int) -> Callable[[], Any]:
     return lambda: tokenizer.library.encode_batch_fast(texts, add_special_tokens=False)
 
 
+def processor() -> float:
+    """Seconds that this process and those it started and waited for have computed."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizers", nargs="+")
@@ -77,6 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     texts = documents(options.files, int(options.mb * 1e6))
     megabytes, cores = sum(len(text.encode()) for text in texts) / 1e6, len(os.sched_getaffinity(0))
+    print(json.dumps({"name": "conditions", **conditions("sentencepiece", "tiktoken", "tokenizers", "numpy")}))
     with tempfile.TemporaryDirectory() as folder:
         source, output = pathlib.Path(folder, f"text.{options.form}"), pathlib.Path(folder, "output")
         write(texts, source)
@@ -84,18 +93,19 @@ def main() -> None:
             kind, _, path = chosen.partition("=")
             config = load_config(f"input={source}", f"output={output}", f"tokenizer={kind}", f"tokenizer.path={path}", name="prepare")
             encode = library(config.tokenizer.build(config), texts, cores)
-            seconds = {"library": [], "prepare": []}
+            seconds, worked = {"library": [], "prepare": []}, {"library": [], "prepare": []}
             for _ in range(options.rounds):
                 shutil.rmtree(output, ignore_errors=True)
                 for name, run in {"library": encode, "prepare": lambda config=config: prepare(config)}.items():
-                    began = time.perf_counter()
+                    began, before = time.perf_counter(), processor()
                     run()
                     seconds[name].append(time.perf_counter() - began)
+                    worked[name].append(processor() - before)
             rates = {name: round(megabytes / statistics.median(found), 3) for name, found in seconds.items()}
             what = {"tokenizer": kind, "form": options.form, "documents": len(texts), "megabytes": round(megabytes, 2), "cores": cores}
-            print(
-                json.dumps({**what, "rounds": options.rounds, **rates, "ratio": round(rates["prepare"] / rates["library"], 3)}), flush=True
-            )
+            of_processor = statistics.median(worked["library"]) / statistics.median(worked["prepare"])
+            ratios = {"ratio": round(rates["prepare"] / rates["library"], 3), "ratio_of_processor": round(of_processor, 3)}
+            print(json.dumps({**what, "rounds": options.rounds, **rates, **ratios}), flush=True)
 
 
 if __name__ == "__main__":

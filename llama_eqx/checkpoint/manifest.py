@@ -116,7 +116,7 @@ def find_damage(
     listed = read_manifest(folder)["files"]
     listed = {name: entry for name, entry in listed.items() if pathlib.PurePath(name).parts[0] != without}
     names = sorted(listed)[part[0] :: part[1]]
-    present = [name for name in names if (folder / name).is_file()]
+    present = [name for name in names if os.path.isfile(folder / name)]  # False, too, for what cannot be a name
     differ = _map(lambda name: _differs(folder / name, listed[name], stop), present, stop)
     damaged = {name: differs for name, differs in zip(present, differ, strict=True) if differs}
     extra = {name for name in _files(folder) if pathlib.PurePath(name).parts[0] != without} - {*listed}

@@ -82,6 +82,10 @@ class SourceConfig(DataConfig):
     rows: Literal["windows", "documents", "packed", "single"]
     long_documents: Literal["refuse", "cut"]
 
+    def skipped(self) -> list[str]:
+        """Where there are records that cannot be read and are left out, as asked."""
+        return []
+
     def sources(self) -> "dict[str, tuple[float, SourceConfig]]":
         return {"": (1.0, self)}
 
@@ -170,11 +174,23 @@ class TextConfig(CorpusConfig):
     """Text of one's own: a file, a glob, or a folder with all *.txt, *.md, *.jsonl and *.parquet below it, or *.gz and *.zst of them.
 
     A text file is a document. So is each line of a .jsonl file, an object whose "text" is a string, and each row of a .parquet file.
+    What cannot be read ends the run with `on_error: refuse`, and is counted and left out with `skip`.
     """
 
     path: str | None
+    on_error: Literal["refuse", "skip"]
 
     def documents(self) -> Iterator[Document]:
+        return self._documents([])
+
+    def skipped(self) -> list[str]:
+        found: list[str] = []
+        if self.on_error == "skip":
+            for _ in self._documents(found):
+                pass
+        return found
+
+    def _documents(self, skipped: list[str]) -> Iterator[Document]:
         if not self.path:
             raise ConfigError("data=text needs data.path=FOLDER_OR_GLOB", where="data.path")
         empty = True
@@ -182,8 +198,11 @@ class TextConfig(CorpusConfig):
             for piece in pieces(number, source, None, "text"):
                 for record in records(piece, "text"):
                     if record.problem:
-                        raise refusal(piece, record, "data.path")
-                    if record.text:
+                        error = refusal(piece, record, "data.path")
+                        if self.on_error == "refuse":
+                            raise DataError(error.what, where=error.where, next=f"{error.next}; or data.on_error=skip")
+                        skipped.append(error.where)
+                    elif record.text:
                         empty = False
                         yield Document(f"{source.name}:{record.number}" if record.number else source.name, record.text)
         if empty:

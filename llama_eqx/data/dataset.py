@@ -34,8 +34,8 @@ class Dataset(NamedTuple):
         return {f"data/epoch/{name}".rstrip("/"): epochs for name, epochs in zip(self.names, found, strict=True)}
 
 
-def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: int) -> Dataset:
-    """Encodes and packs what is not in the cache yet.
+def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: int, distinct_rows: int | None = None) -> Dataset:
+    """Encodes and packs what is not in the cache yet. Of `distinct_rows` only the first that would be drawn are, again and again.
 
     Raises `DataError` for data that cannot be used, naming the source; `StorageError` when the cache cannot be written.
     """
@@ -54,7 +54,7 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: i
         notes += found.notes
         weights.append(weight)
     together = hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
-    order = Order([len(rows) for rows in train], shares(weights), seed)
+    order = Order([len(rows) for rows in train], shares(weights), seed, distinct_rows)
     train, val = (_joined(rows, config.position_offset) for rows in (train, val))
     return Dataset(train, val, order, list(config.sources()), together, notes)
 
@@ -84,10 +84,12 @@ class _Opened(NamedTuple):
 
 
 def _open(source: SourceConfig, tokenizer: Tokenizer) -> _Opened:
-    if not isinstance(source, SftConfig):
-        return _Opened(tokenize(source, tokenizer), {}, [])
-    data, learned, skipped = encode_conversations(source, tokenizer)
-    notes = [f"{len(skipped)} lines are no conversations and were skipped, the first at {skipped[0]}"] if skipped else []
+    if isinstance(source, SftConfig):
+        data, learned = encode_conversations(source, tokenizer)
+    else:
+        data, learned = tokenize(source, tokenizer), {}
+    skipped = source.skipped()
+    notes = [f"{len(skipped):,} records cannot be read and are skipped, the first at {skipped[0]}"] if skipped else []
     return _Opened(data, learned, notes)
 
 

@@ -6,11 +6,13 @@ import importlib
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from llama_eqx.config import Config
+from llama_eqx.data.cores import allow, cores
 from llama_eqx.errors import ConfigError, UserError
 
 # Does calls of a function, and gives the numbers of those that are done, in any order.
@@ -18,7 +20,8 @@ Pool = Callable[[Callable[..., None], list[tuple[Any, ...]]], Iterator[int]]
 
 
 class EngineConfig(Config):
-    """`workers` processes, one for each core with None; on Ray as many as its cluster has room for with None.
+    """`workers` processes, one for each core with None; on Ray as many as its cluster has room for with None. The cores of a machine are
+    divided among its workers, who encode with a thread for each core of their own.
 
     Ray is that of $RAY_ADDRESS, or one that is running on this machine, or else one that is started for the time. All of its
     machines must see the same files under the same names. None of this changes a byte of the result.
@@ -58,9 +61,10 @@ Done = Callable[[Callable[..., None], list[tuple[Any, ...]]], Iterator[tuple[int
 
 @contextlib.contextmanager
 def _local(workers: int | None) -> Iterator[Done]:
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = workers or cores()
     others = set(multiprocessing.active_children())
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    share = max(1, cores() // workers)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (share,))
 
     def done(function: Callable[..., None], calls: list[tuple[Any, ...]]) -> Iterator[tuple[int, BaseException | None]]:
         if min(workers, len(calls)) < 2:  # not worth a process
@@ -93,9 +97,9 @@ def _local(workers: int | None) -> Iterator[Done]:
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
+def _start_worker(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
-    os.environ["TOKENIZERS_PARALLELISM"], os.environ["RAYON_NUM_THREADS"] = "false", "1"
+    allow(threads)
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
@@ -106,6 +110,11 @@ def _start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+def _on_one_core(function: Callable[..., None], *call: Any) -> None:
+    allow(1)
+    function(*call)
+
+
 @contextlib.contextmanager
 def _ray(workers: int | None) -> Iterator[Done]:
     try:
@@ -114,17 +123,14 @@ def _ray(workers: int | None) -> Iterator[Done]:
         raise ConfigError(
             "Ray is not installed", where="prepare.engine", next="pip install 'llama_eqx[ray]', or prepare.engine=local"
         ) from None
-    ours = not ray.is_initialized()
-    if ours:
-        ray.init(log_to_driver=False, configure_logging=False, include_dashboard=False)
 
     def done(function: Callable[..., None], calls: list[tuple[Any, ...]]) -> Iterator[tuple[int, BaseException | None]]:
-        remote, todo = ray.remote(num_cpus=1, max_retries=3)(function), list(enumerate(calls))[::-1]
+        remote, todo = ray.remote(num_cpus=1, max_retries=3, name=function.__name__)(_on_one_core), list(enumerate(calls))[::-1]
         running: dict[Any, int] = {}
         while todo or running:
             while todo and len(running) < (workers or 10_000):
                 i, call = todo.pop()
-                running[remote.remote(*call)] = i
+                running[remote.remote(function, *call)] = i
             for reference in ray.wait(list(running))[0]:
                 i, error = running.pop(reference), None
                 try:
@@ -137,8 +143,24 @@ def _ray(workers: int | None) -> Iterator[Done]:
                     )
                 yield i, error
 
-    try:
+    with contextlib.ExitStack() as stack:
+        if not ray.is_initialized():
+            _connect(ray, stack)
         yield done
-    finally:
-        if ours:
-            ray.shutdown()
+
+
+def _connect(ray: Any, stack: contextlib.ExitStack) -> None:
+    """To a cluster that runs, or one of our own that leaves nothing behind.
+
+    Raises `ConfigError` when that of $RAY_ADDRESS does not answer.
+    """
+    quiet = {"log_to_driver": False, "configure_logging": False}
+    try:
+        ray.init("auto", **quiet)
+    except ConnectionError as error:
+        if address := os.environ.get("RAY_ADDRESS"):
+            raise ConfigError(f"no Ray cluster answers: {error}", where=f"RAY_ADDRESS={address}", next="unset it") from error
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))  # for logs and sockets
+        ray.init("local", _temp_dir=folder, include_dashboard=False, **quiet)
+    stack.callback(ray.shutdown)

@@ -12,9 +12,11 @@ class Order:
     """The rows of several sources (numbered through, one source after another) in the proportions of `shares`.
 
     Sample i is a draw from the source that `interleaved` gives it. Each source is drawn in a new order each epoch of its own.
+    With `distinct`, sample i is one of the first so many samples, all of which come, in a new order, before one comes again.
     """
 
-    def __init__(self, sizes: Sequence[int], shares: Sequence[int], seed: int):
+    def __init__(self, sizes: Sequence[int], shares: Sequence[int], seed: int, distinct: int | None = None):
+        self._again = None if distinct is None else Shuffle([distinct], seed)
         self._shuffle, self._sizes, self._shares = Shuffle(sizes, seed), sizes, np.array(shares)
         self._sources = interleaved(shares)
         drawn = self._sources[:, None] == np.arange(len(sizes))
@@ -23,6 +25,8 @@ class Order:
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """[count] int64: the row of each sample."""
+        if self._again is not None:
+            samples = self._again(np.zeros_like(samples), samples)
         periods, places = np.divmod(samples, len(self._sources))
         sources = self._sources[places]
         draws = periods * self._shares[sources] + self._before[places, sources]
@@ -30,9 +34,12 @@ class Order:
 
     def epochs(self, samples: int) -> list[float]:
         """How often each source has been seen in the first so many samples."""
+        times = 1.0
+        if self._again is not None:
+            times, samples = max(1.0, samples / (distinct := int(self._again.sizes[0]))), min(samples, distinct)
         periods, place = divmod(samples, len(self._sources))
         draws = periods * self._shares + self._before[place]
-        return [draw / size for draw, size in zip(draws.tolist(), self._sizes, strict=True)]
+        return [times * draw / size for draw, size in zip(draws.tolist(), self._sizes, strict=True)]
 
 
 def interleaved(shares: Sequence[int]) -> np.ndarray:

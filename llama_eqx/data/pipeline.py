@@ -20,7 +20,7 @@ from llama_eqx.errors import ConfigError
 
 T = TypeVar("T")
 
-AT_ONCE = 2**19  # tokens
+AT_ONCE = {False: 2**21, True: 2**17}  # tokens in rows without and with segments, which are slow to allocate
 ORDERED = 2**14  # samples
 
 
@@ -59,7 +59,8 @@ class Parts:
         share, rest = divmod(batch_size, n_shards)
         if rest or not share:
             raise ConfigError(f"batch_size={batch_size} does not divide into {n_shards} parts", where="train.batch_size")
-        self._rows, self._order, self._batch_size, self._mine = rows, order, batch_size, slice(shard * share, (shard + 1) * share)
+        self._rows, self._order, self._batch_size = rows, order, batch_size
+        self._share, self._mine = share, slice(shard * share, (shard + 1) * share)
         # The order of many samples is computed at once, and kept for the batches that come next.
         self._block = max(1, min(64, ORDERED // batch_size))
         self._ordered = functools.lru_cache(maxsize=4)(self._ordered_block)
@@ -69,8 +70,15 @@ class Parts:
         return 2**62 // self._batch_size
 
     def __getitem__(self, index: int) -> Part:
-        rows = self.numbers(index)
-        return Part(self._rows.read(rows[self._mine]), digest(rows), self._rows.counted(rows))
+        return self.several(index, 1)[0]
+
+    def several(self, first: int, count: int) -> list[Part]:
+        """Batches one after another, read at once."""
+        rows = [self.numbers(index) for index in range(first, first + count)]
+        leaves, structure = jax.tree.flatten(self._rows.read(np.concatenate([whole[self._mine] for whole in rows])))
+        cuts = [slice(i * self._share, (i + 1) * self._share) for i in range(count)]
+        batches = [structure.unflatten([leaf[cut] for leaf in leaves]) for cut in cuts]
+        return [Part(batch, digest(whole), self._rows.counted(whole)) for batch, whole in zip(batches, rows, strict=True)]
 
     def numbers(self, index: int) -> Int[np.ndarray, " batch"]:
         """The rows of a whole batch."""
@@ -83,8 +91,8 @@ class Parts:
 
     @property
     def together(self) -> int:
-        """How many batches are handed on at once."""
-        return max(1, min(64, AT_ONCE // ((self._mine.stop - self._mine.start) * self._rows.seq_len)))
+        """How many batches are best read at once."""
+        return max(1, min(64, AT_ONCE[self._rows.segmented] // (self._share * self._rows.seq_len)))
 
     def after(self, step: int, known: Progress | None = None) -> Progress:
         """The progress after `step` batches, from that after some of them; no token is read for it."""
@@ -104,14 +112,19 @@ def read(parts: Parts, start: int = 0) -> Iterator[Iterator[Part]]:
     import grain
 
     # An element of grain's costs about as much whatever is in it, and so it has several batches.
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # more threads are slower
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # more threads are slower: they wait for each other's GIL
     size = parts.together
-    runs = grain.MapDataset.range(len(parts) // size).map(lambda run: [parts[index] for index in range(run * size, (run + 1) * size)])
+    runs = grain.MapDataset.range(len(parts) // size).map(lambda run: parts.several(run * size, size))
     iterator: Any = iter(runs.to_iter_dataset(options))
     run, within = divmod(start, size)
     iterator.set_state({"next_index": run})
+
+    def drawn() -> Iterator[Part]:
+        yield parts[start]  # a run of batches would take longer
+        yield from itertools.islice(itertools.chain.from_iterable(iterator), within + 1, None)
+
     try:
-        yield itertools.islice(itertools.chain.from_iterable(iterator), within, None)
+        yield drawn()
     finally:
         iterator.close()
 

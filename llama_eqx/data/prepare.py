@@ -35,6 +35,7 @@ from llama_eqx.errors import ConfigError, DataError, StorageError
 DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("hash", "<u8", (2,)), ("source", "<i8"), ("record", "<i8")])
 BLOCK = 2**23  # ids that are moved at once
 NAMED = 20  # records that are named one by one
+UNITS, LEAST = 256, 2**20  # units of few files, and bytes of each
 
 
 class PrepareConfig(Config):
@@ -43,7 +44,7 @@ class PrepareConfig(Config):
     Each document stands between BOS and EOS, if `bos` and `eos` and the tokenizer have them. `validation_fraction` of the documents is
     held out, by a hash of the text. With `dedup` a text that came before is dropped. A record that cannot be read ends all with
     `on_error: refuse`, and is counted and named with `skip`. A shard is closed when it has `shard_tokens`; a unit of work has some
-    `unit_bytes` of the files, unless they cannot be cut.
+    `unit_bytes` of the files, or less when they are few, and more where a file cannot be cut.
     """
 
     input: str | None
@@ -170,7 +171,8 @@ def prepare(config: PrepareConfig) -> Prepared:
         task = Task(
             partial, tokenizer.fingerprint, config.field, config.bos, config.eos, config.on_error == "skip", config.validation_fraction
         )
-        units = _units(sources, config.unit_bytes, config.field)
+        size = max(LEAST, sum(source.size for source in sources) // UNITS)  # so that there is work for all cores
+        units = _units(sources, min(config.unit_bytes, size), config.field)
         with config.prepare.open() as pool:
             todo = [unit for unit in units if not task.path(unit.number, "json").exists()]
             weights = [sum(piece.weight for piece in unit.pieces) for unit in units]

@@ -53,6 +53,7 @@ def provenance(config: ProvenanceConfig) -> str:
     run_dir = pathlib.Path(config.run_dir)
     saved = read_config(run_dir)
     try:
+        distinct = saved["train"].get("distinct_rows")
         batch_size, seq_len, seed = saved["train"]["batch_size"], saved["train"]["seq_len"], saved["seed"]
         settings, fingerprint = load(saved["data"], "data"), saved["data_fingerprint"]
     except (KeyError, TypeError) as error:
@@ -60,7 +61,7 @@ def provenance(config: ProvenanceConfig) -> str:
     if config.row >= batch_size:
         raise ConfigError(f"a batch of this run has the rows 0 to {batch_size - 1}", where="row")
     tokenizer = load_tokenizer(run_dir / "tokenizer")
-    data = open_data(settings, tokenizer, seq_len=seq_len, seed=seed)
+    data = open_data(settings, tokenizer, seq_len=seq_len, seed=seed, distinct_rows=distinct)
     if data.fingerprint != fingerprint:
         raise DataError("the data is no longer what the run was trained on", where=f"data in {run_dir}/config.yaml")
     number = int(Parts(data.train, data.order, batch_size).numbers(config.step - 1)[config.row])

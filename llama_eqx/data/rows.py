@@ -75,7 +75,7 @@ class Windows(Rows):
     segmented = False
 
     def __init__(self, split: Split, seq_len: int):
-        self._tokens, self.seq_len = Tokens(split), seq_len
+        self._tokens, self.seq_len = Tokens(split, seq_len + 1), seq_len
         self.targets = _count(split, seq_len) * seq_len
         self.bytes = self.targets * split.bytes / split.tokens
 
@@ -83,7 +83,7 @@ class Windows(Rows):
         return self.targets // self.seq_len
 
     def read(self, rows: Int[np.ndarray, " batch"]) -> Batch:
-        ids = self._tokens.windows(rows * self.seq_len, self.seq_len + 1)
+        ids = self._tokens.windows(rows * self.seq_len)
         mask = np.broadcast_to((rows >= 0).astype(np.float32)[:, None], (len(rows), self.seq_len))
         return Batch(ids[:, :-1], ids[:, 1:], mask)
 
@@ -103,7 +103,7 @@ class Documents(Rows):
     segmented = True
 
     def __init__(self, split: Split, seq_len: int):
-        self._tokens, self.seq_len = Tokens(split), seq_len
+        self._tokens, self.seq_len = Tokens(split, seq_len + 1), seq_len
         self._len = _count(split, seq_len)
         end = self._len * seq_len + 1
         self.targets = end - int(self._tokens.documents_before(np.array([end]))[0])  # all tokens but those that begin a document
@@ -113,7 +113,7 @@ class Documents(Rows):
         return self._len
 
     def read(self, rows: Int[np.ndarray, " batch"]) -> Batch:
-        ids = self._tokens.windows(rows * self.seq_len, self.seq_len + 1)
+        ids = self._tokens.windows(rows * self.seq_len)
         begins = np.zeros(ids.shape, bool)
         for line, row in zip(begins, rows.tolist(), strict=True):
             if row >= 0:
@@ -261,24 +261,31 @@ class Shifted(Rows):
 
 
 class Tokens:
-    """Many short reads from a split at once."""
+    """Many short reads from a split at once, of any length or of `window` ids each."""
 
-    def __init__(self, split: Split):
-        self.split, self.dtype = split, token_dtype(split.shards[0].vocab)
+    def __init__(self, split: Split, window: int = 1):
+        self.split, self.dtype, self._window = split, token_dtype(split.shards[0].vocab), window
         self._firsts = np.cumsum([0, *(shard.tokens for shard in split.shards)])
         self._documents = np.cumsum([0, *(shard.documents for shard in split.shards)])
-        self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._maps: dict[int, Mapped] = {}
 
-    def windows(self, begins: Int[np.ndarray, " count"], length: int) -> UInt[np.ndarray, "count length"]:
-        """`length` ids from each token on, zeros where it is negative. Raises as `check` does."""
-        ids = np.zeros((len(begins), length), self.dtype)
-        lengths = np.full(len(begins), length)
-        real = begins >= 0
-        lines = ids
+    def windows(self, begins: Int[np.ndarray, " count"]) -> UInt[np.ndarray, "count window"]:
+        """`window` ids from each token on, zeros where it is negative. Raises as `check` does."""
+        real, lengths = begins >= 0, np.full(len(begins), self._window)
         if not real.all():
-            lines, begins, lengths = (ids[i] for i in np.flatnonzero(real)), begins[real], lengths[real]
-        for line, run in zip(lines, self.runs(begins, lengths), strict=True):
-            line[:] = run
+            ids = np.zeros((len(begins), self._window), self.dtype)
+            ids[real] = self.windows(begins[real])
+            return ids
+        shards, firsts, whole = self._places(begins, lengths)
+        if whole.all() and (shards == shards[0]).all():
+            ids = self._map(int(shards[0])).windows[firsts]  # in half the time of one row after another
+        else:
+            ids = np.empty((len(begins), self._window), self.dtype)
+            for shard in np.unique(shards[whole]).tolist():
+                here = np.flatnonzero(whole & (shards == shard))
+                ids[here] = self._map(shard).windows[firsts[here]]
+            for row in np.flatnonzero(~whole).tolist():
+                ids[row] = self.split.read(int(begins[row]), int(begins[row]) + self._window)
         self.check(ids, begins, lengths)
         return ids
 
@@ -290,12 +297,10 @@ class Tokens:
 
     def runs(self, begins: Int[np.ndarray, " count"], lengths: Int[np.ndarray, " count"]) -> list[np.ndarray]:
         """The ids of the tokens from each of `begins` on, as they are on disk."""
-        shards = np.searchsorted(self._firsts[1:-1], begins, side="right")
-        firsts, ends = begins - self._firsts[shards], begins + lengths
-        whole = ends <= self._firsts[shards + 1]
         found = []
-        for shard, first, begin, end, fits in zip(*(array.tolist() for array in (shards, firsts, begins, ends, whole)), strict=True):
-            found.append(self._map(shard)[0][first : first + end - begin] if fits else self.split.read(begin, end))
+        places = (*self._places(begins, lengths), begins, begins + lengths)
+        for shard, first, fits, begin, end in zip(*(array.tolist() for array in places), strict=True):
+            found.append(self._map(shard).ids[first : first + end - begin] if fits else self.split.read(begin, end))
         return found
 
     def starts(self, begin: int, length: int) -> np.ndarray:
@@ -304,7 +309,7 @@ class Tokens:
         if begin + length > self._firsts[shard + 1]:
             return self.split.starts(begin, begin + length) - begin
         first = begin - int(self._firsts[shard])
-        offsets = self._map(shard)[1]
+        offsets = self._map(shard).starts
         a, b = offsets.searchsorted([first, first + length])
         return offsets[a:b] - first
 
@@ -313,16 +318,30 @@ class Tokens:
         found, shards = np.empty(len(tokens), np.int64), np.searchsorted(self._firsts[1:-1], tokens, side="right")
         for shard in np.unique(shards).tolist():
             here = shards == shard
-            found[here] = self._documents[shard] + self._map(shard)[1].searchsorted(tokens[here] - self._firsts[shard])
+            found[here] = self._documents[shard] + self._map(shard).starts.searchsorted(tokens[here] - self._firsts[shard])
         return found
 
-    def _map(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids, and where documents begin."""
+    def _places(self, begins: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The shard in which each of some reads begins, at which of its ids, and whether it ends there."""
+        shards = np.searchsorted(self._firsts[1:-1], begins, side="right")
+        return shards, begins - self._firsts[shards], begins + lengths <= self._firsts[shards + 1]
+
+    def _map(self, shard: int) -> "Mapped":
         if shard not in self._maps:
             if len(self._maps) == MAPS:
                 self._maps.clear()
-            self._maps[shard] = self.split.shards[shard].ids(), self.split.shards[shard].offsets()[:-1]
+            ids, starts = self.split.shards[shard].ids(), self.split.shards[shard].offsets()[:-1]
+            windows = np.lib.stride_tricks.sliding_window_view(ids, min(self._window, len(ids)))
+            self._maps[shard] = Mapped(ids, starts, windows)
         return self._maps[shard]
+
+
+class Mapped(NamedTuple):
+    """The files of a shard: its ids, where documents begin, and the windows of ids that begin with each id, as a view."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    windows: np.ndarray
 
 
 def _segments(lines: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -55,6 +55,13 @@ class SftConfig(CorpusConfig):
             found.update(json.dumps([conversation.name, conversation.messages]).encode())
         return found.hexdigest()
 
+    def skipped(self) -> list[str]:
+        found: list[str] = []
+        if self.on_error == "skip":
+            for _ in self.conversations(found):
+                pass
+        return found
+
     def conversations(self, skipped: list[str]) -> Iterator[Conversation]:
         """Every conversation, in order. Where lines are skipped is added to `skipped`.
 
@@ -107,17 +114,14 @@ class SftConfig(CorpusConfig):
         return tuple(messages)
 
 
-def encode_conversations(data: SftConfig, tokenizer: Tokenizer) -> tuple[TokenData, dict[str, Split], list[str]]:
-    """The conversations as ids, from the cache when the same were encoded before; for each split one that has the same offsets, and a 1 in
-    place of each id that is to be learned; and where lines were skipped.
+def encode_conversations(data: SftConfig, tokenizer: Tokenizer) -> tuple[TokenData, dict[str, Split]]:
+    """The conversations as ids, from the cache when the same were encoded before; and for each split one that has the same offsets, and a 1
+    in place of each id that is to be learned.
 
     The `bytes` of the splits are those of what the assistant says.
 
     Raises `DataError` when a split is empty or a conversation does not fit the chat format, `StorageError` when it cannot be written.
     """
-    skipped: list[str] = []
-    for _ in data.conversations(skipped):
-        pass
     identity = [FORMAT, "conversations", data.identity(), tokenizer.fingerprint, tokenizer.chat]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     folder = publish(cache_dir() / "tokens" / key, lambda folder: _encode(folder, data, tokenizer))
@@ -127,7 +131,7 @@ def encode_conversations(data: SftConfig, tokenizer: Tokenizer) -> tuple[TokenDa
         (shard,) = split.shards
         marks = Shard(folder / f"{split.name}-learned", shard.tokens, shard.documents, shard.bytes, vocab=2)
         learned[split.name] = Split((marks,), split.name)
-    return encoded, learned, skipped
+    return encoded, learned
 
 
 def _encode(folder: Path, data: SftConfig, tokenizer: Tokenizer) -> None:

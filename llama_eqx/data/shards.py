@@ -259,6 +259,8 @@ def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = Non
         hashes: dict[Path, str] = {}
         sizes: dict[Path, int] = {}
         for record in index["shards"]:
+            if record["name"] != Path(record["name"]).name or "\0" in record["name"]:
+                raise ValueError(f"{record['name']} lies outside of the folder")
             shard = Shard(folder / record["name"], vocab=index["vocab"], **{count: record[count] for count in COUNTS})
             splits[record["split"]].append(shard)
             for kind, (shape, dtype) in shard.content.items():
@@ -445,9 +447,10 @@ def _mapped(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r").view(np.ndarray)  # a plain array: slices of np.memmap are slow
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"damaged token shard: {error}", where=str(file)) from error
+        raise DataError(f"damaged token shard: {error}", where=str(file), next=AGAIN) from error
     if (array.shape, array.dtype) != (shape, dtype):
-        raise DataError(f"{array.dtype} {list(array.shape)} in this file, and the index says {dtype} {list(shape)}", where=str(file))
+        what = f"{array.dtype} {list(array.shape)} in this file, and the index says {dtype} {list(shape)}"
+        raise DataError(what, where=str(file), next=AGAIN)
     return array
 
 

@@ -1,64 +1,23 @@
 """How well a model predicts text, with a confidence interval, by position and by document."""
 
 import math
-import pathlib
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import equinox as eqx
 import jax
 import numpy as np
 from scipy.special import stdtrit
 from tqdm import tqdm
 
-from llama_eqx.checkpoint.native import CONFIG, read_config
-from llama_eqx.config import Config, load
-from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.dataset import sliding
 from llama_eqx.data.pipeline import validation_batches
 from llama_eqx.data.rows import Shifted
-from llama_eqx.data.shards import PreparedTokenizerConfig
 from llama_eqx.data.sliding import Sliding
-from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig, find_tokenizer
-from llama_eqx.errors import ConfigError, DataError, NonFiniteError
-from llama_eqx.interop.pretrained import load_pretrained, located, open_pretrained
-from llama_eqx.interop.weights import abstract
-from llama_eqx.model.kernel import KernelConfig
-from llama_eqx.model.llama import Llama
-from llama_eqx.precision import Dtype, PrecisionConfig
-from llama_eqx.remat import RematConfig
-from llama_eqx.sharding import Layout, MeshConfig, Rules
-from llama_eqx.training.evaluation import BUCKETS, Score, Sums, bucket, make_score
-from llama_eqx.training.loss import policy_view
+from llama_eqx.data.tokenizer import Tokenizer
+from llama_eqx.errors import ConfigError, NonFiniteError
+from llama_eqx.evaluation.opened import EvaluateConfig, Opened, data_of, open_model
+from llama_eqx.training.evaluation import BUCKETS, Sums, bucket
 
 FEW = 10  # documents, fewer than which say too little of how documents differ
-CHUNK = 2048  # tokens whose logits exist at a time
-LONGEST = 2048  # tokens of a window where neither a run nor the user says
-
-
-class EvaluateConfig(Config):
-    """The weights at `checkpoint` on the held-out text of `data`, None for that of the run.
-
-    `length` is that of a window in tokens, None for that of training or of the context, and `stride` how many of them it is to predict,
-    None for all. `batch_size` windows at a time go over all devices, in `dtype`, None for that of the files. `output` is a file of JSON.
-    """
-
-    checkpoint: str | None
-    data: DataConfig | None
-    tokenizer: TokenizerConfig | None
-    mesh: MeshConfig
-    sharding: Rules
-    length: int | None
-    stride: int | None
-    batch_size: int
-    dtype: Dtype | None
-    output: str | None
-
-    def check(self) -> None:
-        if self.checkpoint is None:
-            raise ConfigError("checkpoint is not given", where="checkpoint", next="checkpoint=RUN_DIR, or a folder of Hugging Face or Meta")
-        for name in ("length", "stride", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{value} is too small", where=name)
 
 
 class Document(NamedTuple):
@@ -102,65 +61,26 @@ class Evaluated(NamedTuple):
     notes: list[str]
 
 
-class Opened(NamedTuple):
-    """A model on its devices, how it is laid out there, and its tokenizer."""
-
-    model: Llama
-    layout: Layout
-    score: Score
-    tokenizer: Tokenizer
-
-
 def evaluate(config: EvaluateConfig) -> Evaluated:
     """Every token of the text is predicted once, but for the first of each; sums are in float64.
 
     Raises `ConfigError`, `CheckpointError` and `DataError` before anything is compiled, `NonFiniteError` for a loss that is no number.
     """
-    assert config.checkpoint is not None
-    data, length = _data_and_length(config, located(config.checkpoint)[0])
-    stride = config.stride or length
+    data, opened = data_of(config), open_model(config)
+    length, stride = opened.length, config.stride or opened.length
     if stride > length:
         raise ConfigError(f"a stride of {stride} leaves out tokens between windows of {length}", where="stride", next=f"stride={length}")
-    opened, notes = open_model(config, data, length)
-    context = opened.model.config.context
-    if length > context:
-        notes.append(f"windows of {length} tokens are longer than the model's context of {context}")
     results = {}
     for name, (_, source) in data.sources().items():
         rows = sliding(source, opened.tokenizer, seq_len=length, stride=stride)
-        size = _batch_size(config.batch_size, opened.layout)
-        results[name] = measure(opened, rows, size, name or "evaluating", position_offset=data.position_offset)
+        results[name] = measure(opened, rows, name or "evaluating", position_offset=data.position_offset)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(opened.model))
-    return Evaluated(parameters, length, stride, results, notes)
+    return Evaluated(parameters, length, stride, results, opened.notes)
 
 
-def open_model(config: EvaluateConfig, data: DataConfig | None, length: int) -> tuple[Opened, list[str]]:
-    """The model of a config for rows of `length` tokens, and notes."""
-    assert config.checkpoint is not None
-    layout = Layout(config.mesh.build(), config.sharding)
-    weights = open_pretrained(config.checkpoint)
-    sizes = {axis: size for axis, size in vars(weights.config.dims).items() if size is not None}
-    notes = [*weights.notes, *layout.check({"batch": _batch_size(config.batch_size, layout), "seq": length, **sizes})]
-    tokenizer, said = _tokenizer(config, data)
-    if tokenizer.vocab > sizes["vocab"]:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab} ids, the model {sizes['vocab']}",
-            where="tokenizer",
-            next="tokenizer=null uses the one beside the model",
-        )
-    model = load_pretrained(config.checkpoint, config.dtype, layout.shardings(abstract(weights.config)))
-    view = policy_view(
-        PrecisionConfig(params="float32", compute="float32"),  # as loaded
-        RematConfig(policy="none"),
-        layout,
-        KernelConfig(name="auto", q_block=None, kv_block=None, fused_backward=False),
-    )
-    return Opened(model, layout, eqx.filter_jit(make_score(view, layout, CHUNK)), tokenizer), notes + said
-
-
-def measure(opened: Opened, rows: Sliding, batch_size: int, name: str, *, position_offset: int = 0) -> Result:
+def measure(opened: Opened, rows: Sliding, name: str, *, position_offset: int = 0) -> Result:
     """The model on all of `rows`, with a progress bar that is called `name`. `position_offset` is added to their positions."""
-    split = rows.split
+    split, batch_size = rows.split, opened.batch_size
     positions, documents, windows = Sums(BUCKETS), Sums(split.documents), Sums(rows.windows)
     sharding = opened.layout.sharding(("batch", "seq"), (batch_size, rows.seq_len))
     batches = validation_batches(Shifted(rows, position_offset), sharding, batch_size=batch_size)
@@ -212,45 +132,6 @@ def half_width(nats: np.ndarray, weights: np.ndarray, confidence: float = 0.95) 
     residuals = nats - nats.sum() / weights.sum() * weights
     error = math.sqrt(count / (count - 1) * math.fsum(residuals**2)) / math.fsum(weights)
     return float(stdtrit(count - 1, (1 + confidence) / 2)) * error
-
-
-def _data_and_length(config: EvaluateConfig, folder: pathlib.Path) -> tuple[DataConfig, int]:
-    """What a run says of itself where the config is silent."""
-    saved: dict[str, Any] = read_config(folder) if (folder / CONFIG).is_file() else {}
-    data = config.data or (load(saved["data"], "data") if "data" in saved else None)
-    if data is None:
-        raise ConfigError(
-            "this is not a run, whose own data could be taken", where="data", next="data=test data.path=FILE, or another data="
-        )
-    if config.length:
-        return data, config.length
-    if "train" in saved:
-        return data, saved["train"]["seq_len"]
-    assert config.checkpoint is not None
-    return data, min(open_pretrained(config.checkpoint).config.context, LONGEST)
-
-
-def _tokenizer(config: EvaluateConfig, data: DataConfig | None) -> tuple[Tokenizer, list[str]]:
-    """The one beside the model, unless another is asked for or the data comes with its own."""
-    assert config.checkpoint is not None
-    folder = located(config.checkpoint)[0]
-    if config.tokenizer is None or data is None:
-        return find_tokenizer(folder), []
-    chosen = config.tokenizer.build(data)
-    try:
-        own = find_tokenizer(folder)
-    except DataError:
-        return chosen, []
-    if own.fingerprint == chosen.fingerprint:
-        return chosen, []
-    whose = "the data was prepared with" if isinstance(config.tokenizer, PreparedTokenizerConfig) else "the tokenizer is"
-    return chosen, [f"{whose} another than the model's: {chosen.vocab:,} ids instead of {own.vocab:,}"]
-
-
-def _batch_size(wanted: int, layout: Layout) -> int:
-    """`wanted`, or the next multiple of the devices that split it."""
-    ways = math.prod(layout.mesh.shape[name] for name in layout.rules.axes.get("batch", ()))
-    return -(-wanted // ways) * ways
 
 
 def _unseen(rows: Sliding, tokenizer: Tokenizer) -> int:

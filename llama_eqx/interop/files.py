@@ -30,7 +30,11 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
 
     Raises `CheckpointError` when it would lead elsewhere.
     """
-    file, root = (folder / name).resolve(), folder.resolve()
+    try:
+        file, root = (folder / name).resolve(), folder.resolve()
+        file.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or no name of a file at all
+        raise CheckpointError(f"{name[:80]!r} is no file: {error}", where=str(folder)) from None
     blobs = [root.parents[1] / "blobs"] if len(root.parents) > 1 and root.parent.name == "snapshots" else []
     if os.path.isabs(name) or ".." in pathlib.PurePath(name).parts or not any(map(file.is_relative_to, (root, *blobs))):
         to = f": it leads to {file}" if (folder / name).is_symlink() else ""

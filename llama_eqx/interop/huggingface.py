@@ -25,6 +25,7 @@ from llama_eqx.model.rotary import Llama3RotaryConfig, PlainRotaryConfig, Rotary
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LARGEST_HEADER = 2**24  # bytes; that of Llama 3.1 405B has some 200,000
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"F32": np.dtype(jnp.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(jnp.float16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -139,11 +140,14 @@ def filed_tensors(file: pathlib.Path) -> dict[str, Filed]:
     Raises `CheckpointError` saying what the file is if it is not a complete one of that format.
     """
     try:
+        with file.open("rb") as stream:
+            if (length := int.from_bytes(stream.read(8), "little")) > LARGEST_HEADER:
+                raise ValueError(f"a header of {length:,} bytes")
         with safe_open(file, framework="numpy"):  # checks the header against the file's length
             pass
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            stream.seek(8)
+            header = json.loads(stream.read(length), object_pairs_hook=_unique)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(mistaken(file, f"not a complete safetensors file: {error}"), where=str(file)) from None
     header.pop("__metadata__", None)
@@ -252,6 +256,12 @@ def huggingface_tensors(model: Llama) -> Iterator[tuple[str, np.ndarray]]:
     for (parameter, layer), tensor in of_model(model).tensors.items():
         entry = TABLE[parameter]
         yield entry.huggingface.format(layer=layer), to_torch(tensor.whole(), entry.inputs)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
 
 
 def _counts(name: str, config: LlamaConfig) -> bool:

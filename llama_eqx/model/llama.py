@@ -18,7 +18,7 @@ from llama_eqx.model.feed_forward import FeedForwardConfig
 from llama_eqx.model.init import InitConfig, named
 from llama_eqx.model.norm import Norm, NormConfig
 from llama_eqx.model.rotary import Rotary, RotaryConfig
-from llama_eqx.tag import tag
+from llama_eqx.tag import scan_layers, tag
 
 
 class Llama(eqx.Module):
@@ -86,7 +86,7 @@ class Llama(eqx.Module):
                 caches.append(held)
             return self.final_norm(x), None if cache is None else tuple(caches)
         unroll = getattr(self.blocks, "unroll", 1)  # of blocks that a policy has wrapped
-        (x, cache), _ = jax.lax.scan(fold, (x, cache), (self.blocks, jnp.arange(self.config.dims.layers)), unroll=unroll)
+        x, cache = scan_layers(fold, (x, cache), (self.blocks, jnp.arange(self.config.dims.layers)), unroll)
         return self.final_norm(x), cache
 
     def head(self, x: Float[Array, "batch seq embed"]) -> Float32[Array, "batch seq vocab"]:
@@ -135,6 +135,7 @@ class LlamaConfig(Config):
     tokens: SpecialTokens
 
     def check(self) -> None:
+        self.within(1, float("inf"), "context")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{self.dropout} is not a probability below 1", where="dropout")
 

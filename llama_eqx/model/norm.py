@@ -17,6 +17,9 @@ class Norm(eqx.Module):
 
 
 class NormConfig(Config):
+    def check(self) -> None:
+        self.within(0, float("inf"), "eps")
+
     @abc.abstractmethod
     def build(self, dims: Dims) -> Norm: ...
 

@@ -23,9 +23,9 @@ from llama_eqx.training.run import RunConfig, with_vocab
 
 
 class PlanConfig(RunConfig):
-    """A run, and whether to `search` for settings that make it fast on its mesh."""
+    """A run, and whether to `search` for settings that make it fast on its mesh; a number ends it when so many of them fit."""
 
-    search: bool
+    search: bool | int
 
 
 @dataclasses.dataclass(frozen=True)

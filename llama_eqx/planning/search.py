@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,7 @@ from llama_eqx.training.program import Program, make_program
 from llama_eqx.training.run import RunConfig
 
 MOST = 10  # candidates to compile
+MARGIN = 0.98  # of the memory that the compiler has: what a candidate may take by the formula
 HOPELESS = 1.1  # of the best prediction: slower ones are not compiled
 PRODUCTS = 0.8  # of the peak, in matrix products
 LENGTH = 8192  # tokens of a row where the user says nothing, or the model's context if that is shorter
@@ -55,23 +57,25 @@ def candidates(variant: Variant, remats: Sequence[str], fixed: Sequence[str]) ->
     found, smallest = [], math.inf
     changes = [Change((), {})] if _fixed(fixed, "mesh", "sharding") else list(mesh_shapes(variant, len(devices)))
     options = [()] if _fixed(fixed, "remat") else [(f"remat={name}",) for name in remats]
-    for option in tqdm(options, desc="trying", unit="remat", disable=None, leave=False):
-        config = dataclasses.replace(first, remat=variant(*option).remat)
-        traced = trace(config, Layout(whole, config.sharding))
-        for shape in changes:
-            shaped = dataclasses.replace(config, **shape.parts)
-            layout = Layout(shaped.mesh.build(devices), shaped.sharding)
-            for rows in batches(shaped, layout.mesh.shape["data"] * layout.mesh.shape["fsdp"], fixed):
-                settings = dataclasses.replace(shaped, **rows.parts)
-                try:
-                    program = make_program(settings, layout)
-                except ConfigError:
-                    break  # sizes that do not divide over this shape
-                memory = memory_by_part(settings, program, layout, traced).total
-                smallest = min(smallest, memory)
-                if memory < torus.chip.memory:
-                    seconds = predicted_seconds(settings, program, layout, torus, traced)
-                    found.append(Candidate(settings, shape.overrides + option + rows.overrides, memory, seconds))
+    remat = {option: variant(*option).remat for option in options}
+    whole_layout = Layout(whole, first.sharding)
+    bar = tqdm(options, desc="tracing", unit="remat", disable=None, leave=False)
+    traced = {option: trace(dataclasses.replace(first, remat=remat[option]), whole_layout) for option in bar}
+    for shape in changes:
+        shaped = dataclasses.replace(first, **shape.parts)
+        layout = Layout(shaped.mesh.build(devices), shaped.sharding)
+        sizes = list(batches(shaped, layout.mesh.shape["data"] * layout.mesh.shape["fsdp"], fixed))
+        try:
+            program = make_program(dataclasses.replace(shaped, **sizes[0].parts), layout)
+        except ConfigError:
+            continue  # sizes that do not divide over this shape
+        for option, rows in itertools.product(options, sizes):
+            settings = dataclasses.replace(shaped, **rows.parts, remat=remat[option])
+            memory = memory_by_part(settings, program, layout, traced[option]).total
+            smallest = min(smallest, memory)
+            if memory < MARGIN * torus.chip.memory:
+                seconds = predicted_seconds(settings, program, layout, torus, traced[option])
+                found.append(Candidate(settings, shape.overrides + option + rows.overrides, memory, seconds))
     if not found:
         raise UserError(
             f"nothing fits into the {torus.chip.memory / GIB:.1f} GiB of a device: the smallest setting takes {smallest / GIB:.1f}",
@@ -145,8 +149,10 @@ def predicted_seconds(config: RunConfig, program: Program, layout: Layout, torus
     return (max(compute, gathers, host) + reductions + activations) * shape["tensor"] / tokens
 
 
-def search(variant: Variant, overrides: Sequence[str], remats: Sequence[str], path: pathlib.Path) -> Plan:
+def search(variant: Variant, overrides: Sequence[str], remats: Sequence[str], path: pathlib.Path, enough: int = MOST) -> Plan:
     """Compiles the candidates that look fastest, writes the overrides of the one with the best estimate to `path`, and gives its plan.
+
+    `enough` of them that fit end the search.
 
     Raises `UserError` when none fits, `StorageError` when the file cannot be written.
     """
@@ -158,7 +164,8 @@ def search(variant: Variant, overrides: Sequence[str], remats: Sequence[str], pa
     tried: list[tuple[Candidate, Plan]] = []
     with tqdm(ranked[:MOST], desc="compiling", unit="candidate", disable=None, leave=False) as bar:
         for candidate in bar:
-            if candidate.seconds > HOPELESS * min((entry.seconds for entry, plan in tried if plan.estimate), default=math.inf):
+            fitting = [entry.seconds for entry, plan in tried if plan.estimate]
+            if len(fitting) >= enough or candidate.seconds > HOPELESS * min(fitting, default=math.inf):
                 break
             bar.set_postfix_str(" ".join(candidate.overrides))
             tried.append((candidate, make_plan(candidate.config)))

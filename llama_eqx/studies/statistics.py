@@ -1,5 +1,6 @@
 """What paired differences between two arms of an experiment prove. Differences are in the unit of the metric, one for each seed."""
 
+import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -78,9 +79,10 @@ def power(effect: float, sd: float, n: int, alpha: float = 0.05) -> float:
 
 def sample_size(effect: float, sd: float, *, target: float = 0.9, alpha: float = 0.05) -> int:
     """The least number of pairs with that power. Raises `DataError` when ten thousand would not do."""
-    for n in range(2, 10_000):
-        if power(effect, sd, n, alpha) >= target:
-            return n
+    pairs = range(2, 10_001)
+    n = bisect.bisect_left(pairs, target, key=lambda n: power(effect, sd, n, alpha))  # more pairs have more power
+    if n < len(pairs):
+        return pairs[n]
     raise DataError(f"an effect of {effect} with a standard deviation of {sd} would take more than 10,000 pairs")
 
 

@@ -30,7 +30,7 @@ def plot_loss(metrics: Sequence[dict[str, int | float]], path: str | os.PathLike
         if radius:
             axes.plot(steps, losses, color=TRAIN, alpha=0.35, linewidth=0.8)
         label = f"training (mean of {2 * radius + 1} reports)" if radius else "training"
-        axes.plot(steps, _smoothed(losses, radius), color=TRAIN, linewidth=1.8, label=label)
+        axes.plot(steps, smoothed(losses, radius), color=TRAIN, linewidth=1.8, label=label)
     if validation:
         steps, losses = zip(*validation, strict=True)
         axes.plot(steps, losses, color=VALIDATION, linewidth=1.4, marker="o", markersize=4.5, label="validation", zorder=3)
@@ -62,7 +62,7 @@ def _points(metrics: Sequence[dict[str, int | float]], name: str) -> list[tuple[
     return [(record["step"], record[name]) for record in metrics if math.isfinite(record.get(name, math.nan))]
 
 
-def _smoothed(values: Sequence[int | float], radius: int) -> list[float]:
+def smoothed(values: Sequence[int | float], radius: int) -> list[float]:
     """The mean of each value and up to `radius` neighbours on either side.
 
     It is centred while the curve is steep, so that it does not lag behind; at the flat end only the neighbours after are missing.

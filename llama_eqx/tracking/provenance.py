@@ -1,10 +1,15 @@
-"""Where a run's numbers come from: the commit of the code and the versions of the libraries."""
+"""Where a run's numbers come from: the commit of the code, the versions of the libraries, and on what they are computed."""
 
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import jax
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 LIBRARIES = ("llama_eqx", "jax", "jaxlib", "equinox", "optax", "grain", "orbax-checkpoint", "numpy")
@@ -19,6 +24,21 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def computed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What bears on the order in which numbers are added up, and so on their last bits: devices, and how work is spread over them."""
+    found = jax.devices()
+    chosen = {name: settings[name] for name in ("mesh", "sharding", "remat", "kernel") if name in settings}
+    return {"processes": jax.process_count(), "devices": len(found), "kind": found[0].device_kind, **chosen}
+
+
+def last_line(path: pathlib.Path) -> dict[str, Any] | None:
+    """The last record of a file of JSON lines, None where there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def commit() -> str | None:

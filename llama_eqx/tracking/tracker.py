@@ -8,11 +8,11 @@ from typing import Any, SupportsFloat
 
 import jax
 
-from llama_eqx.config import Config
+from llama_eqx.config import Config, differences
 from llama_eqx.errors import StorageError
 from llama_eqx.tracking.console import Console
 from llama_eqx.tracking.jsonl import Jsonl
-from llama_eqx.tracking.provenance import commit, versions
+from llama_eqx.tracking.provenance import commit, computed, last_line, versions
 from llama_eqx.tracking.wandb import Wandb, WandbConfig
 
 
@@ -21,7 +21,7 @@ class TrackingConfig(Config):
 
 
 class Tracker:
-    """Tells the record (`metrics.jsonl`), then W&B, then the console. Only the first process of several says anything.
+    """Tells the record (`metrics.jsonl`), from which W&B is drawn, and the console. Only the first process of several says anything.
 
     A context manager: leaving it by an exception marks the W&B run as failed.
     """
@@ -29,15 +29,18 @@ class Tracker:
     def __init__(self, config: TrackingConfig, run_dir: str | os.PathLike[str], *, settings: Mapping[str, Any], steps: int, start: int):
         """`settings` is the whole run's config in plain containers; `steps` the last step, and `start` those already done.
 
-        Each start adds a line to `provenance.jsonl`. Raises `StorageError` when `run_dir` cannot be written.
+        Each start adds a line to `provenance.jsonl`, and tells what of it has changed since the last.
+
+        Raises `StorageError` when `run_dir` cannot be written.
         """
         self._run_dir = pathlib.Path(run_dir)
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        origin = {"commit": commit(), "versions": versions()}
+        origin = {"commit": commit(), "versions": versions(), "computed": computed(settings)}
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
+            before = last_line(self._run_dir / "provenance.jsonl")
             with (self._run_dir / "provenance.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": start, **origin}) + "\n")
         except OSError as error:
@@ -45,12 +48,17 @@ class Tracker:
         self._jsonl = Jsonl(self._run_dir / "metrics.jsonl", start)
         self._console = Console(steps, start)
         self._wandb = Wandb(config.wandb, self._run_dir, {**settings, **origin}, self._console.say)
+        if start and before and (changed := differences({name: before.get(name) for name in origin}, origin)):
+            self.say(
+                f"warning: not as it was up to step {start}: {', '.join(changed)}; "
+                "losses agree to rounding with those of an uninterrupted run, and no longer bit by bit"
+            )
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Metrics by name, after `step` steps. Units are in the names, losses in nats per token. Raises `StorageError`."""
         if self._active:
             self._jsonl.log(step, metrics)
-            self._wandb.log(step, metrics)
+            self._wandb.listen()
             self._console.log(step, metrics)
 
     def sample(self, step: int, text: str) -> None:
@@ -61,7 +69,7 @@ class Tracker:
                 path.write_text(text + "\n", encoding="utf-8")
             except OSError as error:
                 raise StorageError(f"the sample cannot be written: {error.strerror or error}", where=str(path)) from error
-            self._wandb.sample(step, text)
+            self._wandb.sample(step)
 
     def say(self, text: str) -> None:
         """A line for people only."""

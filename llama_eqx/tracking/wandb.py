@@ -1,13 +1,22 @@
-"""Weights & Biases: a picture of the record, which may fail at any time without harm to the run."""
+"""Weights & Biases: a picture of the record, drawn by a process of its own. Whatever befalls it or the network, training does not wait."""
 
-import html
+import contextlib
+import json
 import os
 import pathlib
+import re
 import secrets
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, SupportsFloat
+from typing import Any, Literal
 
-from llama_eqx.config import Config
+from llama_eqx.config import Config, dump
+
+FOLDER, ABOUT = "wandb", "about.json"
+PATIENCE = {"online": 5.0, "offline": 4.0}  # seconds that the end of a run waits for W&B, and then for what is to be uploaded later
 
 
 class WandbConfig(Config):
@@ -23,75 +32,124 @@ class WandbConfig(Config):
 
 
 class Wandb:
-    """A W&B run in `run_dir/wandb`, continued when the directory is resumed. Any failure is told once through `say`, and then it is off."""
+    """The process that draws `metrics.jsonl` into a W&B run in `run_dir/wandb`, continued when the directory is resumed.
+
+    It reads the record as it grows. If it fails, a warning is told through `say`; what it has not uploaded by the end of the run is put
+    into an offline run instead, and the command that uploads it is told.
+    """
 
     def __init__(self, config: WandbConfig, run_dir: pathlib.Path, settings: Mapping[str, Any], say: Callable[[str], None]):
-        self._say = say
-        self._run: Any = None
-        if config.mode != "disabled":
-            self._attempt("start", lambda: self._start(config, run_dir, settings))
+        """`settings` are shown with the run. The record must have been opened, and records of steps to be made again dropped."""
+        self._config, self._run_dir, self._say = config, run_dir, say
+        self._process: subprocess.Popen[bytes] | None = None
+        self._reason, self._folder, self._pending, self._last_sample = "", "", b"", 0
+        if config.mode == "disabled":
+            return
+        try:
+            (run_dir / FOLDER).mkdir(exist_ok=True)
+            about = {"id": _id(run_dir / "wandb_id"), "settings": settings, **dump(config)}
+            (run_dir / FOLDER / ABOUT).write_text(json.dumps(about), encoding="utf-8")
+        except OSError as error:
+            return self._say(f"warning: no W&B: {error.filename} cannot be written ({error.strerror})")
+        self._start(config.mode)
 
-    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        if self._run:
-            self._attempt("log", lambda: self._run.log({name: float(value) for name, value in metrics.items()}, step=step))
+    def sample(self, step: int) -> None:
+        """There is a new sample in `sample.txt`."""
+        self._last_sample = step
+        self._tell({"sample": step})
 
-    def sample(self, step: int, text: str) -> None:
-        def log() -> None:
-            import wandb
-
-            self._run.log({"sample": wandb.Html(f"<pre style='white-space: pre-wrap'>{html.escape(text)}</pre>")}, step=step)
-
-        if self._run:
-            self._attempt("log", log)
+    def listen(self) -> None:
+        """Tells what the process has to say, if anything. Never waits."""
+        if self._process is None:
+            return
+        self._hear(self._process)
+        if self._process.poll() is not None:
+            self._hang_up(self._process)
+            self._process, self._reason = None, self._reason or f"its process ended ({self._process.returncode})"
+            self._say(f"warning: W&B does not work: {self._reason}; the run goes on, and metrics.jsonl has everything")
 
     def close(self, *, failed: bool = False) -> None:
-        if self._run:
-            self._attempt("finish", lambda: self._run.finish(exit_code=int(failed)))
-            self._run = None
+        """Ends the W&B run, within the sum of `PATIENCE`. One that failed is not waited for: it is likely to be started again."""
+        if self._config.mode == "disabled" or not (self._process or self._reason):
+            return
+        if self._process is not None:
+            ended = self._ended(failed, 0.0 if failed else PATIENCE[self._config.mode])
+            if ended or failed or self._config.mode == "offline":
+                return  # if need be it goes on by itself to the end of what there is to read
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._reason = self._reason or f"not everything was uploaded {PATIENCE['online']:g} s after the end"
+        if failed:
+            return
+        self._start("offline")
+        if self._process is not None:
+            if self._last_sample:
+                self._tell({"sample": self._last_sample})
+            self._ended(failed, PATIENCE["offline"])
+        self._say(f"warning: W&B: {self._reason}; later: wandb sync {self._folder or self._run_dir / FOLDER / 'offline-run-*'}")
 
-    def _start(self, config: WandbConfig, run_dir: pathlib.Path, settings: Mapping[str, Any]) -> None:
-        import wandb  # a second, which a disabled run need not spend
-
-        lean = wandb.Settings(
-            console="off",
-            x_disable_stats=True,
-            x_disable_meta=True,
-            disable_git=True,
-            disable_code=True,
-            silent=config.mode == "offline",
-            init_timeout=20,
-            login_timeout=20,
-            finish_timeout=60,
-        )
-        self._run = wandb.init(
-            mode=config.mode,
-            project=config.project,
-            entity=config.entity,
-            group=config.group,
-            job_type=config.job_type,
-            tags=config.tags,
-            name=config.name,
-            id=_id(run_dir / "wandb_id"),
-            resume="allow",
-            reinit="finish_previous",  # the runs of a sweep may share a process
-            dir=os.fspath(run_dir),
-            config=dict(settings),
-            settings=lean,
-        )
-
-    def _attempt(self, verb: str, action: Callable[[], Any]) -> None:
+    def _start(self, mode: str) -> None:
+        self._folder = ""
+        command = [sys.executable, "-m", "llama_eqx.tracking.wandb_process", os.fspath(self._run_dir), mode]
         try:
-            action()
-        except Exception as error:
-            self._run = None
-            first = next(iter(str(error).splitlines()), "")
-            self._say(f"warning: W&B could not {verb} ({type(error).__name__}: {first}); metrics.jsonl has everything")
+            with (self._run_dir / FOLDER / "messages.txt").open("ab") as messages:
+                # A session of its own: what is typed at the terminal is for the run.
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, start_new_session=True
+                )
+        except OSError as error:
+            self._process, self._reason = None, f"its process cannot be started ({error.strerror})"
+            return
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            os.set_blocking(pipe.fileno(), False)
+
+    def _tell(self, message: dict[str, int]) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError):  # it is gone, or stuck and its pipe full
+                os.write(self._process.stdin.fileno(), json.dumps(message).encode() + b"\n")
+
+    def _ended(self, failed: bool, patience: float) -> bool:
+        """Whether the process, told that this is the end, ended well within so many seconds."""
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        self._tell({"end": int(failed)})
+        process.stdin.close()
+        threading.Thread(target=process.wait, daemon=True).start()  # for one that is left to itself
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+        self._hear(process)
+        self._hang_up(process)
+        if process.returncode:
+            self._reason = self._reason or f"its process ended ({process.returncode})"
+        return process.returncode == 0
+
+    def _hang_up(self, process: subprocess.Popen[bytes]) -> None:
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def _hear(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(process.stdout.fileno(), 2**16):
+                self._pending += part
+        *lines, self._pending = self._pending.split(b"\n")
+        for line in lines:
+            kind, _, text = line.decode(errors="replace").partition(" ")
+            if kind == "folder":
+                self._folder = text
+            elif kind == "failed":
+                self._reason = text
+            elif kind == "url":
+                self._say(f"W&B: {text}")
 
 
 def _id(path: pathlib.Path) -> str:
     """The id of this directory's W&B run, made on its first start."""
     known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-    if not known:
+    if not re.fullmatch(r"[\w-]+", known):  # it becomes part of a folder's name
         known = secrets.token_hex(4)
         path.write_text(known + "\n", encoding="utf-8")
     return known

@@ -47,7 +47,7 @@ def start(weights: Weights, config: RunConfig, shardings: TrainState) -> TrainSt
     there = jax.tree.structure(abstract(weights.config))  # as `FREE` says, not in all the same
     model = here.unflatten(jax.tree.leaves(load_pretrained(config.init_from, config.precision.params, there.unflatten(places))))
     optimizer = config.optimizer.build()
-    return jax.jit(lambda model: first_state(model, optimizer), donate_argnums=0, out_shardings=shardings)(model)
+    return jax.jit(lambda model: first_state(model, optimizer, config.guard), donate_argnums=0, out_shardings=shardings)(model)
 
 
 def check_export(config: RunConfig) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,27 +11,27 @@ import jax
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.config import dump
 from llama_eqx.crash import crash_point
-from llama_eqx.data.dataset import held_out, open_data
-from llama_eqx.data.pipeline import Parts, Progress, process_rows, training_batches, validation_batches
+from llama_eqx.data.dataset import held_out
+from llama_eqx.data.pipeline import Progress, training_batches, validation_batches
 from llama_eqx.data.rows import Rows
 from llama_eqx.flops import flops_per_token
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.text import continued, prompt_tokens
-from llama_eqx.model.init import named
 from llama_eqx.model.llama import Llama
-from llama_eqx.processes import once, require_same
-from llama_eqx.sharding import Layout
+from llama_eqx.processes import of_first, once, require_same, watched
+from llama_eqx.studies.pairing import record_start
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
-from llama_eqx.training.ends import check_export, export, open_start, start
+from llama_eqx.training.ends import check_export, export, open_start
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
 from llama_eqx.training.guard import require_finite
 from llama_eqx.training.preemption import Preemption
 from llama_eqx.training.profile import Profile
-from llama_eqx.training.program import make_program
+from llama_eqx.training.replay import explained_by_a_bundle, write_bundle
 from llama_eqx.training.reporter import Reporter, is_logged
-from llama_eqx.training.run import RunConfig, check_shared, claim, origin, warnings, with_vocab
+from llama_eqx.training.run import RunConfig, check_shared, claim, origin, warnings
+from llama_eqx.training.setup import fresh_state, set_up
 from llama_eqx.training.state import TrainState, abstract
 from llama_eqx.writer import sole_writer
 
@@ -59,39 +59,29 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     the first step, `NonFiniteError` and `StorageError` after it, and `Stopped` when `preemption` has heard of a signal.
     """
     preemption = preemption or Preemption(config.checkpoint.grace)
-    # Where arrays are to live: first, since it asks least and may refuse.
+    setup = set_up(config)
+    config, layout, batch_sharding, tokenizer, data, parts, program, key = setup
     steps, size, length = config.train.steps, config.train.batch_size, config.train.seq_len
-    layout = Layout(config.mesh.build(), config.sharding)
-    known = {axis: n for axis, n in vars(config.model.dims).items() if n is not None}
-    layout.check({"batch": size, "seq": length, **known})
-    batch_sharding = layout.sharding(("batch", "seq"), (size, length))
-
-    # Text to tokens, and the sizes that follow from it.
-    tokenizer = config.tokenizer.build(config.data)
-    data = open_data(config.data, tokenizer, seq_len=length, seed=config.seed)
     others = {name: held_out(source, tokenizer, seq_len=length) for name, source in config.eval_data.items()}
-    parts = Parts(data.train, data.order, size, *process_rows(batch_sharding, size, length), data.fingerprint)
-    config = with_vocab(config, tokenizer)
     prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.first()
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
 
-    # What the devices are to compute, and the files of the run.
-    initial, step, _, score, shapes, shardings, remarks = make_program(config, layout)
-    run_dir, key = pathlib.Path(config.run_dir), jax.random.key(config.seed)
+    # The files of the run.
+    run_dir = pathlib.Path(config.run_dir)
     check_export(config)
     weights = open_start(config)
     require_same(data.fingerprint, "tokens")
     changed = once(lambda: claim(config, data.fingerprint)) or []
     check_shared(run_dir)
     once(lambda: tokenizer.save(run_dir / "tokenizer"))
-
-    step_fn = eqx.filter_jit(step, donate="all-except-first", compiler_options=config.mesh.compiler_options)  # pyright: ignore
-    evaluate_on = make_evaluate(score)
-    dropout_key = jax.jit(lambda key: named(key, "dropout"), out_shardings=layout.sharding((), ()))(key)
-    flops = flops_per_token(shapes.model, length)
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.model))
-    device_kind = layout.mesh.devices.flat[0].device_kind
     source = origin(run_dir, tokenizer.fingerprint, data.fingerprint)
+
+    options: Any = {"donate": "all-except-first", "compiler_options": config.mesh.compiler_options}
+    step_fn = eqx.filter_jit(program.step, **options)
+    evaluate_on = make_evaluate(program.score)
+    flops = flops_per_token(program.shapes.model, length)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.shapes.model))
+    device_kind = layout.mesh.devices.flat[0].device_kind
 
     def evaluate(model: Llama, rows: Rows) -> Evaluation:
         return evaluate_on(model, validation_batches(rows, batch_sharding, batch_size=size), rows.bytes / rows.targets)
@@ -100,16 +90,13 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
         return step % config.train.eval_every == 0 or step == steps
 
     with Checkpoints(run_dir / "checkpoints", config.checkpoint) as checkpoints:
-        checkpoints.require_room(shapes)
-        target = abstract(shapes, shardings)
-        restored = checkpoints.restore(target.model, (target.step, target.opt_state))
+        checkpoints.require_room(program.shapes)
+        target = abstract(program.shapes, program.shardings)
+        restored = checkpoints.restore(target.model, target.training)
         begin, past = (restored.step, Progress(**restored.facts["progress"])) if restored else (0, parts.after(0))
-        if restored:
-            state = TrainState(restored.training[0], restored.model, restored.training[1])
-        elif weights is not None:
-            state = start(weights, config, shardings)
-        else:
-            state = jax.jit(initial, out_shardings=shardings)(named(key, "init"))
+        state = TrainState(model=restored.model, **restored.training) if restored else fresh_state(setup, weights)
+        if config.study is not None and not begin:
+            record_start(config, state.model, config.data.position_offset)
 
         with (
             Tracker(config.tracking, run_dir, settings=dump(config), steps=steps, start=begin) as tracker,
@@ -119,7 +106,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
             tracker.say(f"run_dir={run_dir}")
             tracker.say(f"{parameters:,} parameters, {flops.causal:,.0f} FLOPs per token, {layout.mesh.size} x {device_kind}")
             tracker.say(f"{data.train.targets:,} tokens to train on, {data.val.targets:,} held out, vocabulary of {tokenizer.vocab:,}")
-            for warning in warnings(config, tokenizer) + remarks + changed + data.notes:
+            for warning in warnings(config, tokenizer) + program.remarks + changed + data.notes:
                 tracker.say(f"warning: {warning}")
             if weights is not None:
                 tracker.say(f"starts from the weights in {config.init_from}")
@@ -134,6 +121,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 tracker,
                 log_every=config.train.log_every,
                 last_step=steps,
+                max_withheld=config.guard.max_withheld,
                 tokens=size * length,
                 epochs=lambda step: data.epochs(step * size),
                 flops_per_token=flops.causal,
@@ -156,7 +144,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
             def save() -> None:
                 require_finite(state, done)
                 facts = {**source, "progress": progress._asdict()}
-                checkpoints.save(done, state.model, (state.step, state.opt_state), measured, facts)
+                checkpoints.save(done, state.model, state.training, measured, facts)
 
             def keep() -> str:
                 """Brings the last finished step to the disk, if it is not there yet."""
@@ -166,16 +154,20 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 checkpoints.wait(last=True)
                 return f"step {done} is saved" if done else "before the first step"
 
-            with preemption.training(keep):
-                if begin and is_due(begin) and not is_logged(run_dir, begin, "val/loss"):  # it was stopped while it evaluated
+            def bundle() -> pathlib.Path:
+                checkpoints.wait()  # it is the one to replay from
+                return write_bundle(setup, state.model, reporter.reported)
+
+            with explained_by_a_bundle(bundle), preemption.training(keep):
+                if begin and is_due(begin) and not of_first(is_logged(run_dir, begin, "val/loss")):  # it was stopped while it evaluated
                     measure()
-                for step in range(begin + 1, steps + 1):
+                for step in watched(range(begin + 1, steps + 1), config.distributed.stall):
                     with reporter.waiting():
                         batch, progress = next(batches)
                     profile.begin(step)
                     with preemption.idle() if step == begin + 1 else contextlib.nullcontext():  # it compiles
                         crash_point("compile")
-                        state, metrics = step_fn((batch, dropout_key), state)
+                        state, metrics = step_fn((batch, key), state)
                     done, measured = step, {}
                     reporter.add(step, metrics, progress)
                     crash_point("step")

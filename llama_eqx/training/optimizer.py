@@ -22,6 +22,10 @@ class OptimizerConfig(Config):
     clip_norm: float
     weight_decay: float
 
+    def check(self) -> None:
+        self.within(0, math.inf, "clip_norm", "weight_decay", "eps", "iterations", "min_scale", "clip")
+        self.within(0, 1, "b1", "b2", "momentum")
+
     @abc.abstractmethod
     def direction(self) -> optax.GradientTransformation: ...
 

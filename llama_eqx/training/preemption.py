@@ -1,6 +1,7 @@
 """A run that is told to stop: signals, and when the last finished step is safe."""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -10,12 +11,13 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llama_eqx.errors import Stopped
-from llama_eqx.processes import PREEMPTED, end
+from llama_eqx.processes import PREEMPTED, end, once
 
 INTERRUPTED = 130
 # A scheduler's last word, SLURM's notice before it (`sbatch --signal=B:USR1@120`), a terminal that closes, and a person's Ctrl-C.
@@ -80,16 +82,17 @@ class Preemption:
         """To be called by every process after every step. Raises `Stopped`, in all of them after the same step, once that is kept."""
         if number := self._agreed(step):
             self._over = True
-            raise self._stopped(number, self._keep())
+            said = self._keep()
+            once(lambda: None)  # a process that leaves takes the others with it, of which number 0 names the checkpoint
+            raise self._stopped(number, said)
 
     def _agreed(self, step: int) -> int:
         """The signal that any process was given. It is asked with every step and answered with the next, so that no process waits."""
         if jax.process_count() == 1:
             return self._signal
-        mesh = Mesh(np.array(jax.devices()), ("devices",), axis_types=(AxisType.Auto,))
         here = np.full(jax.local_device_count(), self._signal, np.int32)
-        each = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("devices")), here)
-        asked, self._asked = self._asked, jax.jit(jax.numpy.max, out_shardings=NamedSharding(mesh, PartitionSpec()))(each)
+        split, largest = _reduction()
+        asked, self._asked = self._asked, largest(jax.make_array_from_process_local_data(split, here))
         noticed = False
         with contextlib.suppress(RuntimeError):  # JAX was told not to listen
             noticed = multihost_utils.reached_preemption_sync_point(step)  # such as the notice of a TPU's host
@@ -130,6 +133,13 @@ class Preemption:
 
     def _stopped(self, number: int, said: str) -> Stopped:
         return Stopped(f"{_name(number)}: {said}", code=INTERRUPTED if number == signal.SIGINT else PREEMPTED, next=self._next)
+
+
+@functools.cache
+def _reduction() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+    """A sharding of one number a device, and what gives the largest of them to all."""
+    mesh = Mesh(np.array(jax.devices()), ("devices",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec("devices")), jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _name(number: int) -> str:

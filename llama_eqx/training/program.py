@@ -52,14 +52,14 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
     optimizer = config.optimizer.build()
 
     def initial(key: PRNGKeyArray) -> TrainState:
-        return init_state(config.model, optimizer, config.precision, key)
+        return init_state(config.model, optimizer, config.precision, config.guard, key)
 
     shapes = eqx.filter_eval_shape(initial, jax.random.key(0))
     check_shapes(shapes.model, config.model.dims)
     view = policy_view(config.precision, config.remat, layout, config.kernel, train.unroll)
     loss = config.loss.build(view, layout)
     rate = lambda step: config.schedule.rate(step, train.steps)  # noqa: E731
-    step = make_step(optimizer, rate, loss, layout, train.microbatch_size)
+    step = make_step(optimizer, rate, loss, layout, train.microbatch_size, config.guard, train.meters)
     score = make_score(view, layout, config.loss.chunk)
     return Program(initial, step, loss, score, shapes, layout.shardings(shapes), remarks)
 

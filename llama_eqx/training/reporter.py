@@ -15,7 +15,6 @@ from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.step import Metrics
 
-MAX_WITHHELD = 3  # updates in a row that may be withheld before a run is given up
 LEDGER = "data/ledger"
 
 
@@ -39,6 +38,7 @@ class Reporter:
         *,
         log_every: int,
         last_step: int,
+        max_withheld: int,
         tokens: int,
         epochs: Callable[[int], dict[str, float]],
         flops_per_token: int,
@@ -48,16 +48,16 @@ class Reporter:
         """`tokens` of one step, and the `epochs` that are over after a step."""
         self._tracker, self._log_every, self._last_step = tracker, log_every, last_step
         self._tokens, self._flops, self._device_kind, self._devices = tokens, flops_per_token, device_kind, devices
-        self._epochs = epochs
+        self._epochs, self._max_withheld = epochs, max_withheld
         self._late: tuple[int, Metrics, Progress] | None = None
-        self._steps, self.withheld = 0, 0
+        self._steps, self.withheld, self.reported = 0, 0, 0
         self._speeds: list[dict[str, float]] = []
         self._begun, self._waited = time.perf_counter(), 0.0
 
     def add(self, step: int, metrics: Metrics, progress: Progress) -> None:
         """Takes the metrics of the step just begun, and the progress that its batch made, and reports those of the one before.
 
-        Raises `NonFiniteError` after `MAX_WITHHELD` withheld updates in a row.
+        Raises `NonFiniteError` after `max_withheld` updates in a row that were not finite.
         """
         self.flush()
         self._late = step, metrics, progress
@@ -66,16 +66,29 @@ class Reporter:
         if self._late is None:
             return
         step, metrics, progress = self._late
-        self._late = None
+        self._late, self.reported = None, step
         fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._steps += 1
         if step % self._log_every == 0 or step in (1, self._last_step):
             drawn = {"tokens": progress.tokens, LEDGER: progress.ledger} | self._epochs(step)
             self._tracker.log(step, fetched | drawn | self._speed())
-        self.withheld = self.withheld + 1 if fetched["optim/withheld"] else 0
-        if self.withheld == MAX_WITHHELD:
+        self._tell_withheld(step, fetched)
+
+    def _tell_withheld(self, step: int, fetched: dict[str, float]) -> None:
+        loss, norm = fetched["train/loss"], fetched["optim/grad_norm"]
+        if not fetched["optim/withheld"]:
+            self.withheld = 0
+        elif fetched.get("optim/spike"):
+            self._tracker.say(f"warning: step {step}: loss {loss:.4f} is a spike: its update is withheld")
+        else:
+            self.withheld += 1
+            self._tracker.say(
+                f"warning: step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: its update is withheld, {self.withheld} of "
+                f"{self._max_withheld} in a row"
+            )
+        if self.withheld == self._max_withheld:
             raise NonFiniteError(
-                f"loss, gradient or update was not finite for {MAX_WITHHELD} steps in a row; their updates were withheld",
+                f"loss, gradient or update was not finite for {self.withheld} steps in a row; their updates were withheld",
                 where=f"step {step}",
                 kept="the checkpoints, none of which has numbers that are not finite",
                 next="a lower learning rate (schedule.peak) or longer warm-up (schedule.warmup_steps)",

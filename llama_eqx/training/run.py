@@ -1,26 +1,31 @@
 """A run: everything that its YAML says, and what must be the same for it to be resumed."""
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
 import socket
 import time
-from typing import Any
+from typing import Any, Literal
 
-from llama_eqx.checkpoint.native import CONFIG, read_config, write_config
+from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, read_config, write_config
+from llama_eqx.checkpoint.restore import steps
 from llama_eqx.checkpoint.save import CheckpointConfig
-from llama_eqx.config import Config, differences, dump
+from llama_eqx.config import Config, differences, dump, known_to_both
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig
-from llama_eqx.errors import CheckpointError, ConfigError, StorageError
+from llama_eqx.errors import CheckpointError, ConfigError, StorageError, UserError
 from llama_eqx.model.kernel import KernelConfig
 from llama_eqx.model.llama import LlamaConfig
 from llama_eqx.precision import PrecisionConfig
 from llama_eqx.processes import DistributedConfig
 from llama_eqx.remat import Remat
 from llama_eqx.sharding import MeshConfig, Rules
+from llama_eqx.studies.study import StudyConfig
+from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.provenance import commit, versions
 from llama_eqx.tracking.tracker import TrackingConfig
+from llama_eqx.training.guard import GuardConfig
 from llama_eqx.training.loss import LossConfig
 from llama_eqx.training.optimizer import OptimizerConfig
 from llama_eqx.training.profile import ProfileConfig
@@ -31,6 +36,9 @@ class TrainConfig(Config):
     """`batch_size` in sequences over all devices, `seq_len` in tokens; `log_every` and `eval_every` in steps.
 
     `microbatch_size` is how many of the sequences go through the model at a time, None for all; gradients are added up.
+    `distinct_rows` is how many of the data's rows are drawn, again and again in new orders, None for all of them.
+    `meters` are measures that cost something: `dead_updates` is the share of parameters that a step would leave as they are if they
+    were bfloat16.
     `unroll` layers make one turn of the loop over layers: more to compile, fewer copies while it runs.
     """
 
@@ -39,6 +47,8 @@ class TrainConfig(Config):
     microbatch_size: int | None
     seq_len: int
     unroll: int
+    distinct_rows: int | None
+    meters: tuple[Literal["dead_updates"], ...]
     log_every: int
     eval_every: int
     sample_tokens: int
@@ -46,7 +56,7 @@ class TrainConfig(Config):
     def check(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and value < (0 if field.name == "sample_tokens" else 1):
+            if isinstance(value, int) and value < (0 if field.name == "sample_tokens" else 1):
                 raise ConfigError(f"{value} is too small", where=field.name)
 
 
@@ -65,6 +75,7 @@ class RunConfig(Config):
     loss: LossConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
+    guard: GuardConfig
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     distributed: DistributedConfig
@@ -72,6 +83,7 @@ class RunConfig(Config):
     compile_cache: bool
     train: TrainConfig
     init_from: str | None
+    study: StudyConfig | None
     run_dir: str
     seed: int
 
@@ -99,6 +111,7 @@ FREE = (
     "distributed",
     "profile",
     "compile_cache",
+    "guard.max_withheld",
     "train.steps",
     "data.prompt",
     "eval_data",
@@ -179,6 +192,25 @@ def claim(config: RunConfig, fingerprint: str) -> list[str]:
         raise StorageError(f"cannot write: {error.strerror}", where=config.run_dir, next="another place: run_dir=FOLDER") from error
     stretched = "the learning rate now takes the course of a run of that length"
     return [f"{line}; {stretched}" for line in found if line.startswith("train.steps")]
+
+
+def finished(config: RunConfig) -> bool:
+    """Whether the run of this config is over, so that to start it again would only evaluate it again."""
+    run_dir = pathlib.Path(config.run_dir)
+    if steps(run_dir / CHECKPOINTS)[-1:] != [config.train.steps]:
+        return False
+    with contextlib.suppress(UserError):
+        return is_over(config, read_config(run_dir), read_metrics(run_dir / "metrics.jsonl"))
+    return False
+
+
+def is_over(config: RunConfig, settings: dict[str, Any], metrics: list[dict[str, Any]]) -> bool:
+    """Whether `metrics` are those of a whole run of this config; `settings` are those that it was made with, in plain containers."""
+    evaluated = any(record["step"] == config.train.steps and "val/loss" in record for record in metrics)
+    # What a config leaves open, such as the size of a tokenizer, has been filled in.
+    old, new = known_to_both(settings, dump(config)), known_to_both(dump(config), settings)
+    changed = [line for line in differences(old, new) if not line.endswith(("-> None", "-> []"))]
+    return evaluated and all(line.startswith(FREE) for line in changed)
 
 
 def check_shared(run_dir: pathlib.Path) -> None:

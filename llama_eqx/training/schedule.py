@@ -1,6 +1,7 @@
 """The learning rate over the steps of a run."""
 
 import abc
+import math
 
 import jax.numpy as jnp
 import optax
@@ -27,6 +28,7 @@ class ScheduleConfig(Config):
         return jnp.asarray(warmup * course(jnp.maximum(step - self.warmup_steps, 0)), jnp.float32)
 
     def check(self) -> None:
+        self.within(0, math.inf, "peak", "final_fraction")
         if self.warmup_steps < 0:
             raise ConfigError(f"{self.warmup_steps} is not a number of steps", where="warmup_steps")
 

@@ -10,22 +10,32 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from llama_eqx.model.llama import Llama, LlamaConfig
 from llama_eqx.precision import PrecisionConfig, cast
+from llama_eqx.training.guard import GuardConfig, History
 
 
 class TrainState(eqx.Module):
-    """`step` counts batches seen, updates that were withheld included. Every leaf is an array."""
+    """`step` counts batches seen, updates that were withheld included; `history` is what spikes are told by. Every leaf is an array."""
 
     step: Int[Array, ""]
     model: Llama
     opt_state: Any
+    history: History | None = None
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """All but the model, as it is filed beside it."""
+        return {"step": self.step, "opt_state": self.opt_state} | ({} if self.history is None else {"history": self.history})
 
 
-def init_state(model: LlamaConfig, optimizer: optax.GradientTransformation, precision: PrecisionConfig, key: PRNGKeyArray) -> TrainState:
-    return first_state(cast(model.build(key=key), precision.params), optimizer)
+def init_state(
+    model: LlamaConfig, optimizer: optax.GradientTransformation, precision: PrecisionConfig, guard: GuardConfig, key: PRNGKeyArray
+) -> TrainState:
+    return first_state(cast(model.build(key=key), precision.params), optimizer, guard)
 
 
-def first_state(model: Llama, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(step=jnp.zeros((), jnp.int32), model=model, opt_state=optimizer.init(model))  # pyright: ignore[reportArgumentType]
+def first_state(model: Llama, optimizer: optax.GradientTransformation, guard: GuardConfig) -> TrainState:
+    opt_state = optimizer.init(model)  # pyright: ignore[reportArgumentType]
+    return TrainState(jnp.zeros((), jnp.int32), model, opt_state, guard.history())
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

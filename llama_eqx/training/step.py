@@ -7,35 +7,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32, PRNGKeyArray
+from jaxtyping import Array, Float32, PRNGKeyArray, PyTree
 
 from llama_eqx.batch import Batch
 from llama_eqx.errors import ConfigError
 from llama_eqx.model.llama import Llama
 from llama_eqx.sharding import Layout, axis_names
+from llama_eqx.training.guard import GuardConfig
 from llama_eqx.training.loss import Loss, LossSums
 from llama_eqx.training.state import TrainState
 
 Metrics = dict[str, Float32[Array, ""]]
 
 
-def make_step(
-    optimizer: optax.GradientTransformation,
-    rate: Callable[[Array], Array],
-    loss: Loss,
-    layout: Layout,
-    microbatch_size: int | None = None,
-) -> Callable[[tuple[Batch, PRNGKeyArray], TrainState], tuple[TrainState, Metrics]]:
-    """A step `((batch, key), state) -> (state, metrics)`; `state` may be donated.
+def make_gradient(
+    loss: Loss, layout: Layout, microbatch_size: int | None = None
+) -> Callable[[Llama, Batch, PRNGKeyArray], tuple[LossSums, Llama]]:
+    """Of a model, a batch and the key of a step: the reported sums, and the gradient of the sum to be minimised.
 
-    The gradient is that of the mean over the batch's targets. With `microbatch_size`, it is added up over so many rows at a time.
-    When loss, gradient or update is not finite the update is withheld on the device, and `optim/withheld` is 1.
-    Metrics: `train/loss` in nats per token, `optim/lr`, `optim/grad_norm` (global, before clipping), `optim/update_norm`, `optim/withheld`.
+    With `microbatch_size`, both are added up over so many rows at a time.
     """
     value_and_gradient = jax.value_and_grad(loss, has_aux=True)
 
     def summed(model: Llama, batch: Batch, key: PRNGKeyArray) -> tuple[LossSums, Llama]:
-        """Reported sums, and the gradient of the sum to be minimised."""
         if microbatch_size in (None, len(batch.tokens)):
             (_, sums), gradient = value_and_gradient(model, batch, key)
             return sums, gradient
@@ -51,6 +45,28 @@ def make_step(
         parts = split(batch, microbatch_size, layout)
         return jax.lax.scan(add, begin, (parts, jnp.arange(len(parts.tokens))))[0]
 
+    return summed
+
+
+def make_step(
+    optimizer: optax.GradientTransformation,
+    rate: Callable[[Array], Array],
+    loss: Loss,
+    layout: Layout,
+    microbatch_size: int | None = None,
+    guard: GuardConfig | None = None,
+    meters: tuple[str, ...] = (),
+) -> Callable[[tuple[Batch, PRNGKeyArray], TrainState], tuple[TrainState, Metrics]]:
+    """A step `((batch, key), state) -> (state, metrics)`; `state` may be donated.
+
+    The gradient is that of the mean over the batch's targets, added up over microbatches if there are any.
+    When loss, gradient or update is not finite, or the loss a spike to the `guard`, the update is withheld on the device, and
+    `optim/withheld` is 1.
+    Metrics: `train/loss` in nats per token, `optim/lr`, `optim/grad_norm` (global, before clipping), `optim/update_norm`, `optim/withheld`
+    and, with a guard that looks for them, `optim/spike`, 1 for a spike.
+    """
+    summed = make_gradient(loss, layout, microbatch_size)
+
     def step(inputs: tuple[Batch, PRNGKeyArray], state: TrainState) -> tuple[TrainState, Metrics]:
         batch, key = inputs
         sums, gradient = summed(state.model, batch, jax.random.fold_in(key, state.step))
@@ -64,14 +80,31 @@ def make_step(
         update = jax.tree.map(lambda d: -lr * d, direction)
         update_norm = optax.tree.norm(update)
         model = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.model, update)
-        finite = jnp.isfinite(mean) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
-        kept: Any = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (model, opt_state), (state.model, state.opt_state))
+        good, history, spikes = jnp.isfinite(mean) & jnp.isfinite(norm) & jnp.isfinite(update_norm), state.history, {}
+        if guard is not None and history is not None:
+            spike, history = guard.judged(mean, history)
+            good, spikes = good & ~spike, {"optim/spike": spike.astype(jnp.float32)}
+        kept: Any = jax.tree.map(lambda new, old: jnp.where(good, new, old), (model, opt_state), (state.model, state.opt_state))
 
-        new = layout.place(TrainState(state.step + 1, *kept))
+        new = layout.place(TrainState(state.step + 1, kept[0], kept[1], history))
         metrics = {"train/loss": mean, "optim/lr": lr, "optim/grad_norm": norm, "optim/update_norm": update_norm}
-        return new, metrics | {"optim/withheld": 1.0 - finite}
+        if "dead_updates" in meters:
+            metrics["optim/dead_updates"] = dead_updates(state.model, update)
+        return new, metrics | spikes | {"optim/withheld": 1.0 - good}
 
     return step
+
+
+def dead_updates(model: PyTree, update: PyTree) -> Float32[Array, ""]:
+    """The share of parameters that, rounded to bfloat16, would be the same before and after the update."""
+
+    def dead(p: Array, u: Array) -> Array:
+        before = jax.lax.reduce_precision(p.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+        after = jax.lax.reduce_precision(before + u.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+        return jnp.sum(after == before, dtype=jnp.float32)
+
+    counts = jax.tree.leaves(jax.tree.map(dead, model, update))
+    return jnp.stack(counts).sum() / sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
 def microbatches(size: int, microbatch_size: int, layout: Layout) -> tuple[int, int]:

@@ -30,7 +30,7 @@ def text():
     """The config of data=text."""
     from llama_eqx.data.corpus import TextConfig
 
-    return lambda path, fraction=0.1, holdout="validation": TextConfig(
+    return lambda path, fraction=0.1, holdout="validation", on_error="refuse": TextConfig(
         prompt="",
         position_offset=0,
         rows="windows",
@@ -38,6 +38,7 @@ def text():
         validation_fraction=fraction,
         holdout=holdout,
         path=None if path is None else str(path),
+        on_error=on_error,
     )
 
 

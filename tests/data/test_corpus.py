@@ -40,7 +40,7 @@ def test_every_corpus_loads(name):
     assert data.holdout == "validation"
 
 
-@pytest.mark.parametrize("change", [{"validation_fraction": 0.0}, {"validation_fraction": 1.0}, {"holdout": "test"}])
+@pytest.mark.parametrize("change", [{"validation_fraction": 0.0}, {"validation_fraction": 1.1}, {"holdout": "test"}])
 def test_a_value_that_makes_no_sense_is_refused(change):
     with pytest.raises(ConfigError):
         dataclasses.replace(config("stdlib"), **change)

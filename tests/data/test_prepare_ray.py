@@ -1,9 +1,12 @@
 """The same work on a Ray cluster of two nodes on this machine."""
 
+import contextlib
 import json
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,6 +17,7 @@ from llama_eqx.data.prepare import prepare
 from llama_eqx.data.shards import open_dataset
 from llama_eqx.errors import DataError
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray's own warnings
 
@@ -23,7 +27,7 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     # Workers import the package from where this process has it.
-    os.environ["PYTHONPATH"] = str(pathlib.Path(__file__).resolve().parents[2])
+    os.environ["PYTHONPATH"] = str(ROOT)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False})
     cluster.add_node(num_cpus=1, object_store_memory=2**27)
     ray.init(address=cluster.address, log_to_driver=False)
@@ -61,6 +65,24 @@ def test_ray_gives_the_bytes_of_local_processes(cluster, corpus, expected, tmp_p
     done = prepare(config(corpus, tmp_path / "out", "ray"))
     assert contents(tmp_path / "out") == expected
     assert done.duplicates == 300
+
+
+def test_ray_that_was_started_for_it_leaves_nothing(corpus, expected, tmp_path):
+    def leaves():
+        found = set(pathlib.Path(tmp_path).glob("ray*"))
+        for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                found |= {path} if str(tmp_path).encode() in path.read_bytes() else set()
+        return found
+
+    command = [sys.executable, "-m", "llama_eqx.prepare", f"input={corpus}", f"output={tmp_path / 'out'}", "tokenizer=bytes"]
+    command += ["unit_bytes=50_000", "shard_tokens=500_000", "dedup=true", "prepare.engine=ray", "prepare.workers=2"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("RAY_ADDRESS", None)
+    before = leaves()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert leaves() == before
+    assert contents(tmp_path / "out") == expected
 
 
 def workers():

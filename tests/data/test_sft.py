@@ -94,7 +94,7 @@ def test_a_bad_line_is_named_or_skipped_and_counted(sft, line):
     assert "data.on_error=skip" in error.value.next
     data = opened(sft(lines, "data.on_error=skip", *keys))
     assert len(learned(data.train) + learned(data.val)) == 30
-    assert data.notes == [f"1 lines are no conversations and were skipped, the first at {error.value.where}"]
+    assert data.notes == [f"1 records cannot be read and are skipped, the first at {error.value.where}"]
     assert opened(sft(lines, "data.on_error=skip", *keys)).notes == data.notes  # from the cache, too
 
 

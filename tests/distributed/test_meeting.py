@@ -30,12 +30,12 @@ def gathered(address):
         found.close()
 
 
-def gather(address, configs, timeout=10.0, processes=None):
+def gather(address, configs, timeout=10.0, processes=None, heartbeat=60.0):
     found = {}
 
     def come(i):
         try:
-            found[i] = meet(Place(i, processes or len(configs), address), timeout, configs[i])
+            found[i] = meet(Place(i, processes or len(configs), address), timeout, configs[i], heartbeat)
         except ConfigError as error:
             found[i] = error
 
@@ -94,7 +94,7 @@ def test_strangers_are_not_taken_for_a_process(gathered, address):
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_one_ends_the_others_and_is_told_there(failing, gathered, monkeypatch, capsys):
     ended = []
-    monkeypatch.setattr(processes, "_end", ended.append)
+    monkeypatch.setattr(processes, "end", ended.append)
     monkeypatch.setattr(processes, "LAST_WORDS", 0.1)
     found = gathered({i: {} for i in range(3)})
     with pytest.raises(DataError), found[failing]:
@@ -108,10 +108,10 @@ def test_an_error_in_one_ends_the_others_and_is_told_there(failing, gathered, mo
 
 def test_a_process_that_vanishes_ends_the_first_for_another_start(gathered, monkeypatch, capsys):
     ended = []
-    monkeypatch.setattr(processes, "_end", ended.append)
+    monkeypatch.setattr(processes, "end", ended.append)
     monkeypatch.setattr(processes, "LAST_WORDS", 0.1)
     found = gathered({0: {}, 1: {}})
-    found[1]._peers["process 0"].shutdown(socket.SHUT_RDWR)
+    found[1]._peers["process 0"].hang_up()
     until(lambda: 75 in ended)
     assert 75 in ended
     assert "ended without a word" in capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_a_process_that_vanishes_ends_the_first_for_another_start(gathered, monk
 
 def test_an_end_without_error_is_no_error(gathered, monkeypatch):
     ended = []
-    monkeypatch.setattr(processes, "_end", ended.append)
+    monkeypatch.setattr(processes, "end", ended.append)
     found = gathered({0: {}, 1: {}})
     with found[1]:
         pass
@@ -142,7 +142,8 @@ def test_what_is_found_in_the_environment(environment, place, monkeypatch):
     slurm = {"SLURM_JOB_ID": "4096", "SLURM_STEP_NODELIST": "node[7-8]", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2"}
     for name, value in {**(slurm if "SLURM_NTASKS" in environment else {}), **environment}.items():
         monkeypatch.setenv(name, value)
-    assert processes._place(DistributedConfig(coordinator=None, processes=None, process=None, timeout=1))[0] == place
+    nowhere = DistributedConfig(coordinator=None, processes=None, process=None, timeout=1, heartbeat=60, stall=None)
+    assert processes._place(nowhere)[0] == place
 
 
 @pytest.mark.parametrize(
@@ -169,3 +170,17 @@ def test_a_single_process_stays_alone():
     config = load_config()
     with together(config) as (same, process):
         assert (same, process) == (config, 0)
+
+
+@pytest.mark.parametrize("beats", [False, True])
+def test_a_process_without_a_sign_of_life_is_lost(gathered, monkeypatch, capsys, beats):
+    ended = []
+    monkeypatch.setattr(processes, "end", ended.append)
+    monkeypatch.setattr(processes, "LAST_WORDS", 0.1)
+    if not beats:
+        monkeypatch.setattr(Lines, "_beat", lambda self: None)
+    assert len(gathered({0: {}, 1: {}}, heartbeat=0.5)) == 2
+    time.sleep(1.5)
+    assert ended == ([] if beats else [75, 75])
+    err = capsys.readouterr().err
+    assert ("error: no sign of life for 0.5 s" in err and "thread MainThread, most recent call last:" in err) is not beats

@@ -12,6 +12,8 @@ import pytest
 from two_processes import PARALLEL, STEPS, overrides
 
 from llama_eqx import load_config
+from llama_eqx.data.dataset import open_data
+from llama_eqx.data.pipeline import Parts
 from llama_eqx.sharding import MeshConfig
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.training.loop import train
@@ -73,6 +75,16 @@ def test_one_process_goes_on_where_two_ended(folder, alone):
     assert [record["step"] for record in read_metrics(result.run_dir / "metrics.jsonl") if "train/loss" in record] == list(
         range(1, STEPS + 1)
     )
+
+
+def test_the_ledger_says_that_all_saw_the_same_batches(folder):
+    config = load_config(*overrides(folder))
+    data = open_data(config.data, config.tokenizer.build(config.data), seq_len=config.train.seq_len, seed=config.seed)
+    parts = Parts(data.train, data.order, config.train.batch_size, fingerprint=data.fingerprint)
+    for name in PARALLEL:
+        found = [record["data/ledger"] for record in read_metrics(folder / name / "metrics.jsonl") if "data/ledger" in record]
+        assert found == [parts.after(step).ledger for step in range(1, len(found) + 1)]
+        assert len(found) >= STEPS // 2
 
 
 def test_what_is_written_is_written_once(folder):

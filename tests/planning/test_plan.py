@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from llama_eqx import load_config
+from llama_eqx import compose, load_config
 from llama_eqx.errors import UserError
 from llama_eqx.plan import main
 from llama_eqx.planning import compile as compiling
@@ -81,6 +81,18 @@ def test_advice_is_computed(plan, may, advice):
     if may > 0.1:
         better = config("mesh=cpu-8", *said.partition("it would fit with ")[2].split())
         assert make_plan(better).memory.total < small.may
+
+
+def test_a_run_that_is_out_of_memory_names_its_plan(monkeypatch, capsys):
+    def job():
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes\nmore")
+
+    for verb, named in (("train", True), ("generate", False)):
+        monkeypatch.setattr(compose.sys, "argv", [f"llama_eqx/{verb}.py", "model=llama2_7b", "data.path=my notes"])
+        assert compose._guarded(job) == 1
+        said = capsys.readouterr().err
+        assert "Out of memory allocating 7 bytes" in said
+        assert ("python -m llama_eqx.plan model=llama2_7b 'data.path=my notes' says which part to shrink" in said) is named
 
 
 def test_without_the_compiler(monkeypatch):

@@ -101,6 +101,10 @@ def test_the_best_is_written_and_train_takes_it(slice_of_eight, monkeypatch, tmp
     plan = search(lambda *more: load_config(*overrides, *more, name="plan", plan=False), overrides, REMATS, path)
     assert len(compiled) == MOST
     assert plan.config == compiled[2]
+    again = lambda *more: load_config(*overrides, *more, name="plan", plan=False)  # noqa: E731
+    compiled.clear()
+    assert search(again, overrides, REMATS, tmp_path / "few" / "x.yaml", enough=1).config == compiled[1]  # the first that fits is the last
+    assert len(compiled) == 2
 
     text = path.read_text()
     assert text.count("does not fit") == 1

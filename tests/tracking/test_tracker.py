@@ -7,12 +7,10 @@ import subprocess
 import sys
 
 import pytest
-import wandb
 
 from llama_eqx.config import load
 from llama_eqx.errors import ConfigError, StorageError
 from llama_eqx.tracking.console import Console
-from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.provenance import commit, versions
 from llama_eqx.tracking.tracker import Tracker, TrackingConfig
 
@@ -28,10 +26,6 @@ def tracker(folder, start=0, settings=None, **changes) -> Tracker:
     return Tracker(config(**changes), folder, settings=settings or {}, steps=100, start=start)
 
 
-def records_of_wandb(folder) -> bytes:
-    return b"".join(path.read_bytes() for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")))
-
-
 def test_disabled_wandb_leaves_nothing(tmp_path):
     with tracker(tmp_path) as told:
         told.log(1, {"train/loss": 2.0})
@@ -40,69 +34,21 @@ def test_disabled_wandb_leaves_nothing(tmp_path):
     assert (tmp_path / "sample.txt").read_text() == "text\n"
 
 
-def test_an_offline_run_is_complete_and_continued(tmp_path):
-    with tracker(tmp_path, mode="offline", settings={"model": {"_target_": "x", "marked": "in the config"}}) as told:
-        told.log(1, {"train/loss": 2.0, "optim/lr": 0.5})
-        told.sample(1, "Romeo & <b>")
-    name = (tmp_path / "wandb_id").read_text().strip()
-    assert len(list(tmp_path.glob(f"wandb/offline-run-*-{name}"))) == 1
-    data = records_of_wandb(tmp_path)
-    for said in (b"train/loss", b"in the config", b"versions", b"equinox"):
-        assert said in data
-    assert "Romeo &amp; &lt;b&gt;" in next(tmp_path.glob("wandb/offline-run-*/files/media/html/*.html")).read_text()
-    assert wandb.run is None
-
-    with pytest.raises(RuntimeError, match="boom"), tracker(tmp_path, start=1, mode="offline") as told:  # noqa: PT012
-        told.log(2, {"train/loss": 1.0})
-        raise RuntimeError("boom")
-    assert (tmp_path / "wandb_id").read_text().strip() == name
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
-    assert [json.loads(line)["step"] for line in (tmp_path / "provenance.jsonl").read_text().splitlines()] == [0, 1]
-
-
-class FailingRun:
-    def __init__(self, verb):
-        self.verb = verb
-
-    def log(self, *args, **kwargs):
-        if self.verb == "log":
-            raise wandb.errors.CommError("no\nnetwork")
-
-    def finish(self, exit_code):
-        if self.verb == "finish":
-            raise TimeoutError("too slow")
-
-
-@pytest.mark.parametrize("verb", ["start", "log", "finish"])
-def test_wandb_fails_with_one_line_and_the_record_is_whole(tmp_path, monkeypatch, capsys, verb):
-    def init(**_):
-        if verb == "start":
-            raise wandb.errors.UsageError("no key\nsecond line")
-        return FailingRun(verb)
-
-    monkeypatch.setattr(wandb, "init", init)
-    with tracker(tmp_path, mode="online") as told:
-        told.log(1, {"train/loss": 2.0})
-        told.log(2, {"train/loss": 1.0})
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(warnings) == 1
-    assert warnings[0].startswith(f"warning: W&B could not {verb} (")
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
-
-
-def test_failed_runs_are_marked(tmp_path, monkeypatch):
-    codes = []
-
-    class Run(FailingRun):
-        def finish(self, exit_code):
-            codes.append(exit_code)
-
-    monkeypatch.setattr(wandb, "init", lambda **_: Run(""))
-    with tracker(tmp_path, mode="online"):
-        pass
-    with pytest.raises(KeyboardInterrupt), tracker(tmp_path, mode="online"):
-        raise KeyboardInterrupt
-    assert codes == [0, 1]
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"mesh": {"fsdp": 1}}, {"mesh": {"fsdp": 2}}, "not as it was up to step 3: computed.mesh.fsdp: 1 -> 2; losses agree to rounding"),
+        ({"mesh": {"fsdp": 1}, "seed": 1}, {"mesh": {"fsdp": 1}, "seed": 2}, None),
+    ],
+)
+def test_a_start_tells_what_is_no_longer_as_it_was(tmp_path, capsys, before, after, said):
+    tracker(tmp_path, settings=before).close()
+    assert "not as it was" not in capsys.readouterr().err
+    tracker(tmp_path, start=3, settings=after).close()
+    err = capsys.readouterr().err
+    assert (said or "\n") in err + "\n"
+    assert ("not as it was" in err) is bool(said)
+    assert [json.loads(line)["step"] for line in (tmp_path / "provenance.jsonl").read_text().splitlines()] == [0, 3]
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llama_eqx.data.cache import cache_dir, publish
+from llama_eqx.data.cores import threads
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer.base import Tokenizer, TokenizerConfig, utf8
 from llama_eqx.data.tokenizer.files import described, read
@@ -40,7 +40,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.special = {self.pieces.id_to_piece(i): i for i in range(self.vocab) if self.pieces.is_control(i)}
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        ids = self.pieces.encode([utf8(text) for text in texts], out_type=int, num_threads=max(1, min(len(texts), os.cpu_count() or 1)))
+        ids = self.pieces.encode([utf8(text) for text in texts], out_type=int, num_threads=max(1, min(len(texts), threads())))
         return [np.array(row, np.int32) for row in ids]
 
     def _decode(self, ids: list[int]) -> str:

@@ -3,7 +3,6 @@
 import base64
 import binascii
 import itertools
-import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llama_eqx.data.cores import threads
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer.base import Tokenizer, TokenizerConfig, utf8
 from llama_eqx.data.tokenizer.files import described, read
@@ -52,7 +52,7 @@ class TiktokenTokenizer(Tokenizer):
             utf8(text)
         if len(texts) < 2:
             return [self._ids(text) for text in texts]
-        with ThreadPoolExecutor(min(len(texts), os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(len(texts), threads())) as pool:
             return list(pool.map(self._ids, texts))
 
     def _ids(self, text: str) -> np.ndarray:

@@ -1,0 +1,56 @@
+"""Hydra's launcher for `-m`: in this package because Hydra takes plugins from no other. What it does is in `llama_eqx.multirun`."""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+
+class Multirun(Launcher):
+    """A process for every job, by submitit. See conf/hydra/launcher/ for the parameters."""
+
+    def __init__(self, cluster: str, at_once: int, parameters: Any):
+        self.cluster, self.at_once, self.parameters = cluster, at_once, dict(parameters)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from llama_eqx.compose import quoted, resolve  # what a single run need not wait for
+        from llama_eqx.multirun import Job, command, labels, run_jobs
+        from llama_eqx.studies.pairing import is_kept
+        from llama_eqx.training.run import finished
+
+        verb, folder = self.config.hydra.job.name, pathlib.Path(self.config.hydra.sweep.dir)
+        config_dirs = [source.path for source in self.config.hydra.runtime.config_sources if source.provider == "command-line"]
+        jobs, skipped, results = [], [], []
+        for number, (label, overrides) in enumerate(zip(labels(job_overrides), job_overrides, strict=True), initial_job_idx):
+            config = self._composed(number, overrides)
+            words = list(overrides)
+            if not any(override.startswith("run_dir=") for override in overrides):
+                words.append(quoted(f"run_dir={folder / config.hydra.sweep.subdir}"))
+            settings = self._composed(number, words)
+            with open_dict(settings):
+                del settings["hydra"]  # as Hydra does before it runs a job
+            built = resolve(settings)
+            job = Job(number, label, command(verb, words, config_dirs), pathlib.Path(built.run_dir, "console.txt"))
+            (skipped if verb == "train" and (finished(built) or is_kept(built)) else jobs).append(job)
+            results.append(JobReturn(overrides=list(overrides), cfg=config, status=JobStatus.COMPLETED, _return_value=None))
+        place = folder / ".submitit"
+        run_jobs(jobs, skipped, folder=place, cluster=self.cluster, at_once=self.at_once, parameters=self.parameters, say=_say)
+        return results
+
+    def _composed(self, number: int, overrides: Sequence[str]) -> DictConfig:
+        config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(config):
+            config.hydra.job.num, config.hydra.job.id = number, str(number)
+        return config
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,142 @@
+"""The model that is evaluated, laid out over the devices, and what there is to say of it before."""
+
+import math
+from typing import Any, NamedTuple
+
+import equinox as eqx
+
+from llama_eqx.checkpoint.native import CONFIG, read_config
+from llama_eqx.config import Config, load
+from llama_eqx.data.corpus import DataConfig
+from llama_eqx.data.shards import PreparedTokenizerConfig
+from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig, find_tokenizer
+from llama_eqx.errors import ConfigError, DataError
+from llama_eqx.interop.pretrained import load_pretrained, located, open_pretrained
+from llama_eqx.interop.weights import abstract
+from llama_eqx.model.kernel import KernelConfig
+from llama_eqx.model.llama import Llama
+from llama_eqx.precision import Dtype, PrecisionConfig
+from llama_eqx.remat import RematConfig
+from llama_eqx.sharding import Layout, MeshConfig, Rules
+from llama_eqx.training.evaluation import Score, make_score
+from llama_eqx.training.loss import policy_view
+
+CHUNK = 2048  # tokens whose logits exist at a time
+LONGEST = 2048  # tokens of a window where neither a run nor the user says
+
+
+class EvaluateConfig(Config):
+    """The weights at `checkpoint` on the held-out text of `data`, None for that of the run, or on `tasks` of the lm-evaluation-harness.
+
+    `length` is that of a window in tokens, None for that of training or of the context, and `stride` how many of them it is to predict,
+    None for all. `batch_size` windows at a time go over all devices, in `dtype`, None for that of the files. `output` is a file of JSON.
+
+    `tasks` are names with commas between them, also of YAML files in the folder `include_path`; of each `limit` examples are used, with
+    `num_fewshot` others before them, None for all and for what the task says.
+    """
+
+    checkpoint: str | None
+    data: DataConfig | None
+    tokenizer: TokenizerConfig | None
+    mesh: MeshConfig
+    sharding: Rules
+    length: int | None
+    stride: int | None
+    batch_size: int
+    dtype: Dtype | None
+    output: str | None
+    tasks: str | None
+    include_path: str | None
+    num_fewshot: int | None
+    limit: int | None
+
+    def check(self) -> None:
+        if self.checkpoint is None:
+            raise ConfigError("checkpoint is not given", where="checkpoint", next="checkpoint=RUN_DIR, or a folder of Hugging Face or Meta")
+        if self.tasks is not None and self.data is not None:
+            raise ConfigError("tasks have data of their own", where="tasks/data", next="one of the two")
+        for name in ("length", "stride", "batch_size", "limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{value} is too small", where=name)
+
+
+class Opened(NamedTuple):
+    """A model on its devices, how it is laid out there, and its tokenizer, for rows of `length` tokens, `batch_size` at a time.
+
+    `notes` are what a person should know.
+    """
+
+    model: Llama
+    layout: Layout
+    score: Score
+    tokenizer: Tokenizer
+    length: int
+    batch_size: int
+    notes: list[str]
+
+
+def open_model(config: EvaluateConfig) -> Opened:
+    """Raises `ConfigError`, `CheckpointError` and `DataError`."""
+    assert config.checkpoint is not None
+    layout, weights = Layout(config.mesh.build(), config.sharding), open_pretrained(config.checkpoint)
+    sizes = {axis: size for axis, size in vars(weights.config.dims).items() if size is not None}
+    length = config.length or _length(config, weights.config.context)
+    ways = math.prod(layout.mesh.shape[name] for name in layout.rules.axes.get("batch", ()))
+    batch_size = -(-config.batch_size // ways) * ways  # each device has as many rows
+    notes = [*weights.notes, *layout.check({"batch": batch_size, "seq": length, **sizes})]
+    if length > weights.config.context:
+        notes.append(f"rows of {length} tokens are longer than the model's context of {weights.config.context}")
+    tokenizer, said = _tokenizer(config)
+    if tokenizer.vocab > sizes["vocab"]:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab} ids, the model {sizes['vocab']}",
+            where="tokenizer",
+            next="tokenizer=null uses the one beside the model",
+        )
+    model = load_pretrained(config.checkpoint, config.dtype, layout.shardings(abstract(weights.config)))
+    view = policy_view(
+        PrecisionConfig(params="float32", compute="float32"),  # the same twice: in the dtype in which it was loaded
+        RematConfig(policy="none"),
+        layout,
+        KernelConfig(name="auto", q_block=None, kv_block=None, fused_backward=False),
+    )
+    score = eqx.filter_jit(make_score(view, layout, CHUNK))
+    return Opened(model, layout, score, tokenizer, length, batch_size, notes + said)
+
+
+def data_of(config: EvaluateConfig) -> DataConfig:
+    """Raises `ConfigError` where neither the config nor a run says what it is."""
+    if config.data is not None:
+        return config.data
+    if "data" not in (saved := _saved(config)):
+        raise ConfigError("this is not a run, which would have data of its own", where="data", next="data=test data.path=FILE")
+    return load(saved["data"], "data")
+
+
+def _length(config: EvaluateConfig, context: int) -> int:
+    """That of the run's training, or as much of the context as is usual; all of it for benchmarks."""
+    return context if config.tasks else _saved(config).get("train", {}).get("seq_len", min(context, LONGEST))
+
+
+def _saved(config: EvaluateConfig) -> dict[str, Any]:
+    """What a run says of itself; nothing for other folders."""
+    assert config.checkpoint is not None
+    folder, _ = located(config.checkpoint)
+    return read_config(folder) if (folder / CONFIG).is_file() else {}
+
+
+def _tokenizer(config: EvaluateConfig) -> tuple[Tokenizer, list[str]]:
+    """The one beside the model, unless another is asked for or the data comes with its own."""
+    assert config.checkpoint is not None
+    folder = located(config.checkpoint)[0]
+    if config.tokenizer is None:
+        return find_tokenizer(folder), []
+    chosen = config.tokenizer.build(data_of(config))
+    try:
+        own = find_tokenizer(folder)
+    except DataError:
+        return chosen, []
+    if own.fingerprint == chosen.fingerprint:
+        return chosen, []
+    whose = "the data was prepared with" if isinstance(config.tokenizer, PreparedTokenizerConfig) else "the tokenizer is"
+    return chosen, [f"{whose} another than the model's: {chosen.vocab:,} ids instead of {own.vocab:,}"]

@@ -1,0 +1,41 @@
+"""Benchmarks of the lm-evaluation-harness (Gao et al., 2021, github.com/EleutherAI/lm-evaluation-harness), on a model of this package."""
+
+from typing import Any, NamedTuple
+
+from llama_eqx.config import dump
+from llama_eqx.errors import ConfigError
+from llama_eqx.evaluation.opened import EvaluateConfig, Opened
+from llama_eqx.tracking.provenance import commit, versions
+
+
+class TaskResults(NamedTuple):
+    """The harness's own table, and what it is of in plain containers: `results` by task and metric."""
+
+    table: str
+    saved: dict[str, Any]
+
+
+def run_tasks(opened: Opened, config: EvaluateConfig) -> TaskResults:
+    """Raises `ConfigError` for tasks that are not known or do not fit the model, or when the harness is not installed."""
+    assert config.tasks is not None
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ImportError:
+        raise ConfigError("the lm-evaluation-harness is not installed", where="tasks", next="pip install 'llama_eqx[eval]'") from None
+    from llama_eqx.evaluation.harness import HarnessModel
+
+    names = [name.strip() for name in config.tasks.split(",")]
+    manager = TaskManager(include_path=config.include_path, include_defaults=False)
+    if not all(manager.match_tasks([name]) for name in names):  # the harness's own are thousands of files, which take a while to find
+        manager = TaskManager(include_path=config.include_path)
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise ConfigError(f"no task is called {', '.join(unknown)}", where="tasks", next="include_path=FOLDER for YAML of your own")
+    found = lm_eval.simple_evaluate(
+        HarnessModel(opened), tasks=names, task_manager=manager, num_fewshot=config.num_fewshot, limit=config.limit, log_samples=False
+    )
+    assert found is not None
+    table = make_table(found) + ("\n" + make_table(found, "groups") if found.get("groups") else "")
+    kept = {key: found[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in found}
+    return TaskResults(table, {**kept, "config": dump(config), "commit": commit(), "packages": versions()})

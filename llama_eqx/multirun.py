@@ -1,0 +1,160 @@
+"""The jobs of a sweep, each the command that one would type for it alone: in a process of its own, here or on a cluster."""
+
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import submitit
+
+from llama_eqx.errors import UserError
+
+EVERY = 0.2  # seconds between two looks at the jobs
+CODES = {
+    1: "ended by an error",
+    2: "its config is wrong",
+    3: "its data cannot be used",
+    4: "its checkpoint cannot be used",
+    5: "its numbers were not finite",
+    6: "it could not write",
+    75: "preempted",
+    130: "interrupted",
+}
+
+
+class Job(NamedTuple):
+    """Number `number` of a sweep: `label` tells it from the others, `command` runs it, and what it prints goes to `console`."""
+
+    number: int
+    label: str
+    command: list[str]
+    console: pathlib.Path
+
+
+class MultirunError(UserError):
+    """`code` is 75 when all that is missing was preempted, and would go on."""
+
+    def __init__(self, codes: Sequence[int | str], what: str, **parts: str):
+        super().__init__(what, **parts)
+        self.code = 75 if all(code == 75 for code in codes) else 1
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    skipped: Sequence[Job],
+    *,
+    folder: pathlib.Path,
+    cluster: str,
+    at_once: int,
+    parameters: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Runs `jobs`, at most `at_once` at a time, whatever becomes of each; `skipped` are those that need not run.
+
+    `cluster` is one of submitit's ("local", "slurm"), `parameters` those of its executor, and `folder` where it keeps its files.
+
+    Raises `MultirunError` in the end when not every job has succeeded.
+    """
+    executor = submitit.AutoExecutor(folder, cluster=cluster)
+    executor.update_parameters(**parameters)
+    waiting, running, ended = list(jobs), dict[Any, tuple[Job, float]](), dict[int, int | str]()
+    if skipped:
+        say(f"finished before: {_listed(skipped)}")
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                job.console.parent.mkdir(parents=True, exist_ok=True)
+                # An executor of submitit's hides GPUs that were not asked for.
+                visible = os.environ.get("CUDA_VISIBLE_DEVICES") if cluster == "local" else None
+                running[executor.submit(run_command, job.command, str(job.console), visible, cluster == "local")] = job, time.monotonic()
+                say(f"job {job.number} begins: {job.label}")
+            time.sleep(EVERY)
+            for handle in [handle for handle in running if handle.done()]:
+                job, begun = running.pop(handle)
+                code = ended[job.number] = _code(handle)
+                left = f"{len(ended) + len(skipped)} of {len(jobs) + len(skipped)} over"
+                say(f"job {job.number} {_said(code)} after {time.monotonic() - begun:,.0f} s: {left}")
+    finally:
+        for handle in running:  # what is left when this process is told to stop
+            handle.cancel()
+
+    failed = [(job, ended[job.number]) for job in jobs if ended[job.number] != 0]
+    fine = len(jobs) + len(skipped) - len(failed)
+    if not failed:
+        return say(f"{fine} ok")
+    for row in _table([("job", "", "", "what it printed"), *((str(j.number), j.label, _said(code), str(j.console)) for j, code in failed)]):
+        say(row)
+    raise MultirunError(
+        [code for _, code in failed],
+        f"{fine} ok, {len(failed)} failed ({'; '.join(f'job {job.number}: {_said(code)}' for job, code in failed)})",
+        where=str(folder.parent),
+        kept=f"the {fine} that succeeded" if fine else "",
+        next="the same command again runs what is missing and skips what is there",
+    )
+
+
+def run_command(command: list[str], console: str, visible: str | None, here: bool) -> int:
+    """What runs under submitit. The result is the exit code of `command`, minus the number of the signal that ended it.
+
+    `visible` are the GPUs that a job `here` may see; on a cluster its scheduler has chosen them.
+    """
+    environment = dict(os.environ)
+    if here:
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+        environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    rank = int(os.environ.get("SLURM_PROCID", 0))  # of several processes of one job, each has a file
+    with open(f"{console}.{rank}" if rank else console, "ab") as file:
+        file.write(f"$ {shlex.join(command)}\n".encode())
+        file.flush()
+        process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # the last are sent before the time is up: a run saves itself
+            signal.signal(number, lambda number, _: process.terminate())
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            raise
+
+
+def _code(handle: Any) -> int | str:
+    """The worst exit code of a job's processes, or how the job was lost."""
+    try:
+        return max(handle.results(), key=abs)
+    except Exception as error:
+        return f"lost: {type(error).__name__}"
+
+
+def _said(code: int | str) -> str:
+    if isinstance(code, str):
+        return code
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return f"{name}, out of memory?" if -code == signal.SIGKILL else name
+    return "ok" if code == 0 else f"exit code {code}, {CODES.get(code, 'unknown')}"
+
+
+def _listed(jobs: Sequence[Job]) -> str:
+    return f"{len(jobs)} jobs" if len(jobs) > 8 else f"job {', '.join(str(job.number) for job in jobs)}"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def labels(sweep: Sequence[Sequence[str]]) -> list[str]:
+    """What tells each job of a sweep from the others."""
+    shared = set.intersection(*map(set, sweep)) if len(sweep) > 1 else set()
+    return [" ".join(override for override in overrides if override not in shared) for overrides in sweep]
+
+
+def command(verb: str, overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list[str]:
+    """A verb with overrides in Hydra's grammar: `--run` keeps them from being quoted a second time."""
+    folders = [word for folder in config_dirs for word in ("--config-dir", folder)]
+    return [sys.executable, "-m", f"llama_eqx.{verb}", "--run", *folders, *overrides]

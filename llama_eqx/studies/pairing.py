@@ -1,0 +1,90 @@
+"""What a run of an experiment leaves behind so that a report can tell whether two arms were paired."""
+
+import contextlib
+import gzip
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, UInt32
+
+from llama_eqx.checkpoint.native import read_config
+from llama_eqx.errors import DataError
+from llama_eqx.model.llama import Llama
+from llama_eqx.model.rotary import Rotary
+from llama_eqx.sharding import parameter_names
+from llama_eqx.studies.matching import cost, residual
+from llama_eqx.studies.registration import folder
+from llama_eqx.studies.runs import read_kept
+from llama_eqx.training.run import RunConfig, is_over
+
+STUDY = "study.json"
+
+
+@jax.jit
+def _checksum(x: Array) -> UInt32[Array, "2"]:
+    """64 bits that depend on every bit and its place, whatever devices hold them. The mixing is MurmurHash3's."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16).astype(jnp.uint32)
+    place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
+
+    def mixed(h: Array) -> Array:
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            h = (h ^ (h >> shift)) * jnp.uint32(factor)
+        return h ^ (h >> 16)
+
+    return jnp.stack([mixed(mixed(bits) ^ (place * jnp.uint32(2) + jnp.uint32(half))).sum(dtype=jnp.uint32) for half in (0, 1)])
+
+
+def tensor_hashes(model: Llama) -> dict[str, str]:
+    """A hash of each parameter by its name."""
+    sums = [jax.device_get(_checksum(leaf)) for leaf in jax.tree.leaves(model)]
+    return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in zip(parameter_names(model), sums, strict=True)}
+
+
+def position_codes(rotary: Rotary, positions: Int[Array, " seq"]) -> int:
+    """How many of these positions the compiled rotary embedding tells apart."""
+    rotation = jax.jit(lambda p: (rotary(p).cos, rotary(p).sin))(positions[None])
+    return len(np.unique(np.concatenate([np.asarray(part[0, :, 0]) for part in rotation], axis=-1), axis=0))
+
+
+def record_start(config: RunConfig, model: Llama, offset: int) -> None:
+    """Writes `study.json` into the run directory: hashes at step 0, the size, and what is left of matching."""
+    found = {
+        "tensors": tensor_hashes(model),
+        "parameters": cost(config.model, "parameters", config.train.seq_len),
+        "flops_per_token": cost(config.model, "flops", config.train.seq_len),
+        "residual": residual(config),
+        "position_codes": position_codes(model.rotary, offset + jnp.arange(config.train.seq_len)),
+    }
+    if jax.process_index() == 0:
+        pathlib.Path(config.run_dir, STUDY).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def kept_at(config: RunConfig) -> pathlib.Path:
+    assert config.study is not None
+    return folder(config.study.question) / "runs" / f"{config.study.path}.jsonl.gz"
+
+
+def keep(config: RunConfig) -> pathlib.Path:
+    """Files a finished run under `experiments/`: a line with its config, `study.json` and provenance, then its metrics as they are."""
+    run_dir, path = pathlib.Path(config.run_dir), kept_at(config)
+    settings = {key: value for key, value in read_config(run_dir).items() if key != "run_dir"}  # a place of one machine
+    first: dict[str, Any] = {"config": settings, "study": json.loads((run_dir / STUDY).read_text(encoding="utf-8"))}
+    first["provenance"] = [json.loads(line) for line in (run_dir / "provenance.jsonl").read_text(encoding="utf-8").splitlines()]
+    content = json.dumps(first).encode() + b"\n" + (run_dir / "metrics.jsonl").read_bytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content, mtime=0))
+    return path
+
+
+def is_kept(config: RunConfig) -> bool:
+    """Whether the run of this config has been kept, here or on the machine that this checkout comes from."""
+    if config.study is None or not (path := kept_at(config)).exists():
+        return False
+    with contextlib.suppress(DataError):
+        run = read_kept(path)
+        return is_over(config, run.settings, run.metrics)
+    return False

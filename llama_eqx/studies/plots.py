@@ -1,0 +1,133 @@
+"""The pictures of a report. Each function draws on axes that it is given; `figure` gives them, and `save` files them."""
+
+import io
+import math
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from llama_eqx.studies.runs import Run
+from llama_eqx.studies.verdict import Finding
+from llama_eqx.tracking.plot import smoothed
+
+COLORS = ("#3b76af", "#c8512f", "#4f8f4a", "#8a5fa8", "#b8892b", "#3d9aa1", "#a3476f", "#6b6b6b")
+VERDICTS = {"worse": "#c8512f", "better": "#3b76af", "no effect": "#4f8f4a", "undecided": "#8a8a8a"}
+GRID = "#e3e3e3"
+
+
+def figure(height: float = 4.5) -> tuple[Figure, Axes]:
+    made = Figure(figsize=(8, height), dpi=150, layout="constrained")
+    axes = made.add_subplot()
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return made, axes
+
+
+def save(made: Figure, path: pathlib.Path) -> str:
+    """Writes a PNG at `path`, and returns the same picture as SVG."""
+    made.savefig(path, format="png")
+    text = io.StringIO()
+    made.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def forest(found: Sequence[Finding], margin: float) -> Figure:
+    """Every paired difference with its mean and 95% interval, against 0 and the margin within which it is called no effect."""
+    made, axes = figure(1.3 + 0.45 * len(found))
+    axes.axvspan(-margin, margin, color="#4f8f4a", alpha=0.1, linewidth=0, label=f"margin ±{margin:g}")
+    axes.axvline(0, color="#5c5c5c", linewidth=1)
+    for row, finding in enumerate(found):
+        color = VERDICTS[finding.verdict]
+        mean, low, high = finding.interval
+        axes.plot(finding.differences, [row + 0.2] * len(finding.differences), "o", color=color, alpha=0.35, markersize=3.5, mew=0)
+        axes.plot([low, high], [row, row], color=color, linewidth=2.2, solid_capstyle="butt")
+        axes.plot([mean], [row], "D", color=color, markersize=6)
+        text = f"{finding.verdict}  {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+        axes.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=color)
+    names = [finding.name if finding.role == "contrast" else f"{finding.name}\n({finding.role})" for finding in found]
+    axes.set_yticks(range(len(found)), names, fontsize=9)
+    axes.set_ylim(len(found) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("difference in loss (nats per token), paired by seed; below 0 is better")
+    axes.set_title(f"paired differences, mean and 95% interval; shaded: within ±{margin:g}", loc="left", fontsize=10)
+    return made
+
+
+def sensitivity(losses: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
+    """The loss of each arm over the peak learning rate: a line through the means, a dot for each tuning seed."""
+    made, axes = figure()
+    for (arm, of), color in zip(losses.items(), _colors(len(losses)), strict=True):
+        rates = sorted(of)
+        axes.plot(rates, [statistics.fmean(of[rate]) for rate in rates], color=color, linewidth=1.8, label=arm)
+        for rate in rates:
+            axes.plot([rate] * len(of[rate]), of[rate], "o", color=color, markersize=4, alpha=0.6, mew=0)
+    rates = sorted({rate for of in losses.values() for rate in of})
+    axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    axes.set_xlabel("peak learning rate")
+    axes.set_ylabel("loss on the tuning text (nats per token)")
+    axes.legend(frameon=False, fontsize=9)
+    return made
+
+
+def doses(name: str, points: Sequence[tuple[float, Finding]], margin: float) -> Figure:
+    """A contrast over a quantity, with 95% intervals; the axis is that of log(1 + x)."""
+    made, axes = figure()
+    points = sorted(points, key=lambda point: point[0])
+    places = [math.log2(1 + dose) for dose, _ in points]
+    axes.axhspan(-margin, margin, color="#4f8f4a", alpha=0.1, linewidth=0)
+    axes.axhline(0, color="#5c5c5c", linewidth=1)
+    axes.plot(places, [finding.interval.mean for _, finding in points], color=COLORS[0], linewidth=1.2, alpha=0.5)
+    for place, (_, finding) in zip(places, points, strict=True):
+        color = VERDICTS[finding.verdict]
+        axes.plot([place, place], finding.interval[1:], color=color, linewidth=2.2, solid_capstyle="butt")
+        axes.plot([place], [finding.interval.mean], "D", color=color, markersize=6)
+    axes.set_xticks(places, [f"{dose:,.0f}" for dose, _ in points])
+    axes.set_xlabel(name)
+    axes.set_ylabel("difference in loss (nats per token)")
+    axes.set_title(f"dose and response, 95% intervals; shaded: within ±{margin:g}", loc="left", fontsize=10)
+    return made
+
+
+def buckets(losses: Mapping[str, Mapping[int, float]]) -> Figure:
+    """Mean loss of each arm by the position in the row."""
+    made, axes = figure()
+    for (arm, of), color in zip(losses.items(), _colors(len(losses)), strict=True):
+        axes.plot(sorted(of), [of[place] for place in sorted(of)], "o-", color=color, linewidth=1.5, markersize=4, label=arm)
+    axes.set_xlabel("position in the row (tokens, the first of each bucket)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    return made
+
+
+def curves(runs: Mapping[str, Run], metric: str, label: str, *, log: bool = False) -> Figure | None:
+    """A metric over the steps of several runs, raw and smoothed; None when no run has it."""
+    if not any(run.series(metric)[0] for run in runs.values()):
+        return None
+    made, axes = figure()
+    for (name, run), color in zip(runs.items(), _colors(len(runs)), strict=True):
+        steps, values = run.series(metric)
+        points = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        radius = len(values) // 60
+        if radius:
+            axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.7)
+        axes.plot(steps, smoothed(values, radius), color=color, linewidth=1.6, label=name, marker="o" if len(values) < 8 else None)
+    if log:
+        axes.set_yscale("log")
+    axes.locator_params("x", integer=True)
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.legend(frameon=False, fontsize=9)
+    return made
+
+
+def _colors(count: int) -> list[str]:
+    return [COLORS[i % len(COLORS)] for i in range(count)]

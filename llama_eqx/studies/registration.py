@@ -1,0 +1,115 @@
+"""What was said about an experiment before it was run, and the learning rates that its tuning found."""
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import yaml
+
+from llama_eqx.config import Config, dump, nearest
+from llama_eqx.errors import ConfigError
+
+CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
+Contrast = dict[str, float]
+
+
+class Registration(Config):
+    """`prereg.yaml`. A contrast is a sum of arms, each with a weight, and the weights sum to 0: {rounded: 1, exact: -1}.
+
+    `metric` is compared at the end of the schedule. `contrasts` are the family that Holm's adjustment is made for; of the controls,
+    the negative ones are expected to be equivalent within `margin`, the positive ones to show a loss. `same_data` lists the arms that
+    must have seen the same batches, group by group. `doses` is a picture: by its name, arms of a contrast over a quantity.
+    `tune_arms` are tuned over `rates` and `tune_seeds`; another arm takes the rate of the first of them.
+    """
+
+    question: str
+    metric: str
+    margin: float
+    alpha: float
+    arms: tuple[str, ...]
+    same_data: tuple[tuple[str, ...], ...]
+    tune_arms: tuple[str, ...]
+    rates: tuple[float, ...]
+    tune_seeds: tuple[int, ...]
+    seeds: tuple[int, ...]
+    contrasts: dict[str, Contrast]
+    negative_controls: dict[str, Contrast]
+    positive_controls: dict[str, Contrast]
+    doses: dict[str, dict[str, float]]
+    stopping: str
+    exclusion: str
+
+    def check(self) -> None:
+        for name, contrast in self.all_contrasts().items():
+            for arm in contrast:
+                self.known(arm, f"{name}.{arm}")
+            if abs(sum(contrast.values())) > 1e-9:
+                raise ConfigError(f"the weights sum to {sum(contrast.values())}, not 0", where=name)
+        for name, doses in self.doses.items():
+            for contrast in doses:
+                if contrast not in self.all_contrasts():
+                    raise ConfigError(f"no contrast is called {contrast}", where=name, next=nearest(contrast, self.all_contrasts()))
+        for arm in (*self.tune_arms, *(arm for group in self.same_data for arm in group)):
+            self.known(arm, arm)
+        if len(self.rates) < 3 or list(self.rates) != sorted(self.rates):
+            raise ConfigError("tuning wants three rates or more, rising, so that the best can lie between others", where="rates")
+
+    def known(self, arm: str, where: str) -> None:
+        if arm not in self.arms:
+            raise ConfigError(f"no arm is called {arm}", where=where, next=nearest(arm, self.arms))
+
+    def all_contrasts(self) -> dict[str, Contrast]:
+        return self.contrasts | self.negative_controls | self.positive_controls
+
+    def hash(self) -> str:
+        """Of everything in it but the comments and the order of keys."""
+        return hashlib.sha256(json.dumps(dump(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def folder(question: str) -> pathlib.Path:
+    """`experiments/<question>` here, or else in the checkout of this package."""
+    here = pathlib.Path("experiments", question)
+    return here if here.is_dir() else CHECKOUT / here
+
+
+def load_registration(question: str) -> Registration:
+    """Raises `ConfigError` when there is none or it contradicts itself."""
+    path = folder(question) / "prereg.yaml"
+    try:
+        return Registration(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError:
+        raise ConfigError(
+            "this question is not registered yet", where=str(path), next="write that file, and commit it, before any run"
+        ) from None
+    except (TypeError, yaml.YAMLError) as error:
+        raise ConfigError(f"this is no registration: {str(error).splitlines()[0]}", where=str(path)) from None
+    except ConfigError as error:
+        raise ConfigError(error.what, where=f"{path}: {error.where}", next=error.next) from None
+
+
+def registered(question: str, name: str) -> str:
+    """For YAML: a list of the registration as a sweep over it, "final_arms" for its `arms`; or the `hash`."""
+    found = load_registration(question)
+    if name == "hash":
+        return found.hash()
+    return ",".join(str(value) for value in getattr(found, name.removeprefix("final_")))
+
+
+def write_tuned(question: str, rung: str, rates: dict[str, float]) -> pathlib.Path:
+    path = folder(question) / "tuned.yaml"
+    known = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    said = "# Found by stage=tune, read by stage=final: the peak learning rate of each arm, by rung. Another arm takes that of the first.\n"
+    path.write_text(said + yaml.safe_dump({**known, rung: rates}, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def tuned(question: str, rung: str, arm: str) -> float:
+    """For YAML: the peak learning rate of an arm. Raises `ConfigError` when it has not been tuned."""
+    path = folder(question) / "tuned.yaml"
+    rates: dict[str, Any] = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get(rung, {}) if path.exists() else {}
+    first = load_registration(question).tune_arms[0]
+    rate = rates.get(arm, rates.get(first) if arm not in load_registration(question).tune_arms else None)
+    if rate is None:
+        raise ConfigError(f"{arm} has no learning rate at {rung} yet: train -m experiment={question} stage=tune, then report stage=tune")
+    return float(rate)

@@ -1,0 +1,228 @@
+"""The two reports: of an experiment, and of any runs side by side."""
+
+import math
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from llama_eqx.config import Config
+from llama_eqx.errors import ConfigError, DataError
+from llama_eqx.studies import plots
+from llama_eqx.studies.page import Page
+from llama_eqx.studies.registration import folder, load_registration, write_tuned
+from llama_eqx.studies.runs import Run, check, config_differences, kept, missing, read_run
+from llama_eqx.studies.verdict import Finding, best_rates, findings, in_words
+
+
+class ReportConfig(Config):
+    """Of an `experiment` and its `stage` and `rung`, or of run directories. `output` None is the experiment's folder, or `report`."""
+
+    experiment: str | None
+    stage: Literal["tune", "final"]
+    rung: str
+    runs: tuple[str, ...]
+    output: str | None
+
+    def check(self) -> None:
+        if (self.experiment is None) == (not self.runs):
+            raise ConfigError("a report is of an experiment or of runs", next="experiment=NAME, or runs=[FOLDER,FOLDER]")
+
+
+class Report(NamedTuple):
+    """What was written, and what is to be read on the terminal."""
+
+    files: list[pathlib.Path]
+    words: str
+
+
+def report(config: ReportConfig) -> Report:
+    """Raises `ConfigError`, `DataError` or `StorageError`."""
+    if config.experiment is None:
+        return of_runs(config)
+    return tuning(config, config.experiment) if config.stage == "tune" else final(config, config.experiment)
+
+
+def tuning(config: ReportConfig, question: str) -> Report:
+    """Writes the learning rates that were found to tuned.yaml, and the curves of the loss over them."""
+    registration = load_registration(question)
+    runs = kept(question, "tune", config.rung)
+    check(runs, registration)
+    best, losses, remarks = best_rates(runs, registration)
+    page = Page(f"{question}: learning rates at {config.rung}")
+    page.text(f"Mean {registration.metric} on the tuning text, {len(registration.tune_seeds)} seeds a rate.")
+    rates = sorted({rate for of in losses.values() for rate in of})
+    rows = [
+        [arm, *(f"{statistics.fmean(of[rate]):.4f}" if rate in of else "" for rate in rates), best.get(arm, "")]
+        for arm, of in losses.items()
+    ]
+    page.table(["arm", *(f"{rate:g}" for rate in rates), "chosen"], rows)
+    page.figure("sensitivity", plots.sensitivity(losses), "loss over the peak learning rate")
+    for remark in remarks:
+        page.text(f"Note: {remark}.")
+    files = page.write(_output(config, folder(question)), f"tuning_{config.rung}")
+    if best:
+        files.append(write_tuned(question, config.rung, best))
+    return Report(files, "\n".join([*(f"{arm}: {rate:g}" for arm, rate in best.items()), *remarks]))
+
+
+def final(config: ReportConfig, question: str) -> Report:
+    """The verdict on an experiment."""
+    registration = load_registration(question)
+    runs = kept(question, "final", config.rung)
+    check(runs, registration)
+    lacking, found = missing(runs, registration), findings(runs, registration)
+    words = in_words(found, registration, lacking)
+    arms = {arm: [run for run in runs if run.arm == arm] for arm in registration.arms if any(run.arm == arm for run in runs)}
+
+    page = Page(f"{question} at {config.rung}")
+    page.text(registration.question)
+    page.heading("Verdict")
+    page.text(words)
+    if found:
+        page.figure("differences", plots.forest(found, registration.margin), "paired differences with 95% intervals")
+        page.heading("Contrasts")
+        head = ["contrast", "pairs", "difference", "95% interval", "sign-flip p", "t p", "p (Holm)", "p of equivalence", "verdict"]
+        page.table(head, [_row(finding) for finding in found])
+    page.heading("Arms")
+    page.table(
+        ["arm", "seeds", registration.metric, "sd", "bits per byte", "parameters", "MFLOPs per token", "position codes", "tokens/s"],
+        [_arm(arm, of, registration.metric) for arm, of in arms.items()],
+    )
+    for name, doses in registration.doses.items():
+        points = [(dose, finding) for finding in found for contrast, dose in doses.items() if contrast == finding.name]
+        if len(points) > 1:
+            page.heading(f"Dose and response: {name}")
+            page.figure(name.replace(" ", "_"), plots.doses(name, points, registration.margin), f"difference over {name}")
+    if by_position := {arm: _by_position(of) for arm, of in arms.items() if _by_position(of)}:
+        page.heading("Loss by position in the row")
+        page.figure("positions", plots.buckets(by_position), "loss by position")
+    _sensitivity(page, config, question)
+    page.heading("How it was run")
+    page.table(["registered", ""], [["hash", registration.hash()], ["margin", registration.margin], ["alpha", registration.alpha]])
+    page.text(f"Stopping: {registration.stopping} Exclusion: {registration.exclusion}")
+    page.verbatim("\n".join(sorted({str(origin.get("commit")) for run in runs for origin in run.provenance})))
+    files = page.write(_output(config, folder(question)), f"report_{config.rung}")
+    return Report(files, words)
+
+
+def of_runs(config: ReportConfig) -> Report:
+    """Runs side by side."""
+    runs = {_name(path, config.runs): read_run(pathlib.Path(path)) for path in config.runs}
+    page = Page(" and ".join(runs))
+    said = [line for name, run in runs.items() if (line := f"{name}: {_ends(run)}")]
+    first, *others = runs.items()
+    for name, run in others:
+        page.heading(f"{first[0]} → {name}")
+        lines = config_differences(first[1], run)
+        page.verbatim("\n".join(lines) or "no setting differs")
+        comparison = compared(first[1], run)
+        page.text(comparison)
+        said += [f"{first[0]} -> {name}: {_count(lines)}. {comparison}"]
+    page.heading("Curves")
+    for name, metric, label in (
+        ("loss", "train/loss", "training loss (nats per token)"),
+        ("validation", "val/loss", "validation loss (nats per token)"),
+        ("gradient", "optim/grad_norm", "norm of the gradient"),
+        ("speed", "perf/tokens_per_second", "tokens per second"),
+        ("dead_updates", "optim/dead_updates", "share of updates that bfloat16 would lose"),
+    ):
+        page.figure(name, plots.curves(runs, metric, label, log=metric == "optim/grad_norm"), label)
+    for name, path in zip(runs, config.runs, strict=True):
+        if (sample := pathlib.Path(path, "sample.txt")).exists():
+            page.heading(f"Sample of {name}")
+            page.verbatim(sample.read_text(encoding="utf-8").strip())
+    return Report(page.write(_output(config, pathlib.Path("report")), "report"), "\n".join(said))
+
+
+def compared(a: Run, b: Run) -> str:
+    """Where two runs part, and by how much the second is worse."""
+    mine, other = (dict(zip(*run.series("train/loss"), strict=True)) for run in (a, b))
+    steps = sorted(mine.keys() & other.keys())
+    if not steps:
+        raise DataError("the runs have no step in common", where=str(b.path))
+    parted = next((step for step in steps if mine[step] != other[step]), None)
+    said = [
+        "Their training losses are equal to the last bit." if parted is None else f"Their training losses differ from step {parted} on."
+    ]
+    of_data = [dict(zip(*run.series("data/ledger"), strict=True)) for run in (a, b)]
+    if wrong := next((step for step in sorted(of_data[0].keys() & of_data[1].keys()) if of_data[0][step] != of_data[1][step]), None):
+        said.append(f"They saw different data by step {wrong}, so steps are not paired.")
+    elif parted is not None:
+        late = steps[-max(len(steps) // 4, 1) :]
+        mean = statistics.fmean(other[step] - mine[step] for step in late)
+        said.append(f"On the same batches the second is {_signed(mean)} over the last {len(late)} of {len(steps)} records.")
+    ends = [dict(zip(*run.series("val/loss"), strict=True)) for run in (a, b)]
+    if both := sorted(ends[0].keys() & ends[1].keys()):
+        last = both[-1]
+        said.append(f"Validation at step {last}: the second is {_signed(ends[1][last] - ends[0][last])}. One pair says nothing of seeds.")
+    return " ".join(said)
+
+
+def _count(lines: Sequence[str]) -> str:
+    return "1 setting differs" if len(lines) == 1 else f"{len(lines)} settings differ"
+
+
+def _signed(difference: float) -> str:
+    return f"{abs(difference):.4f} nats per token {'worse' if difference > 0 else 'better'}" if difference else "equal"
+
+
+def _ends(run: Run) -> str:
+    steps, losses = run.series("val/loss")
+    return f"validation loss {losses[-1]:.4f} at step {steps[-1]}" if losses else "not evaluated yet"
+
+
+def _name(path: str, all_paths: Sequence[str]) -> str:
+    """As short as tells the runs apart."""
+    parts = pathlib.Path(path).parts
+    for n in range(1, len(parts) + 1):
+        short = str(pathlib.Path(*parts[-n:]))
+        if sum(str(pathlib.Path(*pathlib.Path(other).parts[-n:])) == short for other in all_paths) == 1:
+            return short
+    return path
+
+
+def _row(finding: Finding) -> list[str]:
+    mean, low, high = finding.interval
+    name = finding.name if finding.role == "contrast" else f"{finding.name} ({finding.role})"
+    numbers = [f"{p:.4f}" for p in (finding.sign_flip_p, finding.t_p, finding.p, finding.equivalence_p)]
+    return [name, str(len(finding.differences)), f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", *numbers, finding.verdict]
+
+
+def _arm(arm: str, runs: Sequence[Run], metric: str) -> list[str]:
+    losses = [run.last(metric) for run in runs]
+    study, speeds = runs[0].study, [statistics.median(run.series("perf/tokens_per_second")[1] or [math.nan]) for run in runs]
+    bytes_ = statistics.fmean(run.last("val/bits_per_byte") for run in runs)
+    spread = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 and all(map(math.isfinite, losses)) else ""
+    size = f"{study['parameters']:,}" + (f" ({study['residual']:+.3%})" if study["residual"] is not None else "")
+    codes, flops = str(study["position_codes"]), f"{study['flops_per_token'] / 1e6:.3f}"
+    return [
+        arm,
+        str(len(runs)),
+        f"{statistics.fmean(losses):.4f}",
+        spread,
+        f"{bytes_:.4f}",
+        size,
+        flops,
+        codes,
+        f"{statistics.median(speeds):,.0f}",
+    ]
+
+
+def _by_position(runs: Sequence[Run]) -> Mapping[int, float]:
+    prefix = "val/loss_at_"
+    names = {name for record in runs[0].metrics for name in record if name.startswith(prefix)}
+    return {int(name.removeprefix(prefix)): statistics.fmean(run.last(name) for run in runs) for name in names}
+
+
+def _sensitivity(page: Page, config: ReportConfig, question: str) -> None:
+    try:
+        tuned = kept(question, "tune", config.rung)
+    except DataError:
+        return
+    page.heading("Sensitivity to the learning rate")
+    page.figure("sensitivity", plots.sensitivity(best_rates(tuned, load_registration(question))[1]), "loss over the peak learning rate")
+
+
+def _output(config: ReportConfig, default: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(config.output) if config.output else default

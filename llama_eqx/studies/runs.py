@@ -1,0 +1,136 @@
+"""The runs of an experiment as they were kept, and whether they may be compared."""
+
+import gzip
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from llama_eqx.config import differences, known_to_both
+from llama_eqx.errors import DataError
+from llama_eqx.studies.registration import Registration, folder
+from llama_eqx.tracking.jsonl import read_metrics
+
+LEDGER = "data/ledger"
+OF_A_RUN = ("run_dir", "seed", "study.path", "tracking", "compile_cache")  # settings in which the runs of one arm may differ
+
+
+class Run(NamedTuple):
+    """`settings` is the config in plain containers, `study` what was recorded at step 0; `metrics` are those of `metrics.jsonl`."""
+
+    path: pathlib.Path
+    settings: dict[str, Any]
+    study: dict[str, Any]
+    provenance: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
+
+    @property
+    def arm(self) -> str:
+        return self.settings["study"]["arm"]
+
+    @property
+    def seed(self) -> int:
+        return self.settings["seed"]
+
+    @property
+    def peak(self) -> float:
+        return self.settings["schedule"]["peak"]
+
+    def last(self, name: str) -> float:
+        """The value of a metric at the last step; infinity, which is worse than any, when the run did not come so far."""
+        steps = self.settings["train"]["steps"]
+        found = [record[name] for record in self.metrics if name in record and record["step"] == steps]
+        return float(found[-1]) if found else float("inf")
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        found = [(record["step"], record[name]) for record in self.metrics if name in record]
+        return [step for step, _ in found], [value for _, value in found]
+
+
+def read_kept(path: pathlib.Path) -> Run:
+    """A run that `pairing.keep` filed. Raises `DataError` when it is damaged."""
+    try:
+        first, *lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+        known = json.loads(first)
+        metrics = [{k: v if k == "step" else float(v) for k, v in json.loads(line).items()} for line in lines]
+        return Run(path, known["config"], known["study"], known["provenance"], metrics)
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise DataError(f"this is no run that was kept: {error}", where=str(path), next="remove the file and give the run again") from error
+
+
+def read_run(run_dir: pathlib.Path) -> Run:
+    """Any run directory. Raises `CheckpointError` and `DataError` when it is none."""
+    from llama_eqx.checkpoint.native import read_config
+
+    study, origin = run_dir / "study.json", run_dir / "provenance.jsonl"
+    provenance = [json.loads(line) for line in origin.read_text(encoding="utf-8").splitlines()] if origin.exists() else []
+    known = json.loads(study.read_text(encoding="utf-8")) if study.exists() else {}
+    return Run(run_dir, read_config(run_dir), known, provenance, read_metrics(run_dir / "metrics.jsonl"))
+
+
+def kept(question: str, stage: str, rung: str) -> list[Run]:
+    """Raises `DataError` when there is none."""
+    where = folder(question) / "runs" / stage / rung
+    if runs := [read_kept(path) for path in sorted(where.rglob("*.jsonl.gz"))]:
+        return runs
+    command = f"python -m llama_eqx.train -m experiment={question}" + " stage=tune" * (stage == "tune")
+    raise DataError(f"no run of {question} has been kept", where=str(where), next=command)
+
+
+def check(runs: Sequence[Run], registration: Registration) -> None:
+    """Raises `DataError` naming every run that may not be compared with the others, and why."""
+    if found := list(_faults(runs, registration)):
+        raise DataError(
+            "these runs do not belong together:\n" + "\n".join(f"{run.path}: {why}" for run, why in found),
+            kept="all of them, as they are",
+            next="remove those that are wrong and give the command of the experiment again",
+        )
+
+
+def missing(runs: Sequence[Run], registration: Registration) -> list[str]:
+    """The arms and seeds of the final stage that were registered and have not been run."""
+    have = {(run.arm, run.seed) for run in runs}
+    return [f"{arm} seed {seed}" for arm in registration.arms for seed in registration.seeds if (arm, seed) not in have]
+
+
+def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[Run, str]]:
+    groups = registration.same_data or (registration.arms,)
+    by_seed: dict[int, dict[str, Run]] = {}
+    first: dict[tuple[str, float], Run] = {}
+    for run in runs:
+        if run.settings["study"]["registration"] != registration.hash():
+            yield run, f"made under another registration ({run.settings['study']['registration']}, now {registration.hash()})"
+        if run.arm not in registration.arms:
+            yield run, f"the arm {run.arm} is not registered"
+        left = run.study.get("residual")
+        if left is not None and abs(left) > 0.001:
+            yield run, f"not matched: {left:+.2%} of the reference's {run.settings['study']['match']}"
+        like = first.setdefault((run.arm, run.peak if run.settings["study"]["stage"] == "tune" else 0.0), run)
+        old, new = known_to_both(like.settings, run.settings), known_to_both(run.settings, like.settings)
+        if wrong := [line for line in differences(old, new) if not line.startswith(OF_A_RUN)]:
+            yield run, f"other settings than {like.path.name}: {'; '.join(wrong)}"
+        by_seed.setdefault(run.seed, {})[run.arm] = run
+    for arms in by_seed.values():
+        for group in groups:
+            together = [arms[arm] for arm in group if arm in arms]
+            for run in together[1:]:
+                yield from ((run, why) for why in _unpaired(together[0], run))
+
+
+def _unpaired(a: Run, b: Run) -> Iterator[str]:
+    other = f"{a.arm} of seed {a.seed}"
+    shared = a.study["tensors"].keys() & b.study["tensors"].keys()
+    sizes = [name for name in sorted(shared) if a.study["tensors"][name] != b.study["tensors"][name]]
+    mlp = a.settings["model"]["dims"]["mlp"] != b.settings["model"]["dims"]["mlp"]
+    kv = a.settings["model"]["dims"]["kv_heads"] != b.settings["model"]["dims"]["kv_heads"]
+    free = ("feed_forward",) * mlp + ("k_proj", "v_proj") * kv  # of another shape, and so of other values
+    if wrong := [name for name in sizes if not any(part in name for part in free)]:
+        yield f"began with other values than {other}: {', '.join(wrong)}"
+    ledgers: Mapping[int, float] = dict(zip(*a.series(LEDGER), strict=True))
+    if wrong := [step for step, ledger in zip(*b.series(LEDGER), strict=True) if ledgers.get(step, ledger) != ledger]:
+        yield f"saw other data than {other}, from step {wrong[0]} on or before"
+
+
+def config_differences(a: Run, b: Run) -> list[str]:
+    """A line for every setting that differs, but for where a run lies."""
+    return [line for line in differences(a.settings, b.settings) if not line.startswith(("run_dir", "tracking", "study.path"))]

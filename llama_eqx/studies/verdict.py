@@ -1,0 +1,134 @@
+"""From runs to what they prove, in numbers and in words that follow from the numbers."""
+
+import contextlib
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llama_eqx.errors import DataError
+from llama_eqx.studies.registration import Contrast, Registration
+from llama_eqx.studies.runs import Run
+from llama_eqx.studies.statistics import Interval, equivalence_p, holm, interval, paired_t_p, sample_size, sign_flip_p
+
+
+class Finding(NamedTuple):
+    """A contrast over the seeds that all its arms have. `role` is "contrast", "negative control" or "positive control".
+
+    `p` is that of the t test; it and `equivalence_p` are adjusted by Holm's method within the contrasts, and as they are in a control.
+    `verdict` is "no effect" when `equivalence_p` is below alpha, or else "worse" or "better" when both `p` and `sign_flip_p` are, which
+    does not rest on a normal distribution, or else "undecided".
+    """
+
+    name: str
+    role: str
+    differences: list[float]
+    interval: Interval
+    sign_flip_p: float
+    t_p: float
+    p: float
+    equivalence_p: float
+    verdict: str
+
+
+def findings(runs: Sequence[Run], registration: Registration) -> list[Finding]:
+    """Of every contrast for which there are two seeds or more."""
+    values: dict[tuple[str, int], float] = {(run.arm, run.seed): run.last(registration.metric) for run in runs}
+    worst = max((value for value in values.values() if math.isfinite(value)), default=0.0)
+    values = {key: value if math.isfinite(value) else worst for key, value in values.items()}  # as registered
+    roles = (
+        ("contrast", registration.contrasts),
+        ("negative control", registration.negative_controls),
+        ("positive control", registration.positive_controls),
+    )
+    measured: list[tuple[str, str, list[float]]] = []
+    for role, contrasts in roles:
+        for name, contrast in contrasts.items():
+            found = paired(values, contrast)
+            if len(found) >= 2:
+                measured.append((name, role, found))
+    raw = {name: paired_t_p(found) for name, role, found in measured if role == "contrast"}
+    adjusted = holm(raw)
+    alike = holm({name: equivalence_p(found, registration.margin) for name, role, found in measured if role == "contrast"})
+    out = []
+    for name, role, found in measured:
+        p, same = adjusted.get(name, paired_t_p(found)), alike.get(name, equivalence_p(found, registration.margin))
+        middle = interval(found)
+        verdict = _verdict(max(p, sign_flip_p(found)), same, middle.mean, registration.alpha)
+        out.append(Finding(name, role, found, middle, sign_flip_p(found), paired_t_p(found), p, same, verdict))
+    return out
+
+
+def paired(values: dict[tuple[str, int], float], contrast: Contrast) -> list[float]:
+    """The weighted sum over the arms, for each seed that all of them have."""
+    seeds = set.intersection(*({seed for arm, seed in values if arm == wanted} for wanted in contrast))
+    return [math.fsum(weight * values[arm, seed] for arm, weight in contrast.items()) for seed in sorted(seeds)]
+
+
+def _verdict(p: float, same: float, mean: float, alpha: float) -> str:
+    if same < alpha:
+        return "no effect"  # within the margin, even if it is not 0
+    if p < alpha:
+        return "worse" if mean > 0 else "better"
+    return "undecided"
+
+
+def in_words(found: Sequence[Finding], registration: Registration, missing: Sequence[str]) -> str:
+    """One paragraph. "No effect" is said only where the equivalence test says it."""
+    said = []
+    if missing:
+        n = len(missing)
+        said.append(f"This is not the registered experiment yet: {n} of its runs {'is' if n == 1 else 'are'} missing.")
+    for role, opening in (("positive control", "The positive control"), ("negative control", "The negative control")):
+        for finding in (finding for finding in found if finding.role == role):
+            wanted = "worse" if role == "positive control" else "no effect"
+            verb = "came out as it had to" if finding.verdict == wanted else f"did not come out {wanted}: what follows is weak"
+            said.append(f"{opening} ({finding.name}) {verb}: {_numbers(finding)}.")
+    if any(registration.positive_controls.values()) and not any(f.role == "positive control" for f in found):
+        said.append("There is no positive control yet.")
+    for finding in (finding for finding in found if finding.role == "contrast"):
+        said.append(f"{finding.name[:1].upper()}{finding.name[1:]}: {_sentence(finding, registration)}.")
+    return " ".join(said)
+
+
+def _sentence(finding: Finding, registration: Registration) -> str:
+    numbers, margin = _numbers(finding), f"{registration.margin:g}"
+    if finding.verdict == "no effect":
+        return f"no effect, that is less than {margin} nats per token either way (p = {_p(finding.equivalence_p)} for more); {numbers}"
+    if finding.verdict in ("worse", "better"):
+        return f"{finding.verdict}, {numbers}, p = {_p(finding.p)} after Holm's adjustment"
+    spread, n = statistics.stdev(finding.differences), len(finding.differences)
+    more = ""
+    with contextlib.suppress(DataError):  # it would take more than thousands
+        need = sample_size(registration.margin, spread, alpha=registration.alpha / max(len(registration.contrasts), 1))
+        if need > n:
+            more = f"; to see {margin} at this spread with 90% probability takes {need:,} seeds"
+    return f"undecided, neither an effect (p = {_p(finding.p)}) nor its absence (p = {_p(finding.equivalence_p)}) is shown; {numbers}{more}"
+
+
+def _numbers(finding: Finding) -> str:
+    mean, low, high = finding.interval
+    return f"{mean:+.4f} nats per token [{low:+.4f}, {high:+.4f}] over {len(finding.differences)} pairs"
+
+
+def _p(p: float) -> str:
+    return f"{p:.1g}" if p < 0.0095 else f"{p:.2f}"
+
+
+def best_rates(runs: Sequence[Run], registration: Registration) -> tuple[dict[str, float], dict[str, dict[float, list[float]]], list[str]]:
+    """The learning rate with the lowest mean loss for each tuned arm, every loss by arm and rate, and what speaks against the choice."""
+    losses: dict[str, dict[float, list[float]]] = {}
+    for run in runs:
+        losses.setdefault(run.arm, {}).setdefault(run.peak, []).append(run.last(registration.metric))
+    best, remarks = {}, []
+    for arm in registration.tune_arms:
+        of = {rate: values for rate, values in sorted(losses.get(arm, {}).items())}
+        lacking = [rate for rate in registration.rates if len(of.get(rate, ())) < len(registration.tune_seeds)]
+        if lacking:
+            remarks.append(f"{arm} lacks runs at {', '.join(f'{rate:g}' for rate in lacking)}: no rate is chosen for it")
+            continue
+        best[arm] = min(of, key=lambda rate: statistics.fmean(of[rate]))
+        if best[arm] in (min(of), max(of)):
+            edge = "lowest" if best[arm] == min(of) else "highest"
+            remarks.append(f"the best rate of {arm}, {best[arm]:g}, is the {edge} tried: a wider grid would tell more")
+    return best, losses, remarks

@@ -1,0 +1,94 @@
+"""A look inside a model: activations and what can be told from them, out of one compiled forward pass."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from llama_eqx.config import nearest
+from llama_eqx.errors import ConfigError
+from llama_eqx.model.kernel.plain import visible
+from llama_eqx.model.llama import Llama
+from llama_eqx.tag import Probe, Seen, probing
+
+# By name, what of a block's tags a trace is computed from.
+TRACES = {
+    "residual": ("residual",),
+    "logit_lens": ("residual",),
+    "attention_weights": ("q", "k"),
+    "attention_entropy": ("q", "k"),
+    **{name: (name,) for name in ("q", "k", "v", "attention_out", "gate", "up", "down")},
+}
+
+
+class Lens(NamedTuple):
+    """The most probable next token if the model ended at a layer, and the logarithm of its probability."""
+
+    tokens: Int[Array, "*depth batch seq"]
+    logprobs: Float32[Array, "*depth batch seq"]
+
+
+@eqx.filter_jit
+def trace(
+    model: Llama,
+    tokens: Int[Array, "batch seq"],
+    names: Sequence[str],
+    *,
+    positions: Int[Array, "batch seq"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+) -> dict[str, Any]:
+    """What happens in `model` on these tokens, by name, each stacked over layers:
+
+    residual: what leaves each layer, after the embedding itself, [layers + 1, batch, seq, embed].
+    logit_lens: `Lens` of each of these: last norm and head applied to it (nostalgebraist, 2020, "interpreting GPT: the logit lens").
+    attention_weights: what each token reads from which, [layers, batch, heads, seq, seq], in float32.
+    attention_entropy: in nats, of these weights, [layers, batch, heads, seq]; what is large is computed in one layer at a time.
+    q k v attention_out gate up down: these as they are, q and k after their rotation, [layers, batch, seq, …].
+
+    Arrays are split over devices as the model and the tokens are. A model under policies is seen as `policy_view` shows it, but not under
+    rematerialisation, whose activations do not leave a block.
+
+    Raises `ConfigError` for a name of which the model has nothing.
+    """
+    for name in names:
+        if name not in TRACES:
+            raise ConfigError(f"nothing to trace is called {name}", where="names", next=nearest(name, TRACES))
+    read = visible(0, tokens.shape[1], tokens.shape[1], None if segment_ids is None else (segment_ids, segment_ids))
+
+    def lens(x: Float[Array, "batch seq embed"]) -> Lens:
+        logits = model.head(model.final_norm(x))
+        return Lens(logits.argmax(-1).astype(jnp.int32), logits.max(-1) - jax.nn.logsumexp(logits, axis=-1))
+
+    compute: dict[str, Callable[..., Any]] = {
+        "residual": lambda x: x,
+        "logit_lens": lens,
+        "attention_weights": lambda q, k: attention_weights(q, k, read),
+        "attention_entropy": lambda q, k: jax.scipy.special.entr(attention_weights(q, k, read)).sum(-1),
+    }
+
+    def of_layer(seen: Seen) -> dict[str, Any]:
+        if missing := [name for name in names for source in TRACES[name] if not seen[source]]:
+            raise ConfigError(f"this model has nothing called {', '.join(missing)}", where="names", next="a variant has tags of its own")
+        return {name: compute.get(name, lambda x: x)(*(seen[source][-1] for source in TRACES[name])) for name in names}
+
+    probe = Probe({source for name in names for source in TRACES[name]}, of_layer)
+    with probing(probe):
+        model.hidden(tokens, positions=positions, segment_ids=segment_ids)
+    for name in {"residual", "logit_lens"} & set(names):
+        embedding = compute[name](probe.outside["residual"][0])
+        probe.layers[name] = jax.tree.map(lambda x, layers: jnp.concatenate([x[None], layers]), embedding, probe.layers[name])
+    return probe.layers
+
+
+def attention_weights(
+    q: Float[Array, "batch seq heads head_dim"], k: Float[Array, "batch seq kv_heads head_dim"], visible: Array
+) -> Float32[Array, "batch heads seq seq"]:
+    """softmax(q k^T / sqrt(head_dim)) as the kernels compute it, but for what they do to be fast. `visible` as in `kernel.plain`."""
+    batch, seq, heads, head_dim = q.shape
+    grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
+    scores = jnp.einsum("bskgh,btkh->bkgst", grouped, k, preferred_element_type=jnp.float32).reshape(batch, heads, seq, seq)
+    visible = visible if visible.ndim == 2 else visible[:, None]
+    return jax.nn.softmax(jnp.where(visible, scores * head_dim**-0.5, -jnp.inf), axis=-1)

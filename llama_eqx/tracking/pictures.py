@@ -1,0 +1,138 @@
+"""A picture of each thing that can be seen inside a model, as a matplotlib figure: for a notebook, `savefig`, or `wandb.Image`."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int, Num
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from llama_eqx.tracking.plot import GREY
+
+GROWTH, SHARE = "viridis", "Blues"
+
+
+def plot_residual(residual: Num[np.ndarray, "depth seq embed"], tokens: Sequence[str] = ()) -> Figure:
+    """The root mean square of what leaves each layer at each position of one row, on a logarithmic scale."""
+    sizes = np.sqrt(np.mean(np.square(np.asarray(residual, np.float32)), axis=-1))
+    figure, axes = _axes(sizes.shape, tokens)
+    image = axes.imshow(np.log10(sizes), aspect="auto", cmap=GROWTH, origin="lower")
+    bar = figure.colorbar(image, ax=axes, pad=0.01, format=lambda x, _: f"{10**x:.2g}")
+    bar.set_label("root mean square")
+    _label(axes, "residual", len(sizes), tokens, sizes.shape[1], embedding=True)
+    return figure
+
+
+def plot_logit_lens(
+    tokens: Int[np.ndarray, "depth seq"],
+    logprobs: Num[np.ndarray, "depth seq"],
+    words: Sequence[Sequence[str]],
+    text: Sequence[str] = (),
+) -> Figure:
+    """What would come next if the model ended at each layer, for one row: `words` are the texts of `tokens`, the darker the more probable.
+
+    `text` are the tokens that were read.
+    """
+    probabilities = np.exp(np.asarray(logprobs, np.float32))
+    depth, seq = probabilities.shape
+    figure, axes = _axes((depth, seq), text, width=0.62)
+    image = axes.imshow(probabilities, aspect="auto", cmap=SHARE, vmin=0, vmax=1, origin="lower")
+    for layer, line in enumerate(words):
+        for position, word in enumerate(line):
+            agrees = tokens[layer, position] == tokens[-1, position]
+            color = "white" if probabilities[layer, position] > 0.6 else "black"
+            weight = "bold" if agrees else None
+            axes.text(position, layer, _shown(word, 7), ha="center", va="center", fontsize=6.5, color=color, weight=weight)
+    figure.colorbar(image, ax=axes, pad=0.01).set_label("probability")
+    _label(axes, "logit lens: bold where a layer says what the last one says", depth, text, seq, embedding=True)
+    return figure
+
+
+def plot_attention(weights: Num[np.ndarray, "heads seq seq"], tokens: Sequence[str] = (), title: str = "") -> Figure:
+    """What each token (down) of one row reads from which (across), head by head in one layer. The scale is that of the square root."""
+    heads, seq, _ = weights.shape
+    columns = min(heads, 4)
+    rows = -(-heads // columns)
+    side = 3.2 if tokens else 2.4
+    figure = Figure(figsize=(side * columns, side * rows + 0.4), dpi=130, layout="constrained")
+    for head in range(heads):
+        axes = figure.add_subplot(rows, columns, head + 1)
+        axes.imshow(np.sqrt(np.asarray(weights[head], np.float32)), cmap=SHARE, vmin=0, vmax=1)
+        axes.set_title(f"head {head}", fontsize=9)
+        axes.tick_params(labelsize=6, length=2)
+        if tokens:
+            axes.set_xticks(range(seq), [_shown(token) for token in tokens], rotation=90, fontsize=5.5)
+            axes.set_yticks(range(seq), [_shown(token) for token in tokens], fontsize=5.5)
+    figure.suptitle(title or "attention", fontsize=11)
+    return figure
+
+
+def plot_attention_entropy(entropy: Num[np.ndarray, "layers batch heads seq"]) -> Figure:
+    """How widely each head reads, as a fraction of the most that is possible: 1 where all tokens so far are read alike, 0 where one is.
+
+    The mean over rows and positions; the first position, which has no choice, is left out.
+    """
+    most = np.log(np.arange(2, entropy.shape[-1] + 1))
+    spread = np.mean(np.asarray(entropy, np.float32)[..., 1:] / most, axis=(1, 3))
+    layers, heads = spread.shape
+    figure = Figure(figsize=(max(4.0, 0.55 * heads + 2), max(2.4, 0.4 * layers + 1.2)), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(spread, aspect="auto", cmap=GROWTH, vmin=0, vmax=1, origin="lower")
+    if spread.size <= 400:
+        for layer, head in np.ndindex(spread.shape):
+            color = "white" if spread[layer, head] < 0.6 else "black"
+            axes.text(head, layer, f"{spread[layer, head]:.2f}", ha="center", va="center", fontsize=7, color=color)
+    axes.set_xticks(range(0, heads, max(1, heads // 16)))
+    axes.set_yticks(range(0, layers, max(1, layers // 16)))
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    axes.set_title("entropy of attention, of the most possible", loc="left", fontsize=10)
+    figure.colorbar(image, ax=axes, pad=0.02)
+    return figure
+
+
+def plot_loss_by_position(results: Mapping[str, Mapping[int, float]]) -> Figure:
+    """Loss in nats per token over the position from which a token is predicted, a line for each name.
+
+    As `Evaluation.by_position` has it: by the first position of each power of two.
+    """
+    figure = Figure(figsize=(7, 4), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    firsts = sorted({first for losses in results.values() for first in losses})
+    for name, losses in results.items():
+        axes.plot([firsts.index(first) for first in losses], list(losses.values()), marker="o", markersize=4, linewidth=1.5, label=name)
+    axes.set_xticks(range(len(firsts)), [f"{first:,}" if first < 2 else f"{first:,}–\n{2 * first - 1:,}" for first in firsts], fontsize=8)
+    axes.set_xlabel("position (tokens before it in its window)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(color="#e3e3e3", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(results) > 1:
+        axes.legend(frameon=False)
+    return figure
+
+
+def _axes(shape: tuple[int, ...], tokens: Sequence[str], width: float = 0.32) -> tuple[Figure, Axes]:
+    depth, seq = shape
+    cell = width if tokens or seq <= 40 else 0.06
+    figure = Figure(figsize=(min(22, max(5.0, cell * seq + 2)), max(2.6, 0.3 * depth + 1.4)), dpi=130, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _label(axes: Axes, title: str, depth: int, tokens: Sequence[str], seq: int, *, embedding: bool) -> None:
+    names = ["embedding", *map(str, range(depth - 1))] if embedding else list(map(str, range(depth)))
+    every = max(1, depth // 17)
+    axes.set_yticks(range(0, depth, every), names[::every], fontsize=7)
+    axes.set_ylabel("layer")
+    if tokens:
+        axes.set_xticks(range(seq), [_shown(token) for token in tokens], rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+    else:
+        axes.set_xlabel("position")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.tick_params(length=2, colors=GREY)
+
+
+def _shown(token: str, longest: int = 12) -> str:
+    """A token with its spaces and line ends to be seen."""
+    token = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
+    return token.replace("$", r"\$") if len(token) <= longest else token[: longest - 1].replace("$", r"\$") + "…"

@@ -1,0 +1,94 @@
+"""`python -m llama_eqx.tracking.wandb_process RUN_DIR MODE`: draws the record of a run into a W&B run, as it grows.
+
+It is told over standard input when there is a sample and when the run ends: JSON objects, one a line. Its own words are lines on standard
+output, a kind and a text. What wandb has to say goes to standard error.
+"""
+
+import html
+import json
+import os
+import pathlib
+import select
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from llama_eqx.tracking.wandb import ABOUT, FOLDER
+
+POLL = 1.0  # seconds between looks at the record
+LAST = 60  # seconds after which the end is forced, for there may be nobody left to do so
+
+
+def main(run_dir: pathlib.Path, mode: str) -> None:
+    # Before wandb is imported. Its own reports on errors go to its makers, and may quote what they should not.
+    os.environ.update({"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"})
+    import wandb
+
+    about = json.loads((run_dir / FOLDER / ABOUT).read_text(encoding="utf-8"))
+    lean = wandb.Settings(console="off", x_disable_stats=True, x_disable_meta=True, disable_git=True, disable_code=True, init_timeout=20)
+    run = wandb.init(
+        mode="offline" if mode == "offline" else "online",
+        **{name: about[name] for name in ("id", "project", "entity", "group", "job_type", "tags", "name")},
+        resume="allow",
+        dir=os.fspath(run_dir),
+        config=about["settings"],
+        settings=lean,
+    )
+    tell("folder", str(pathlib.Path(run.dir).parent))
+    if run.url:
+        tell("url", run.url)
+
+    def draw(record: dict[str, Any]) -> None:
+        nonlocal step
+        step = record.pop("step")
+        if step >= run.starting_step:  # W&B has the others from before
+            run.log({name: float(value) for name, value in record.items()}, step=step)
+
+    step, lines, code = 0, growing(run_dir / "metrics.jsonl"), 1  # it did not end in order if nobody says so
+    for messages in told():
+        for line in next(lines):
+            draw(json.loads(line))
+        for message in messages:
+            if "sample" in message:
+                text = html.escape((run_dir / "sample.txt").read_text(encoding="utf-8"))
+                run.log({"sample": wandb.Html(f"<pre style='white-space: pre-wrap'>{text}</pre>")}, step=max(step, message["sample"]))
+            code = message.get("end", code)
+    run.finish(exit_code=code)
+
+
+def growing(path: pathlib.Path) -> Iterator[list[bytes]]:
+    """Each time, the lines that have been added to a file since; a line that is still being written is left for the next time."""
+    torn = b""
+    with path.open("rb") as file:
+        while True:
+            *lines, torn = (torn + file.read()).split(b"\n")
+            yield lines
+
+
+def told(stdin: int = 0) -> Iterator[list[dict[str, int]]]:
+    """Each `POLL` seconds, what was said on standard input since, until that ends."""
+    torn = b""
+    while True:
+        part = os.read(stdin, 2**16) if (readable := select.select([stdin], [], [], POLL)[0]) else b""
+        *lines, torn = (torn + part).split(b"\n")
+        if readable and not part:
+            signal.alarm(LAST)
+        yield [json.loads(line) for line in lines]
+        if readable and not part:
+            return
+
+
+def tell(kind: str, text: str) -> None:
+    try:
+        print(kind, next(iter(text.splitlines()), ""), flush=True)
+    except BrokenPipeError:  # the run is gone; what it recorded is drawn to the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    try:
+        main(pathlib.Path(sys.argv[1]), sys.argv[2])
+    except Exception as error:
+        tell("failed", f"{type(error).__name__}: {error}")
+        raise

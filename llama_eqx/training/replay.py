@@ -1,0 +1,228 @@
+"""A step whose numbers were not finite: what is written down of it when a run ends, and the step once more."""
+
+import contextlib
+import json
+import math
+import pathlib
+import shlex
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PRNGKeyArray
+
+from llama_eqx.batch import Batch
+from llama_eqx.checkpoint.native import CHECKPOINTS, read_config
+from llama_eqx.checkpoint.restore import steps
+from llama_eqx.checkpoint.save import Checkpoints
+from llama_eqx.config import Config, load
+from llama_eqx.data.pipeline import place
+from llama_eqx.errors import CheckpointError, ConfigError, NonFiniteError
+from llama_eqx.model.llama import Llama
+from llama_eqx.processes import once
+from llama_eqx.sharding import parameter_names
+from llama_eqx.training.ends import open_start
+from llama_eqx.training.loss import Loss
+from llama_eqx.training.run import RunConfig
+from llama_eqx.training.setup import Setup, fresh_state, set_up
+from llama_eqx.training.state import TrainState, abstract
+from llama_eqx.training.step import make_gradient
+
+FOLDER = "replay"
+LAST = 2**30  # after every layer
+
+
+class ReplayConfig(Config):
+    """`bundle` is a file that a run left in its `replay/`."""
+
+    bundle: str | None
+
+    def check(self) -> None:
+        if self.bundle is None:
+            raise ConfigError("bundle is not given", where="bundle", next="bundle=RUN_DIR/replay/step-1234.json")
+
+
+def write_bundle(setup: Setup, model: Llama, step: int) -> pathlib.Path:
+    """Writes `replay/step-<step>.json` into the run directory: the rows of the batch by their numbers, the key, and where `model` and
+    its gradient cease to be finite. Every process calls it.
+    """
+    run_dir = pathlib.Path(setup.config.run_dir)
+    saved = steps(run_dir / CHECKPOINTS)
+    bundle = {
+        "step": step,
+        **_drawn(setup, step),
+        "checkpoint": saved[-1] if saved else None,
+        **examine(setup, model, step),
+    }
+    path = run_dir / FOLDER / f"step-{step}.json"
+
+    def write() -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(bundle, indent=1) + "\n", encoding="utf-8")
+
+    once(write)
+    return path
+
+
+@contextlib.contextmanager
+def explained_by_a_bundle(write: Callable[[], pathlib.Path]) -> Iterator[None]:
+    """Around a loop: a bundle is written when its numbers are not finite, and the error says how to look at it."""
+    try:
+        yield
+    except NonFiniteError as error:
+        path = shlex.quote(str(write()))
+        error.next += f"\npython -m llama_eqx.replay bundle={path} shows where they cease to be finite"
+        raise
+
+
+def replay(config: ReplayConfig) -> str:
+    """Trains from the checkpoint before the step of a bundle, computes its gradient again, and says what is not finite in it.
+
+    Raises `CheckpointError` when the bundle or its run cannot be read, or the step now has other rows, key or numbers.
+    """
+    assert config.bundle is not None
+    path = pathlib.Path(config.bundle)
+    try:
+        bundle = json.loads(path.read_text(encoding="utf-8"))
+        step, checkpoint = int(bundle["step"]), bundle["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"no bundle can be read: {type(error).__name__}: {error}", where=str(path)) from error
+    run_dir = path.absolute().parents[1]
+    setup = set_up(_config(run_dir))
+    state = _state(setup, run_dir, checkpoint)
+    step_fn = eqx.filter_jit(setup.program.step, donate="all-except-first")
+    begin = checkpoint or 0
+    for number in range(begin + 1, step):
+        state, _ = step_fn((_batch(setup, number), setup.key), state)
+    found = {**_drawn(setup, step), **examine(setup, state.model, step)}
+    same = [found[name] == bundle[name] for name in ("rows", "key")]
+    same += [math.isfinite(float(found[name])) == math.isfinite(float(bundle[name])) for name in ("loss", "gradient_norm")]
+    if not all(same):
+        differing = [name for name, alike in zip(("rows", "key", "loss", "gradient_norm"), same, strict=True) if not alike]
+        raise CheckpointError(
+            "the step is not what it was:\n" + "\n".join(f"{name}: {found[name]}, then {bundle[name]}" for name in differing),
+            where=str(path),
+            next="the code, the libraries and the mesh of the run: see its provenance.jsonl and config.yaml",
+        )
+    whence = f"the checkpoint of step {begin}" if begin else "the start"
+    return f"step {step}, {step - begin} from {whence}, is not finite again\n{explained(found)}"
+
+
+def examine(setup: Setup, model: Llama, step: int) -> dict[str, Any]:
+    """Loss in nats per token and gradient norm of a step from the model before it, and what of it is not finite, by name and layer.
+
+    `through_layers` is the number of layers from the first on through which the loss is finite, None if it is through all.
+    """
+    batch, key = _batch(setup, step), jax.random.fold_in(setup.key, step - 1)
+    gradient_of = make_gradient(setup.program.loss, setup.layout, setup.config.train.microbatch_size)
+
+    @eqx.filter_jit
+    def gradients(model: Llama, batch: Batch, key: PRNGKeyArray) -> Any:
+        sums, gradient = gradient_of(model, batch, key)
+        return sums.cross_entropy / sums.weight, optax.tree.norm(gradient) / sums.weight, _finite(gradient), _finite(model)
+
+    loss, norm, gradient, weights = jax.device_get(gradients(model, batch, key))
+    names = parameter_names(model)
+    return {
+        "loss": _said(loss),
+        "gradient_norm": _said(norm),
+        "weights_not_finite": _listed(names, weights),
+        "gradient_not_finite": _listed(names, gradient),
+        "through_layers": None if math.isfinite(loss) else _through(setup.program.loss, model, batch, key),
+    }
+
+
+def explained(found: dict[str, Any]) -> str:
+    """What `examine` found, for people, the likeliest cause first."""
+    lines = [f"loss {found['loss']}, gradient norm {found['gradient_norm']}"]
+    if found["weights_not_finite"]:
+        lines.append(f"weights that are not finite: {', '.join(found['weights_not_finite'])}")
+    elif (through := found["through_layers"]) is not None:
+        lines.append(
+            f"the loss ceases to be finite in layer {through}" if through >= 0 else "the loss is not finite before the first layer"
+        )
+    if found["gradient_not_finite"]:
+        first, count = found["gradient_not_finite"][0], len(found["gradient_not_finite"])
+        lines.append(f"gradients that are not finite: {count}, of which that of {first} is the first from the loss backwards")
+    else:
+        lines.append("loss and gradient are finite; the update was not: see optim/lr in metrics.jsonl")
+    return "\n".join(lines)
+
+
+def _through(loss: Loss, model: Llama, batch: Batch, key: PRNGKeyArray) -> int:
+    """The first layer (from 0) without which, and without those after it, the loss would be finite; -1 if it is not for want of layers."""
+
+    @eqx.filter_jit
+    def finite(model: Llama, layers: Array) -> Array:
+        # Blocks whose weights are all zero add nothing to the residual.
+        emptied = jax.tree.map(lambda leaf: jnp.where(_below(layers, leaf), leaf, jnp.zeros_like(leaf)), model.blocks)
+        return jnp.isfinite(loss(eqx.tree_at(lambda m: m.blocks, model, emptied), batch, key)[1].cross_entropy)
+
+    if not finite(model, jnp.int32(0)):
+        return -1
+    low, high = 0, model.config.dims.layers  # finite through `low` layers, not through `high`
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if finite(model, jnp.int32(middle)) else (low, middle)
+    return low
+
+
+def _below(layers: Array, leaf: Array) -> Array:
+    return (jnp.arange(leaf.shape[0]) < layers).reshape(-1, *[1] * (leaf.ndim - 1))
+
+
+def _finite(model: Any) -> list[Array]:
+    """Of every parameter whether it is finite, for each layer of those in blocks."""
+
+    def axes(name: str, leaf: Array) -> tuple[int, ...]:
+        return tuple(range(1 if name.startswith("blocks.") else 0, leaf.ndim))
+
+    return [jnp.isfinite(leaf).all(axes(name, leaf)) for name, leaf in zip(parameter_names(model), jax.tree.leaves(model), strict=True)]
+
+
+def _listed(names: list[str], finite: list[Any]) -> list[str]:
+    """The names of what is not finite, from the loss backwards: the head, the last norm, the layers from the last, the embedding."""
+    found = []
+    for i, (name, flags) in enumerate(zip(names, finite, strict=True)):
+        if name.startswith("blocks."):
+            found += [(layer, i, f"{name} of layer {layer}") for layer, good in enumerate(flags) if not good]
+        elif not flags:
+            found.append((-1 if name == "embed" else LAST, i, name))
+    return [said for *_, said in sorted(found, reverse=True)]
+
+
+def _said(value: Any) -> str:
+    """All digits of a number that need not be finite, which JSON would not have."""
+    return repr(float(value))
+
+
+def _config(run_dir: pathlib.Path) -> RunConfig:
+    tree = read_config(run_dir)
+    tree.pop("data_fingerprint", None)
+    config = load({**tree, "run_dir": str(run_dir)})
+    if not isinstance(config, RunConfig):
+        raise CheckpointError("this config.yaml is not that of a run", where=str(run_dir))
+    return config
+
+
+def _state(setup: Setup, run_dir: pathlib.Path, checkpoint: int | None) -> TrainState:
+    if checkpoint is None:
+        return fresh_state(setup, open_start(setup.config))
+    target = abstract(setup.program.shapes, setup.program.shardings)
+    with Checkpoints(run_dir / CHECKPOINTS, setup.config.checkpoint) as checkpoints:
+        restored = checkpoints.restore(target.model, target.training, checkpoint)
+    assert restored is not None
+    return TrainState(model=restored.model, **restored.training)
+
+
+def _drawn(setup: Setup, step: int) -> dict[str, Any]:
+    """What chance gave to a step: the numbers of its rows, and its key."""
+    key = jax.random.key_data(jax.random.fold_in(setup.key, step - 1))
+    return {"rows": setup.parts.numbers(step - 1).tolist(), "key": key.tolist()}
+
+
+def _batch(setup: Setup, step: int) -> Batch:
+    return place(setup.parts[step - 1].batch, setup.batch_sharding, setup.config.train.batch_size)

@@ -1,0 +1,152 @@
+"""What makes arms comparable: sizes that match, values that are the same at step 0, and data that is."""
+
+import dataclasses
+import gzip
+import json
+import pathlib
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from llama_eqx import load_config
+from llama_eqx.config import dump
+from llama_eqx.data.order import Order
+from llama_eqx.model.llama import Llama
+from llama_eqx.model.rotary import PlainRotary
+from llama_eqx.studies.matching import cost, matched, residual
+from llama_eqx.studies.pairing import STUDY, is_kept, keep, kept_at, position_codes, record_start, tensor_hashes
+from llama_eqx.studies.registration import load_registration
+from llama_eqx.studies.runs import read_kept
+from llama_eqx.training.run import RunConfig, finished, write_config
+from llama_eqx.training.step import dead_updates
+
+ROOT = pathlib.Path(__file__).parents[2]
+QUESTIONS = sorted(path.parent.name for path in ROOT.glob("experiments/*/prereg.yaml"))
+
+
+def experiment(question, arm, *overrides) -> RunConfig:
+    settings = ["stage=tune", "model.dims.vocab=64", *overrides]
+    return load_config(f"experiment={question}", f"experiment/{question}={arm}", *settings)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_every_registered_arm_is_an_option_of_its_name(question):
+    registration = load_registration(question)
+    for arm in registration.arms:
+        assert yaml.safe_load((ROOT / f"conf/experiment/{question}/{arm}.yaml").read_text())["study"]["arm"] == arm
+    study = experiment(question, registration.arms[-1]).study
+    assert study is not None
+    assert (study.arm, study.question, study.registration) == (registration.arms[-1], question, registration.hash())
+
+
+@pytest.mark.parametrize(("kind", "option"), [("parameters", "plain"), ("flops", "gated")])
+def test_matching_finds_the_width(kind, option):
+    """Two projections of 576 are three of 384."""
+    config = matched(experiment("ffn", "relu", f"model/feed_forward={option}", f"study.match={kind}", "model.dims.mlp=7"))
+    assert config.model.dims.mlp == {"plain": 576, "gated": 384}[option]
+    assert residual(config) == 0
+
+
+def test_what_cannot_be_matched_exactly_leaves_a_residual():
+    """Multi-query attention has fewer parameters, which go into the feed-forward as nearly as whole widths allow."""
+    config = matched(experiment("attention", "multi_query"))
+    left = residual(config)
+    assert left is not None
+    assert config.model.dims.mlp > 384
+    assert 0 < abs(left) < 3 * 128 / 2 * 4 / cost(config.model, "parameters", 128)
+    assert residual(experiment("rotary_precision", "table_0")) is None
+
+
+@pytest.fixture(scope="module")
+def models(tiny):
+    def build(*overrides: str) -> Llama:
+        return eqx.filter_jit(tiny(*overrides).build)(key=jax.random.key(0))
+
+    return build
+
+
+def test_arms_share_the_values_of_the_tensors_that_they_share(models):
+    gated, plain = tensor_hashes(models()), tensor_hashes(models("model/feed_forward=plain"))
+    assert gated.keys() - plain.keys() == {"blocks.feed_forward.gate_proj"}
+    assert all(gated[name] == plain[name] for name in plain)
+
+
+def test_a_hash_sees_every_bit_and_place(models):
+    model = models()
+    before = tensor_hashes(model)
+
+    def changed(edit):
+        after = tensor_hashes(eqx.tree_at(lambda m: m.embed, model, edit(model.embed)))
+        return [name for name in before if before[name] != after[name]]
+
+    assert changed(lambda x: x) == []
+    assert changed(lambda x: x.at[3, 4].set(jnp.nextafter(x[3, 4], jnp.inf))) == ["embed"]
+    assert changed(lambda x: x[::-1]) == ["embed"]
+    assert changed(lambda x: x.at[0, :2].set(x[0, 1::-1][:2])) == ["embed"]
+
+
+@pytest.mark.parametrize(
+    ("round_at", "offset", "length", "codes"),
+    [
+        ("none", 7936, 128, 128),
+        ("table", 7936, 128, 128),
+        ("inv_freq", 7936, 128, 128),
+        # Integers up to 256 are exact in bfloat16, and then go in steps of 2, 4, 8, …: 257 + 128 log2(length / 256) of them.
+        ("position", 0, 128, 128),
+        ("position", 0, 4096, 769),
+        ("position", 7936, 128, 5),
+        ("position", 65536, 128, 1),
+    ],
+)
+def test_distinct_position_codes(round_at, offset, length, codes):
+    rotary = PlainRotary(theta=5e5, head_dim=32, round_at=round_at)
+    assert position_codes(rotary, offset + jnp.arange(length)) == codes
+
+
+def test_repeated_rows_are_the_first_of_those_drawn_once():
+    """An arm of 16 epochs sees a sixteenth of what an arm of one sees, each row as often as any other, in new orders."""
+    once, again = Order([1000], [1], 3), Order([1000], [1], 3, distinct=50)
+    rows = again(np.arange(150)).reshape(3, 50)
+    assert all(sorted(epoch) == sorted(once(np.arange(50)).tolist()) for epoch in rows.tolist())
+    assert len({tuple(epoch) for epoch in rows.tolist()}) == 3
+    assert (again.epochs(25), again.epochs(50), again.epochs(150)) == ([0.025], [0.05], [0.15])
+
+
+def test_dead_updates():
+    """1 has steps of 2^-7 above it in bfloat16, and of 2^-8 below: an update of a quarter is lost, one of more than half is not."""
+    values = jnp.array([1.0, 1.0, 1.0, 1.0, 0.0])
+    updates = jnp.array([0.25, 0.75, -0.75, 0.0, 1e-9]) / 128
+    assert float(dead_updates({"a": values}, {"a": updates})) == pytest.approx(2 / 5)
+
+
+def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
+    config = matched(experiment("ffn", "silu", "model.dims.layers=1", f"run_dir={tmp_path / 'run'}"))
+    folder = tmp_path / "experiments" / "ffn"
+    folder.mkdir(parents=True)
+    (folder / "prereg.yaml").write_text((ROOT / "experiments/ffn/prereg.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    record_start(config, config.model.build(key=jax.random.key(0)), 0)
+    write_config({"seed": 0, "study": {"arm": "silu"}}, tmp_path / "run")
+    (tmp_path / "run" / "provenance.jsonl").write_text(json.dumps({"step": 0, "commit": "abc"}) + "\n")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "val/loss": "NaN"}\n')
+    assert keep(config) == kept_at(config)
+    run = read_kept(folder / "runs/tune/1m/silu" / kept_at(config).name)
+    assert np.isnan(run.metrics[0]["val/loss"])
+    assert run.study == json.loads((tmp_path / "run" / STUDY).read_text())
+    assert run.study["residual"] is not None
+    assert not finished(config)
+    assert not is_kept(config)  # it was not evaluated at its last step
+
+    write_config(dump(config), tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1000, "val/loss": 3.0}\n')
+    keep(config)
+    assert is_kept(config)
+    assert str(tmp_path) not in gzip.decompress(kept_at(config).read_bytes()).decode()
+    assert not is_kept(dataclasses.replace(config, seed=9))
+    assert not is_kept(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.2)))

@@ -1,0 +1,211 @@
+"""Of an experiment whose outcome is known: what the report says, what it refuses, and what it writes."""
+
+import json
+import pathlib
+import re
+import shutil
+import statistics
+import subprocess
+
+import matplotlib.image
+import pytest
+import yaml
+from scipy import stats
+
+from llama_eqx import load_config
+from llama_eqx.checkpoint.native import write_config
+from llama_eqx.errors import ConfigError, DataError
+from llama_eqx.studies.plots import VERDICTS
+from llama_eqx.studies.registration import load_registration, registered, tuned
+from llama_eqx.studies.report import report
+from llama_eqx.studies.runs import kept
+from llama_eqx.studies.statistics import interval
+from llama_eqx.studies.verdict import findings, in_words
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def the(*overrides):
+    return report(load_config("experiment=known", *overrides, name="report"))
+
+
+def test_the_verdict(experiment):
+    found = {finding.name: finding for finding in findings(kept("known", "final", "1m"), load_registration("known"))}
+    assert {name: finding.verdict for name, finding in found.items()} == {
+        "first": "worse", "second": "no effect", "third": "undecided", "again": "no effect", "less data": "worse",
+    }  # fmt: skip
+    losses = {arm: [run.last("val/loss") for run in kept("known", "final", "1m") if run.arm == arm] for arm in ("worse", "base")}
+    pairs = [a - b for a, b in zip(losses["worse"], losses["base"], strict=True)]
+    assert found["first"].interval == pytest.approx(interval(pairs))
+    assert statistics.stdev(losses["base"]) > 20 * statistics.stdev(pairs)  # pairing is what shows it
+    assert found["first"].p == pytest.approx(3 * stats.ttest_1samp(pairs, 0).pvalue)  # the least of three
+    assert found["first"].sign_flip_p == 1 / 128  # the least that 8 signs can give
+
+
+def test_the_words_follow_from_the_numbers(experiment):
+    words = the().words
+    assert "First: worse, +0.05" in words
+    assert "Second: no effect, that is less than 0.01 nats per token either way" in words
+    assert re.search(r"Third: undecided, neither an effect .* takes [\d,]+ seeds", words)
+    assert "The positive control (less data) came out as it had to" in words
+    assert "missing" not in words
+
+
+def test_missing_runs_and_diverged_ones_are_said(experiment):
+    folder, add = experiment
+    next((folder / "runs/final/1m/less").iterdir()).unlink()
+    for path in (folder / "runs/final/1m/noisy").iterdir():
+        path.unlink()
+    add("same", 0, 3.0, steps=60)  # it ended before its time, and so counts as the worst of all
+    words = the().words
+    assert "9 of its runs are missing" in words
+    found = {finding.name: finding for finding in findings(kept("known", "final", "1m"), load_registration("known"))}
+    assert max(found["second"].differences) > 2
+    assert found["second"].verdict == "undecided"
+    assert "third" not in found
+
+
+def test_without_controls_nothing_is_claimed_of_them(experiment):
+    registration = load_registration("known")
+    assert "There is no positive control yet." in in_words([], registration, [])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"registration": "0000"}, "another registration"),
+        ({"tensors": "cc"}, "began with other values than base of seed 3: embed"),
+        ({"ledger": 8.0}, "saw other data than base of seed 3"),
+        ({"residual": 0.02}, "not matched: +2.00% of the reference's parameters"),
+        ({"settings": {"model": {"dims": {"mlp": 9, "kv_heads": 2}}}}, "other settings than"),
+        ({"settings": {"schedule": {"peak": 0.5}}}, "schedule.peak: 0.002 -> 0.5"),
+    ],
+)
+def test_runs_that_do_not_belong_together_are_refused(options, said, experiment):
+    _, add = experiment
+    path = add("worse", 3, 3.0, **options)
+    with pytest.raises(DataError) as found:
+        the()
+    assert said in str(found.value)
+    assert str(path.relative_to(pathlib.Path.cwd())) in str(found.value)
+
+
+def test_runs_of_older_code_lack_newer_settings_and_are_not_refused_for_it(experiment):
+    _, add = experiment
+    add("worse", 3, 3.95, settings={"train": {"steps": 100}, "new": {"setting": 1}})
+    assert "First: worse" in the().words
+
+
+def test_a_damaged_run_is_named(experiment):
+    folder, _ = experiment
+    path = folder / "runs/final/1m/base/0.002_0.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"0\.002_0"):
+        the()
+
+
+def test_the_files(experiment):
+    """The page stands alone: no address of a script, a picture or a style."""
+    folder, _ = experiment
+    markdown, page = (path.read_text() for path in the().files)
+    for picture in re.findall(r"\]\((.*?)\)", markdown):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert {"differences.png", "dose.png", "positions.png"} <= {path.name for path in folder.iterdir()}
+    assert "| first | 8 |" in markdown
+    assert page.count("<svg") == 3
+    assert not re.search(r"""(src|href)=["'](?!#)""", page.replace("xlink:", ""))
+    used, given = set(re.findall(r'(?:url\(|href=")#([^)"]+)', page)), re.findall(r' id="([^"]+)"', page)
+    assert used <= set(given)
+    assert len(given) == len(set(given))
+
+
+def test_tuning_finds_the_rate_of_each_arm(experiment):
+    folder, add = experiment
+    for arm, best in (("base", 0.002), ("worse", 0.004)):
+        for peak in (0.001, 0.002, 0.004):
+            for seed in (10, 11):
+                add(arm, seed, 4 + abs(peak - best) * 10, stage="tune", peak=peak)
+    words = the("stage=tune").words
+    assert yaml.safe_load((folder / "tuned.yaml").read_text()) == {"1m": {"base": 0.002, "worse": 0.004}}
+    assert "worse, 0.004, is the highest tried" in words
+    assert (tuned("known", "1m", "worse"), tuned("known", "1m", "noisy")) == (0.004, 0.002)  # one of its own, and that of the first
+    next((folder / "runs/tune/1m/base").iterdir()).unlink()
+    assert "no rate is chosen for it" in the("stage=tune").words
+
+
+def test_what_is_not_there(experiment):
+    with pytest.raises(ConfigError, match="has no learning rate"):
+        tuned("known", "1m", "base")
+    with pytest.raises(DataError, match="stage=tune"):
+        the("stage=tune")
+    with pytest.raises(ConfigError, match="not registered yet"):
+        registered("unknown", "arms")
+    with pytest.raises(ConfigError, match="an experiment or of runs"):
+        load_config(name="report")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"contrasts": {"a": {"worse": 1, "base": -0.5}}}, "sum to 0.5"),
+        ({"contrasts": {"a": {"worse": 1, "bass": -1}}}, "did you mean base?"),
+        ({"rates": [0.002, 0.001, 0.004]}, "rising"),
+        ({"margin": "small"}, "wanted float"),
+        ({"seed": 1}, "seed"),
+    ],
+)
+def test_a_registration_that_contradicts_itself(change, said, experiment):
+    folder, _ = experiment
+    known = yaml.safe_load((folder / "prereg.yaml").read_text())
+    (folder / "prereg.yaml").write_text(yaml.safe_dump({**known, **change}))
+    with pytest.raises(ConfigError) as found:
+        load_registration("known")
+    assert said in str(found.value)
+
+
+def test_the_hash_is_of_what_is_said_and_not_of_how_it_is_written(experiment):
+    folder, _ = experiment
+    before, text = load_registration("known").hash(), (folder / "prereg.yaml").read_text()
+    (folder / "prereg.yaml").write_text("# a comment\n" + text)
+    assert load_registration("known").hash() == before
+    (folder / "prereg.yaml").write_text(text.replace("margin: 0.01", "margin: 0.02"))
+    assert load_registration("known").hash() != before
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_the_page_is_drawn_without_a_network(experiment, tmp_path):
+    (_, page) = the().files
+    shot = tmp_path / "page.png"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=900,2400"]
+    subprocess.run([*command, f"--screenshot={shot}", page.resolve().as_uri()], check=True, capture_output=True, timeout=120)
+    pixels = matplotlib.image.imread(shot)
+    colors = {tuple(color) for color in (pixels[::2, ::2, :3].reshape(-1, 3) * 255).round().astype(int).tolist()}
+    assert {tuple(bytes.fromhex(VERDICTS[verdict][1:])) for verdict in ("worse", "no effect", "undecided")} <= colors
+
+
+def test_any_two_runs_side_by_side(tmp_path, monkeypatch):
+    """What differs in their settings, where their losses part, and by how much the second is worse."""
+    monkeypatch.chdir(tmp_path)
+    for name, b2, extra in (("a", 0.95, 0.0), ("b", 0.9, 0.25), ("other", 0.95, 0.0)):
+        folder = tmp_path / "outputs" / name
+        folder.mkdir(parents=True)
+        write_config({"seed": 0, "optimizer": {"b2": b2}, "run_dir": str(folder)}, folder)
+        ledger = 5.0 if name == "other" else 4.0
+        records = [{"step": step, "train/loss": 9.0 - step + extra * (step > 2), "data/ledger": ledger} for step in range(1, 9)]
+        records[0] |= {"perf/tokens_per_second": 5.0, "optim/grad_norm": 1.0}
+        records.append({"step": 8, "val/loss": 3.0 + extra})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / "sample.txt").write_text(f"written by {name} <b>\n")
+
+    def of(*names):
+        return report(load_config(f"runs=[{','.join(f'outputs/{name}' for name in names)}]", name="report"))
+
+    written = of("a", "b")
+    assert "a -> b: 1 setting differs. Their training losses differ from step 3 on." in written.words
+    assert "On the same batches the second is 0.2500 nats per token worse over the last 2 of 8 records" in written.words
+    assert "Validation at step 8: the second is 0.2500 nats per token worse" in written.words
+    markdown, page = (path.read_text() for path in written.files)
+    assert "optimizer.b2: 0.95 -> 0.9" in markdown
+    assert "written by b &lt;b&gt;" in page
+    assert "different data by step 1" in of("a", "other").words
+    assert "equal to the last bit" in of("a", "other").words

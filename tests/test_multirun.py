@@ -1,0 +1,119 @@
+"""A sweep whose jobs raise, die and run out of time: the others finish, the table says which, and the same command skips what is done."""
+
+import os
+import pathlib
+import sys
+
+import pytest
+
+from llama_eqx import train
+from llama_eqx.compose import run_verb
+from llama_eqx.multirun import Job, MultirunError, labels, run_jobs
+
+LATE = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(100)"
+TEXT = pathlib.Path(__file__).parent / "golden" / "text.md"
+JOBS = {
+    "fine": "print('done')",
+    "raises": "raise SystemExit(5)",
+    "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    "crashes": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+    "preempted": "raise SystemExit(75)",
+    "fine too": "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))",
+}
+
+
+def run(folder, names, skipped=(), cluster="local", parameters=None):
+    said = []
+    jobs = [Job(i, name, [sys.executable, "-c", JOBS.get(name, LATE)], folder / name / "console.txt") for i, name in enumerate(names)]
+    before = [Job(9, name, [], folder) for name in skipped]
+    parameters = parameters or {"timeout_min": 1}
+    run_jobs(jobs, before, folder=folder / "submitit", cluster=cluster, at_once=3, parameters=parameters, say=said.append)
+    return said
+
+
+def test_jobs_that_fail_leave_the_others_to_finish(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(MultirunError) as found:
+        run(tmp_path, JOBS, skipped=["before"])
+    assert found.value.code == 1
+    assert str(found.value).splitlines()[0] == (
+        "error: 3 ok, 4 failed (job 1: exit code 5, its numbers were not finite; job 2: SIGKILL, out of memory?; "
+        "job 3: SIGSEGV; job 4: exit code 75, preempted)"
+    )
+    assert "done" in (tmp_path / "fine" / "console.txt").read_text()
+    assert "\n3\n" in (tmp_path / "fine too" / "console.txt").read_text()
+
+
+def test_when_all_that_is_missing_was_preempted_it_is_worth_starting_again(tmp_path):
+    with pytest.raises(MultirunError) as found:
+        run(tmp_path, ["fine", "preempted"])
+    assert found.value.code == 75
+
+
+SBATCH = """#!/bin/bash
+number=$((100 + $(ls $QUEUE | wc -l))); touch $QUEUE/$number; cp "${@: -1}" $QUEUE/script
+export SLURM_JOB_ID=$number SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 SLURM_NNODES=1 SLURM_NODEID=0 SLURM_JOB_NODELIST=here
+(bash "${@: -1}" > $QUEUE/$number.out 2>&1; echo COMPLETED > $QUEUE/$number) > /dev/null 2>&1 &
+echo Submitted batch job $number
+"""
+SRUN = """#!/bin/bash
+while [[ $1 == -* ]]; do [[ $1 == --output || $1 == --error ]] && shift; shift; done
+exec "$@"
+"""
+SACCT = """#!/bin/bash
+echo 'JobID|State|NodeList'; for job in $QUEUE/???; do echo "$(basename $job)|$(grep . $job || echo RUNNING)|here"; done
+"""
+
+
+def test_jobs_go_to_slurm(tmp_path, monkeypatch):
+    """Against programs that take SLURM's place: what is asked for reaches its script, and exit codes come back."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "queue").mkdir()
+    for name, content in (("sbatch", SBATCH), ("srun", SRUN), ("sacct", SACCT)):
+        (tmp_path / "bin" / name).write_text(content)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("QUEUE", str(tmp_path / "queue"))
+    parameters = {"timeout_min": 90, "cpus_per_task": 3, "gpus_per_node": None, "slurm_partition": "gpus"}
+    with pytest.raises(MultirunError, match=r"1 ok, 1 failed \(job 1: exit code 5"):
+        run(tmp_path, ["fine", "raises"], cluster="slurm", parameters=parameters)
+    asked = (tmp_path / "queue" / "script").read_text()
+    assert "#SBATCH --partition=gpus" in asked
+    assert "#SBATCH --time=90" in asked
+    assert "#SBATCH --cpus-per-task=3" in asked
+    assert "gpus-per-node" not in asked
+
+
+@pytest.mark.faults
+def test_a_job_whose_time_is_nearly_up_is_told_to_save_itself(tmp_path):
+    """By submitit, half a minute before."""
+    with pytest.raises(MultirunError, match="job 0: exit code 75, preempted"):
+        run(tmp_path, ["late"])
+
+
+def test_what_tells_jobs_apart():
+    assert labels([["a=1", "b=0"], ["a=2", "b=0"]]) == ["a=1", "a=2"]
+    assert labels([["a=1", "b=0"]]) == ["a=1 b=0"]
+
+
+def test_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """A sweep of two runs of which one finds no data, twice: the second time one is skipped. A changed setting is not."""
+    small = ["data=text", "tokenizer=bytes", "model.dims.layers=1", "model.dims.embed=32", "model.dims.mlp=32", "train.batch_size=2"]
+    small += ["train.steps=2", "train.seq_len=32", "train.sample_tokens=0", "tracking.wandb.mode=disabled", "mesh=local"]
+
+    def sweep(*overrides):
+        monkeypatch.setattr(sys, "argv", ["train", "-m", f"data.path={TEXT},nowhere", *small, f"hydra.sweep.dir={tmp_path}", *overrides])
+        with pytest.raises(SystemExit) as ended:
+            run_verb("train", train.main)
+        return ended.value.code, capsys.readouterr().err
+
+    code, said = sweep()
+    assert code == 1
+    assert "1 ok, 1 failed (job 1: exit code 3, its data cannot be used)" in said
+    assert str(tmp_path / "1" / "console.txt") in said
+    assert "nothing matches" in (tmp_path / "1" / "console.txt").read_text()
+    (tmp_path / "1").rename(tmp_path / "gone")
+    code, said = sweep("hydra.launcher.at_once=2")
+    assert "finished before: job 0" in said
+    assert "job 0 begins" not in said
+    assert "job 1 begins" in said

@@ -1,0 +1,113 @@
+"""Signals in every phase, to a process whose main thread sits in C code, where Python runs no handler."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+CHILD = """
+import contextlib, hashlib, pathlib, sys, time
+from llama_eqx.errors import Stopped
+from llama_eqx.training.preemption import Preemption
+
+phase, grace, seconds = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+
+def keep():
+    print("keeping", flush=True)
+    time.sleep(seconds)
+    return "step 7 is saved"
+
+def ready():
+    print("ready", flush=True)
+
+def compile():
+    ready()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2 * 10**8)  # a minute, without the lock of the interpreter
+
+with Preemption(grace, next="the command") as preemption:
+    if phase == "before":
+        compile()
+    try:
+        with preemption.training(keep):
+            if phase == "idle":
+                with preemption.idle():
+                    compile()
+            if phase == "busy":
+                compile()
+            ready()
+            while True:
+                preemption.check(7)
+                time.sleep(0.01)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.code)
+"""
+
+
+def told(phase, *signals, grace=60.0, seconds=0.0):
+    """Exit code, standard output and error of a process that is sent the first signal when it is ready, and others as it saves."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, phase, str(grace), str(seconds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    for number in signals[:1]:
+        os.kill(child.pid, number)
+    if signals[1:]:
+        assert child.stdout.readline() == "keeping\n"
+    for number in signals[1:]:
+        os.kill(child.pid, number)
+    out, err = child.communicate(timeout=50)
+    return child.returncode, out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_after_a_step(number):
+    code, out, err = told("steps", number)
+    assert code == (130 if number == signal.SIGINT else 75)
+    assert out == "keeping\n"
+    again = "" if number == signal.SIGINT else " (start me again)"
+    assert err.splitlines()[-2:] == [f"{number.name}: step 7 is saved; exit code {code}{again}", "next: the command"]
+
+
+def test_while_the_main_thread_compiles():
+    code, out, err = told("idle", signal.SIGTERM)
+    assert (code, out) == (75, "keeping\n")
+    assert "SIGTERM: step 7 is saved; exit code 75 (start me again)\nnext: the command" in err
+
+
+def test_before_the_first_step():
+    code, out, err = told("before", signal.SIGTERM)
+    assert (code, out) == (75, "")
+    assert "before the first step" in err
+
+
+def test_when_the_grace_is_over():
+    code, out, err = told("busy", signal.SIGTERM, grace=0.5)
+    assert (code, out) == (75, "")
+    assert "not saved within 0.5 s (checkpoint.grace)" in err
+
+
+def test_the_second_interrupt_ends_at_once_and_the_first_says_so():
+    code, _, err = told("idle", signal.SIGINT, signal.SIGINT, seconds=60)
+    assert code == 130
+    assert "once more ends at once" in err.splitlines()[0]
+    assert "the checkpoints saved before are whole" in err
+
+
+def test_another_signal_does_not_hurry_it():
+    code, out, _ = told("idle", signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, seconds=0.5)
+    assert (code, out) == (75, "")
+
+
+def test_handlers_are_put_back(tmp_path: pathlib.Path):
+    from llama_eqx.training.preemption import SIGNALS, Preemption
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with Preemption(10.0):
+        assert all(a is not b for a, b in zip(before, map(signal.getsignal, SIGNALS), strict=True))
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    Preemption(10.0).check(1)  # not entered, it leaves signals alone
