@@ -28,13 +28,13 @@ def theirs(reference, prompts, stop, **settings):
     return [rows[i : i + beams] for i in range(0, len(rows), beams)], found.sequences_scores.reshape(-1, beams).numpy()
 
 
-@pytest.mark.parametrize("stop", [(), (21,), (4, 21, 48)], ids=str)
 @pytest.mark.parametrize(
-    ("beams", "length_penalty", "early_stopping"), [(3, 1.0, False), (4, 0.0, True), (2, 2.0, "never"), (3, -1.0, False)]
+    ("stops", "beams", "length_penalty", "early_stopping"),
+    [(0, 3, 1.0, False), (1, 4, 0.0, True), (3, 2, 2.0, "never"), (1, 3, -1.0, False), (3, 3, 1.0, False)],
 )
-def test_equals_transformers(model, reference, stop, beams, length_penalty, early_stopping):
-    if stop:  # ids that are often the best
-        stop = tuple(sorted({token for row in generate_tokens(model, PROMPTS, NEW).tokens for token in row[2::3]}))[: len(stop)]
+def test_equals_transformers(model, reference, stops, beams, length_penalty, early_stopping):
+    # Ids that are often the best.
+    stop = tuple(sorted({token for row in generate_tokens(model, PROMPTS, NEW).tokens for token in row[2::3]}))[:stops]
     settings = {"length_penalty": length_penalty, "early_stopping": early_stopping}
     rows, scores = theirs(reference, PROMPTS, stop, num_beams=beams, **settings)
     found = search_beams(model, PROMPTS, NEW, beams, stop=stop, **settings)
