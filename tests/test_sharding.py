@@ -60,7 +60,7 @@ def test_axis_names_are_read_from_annotations(tiny):
 def test_the_optimizer_is_split_as_its_parameters(tiny):
     config = load_config()
     optimizer = config.optimizer.build()
-    state = eqx.filter_eval_shape(lambda key: init_state(tiny(), optimizer, config.precision, key), jax.random.key(0))
+    state = eqx.filter_eval_shape(lambda key: init_state(tiny(), optimizer, config.precision, config.guard, key), jax.random.key(0))
     shardings = layout().shardings(state)
     assert shardings.model.blocks.feed_forward.up_proj.spec == P(None, ("fsdp",), ("tensor",))
     moments = shardings.opt_state[1][0]
@@ -204,7 +204,7 @@ def compiled_step(option, shape, *overrides):
     sizes = {"vocab": 512, "layers": 2, "embed": 64, "heads": 8, "kv_heads": 8, "head_dim": 16, "mlp": 320}
     config = load_config(*(f"model.dims.{axis}={n}" for axis, n in sizes.items()), "model.tied=false", *overrides)
     where, optimizer = layout(option, shape), config.optimizer.build()
-    state = eqx.filter_eval_shape(lambda key: init_state(config.model, optimizer, config.precision, key), jax.random.key(0))
+    state = eqx.filter_eval_shape(lambda key: init_state(config.model, optimizer, config.precision, config.guard, key), jax.random.key(0))
     ids, mask = jax.ShapeDtypeStruct((16, 96), jnp.int32), jax.ShapeDtypeStruct((16, 96), jnp.float32)
     batch = eqx.filter_eval_shape(lambda a, b: Batch(a, a, b), ids, mask)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from llama_eqx import save_pretrained
+from llama_eqx.checkpoint.manifest import write_manifest
 from llama_eqx.data.tokenizer import BytesTokenizer
 from llama_eqx.diagnosis.examination import examine
 from llama_eqx.doctor import published
@@ -33,9 +34,12 @@ def made(tmp_path_factory, tiny):
 @pytest.fixture
 def folder(made, tmp_path):
     def copy(name, manifest=False):
+        """Without a manifest of the folder; in a run directory each step has its own, or it would not count as saved."""
         shutil.copytree(made / name, tmp_path / name)
         if not manifest:
             (tmp_path / name / "manifest.json").unlink()
+            if (step := tmp_path / name / "checkpoints" / "0").is_dir():
+                write_manifest(step, {}, show=False)
         return tmp_path / name
 
     return copy
@@ -89,9 +93,10 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("manifest", [False, True])
 @pytest.mark.parametrize("format", ["native", "meta", "hf"])
-def test_good_folders_give_no_finding(folder, format):
-    report = examine(str(folder(format)), published, weights=True)
+def test_good_folders_give_no_finding(folder, format, manifest):
+    report = examine(str(folder(format, manifest)), published, weights=True)
     assert report.findings == (), str(report)
 
 

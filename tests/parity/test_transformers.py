@@ -334,7 +334,7 @@ def test_reads_what_transformers_writes(tmp_path, tied, shard):
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=32,
-            initializer_range=0.2,
+            initializer_range=64**-0.5,  # of the fan-in: logits of order 1, for which `LOGITS` holds
             tie_word_embeddings=tied,
             rms_norm_eps=1e-5,
             attn_implementation="eager",

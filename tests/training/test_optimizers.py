@@ -86,8 +86,8 @@ def test_matrices_decay_and_norms_do_not(option, model):
 def test_state_lives_where_its_parameter_does(option, tiny):
     mesh = jax.make_mesh((2, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     layout = Layout(mesh, load_config("sharding=fsdp_tensor").sharding)
-    tx, precision = optimizer(option), load_config().precision
-    state = eqx.filter_eval_shape(lambda key: init_state(tiny(), tx, precision, key), jax.random.key(0))
+    tx, precision, guard = optimizer(option), load_config().precision, load_config().guard
+    state = eqx.filter_eval_shape(lambda key: init_state(tiny(), tx, precision, guard, key), jax.random.key(0))
     shardings = layout.shardings(state)
     specs = dict(zip(parameter_names(state.model), jax.tree.leaves(shardings.model), strict=True))
     shapes = dict(zip(parameter_names(state.model), jax.tree.leaves(state.model), strict=True))
