@@ -186,6 +186,9 @@ def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[
     log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
     for name in ("llama_eqx", "jax", "absl", "asyncio"):  # the last two are Orbax's, and say a lot
         logger = logging.getLogger(name)
+        for before in logger.handlers:
+            if isinstance(before, Log):
+                before.close()  # what was said after its run had ended opened it again
         logger.handlers, logger.propagate = [log], False
         logger.setLevel(logging.INFO if name == "llama_eqx" else logging.WARNING)
     try:

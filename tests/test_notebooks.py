@@ -4,8 +4,10 @@ import os
 import pathlib
 import sys
 
+import jax
 import pytest
 
+LONG = ("01_first_run", "03_rotary_precision")  # run under `-m slow`
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
 nbclient = pytest.importorskip("nbclient", reason="the extra `notebooks` is not installed")
@@ -21,10 +23,15 @@ def test_is_kept_without_outputs(path):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the kernel's libraries
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in NOTEBOOKS], ids=lambda path: path.stem
+)
 def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     monkeypatch.setenv("LLAMA_EQX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     book = nbformat.read(path, 4)
     nbclient.NotebookClient(book, timeout=300, kernel_name="python3").execute(cwd=str(tmp_path))
     assert any(

@@ -44,6 +44,19 @@ def test_a_log_that_cannot_be_written_is_given_up_with_one_line(monkeypatch, cap
     assert said.splitlines() == [f"warning: {tmp_path}/log.txt cannot be written: No space left on device; the run goes on without it"]
 
 
+def test_a_log_that_was_opened_again_is_closed_by_the_next_run(monkeypatch, capsys, tmp_path):
+    """A library may say something when the run is over: pytest makes an error of a file that is left open."""
+    for name in ("first", "second"):
+        assert verb(monkeypatch, capsys, f"run_dir={tmp_path / name}", job=lambda config, overrides: None) == (0, "")
+        (log,) = logging.getLogger("asyncio").handlers
+        logging.getLogger("asyncio").warning("late")
+        assert "late" in (tmp_path / name / "log.txt").read_text()
+        if name == "first":
+            first = log
+    assert first.stream is None
+    log.close()
+
+
 @needs_full
 def test_a_sample_that_cannot_be_written_ends_the_run(tmp_path):
     (tmp_path / "sample.txt").symlink_to(FULL)

@@ -96,7 +96,10 @@ BROKEN = {
 @pytest.mark.parametrize("manifest", [False, True])
 @pytest.mark.parametrize("format", ["native", "meta", "hf"])
 def test_good_folders_give_no_finding(folder, format, manifest):
-    report = examine(str(folder(format, manifest)), published, weights=True)
+    path = folder(format, manifest)
+    if manifest:
+        shutil.rmtree(path / "tokenizer", ignore_errors=True)  # it was put there later
+    report = examine(str(path), published, weights=True)
     assert report.findings == (), str(report)
 
 

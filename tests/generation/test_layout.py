@@ -21,7 +21,7 @@ def strict_promotion():
 
 
 @pytest.fixture(
-    scope="module", params=["model.tied=false", "model.tied=true model.dims.kv_heads=1", "model/feed_forward=plain model/norm=layer"]
+    scope="module", params=["model.tied=false", "model.tied=true model.dims.kv_heads=1 model/feed_forward=plain model/norm=layer"]
 )
 def models(request, tiny):
     model = build_model(tiny(*request.param.split()), key=jax.random.key(0))

@@ -42,18 +42,18 @@ def test_each_turn_answers_the_whole_conversation(model):
 
 def test_an_answer_that_is_broken_off(model):
     """It is not part of the conversation, which goes on as if it had not been asked for."""
-    chat = Chat(model, TOKENIZER, Sampling(), 40)
+    chat = Chat(model, TOKENIZER, Sampling(), 12)
     "".join(chat.say(TURNS[0]))
     before = list(chat.messages)
     broken = chat.say(TURNS[1])
     next(broken)
     broken.close()
     assert chat.messages == before
-    assert "".join(chat.say(TURNS[2])) == anew(model, [*before, {"role": "user", "content": TURNS[2]}], 40)
+    assert "".join(chat.say(TURNS[2])) == anew(model, [*before, {"role": "user", "content": TURNS[2]}], 12)
 
 
 def test_the_oldest_turns_are_forgotten(model, capsys):
-    chat = Chat(model, TOKENIZER, Sampling(), 20, system="Be brief.")
+    chat = Chat(model, TOKENIZER, Sampling(), 12, system="Be brief.")
     for turn in range(6):
         "".join(chat.say(f"{turn} " * 20))
     assert chat.messages[0]["content"] == "Be brief."

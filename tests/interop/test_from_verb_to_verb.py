@@ -86,7 +86,8 @@ def published(tmp_path_factory):
     return folder, model
 
 
-def test_there_and_back_again(tmp_path, published, monkeypatch, capsys):
+@pytest.mark.parametrize("starts", [("hf",), pytest.param(("meta", "hf", "native"), marks=pytest.mark.slow)], ids="-".join)
+def test_there_and_back_again(tmp_path, published, monkeypatch, capsys, starts):
     source, reference = published
     expected = their_logits(reference)
     for format, begin, end in (("meta", source, "meta"), ("hf", "meta", "hf"), ("native", "hf", "native")):
@@ -97,7 +98,7 @@ def test_there_and_back_again(tmp_path, published, monkeypatch, capsys):
 
     talk = ({"prompt": f"What is {a} + {b}?", "response": f"It is {a + b}."} for a in range(9) for b in range(9))
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(example) + "\n" for example in talk))
-    for start in ("meta", "hf", "native"):
+    for start in starts:
         run_dir = tmp_path / f"from {start}"
         sizes = [f"model.dims.{name}={size}" for name, size in SIZES.items()]
         tokenizer = ["tokenizer=tiktoken", f"tokenizer.path={tmp_path / start / 'tokenizer.model'}"]
@@ -127,7 +128,7 @@ def test_there_and_back_again(tmp_path, published, monkeypatch, capsys):
     assert bare(text).input_ids == handed_on(text).input_ids == transformers.AutoTokenizer.from_pretrained(source)(text).input_ids
     assert (bare.bos_token_id, bare.eos_token_id) == (handed_on.bos_token_id, handed_on.eos_token_id) == (320, 321)
 
-    runs = [load_file(tmp_path / f"from {start}" / "export" / "model.safetensors") for start in ("meta", "hf", "native")]
+    runs = [load_file(tmp_path / f"from {start}" / "export" / "model.safetensors") for start in starts]
     for name, x in runs[0].items():  # one model in three formats is one start
         assert all(np.array_equal(x, other[name]) for other in runs[1:]), name
 

@@ -102,6 +102,7 @@ def test_without_the_compiler(monkeypatch):
     assert "pip install 'llama_eqx[plan]'" in error.value.next
 
 
+@pytest.mark.slow
 def test_a_slice():
     pytest.importorskip("libtpu")
     sizes = ("embed=256", "heads=4", "kv_heads=2", "head_dim=64", "mlp=512", "layers=3", "vocab=1024")
