@@ -12,7 +12,7 @@ from llama_eqx.diagnosis.report import Report
 from llama_eqx.diagnosis.settings import Published
 from llama_eqx.errors import CheckpointError
 from llama_eqx.interop.meta import PARAMS
-from llama_eqx.interop.pretrained import located
+from llama_eqx.interop.pretrained import located, manifested
 
 
 def examine(path: str, published: Published, *, weights: bool) -> Report:
@@ -40,4 +40,7 @@ def examine(path: str, published: Published, *, weights: bool) -> Report:
             where=path,
             next="a folder of Hugging Face or Meta, the run_dir of a run, or a folder of token shards",
         )
-    return dataclasses.replace(report, findings=(*report.findings, *check_manifest(folder))) if weights else report
+    if not weights:
+        return report
+    listed = manifested(path) or folder  # of a run, the folder of its step
+    return dataclasses.replace(report, findings=(*report.findings, *check_manifest(listed, folder)))

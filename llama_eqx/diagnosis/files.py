@@ -22,18 +22,18 @@ def check_files(folder: pathlib.Path) -> list[Finding]:
     return findings
 
 
-def check_manifest(folder: pathlib.Path) -> list[Finding]:
-    """Files whose SHA-256 is not that of the manifest, if there is one."""
+def check_manifest(folder: pathlib.Path, above: pathlib.Path) -> list[Finding]:
+    """Files whose SHA-256 is not that of the folder's manifest, if there is one, by their names in the folder `above`."""
     if not (folder / MANIFEST).is_file():
         return []
     try:
         damage = find_damage(folder)
     except CheckpointError as error:
         return [finding_of(error, folder, MANIFEST)]
-    hint = "copy or convert it again"
-    changed = [Finding("error", name, f"damaged: its SHA-256 is not that of {MANIFEST}", hint) for name in damage.damaged]
-    missing = [Finding("error", name, f"missing, and listed in {MANIFEST}", hint) for name in damage.missing]
-    return [*changed, *missing, *(Finding("note", name, f"not listed in {MANIFEST}") for name in damage.extra)]
+    hint, within = "copy or convert it again", folder.relative_to(above)
+    changed = [Finding("error", str(within / name), f"damaged: its SHA-256 is not that of {MANIFEST}", hint) for name in damage.damaged]
+    missing = [Finding("error", str(within / name), f"missing, and listed in {MANIFEST}", hint) for name in damage.missing]
+    return [*changed, *missing, *(Finding("note", str(within / name), f"not listed in {MANIFEST}") for name in damage.extra)]
 
 
 def read_json(folder: pathlib.Path, name: str, findings: list[Finding]) -> dict[str, Any] | None:

@@ -45,6 +45,17 @@ def folder(made, tmp_path):
     return copy
 
 
+def test_a_damaged_step_of_a_run_is_named(folder):
+    run = folder("native")
+    file = max((run / "checkpoints" / "0").rglob("*"), key=lambda f: f.stat().st_size if f.is_file() else 0)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    found = examine(str(run), published, weights=True).findings
+    assert [(f.severity, f.where) for f in found] == [("error", str(file.relative_to(run)))]
+    assert "SHA-256" in found[0].what
+
+
 def edit_pickle(folder, change):
     file = folder / "consolidated.00.pth"
     state = torch.load(file, weights_only=True)
