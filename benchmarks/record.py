@@ -10,7 +10,20 @@ from importlib import metadata
 from typing import Any
 
 MAX_LOAD = 0.6  # a neighbour's threads make a ratio a lie, above all PyTorch's, which spin
-PACKAGES = ("jax", "jaxlib", "equinox", "optax", "grain", "orbax-checkpoint", "torch", "transformers", "numpy")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "equinox",
+    "optax",
+    "grain",
+    "orbax-checkpoint",
+    "torch",
+    "transformers",
+    "numpy",
+    "sentencepiece",
+    "tiktoken",
+    "tokenizers",
+)
 
 
 def idle(loaded: bool = False) -> float:

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.conditions import conditions
+from benchmarks.record import circumstances
 from llama_eqx import load_config
 from llama_eqx.data.prepare import prepare
 
@@ -85,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     texts = documents(options.files, int(options.mb * 1e6))
     megabytes, cores = sum(len(text.encode()) for text in texts) / 1e6, len(os.sched_getaffinity(0))
-    print(json.dumps({"name": "conditions", **conditions("sentencepiece", "tiktoken", "tokenizers", "numpy")}))
+    print(json.dumps({"name": "conditions", **circumstances(os.getloadavg()[0])}))
     with tempfile.TemporaryDirectory() as folder:
         source, output = pathlib.Path(folder, f"text.{options.form}"), pathlib.Path(folder, "output")
         write(texts, source)
