@@ -1,5 +1,6 @@
 """Eight virtual devices, shapes checked by jaxtyping and beartype, and one compile cache for all tests."""
 
+import logging
 import os
 import pathlib
 import tempfile
@@ -19,6 +20,15 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 install_import_hook("llama_eqx", "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def no_log_of_another_test():
+    """A verb that ends in a test's process leaves its log on the loggers, where the next test's words would go."""
+    before = {name: logging.getLogger(name).handlers for name in ("llama_eqx", "jax", "absl", "asyncio")}
+    yield
+    for name, handlers in before.items():
+        logging.getLogger(name).handlers = handlers
 
 
 @pytest.fixture(scope="session")
