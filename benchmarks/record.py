@@ -9,7 +9,7 @@ import time
 from importlib import metadata
 from typing import Any
 
-MAX_BUSY = 0.15  # of one core: a neighbour's threads make a ratio a lie, above all PyTorch's, which spin
+MAX_BUSY = 0.25  # of one core: a neighbour's threads make a ratio a lie, above all PyTorch's, which spin
 SECONDS = 3
 PACKAGES = (
     "jax",
