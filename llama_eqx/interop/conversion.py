@@ -21,6 +21,7 @@ from llama_eqx.data.tokenizer.files import is_tiktoken
 from llama_eqx.errors import ConfigError, DataError, StorageError
 from llama_eqx.interop import huggingface, meta
 from llama_eqx.interop.files import CARRIED, ORIGINAL, TOKENIZER, mistaken, read_json, write_json
+from llama_eqx.interop.params import config_to_meta
 from llama_eqx.interop.pretrained import MARKS, Format, manifested, open_pretrained, verified
 from llama_eqx.interop.weights import Weights, of_model, parameter_tree, pieces
 from llama_eqx.model.llama import Llama, LlamaConfig
@@ -91,7 +92,7 @@ def require_expressible(config: LlamaConfig, format: Format) -> None:
         case "hf":
             huggingface.config_to_huggingface(config)
         case "meta":
-            meta.config_to_meta(config, meta.default_shards(config))
+            config_to_meta(config, meta.default_shards(config))
 
 
 def _write(weights: Weights, folder: pathlib.Path, format: Format, dtype: np.dtype | None, shards: int | None) -> list[str]:

@@ -80,7 +80,7 @@ def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     }
 
 
-def _merges(ranks: Mapping[Token, float]) -> list[tuple[Token, Token]]:
+def _merges(ranks: Mapping[Token, int | float]) -> list[tuple[Token, Token]]:
     """Every pair of tokens that makes a third, in the order of the third's rank.
 
     Of pairs with one rank the longer left side comes first: SentencePiece takes the leftmost, and so runs of spaces, which all have the
