@@ -20,7 +20,7 @@ from llama_eqx import load_config
 from llama_eqx.checkpoint.manifest import find_damage, read_manifest, verify
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.compose import run_verb
-from llama_eqx.data.tokenizer import find_tokenizer
+from llama_eqx.data.tokenizer import BytesTokenizer, find_tokenizer
 from llama_eqx.errors import CheckpointError, StorageError
 from llama_eqx.interop import conversion, huggingface, meta
 from llama_eqx.interop.conversion import ConvertConfig, convert, save_pretrained
@@ -84,8 +84,7 @@ def test_a_run_and_one_of_its_steps(tmp_path, models):
 
     model = models["plain"]
     write_config({"model": model.config, "seed": 1}, tmp_path)
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer_kind.json").write_text('{"kind": "bytes"}')
+    BytesTokenizer().save(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "tokenizer.model").write_text("pieces")
     with Checkpoints(tmp_path / "checkpoints", load_config("checkpoint.every=1").checkpoint) as checkpoints:
         checkpoints.save(1, jax.tree.map(jnp.zeros_like, model), {"step": jnp.int32(1)})
