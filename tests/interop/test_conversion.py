@@ -153,7 +153,7 @@ def test_written_folders_load_in_transformers(tmp_path, models, source):
 )
 def test_llamas_own_tokenizers_are_read_by_transformers_alone(tmp_path, tiny, test_data, monkeypatch, generation, vocab, tokens):
     """Without the libraries that their files are of, and with BOS before every text."""
-    sizes = {"vocab": vocab, "embed": 8, "layers": 1, "mlp": 8}
+    sizes = {"vocab": vocab, "embed": 8, "layers": 1, "mlp": 8, "head_dim": 2}
     config = tiny(f"model.tokens={tokens}", *(f"model.dims.{name}={size}" for name, size in sizes.items()))
     save_pretrained(build_model(config, key=jax.random.key(0)), tmp_path / "native", format="native")
     content = (test_data / f"{generation}_tokenizer.model").read_bytes()
