@@ -20,7 +20,7 @@ from llama_eqx.data.tokenizer.export import tokenizer_json
 from llama_eqx.data.tokenizer.files import is_tiktoken
 from llama_eqx.errors import ConfigError, DataError, StorageError
 from llama_eqx.interop import huggingface, meta
-from llama_eqx.interop.files import CARRIED, ORIGINAL, TOKENIZER, mistaken, read_json, write_json
+from llama_eqx.interop.files import CARRIED, ORIGINAL, OWN, TOKENIZER, mistaken, read_json, write_json
 from llama_eqx.interop.params import config_to_meta
 from llama_eqx.interop.pretrained import MARKS, Format, manifested, open_pretrained, verified
 from llama_eqx.interop.weights import Weights, of_model, parameter_tree, pieces
@@ -132,7 +132,7 @@ def _write_native(
 def _copy_files(weights: Weights, folder: pathlib.Path, format: Format, notes: list[str]) -> None:
     """The tokenizer's files and the like. What a run keeps in a folder of their own, others look for beside the weights."""
     for name, file in weights.files.items():
-        if wrong := mistaken(file, ""):
+        if file.name not in OWN and (wrong := mistaken(file, "")):  # of those, that of bytes has nothing to say
             notes.append(f"{name} was left behind: {wrong}")
             continue
         (folder / name).parent.mkdir(exist_ok=True)

@@ -91,7 +91,7 @@ def test_a_run_and_one_of_its_steps(tmp_path, models):
         checkpoints.save(2, model, {"step": jnp.int32(2)})
     convert(job(tmp_path, tmp_path / "newest", "hf"))
     assert same(load_pretrained(tmp_path / "newest"), model)
-    assert (tmp_path / "newest" / "tokenizer" / "tokenizer_kind.json").exists()
+    assert find_tokenizer(tmp_path / "newest").kind == "bytes"
     assert (tmp_path / "newest" / "tokenizer.model").read_text() == "pieces"
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "newest")("é").input_ids == [256, *"é".encode()]
     convert(job(tmp_path / "checkpoints" / "1", tmp_path / "older", "meta"))
