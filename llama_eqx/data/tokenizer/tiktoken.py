@@ -39,10 +39,10 @@ class TiktokenTokenizer(Tokenizer):
         import tiktoken
 
         self.ranks, self.chat = definition, chat
-        ranks = _parsed(definition)
-        self.special = special_tokens(chat, len(ranks))
-        self.encoding = tiktoken.Encoding("llama3", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=dict(self.special))
-        self.vocab = len(ranks) + N_SPECIAL
+        self.byte_ranks = _parsed(definition)
+        self.special = special_tokens(chat, len(self.byte_ranks))
+        self.encoding = tiktoken.Encoding("llama3", pat_str=PATTERN, mergeable_ranks=self.byte_ranks, special_tokens=dict(self.special))
+        self.vocab = len(self.byte_ranks) + N_SPECIAL
         self.bos, self.eos = self.special["<|begin_of_text|>"], self.special["<|end_of_text|>"]
         self.pad = self.special.get("<|finetune_right_pad_id|>")
         self.stop = (self.eos, *turn_ends(self.special))
