@@ -124,10 +124,10 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 max_withheld=config.guard.max_withheld,
                 tokens=size * length,
                 epochs=lambda step: data.epochs(step * size),
-                waited=lambda: batches.waited,
                 flops_per_token=flops.causal,
                 device_kind=device_kind,
                 devices=layout.mesh.size,
+                waited=lambda: batches.waited,
             )
             checkpoints.say = tracker.say
             evaluation, measured, progress = None, {}, past

@@ -42,10 +42,10 @@ class Reporter:
         max_withheld: int,
         tokens: int,
         epochs: Callable[[int], dict[str, float]],
-        waited: Callable[[], float],
         flops_per_token: int,
         device_kind: str,
         devices: int,
+        waited: Callable[[], float] = lambda: 0.0,
     ):
         """`tokens` of one step, the `epochs` that are over after a step, and the seconds that steps have `waited` for data so far."""
         self._tracker, self._log_every, self._last_step = tracker, log_every, last_step

@@ -15,6 +15,7 @@ from elastic import BATCH, PARTS, SEQ, config, opened, settings
 
 from llama_eqx.data.pipeline import Parts
 from llama_eqx.tracking.jsonl import read_metrics
+from llama_eqx.training.loop import train
 
 HERE = pathlib.Path(__file__).parent
 TINY = [
@@ -88,7 +89,7 @@ def test_two_processes_that_share_their_devices_place_the_same_batches(ran, monk
         assert {int(half["ledger"]) for half in halves} == {parts.after(step).ledger}
 
 
-def train(folder, run_dir, processes, steps):
+def train_on(processes, folder, run_dir, steps):
     """`train` goes on to so many steps, on so many processes with a device each."""
     environment = {
         **os.environ,
@@ -112,13 +113,22 @@ def train(folder, run_dir, processes, steps):
     assert [process.returncode for process in started] == [0] * processes, said
 
 
+def test_a_run_of_two_processes_goes_on_with_one_and_its_ledger(folder, tmp_path, monkeypatch):
+    train_on(2, folder, tmp_path, 4)
+    monkeypatch.setenv("LLAMA_EQX_CACHE", str(folder / "cache"))
+    train(config(folder, *TINY, f"run_dir={tmp_path}", "train.steps=8"))
+    parts = whole(opened(config(folder)))
+    found = [record["data/ledger"] for record in read_metrics(tmp_path / "metrics.jsonl") if "data/ledger" in record]
+    assert found == [parts.after(step).ledger for step in range(1, 9)]
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_any_number_of_processes(folder, tmp_path, monkeypatch):
     """Through the verb: each time it is started again on others, and it has the records of one that never was."""
     counts = [1, 2, 3, 4, 8, 1]
     for i, processes in enumerate(counts, 1):
-        train(folder, tmp_path / "chain", processes, 4 * i)
-    train(folder, tmp_path / "alone", 1, 4 * len(counts))
+        train_on(processes, folder, tmp_path / "chain", 4 * i)
+    train_on(1, folder, tmp_path / "alone", 4 * len(counts))
     chain, alone = (
         [record for record in read_metrics(tmp_path / name / "metrics.jsonl") if "train/loss" in record] for name in ("chain", "alone")
     )

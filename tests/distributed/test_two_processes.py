@@ -1,4 +1,4 @@
-"""Two real processes with four devices each give the losses of one device, through the whole of `train`: mixed, packed and shuffled."""
+"""Two real processes with four devices each give the losses of one device, through the whole of `train`."""
 
 import os
 import pathlib

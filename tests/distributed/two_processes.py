@@ -8,10 +8,6 @@ import sys
 
 STEPS = 20
 TEXT = pathlib.Path(__file__).parents[1] / "golden" / "text.md"
-MIXED = [  # windows of a text, and packed documents: the modules of these tests
-    *("data=mixture", "data@data.components.code=text", f"data.components.code.path={TEXT}", "data.components.prose.rows=packed"),
-    *("data.components.prose.long_documents=cut", f"data.components.prose.path='{TEXT.parents[1]}/distributed/*.py'"),
-]
 SIZES = {"vocab": 264, "layers": 1, "embed": 32, "heads": 8, "kv_heads": 2, "head_dim": 8, "mlp": 48}
 PARALLEL = {
     "ddp": ["sharding=ddp"],
@@ -24,8 +20,7 @@ PARALLEL = {
 def overrides(run_dir, *more):
     return [
         *(f"model.dims.{axis}={n}" for axis, n in SIZES.items()),
-        *MIXED,
-        *("tokenizer=bytes", "tracking.wandb.mode=disabled", f"run_dir={run_dir}"),
+        *("data=text", f"data.path={TEXT}", "tokenizer=bytes", "tracking.wandb.mode=disabled", f"run_dir={run_dir}"),
         *(f"train.steps={STEPS}", "train.batch_size=8", "train.seq_len=32", "train.log_every=1", f"train.eval_every={STEPS}"),
         *("train.sample_tokens=0", "schedule=constant", "schedule.warmup_steps=2", "schedule.peak=1e-2"),
         *more,
