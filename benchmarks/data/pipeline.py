@@ -29,7 +29,7 @@ import time
 import numpy as np
 
 from benchmarks.peers.data import PEERS
-from benchmarks.record import circumstances
+from benchmarks.record import circumstances, idle
 
 VOCAB, MEAN = 32_000, 700  # ids; tokens of a document, on average
 
@@ -182,5 +182,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     options.tokens = options.tokens or (10**10 if options.what == "start" else 5 * 10**7)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    print(json.dumps({"name": "conditions", **circumstances(os.getloadavg()[0])}))
+    print(json.dumps({"name": "conditions", **circumstances(idle(loaded=True))}))
     {"speed": speed, "start": start, "memory": memory, "starvation": starvation}[options.what](options)

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.record import circumstances
+from benchmarks.record import circumstances, idle
 from llama_eqx import load_config
 
 
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--form", default="jsonl", choices=["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
     options = parser.parse_args()
     texts = documents(options.files, int(options.mb * 1e6))
-    print(json.dumps({"name": "conditions", **circumstances(os.getloadavg()[0])}))
+    print(json.dumps({"name": "conditions", **circumstances(idle(loaded=True))}))
     with tempfile.TemporaryDirectory() as folder:
         few, source = (pathlib.Path(folder, f"{name}.{options.form}") for name in ("few", "text"))
         write(texts[:50], few)
