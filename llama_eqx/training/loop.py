@@ -126,6 +126,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 flops_per_token=flops.causal,
                 device_kind=device_kind,
                 devices=layout.mesh.size,
+                waited=lambda: batches.waited,
             )
             checkpoints.say = tracker.say
             evaluation, measured, progress = None, {}, past
@@ -161,8 +162,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 if begin and is_due(begin) and not of_first(is_logged(run_dir, begin, "val/loss")):  # it was stopped while it evaluated
                     measure()
                 for step in watched(range(begin + 1, steps + 1), config.distributed.stall):
-                    with reporter.waiting():
-                        batch, progress = next(batches)
+                    batch, progress = next(batches)
                     profile.begin(step)
                     with preemption.idle() if step == begin + 1 else contextlib.nullcontext():  # it compiles
                         crash_point("compile")
