@@ -3,6 +3,7 @@
 import numpy as np
 
 from llama_eqx.data.pipeline import Progress
+from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.reporter import Reporter
 
 
@@ -17,7 +18,7 @@ class Number:
         return np.asarray(0.5)
 
 
-class Said:
+class Said(Tracker):
     def __init__(self, happened):
         self.happened = happened
 
@@ -28,7 +29,7 @@ class Said:
 def test_numbers_are_fetched_when_the_next_step_has_begun():
     happened = []
     reporter = Reporter(
-        Said(happened),  # pyright: ignore[reportArgumentType]
+        Said(happened),
         log_every=1,
         last_step=3,
         max_withheld=1,
