@@ -60,7 +60,7 @@ def make_step(
     """A step `((batch, key), state) -> (state, metrics)`; `state` may be donated.
 
     The gradient is that of the mean over the batch's targets, added up over microbatches if there are any.
-    When loss, gradient or update is not finite, or the loss a spike to the `guard`, the update is withheld on the device, and
+    When loss, gradient or update is not finite, or loss or gradient a spike to the `guard`, the update is withheld on the device, and
     `optim/withheld` is 1.
     Metrics: `train/loss` in nats per token, `optim/lr`, `optim/grad_norm` (global, before clipping), `optim/update_norm`, `optim/withheld`
     and, with a guard that looks for them, `optim/spike`, 1 for a spike.
@@ -82,7 +82,7 @@ def make_step(
         model = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.model, update)
         good, history, spikes = jnp.isfinite(mean) & jnp.isfinite(norm) & jnp.isfinite(update_norm), state.history, {}
         if guard is not None and history is not None:
-            spike, history = guard.judged(mean, history)
+            spike, history = guard.judged(mean, norm, history)
             good, spikes = good & ~spike, {"optim/spike": spike.astype(jnp.float32)}
         kept: Any = jax.tree.map(lambda new, old: jnp.where(good, new, old), (model, opt_state), (state.model, state.opt_state))
 
