@@ -14,11 +14,12 @@ def fingerprint(tree: PyTree[Array]) -> str:
     Every device adds up what it holds, modulo 2**32, where the order does not matter: the same bits give the same digits on any mesh and
     any number of processes, all of which call this. It finds differences, not forgeries.
     """
-    total = jnp.zeros(2, jnp.uint32)
+    total = np.zeros(2, np.uint32)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         said = f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}"
-        total += _sums(leaf, np.uint32(zlib.crc32(said.encode())))
-    return "".join(f"{part:08x}" for part in np.asarray(total).tolist())
+        # One after another: of several at once, each summing over all devices, those of a CPU may wait for each other.
+        total += np.asarray(_sums(leaf, np.uint32(zlib.crc32(said.encode()))))
+    return "".join(f"{part:08x}" for part in total.tolist())
 
 
 @jax.jit
