@@ -129,6 +129,8 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
     verb only reads there: `log` False.
     Flags (-m for a sweep, --cfg job) are Hydra's own, but for --help, which takes Hydra seconds.
     """
+    # What says float32 is to be that: left to itself, JAX multiplies with TF32 on a GPU and with bfloat16 on a TPU.
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     arguments = sys.argv[1:]
     if {"-h", "--help"} & {*arguments}:
         print(help_text(name))

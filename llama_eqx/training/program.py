@@ -1,7 +1,7 @@
 """What a run computes on its devices: the loop executes it, and it can be compiled ahead of time for devices that are not here."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -62,6 +62,12 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
     step = make_step(optimizer, rate, loss, layout, train.microbatch_size, config.guard, train.meters)
     score = make_score(view, layout, config.loss.chunk)
     return Program(initial, step, loss, score, shapes, layout.shardings(shapes), remarks)
+
+
+def jitted_step(program: Program, config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step as a run executes it, with the compiler options of its mesh; it takes over the memory of the state."""
+    options: Any = {"compiler_options": config.mesh.compiler_options}
+    return eqx.filter_jit(program.step, donate="all-except-first", **options)
 
 
 def keep_compiled() -> None:
