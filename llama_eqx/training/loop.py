@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 
+from llama_eqx.checkpoint.fingerprint import fingerprint
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.config import dump
 from llama_eqx.crash import crash_point
@@ -182,6 +183,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                     checkpoints.poll()
                     preemption.check(step)
             checkpoints.finish()
+            tracker.say(f"final state {fingerprint(state)}: the same command ends with the same")
 
             if evaluation is None:  # a finished run, asked again
                 evaluation = evaluate(state.model, data.val)

@@ -81,7 +81,7 @@ class Reporter:
         if not fetched["optim/withheld"]:
             self.withheld = 0
         elif fetched.get("optim/spike"):
-            self._tracker.say(f"warning: step {step}: loss {loss:.4f} is a spike: its update is withheld")
+            self._tracker.say(f"warning: step {step}: loss {loss:.4f}, gradient norm {norm:.4g} are a spike: its update is withheld")
         else:
             self.withheld += 1
             self._tracker.say(
