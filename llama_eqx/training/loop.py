@@ -183,6 +183,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                     checkpoints.poll()
                     preemption.check(step)
             checkpoints.finish()
+            tracker.checkpoint(run_dir / "checkpoints" / str(max(begin, steps)))
 
             if evaluation is None:  # a finished run, asked again
                 evaluation = evaluate(state.model, data.val)
