@@ -9,6 +9,7 @@ import shutil
 import signal
 import statistics
 import subprocess
+import textwrap
 
 import matplotlib.image
 import pytest
@@ -25,6 +26,7 @@ from llama_eqx.studies.runs import kept
 from llama_eqx.studies.statistics import interval
 from llama_eqx.studies.verdict import findings, in_words
 
+ROOT = pathlib.Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -166,6 +168,19 @@ def test_a_registration_that_contradicts_itself(change, said, experiment):
     with pytest.raises(ConfigError) as found:
         load_registration("known")
     assert said in str(found.value)
+
+
+def test_the_registration_in_the_guide(tmp_path, monkeypatch):
+    """It is one as it stands there, and the guide says how many runs it asks for."""
+    monkeypatch.chdir(tmp_path)
+    guide = (ROOT / "docs/experiments.md").read_text()
+    block = re.search(r"```yaml\n( +question: .*?)```", guide, re.S)
+    assert block is not None
+    (tmp_path / "experiments/low_rank").mkdir(parents=True)
+    (tmp_path / "experiments/low_rank/prereg.yaml").write_text(textwrap.dedent(block[1]))
+    found = load_registration("low_rank")
+    assert f"# {len(found.tune_arms) * len(found.rates) * len(found.tune_seeds)} runs" in guide
+    assert f"# {len(found.arms) * len(found.seeds)} runs" in guide
 
 
 def test_the_hash_is_of_what_is_said_and_not_of_how_it_is_written(experiment):
