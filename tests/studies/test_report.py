@@ -142,6 +142,19 @@ def test_tuning_finds_the_rate_of_each_arm(experiment):
     assert "no rate is chosen for it" in the("stage=tune").words
 
 
+def test_a_run_whose_arm_is_not_tuned_is_told_what_comes_first(tmp_path, monkeypatch):
+    (tmp_path / "experiments/norm").mkdir(parents=True)
+    (tmp_path / "experiments/norm/prereg.yaml").write_text((ROOT / "experiments/norm/prereg.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as found:
+        load_config("experiment=norm")
+    assert str(found.value).splitlines() == [
+        "error: rms has no learning rate at 1m yet",
+        "where: experiments/norm/tuned.yaml",
+        "next: python -m llama_eqx.train -m experiment=norm stage=tune, then python -m llama_eqx.report with the same",
+    ]
+
+
 def test_what_is_not_there(experiment):
     with pytest.raises(ConfigError, match="has no learning rate"):
         tuned("known", "1m", "base")
