@@ -65,6 +65,7 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
 
 
 def keep_compiled() -> None:
-    """Programs that took a second to compile are kept in the cache folder for the next start, unless JAX was told another one."""
+    """Compiled programs, but for the smallest, are kept in the cache folder for the next start, unless JAX was told another one."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
