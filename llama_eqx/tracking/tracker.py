@@ -71,6 +71,11 @@ class Tracker:
                 raise StorageError(f"the sample cannot be written: {error.strerror or error}", where=str(path)) from error
             self._wandb.sample(step)
 
+    def checkpoint(self, folder: pathlib.Path) -> None:
+        """The last checkpoint, which goes along to W&B if that is asked for."""
+        if self._active:
+            self._wandb.checkpoint(folder)
+
     def say(self, text: str) -> None:
         """A line for people only."""
         if self._active:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from llama_eqx.tracking.wandb import ABOUT, FOLDER
+from llama_eqx.tracking.wandb import ABOUT, FOLDER, UPLOAD
 
 POLL = 1.0  # seconds between looks at the record
 LAST = 60  # seconds after which the end is forced, for there may be nobody left to do so
@@ -45,7 +45,7 @@ def main(run_dir: pathlib.Path, mode: str) -> None:
         if step >= run.starting_step:  # W&B has the others from before
             run.log({name: float(value) for name, value in record.items()}, step=step)
 
-    step, lines, code = 0, growing(run_dir / "metrics.jsonl"), 1  # it did not end in order if nobody says so
+    last, step, lines, code = LAST, 0, growing(run_dir / "metrics.jsonl"), 1  # it did not end in order if nobody says so
     for messages in told():
         for line in next(lines):
             draw(json.loads(line))
@@ -53,7 +53,14 @@ def main(run_dir: pathlib.Path, mode: str) -> None:
             if "sample" in message:
                 text = html.escape((run_dir / "sample.txt").read_text(encoding="utf-8"))
                 run.log({"sample": wandb.Html(f"<pre style='white-space: pre-wrap'>{text}</pre>")}, step=max(step, message["sample"]))
+            if "checkpoint" in message:
+                folder = run_dir / message["checkpoint"]
+                artifact = wandb.Artifact(f"checkpoint-{about['id']}", type="model", metadata={"step": int(folder.name)})
+                artifact.add_dir(os.fspath(folder), policy="immutable")  # it stays where it is, and is not copied first
+                run.log_artifact(artifact, aliases=["latest", f"step-{folder.name}"])
+                last = int(UPLOAD)
             code = message.get("end", code)
+    signal.alarm(last)
     run.finish(exit_code=code)
 
 
@@ -66,7 +73,7 @@ def growing(path: pathlib.Path) -> Iterator[list[bytes]]:
             yield lines
 
 
-def told(stdin: int = 0) -> Iterator[list[dict[str, int]]]:
+def told(stdin: int = 0) -> Iterator[list[dict[str, Any]]]:
     """Each `POLL` seconds, what was said on standard input since, until that ends."""
     torn = b""
     while True:

@@ -184,6 +184,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                     preemption.check(step)
             checkpoints.finish()
             tracker.say(f"final state {fingerprint(state)}: the same command ends with the same")
+            tracker.checkpoint(run_dir / "checkpoints" / str(max(begin, steps)))
 
             if evaluation is None:  # a finished run, asked again
                 evaluation = evaluate(state.model, data.val)
