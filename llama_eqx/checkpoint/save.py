@@ -245,7 +245,7 @@ def uncompressed() -> ocp.Context:
     saving = context.array.saving
     saving.use_compression = False
     layered = saving.StorageOptions(shard_axes=(0,))
-    saving.scoped_storage_options_creator = lambda path, leaf: layered if _is_large_stack(path, leaf) else None
+    saving.scoped_storage_options_creator = lambda key, value: layered if _is_large_stack(key, value) else None
     return context
 
 
