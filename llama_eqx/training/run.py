@@ -11,7 +11,7 @@ from typing import Any, Literal
 from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, read_config, write_config
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.checkpoint.save import CheckpointConfig
-from llama_eqx.config import Config, differences, dump, known_to_both
+from llama_eqx.config import Config, differences, dump, known_to_both, nearest
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError, UserError
@@ -90,6 +90,13 @@ class RunConfig(Config):
     def check(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"{self.seed} is not a seed: at least 0", where="seed")
+        measured = ["val/loss", "val/bits_per_byte", *(f"val/{name}/loss" for name in self.eval_data)]
+        if self.checkpoint.keep_best and self.checkpoint.best_by not in measured:
+            raise ConfigError(
+                f"no evaluation gives a {self.checkpoint.best_by} that is best where it is lowest",
+                where="checkpoint.best_by",
+                next=nearest(self.checkpoint.best_by, measured),
+            )
         if self.train.seq_len > self.model.context:
             raise ConfigError(
                 f"train.seq_len={self.train.seq_len} is longer than the model's context of {self.model.context}",

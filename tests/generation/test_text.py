@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import sys
 
 import jax
@@ -105,6 +106,18 @@ def test_a_hugging_face_folder_is_continued_as_by_transformers(name, folders, mo
     assert printed(monkeypatch, capsys, *arguments) == text([*ids, *shorter]) + "\n"
 
 
+@pytest.mark.parametrize("format", ["meta", "native"])
+def test_other_formats_are_continued_alike(format, folders, tmp_path, monkeypatch, capsys):
+    save_pretrained(load_pretrained(folders / "llama3"), tmp_path / format, format=format)
+    if format == "meta":
+        shutil.copy(folders / "tokenizer.model", tmp_path)  # beside the folder, as in Meta's own downloads
+    else:
+        find_tokenizer(folders / "llama3").save(tmp_path / format / "tokenizer")
+    arguments = ["prompt=The fox", "max_new_tokens=12", "temperature=0"]
+    wanted = printed(monkeypatch, capsys, f"checkpoint={folders / 'llama3'}", *arguments)
+    assert printed(monkeypatch, capsys, f"checkpoint={tmp_path / format}", *arguments) == wanted
+
+
 def test_a_file_of_prompts(folders, tmp_path, monkeypatch, capsys):
     """Each sample is what the prompt alone gives, whatever the batch; a mesh changes nothing."""
     folder, file = folders / "llama3", tmp_path / "prompts.txt"
@@ -174,11 +187,15 @@ def test_bad_files_of_prompts(folders, tmp_path, monkeypatch, capsys, content, w
         (["prompts=FILE"], "prompt and prompts do not go together"),
         (["stop_strings=['']"], "an empty stop string"),
         (["min_p=2"], "2.0 is not in [0, 1]"),
-        (["batch=0"], "0 prompts at a time"),
+        (["batch=0"], "0 is less than 1"),
+        (["beams=0"], "0 is less than 1"),
         (["chat=true"], "prompt and chat do not go together"),
         (["system=Be brief."], "a system message is for chat=true"),
-        (["beams=4", "stop_strings=[a]"], "stop_strings with beams"),
-        (["beams=4", "draft=somewhere"], "beams are not drawn"),
+        (["beams=4", "stop_strings=[a]"], "beams and stop_strings do not go together"),
+        (["beams=4", "draft=somewhere"], "beams and draft do not go together"),
+        (["beams=4", "repetition_penalty=1.2", "top_k=5"], "beams and top_k, repetition_penalty do not go together"),
+        (["draft=somewhere", "top_logprobs=2"], "draft and top_logprobs do not go together"),
+        (["prompt="], "an empty prompt"),
         (["beams=2", "samples=3"], "3 samples of 2 beams"),
         (["mesh=cpu-8", "mesh.fsdp=1", "mesh.tensor=8"], "heads=4 does not divide"),
     ],
@@ -213,7 +230,7 @@ def test_a_chat_in_the_terminal(folders, monkeypatch, capsys):
         talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": "Really?"}]
 
 
-def test_eight_bits_a_draft_and_beams(folders, monkeypatch, capsys):
+def test_a_draft_and_beams(folders, monkeypatch, capsys):
     folder = folders / "llama3"
     arguments = [f"checkpoint={folder}", "prompt=The fox", "max_new_tokens=12", "temperature=0"]
     plain = printed(monkeypatch, capsys, *arguments)
@@ -221,6 +238,10 @@ def test_eight_bits_a_draft_and_beams(folders, monkeypatch, capsys):
     assert printed(monkeypatch, capsys, *arguments, "beams=1") == plain
     best, second = lines(printed(monkeypatch, capsys, *arguments, "beams=3", "samples=2"))
     assert best["score"] > second["score"]
+
+
+def test_eight_bits(folders, monkeypatch, capsys):
+    arguments = [f"checkpoint={folders / 'llama3'}", "prompt=The fox", "max_new_tokens=12", "temperature=0"]
     monkeypatch.setattr(sys, "argv", ["generate", *arguments, "quantize=int8"])
     with pytest.raises(SystemExit):
         run_verb("generate", generate.main)

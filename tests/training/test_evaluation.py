@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llama_eqx import load_config
+from llama_eqx.errors import ConfigError
 from llama_eqx.evaluation.perplexity import evaluate
 from llama_eqx.sharding import Layout
 from llama_eqx.tracking.jsonl import read_metrics
@@ -55,6 +56,13 @@ def test_sets_by_name(run):
     assert named[0] != named[1]
     assert named[1] == pytest.approx(found.loss, rel=1e-6)
     assert found.clusters == "documents"  # there are 16
+
+
+@pytest.mark.parametrize("wrong", ["val/preset/loss", "val/accuracy"])
+def test_a_best_by_that_nothing_gives(wrong):
+    with pytest.raises(ConfigError, match=wrong) as error:
+        load_config("checkpoint.keep_best=1", f"checkpoint.best_by={wrong}")
+    assert "val/loss" in error.value.next
 
 
 def test_sums_do_not_depend_on_the_batches():
