@@ -62,12 +62,10 @@ def drawn(number: int, seconds: float) -> list[str]:
         chance.choice(("save:1", "save:2", "finalise:1", "finalise:2")),
         chance.choice(("manifest:1", "manifest:2", "rename:1", "rename:2", "remove:1")),
         chance.choice(("compile:1", f"step:{chance.randint(1, 6)}", "evaluate:1", "evaluate:2")),
-        "restore:1",
         told,
     ]
     chance.shuffle(faults)
-    if faults[0] == "restore:1":  # there is nothing to restore yet
-        faults = [*faults[1:], faults[0]]
+    faults.insert(faults.index(told) + 1, "restore:1")  # there is something by then
     return [*faults, f"after:{chance.uniform(0, seconds):.4f}"]
 
 

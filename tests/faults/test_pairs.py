@@ -15,7 +15,7 @@ from llama_eqx.checkpoint.manifest import find_damage
 from llama_eqx.checkpoint.restore import steps
 
 pytestmark = pytest.mark.faults
-MESH = ["mesh=cpu-8", "mesh.devices=2", "mesh.hosts=2", "train.batch_size=8"]
+MESH = ["mesh=cpu-8", "mesh.devices=2", "mesh.hosts=2", "train.batch_size=8", "distributed.heartbeat=600"]  # a busy machine is not lost
 LONG = ["train.steps=2000", "train.eval_every=2000", "checkpoint.every=1000"]
 
 
