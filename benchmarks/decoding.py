@@ -1,13 +1,16 @@
 """Greedy decoding side by side: `python -m benchmarks.decoding [--models 27m 110m] [--batches 1 8] [--peers …] [--out FILE]`.
 
 Every side runs in a process of its own, in interleaved rounds, on random weights and prompts of the same shapes. The rate is that of the
-tokens after the first: what `new` tokens take longer than one. Prints a table and writes it, with everything measured, to `--out`.
+tokens after the first: what `new` tokens take longer than one. Prints a table and writes it, with everything measured, to `--out`, where
+further rounds are added to those that are there.
 """
 
 import argparse
+import json
 import os
 import pathlib
 import statistics
+import sys
 from typing import Any
 
 from benchmarks.record import idle, write
@@ -47,11 +50,19 @@ def main() -> None:
     arguments = parser.parse_args()
     load = idle(arguments.loaded)
 
-    sides, records = ["llama_eqx", *arguments.peers], []
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "models", "batches", "rounds", "loaded")}
+    before = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {"settings": settings, "records": []}
+    if before["settings"] != settings:
+        sys.exit(f"{arguments.out} was measured otherwise: {before['settings']}\nnext: another --out")
+    sides, records = ["llama_eqx", *arguments.peers], before["records"]
     for model in arguments.models:
         for batch in arguments.batches:
-            answers: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-            for number in range(arguments.rounds):
+            record = next((record for record in records if (record["model"], record["batch"]) == (model, batch)), None)
+            if record is None:
+                records.append(record := {"model": model, "batch": batch, "answers": {side: [] for side in sides}})
+            answers = record["answers"]
+            for _ in range(arguments.rounds):
+                number = len(answers["llama_eqx"])
                 for side in sides if number % 2 == 0 else reversed(sides):
                     module, options = SIDES[side]
                     task = Task(
@@ -71,9 +82,7 @@ def main() -> None:
                         print(
                             f"{model} batch {batch}  round {number + 1}  {side:22}{answer['tokens_per_second']:10,.1f} tokens/s", flush=True
                         )
-            records.append({"model": model, "batch": batch, "answers": answers})
     lines = table(records)
-    settings = {key: value for key, value in vars(arguments).items() if key != "out"}
     write(arguments.out, {"settings": settings, "records": records}, lines, load, arguments.device)
 
 

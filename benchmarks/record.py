@@ -27,11 +27,26 @@ PACKAGES = (
 
 
 def idle(loaded: bool = False) -> float:
-    """The load of the last minute. Exits on a busy machine unless it may be `loaded`."""
-    load = os.getloadavg()[0]
+    """How many cores are in use, over a second. Exits on a busy machine unless it may be `loaded`."""
+    load = in_use()
     if load > MAX_LOAD and not loaded:
         sys.exit(f"load {load:.2f} is above {MAX_LOAD}\nnext: wait until the machine is idle")
     return load
+
+
+def in_use() -> float:
+    """Cores, over a second; where the system does not say, the load of the last minute."""
+    stat = pathlib.Path("/proc/stat")
+    if not stat.is_file():
+        return os.getloadavg()[0]
+
+    def busy() -> float:
+        ticks = list(map(int, stat.read_text().split(maxsplit=9)[1:9]))
+        return (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK")  # without idle and waiting
+
+    before, begun = busy(), time.perf_counter()
+    time.sleep(1)
+    return (busy() - before) / (time.perf_counter() - begun)
 
 
 def circumstances(load: float, device: str = "cpu") -> dict[str, Any]:

@@ -51,8 +51,10 @@ def trace(
     Arrays are split over devices as the model and the tokens are. A model under policies is seen as `policy_view` shows it, but not under
     rematerialisation, whose activations do not leave a block.
 
-    Raises `ConfigError` for a name of which the model has nothing.
+    Raises `ConfigError` for a name of which the model has nothing, and for a model that is laid out for decoding.
     """
+    if isinstance(model.blocks, tuple):
+        raise ConfigError("this model is laid out for decoding and shows nothing", where="model", next="trace the one it was made from")
     for name in names:
         if name not in TRACES:
             raise ConfigError(f"nothing to trace is called {name}", where="names", next=nearest(name, TRACES))

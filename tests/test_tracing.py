@@ -9,6 +9,7 @@ import transformers
 
 from llama_eqx import build_model, load_config, save_pretrained, trace
 from llama_eqx.errors import ConfigError
+from llama_eqx.generation.layout import for_decoding
 from llama_eqx.precision import PrecisionConfig
 from llama_eqx.remat import RematConfig
 from llama_eqx.sharding import Layout
@@ -118,6 +119,8 @@ def test_names_that_are_not_there(model, tiny):
     with pytest.raises(ConfigError, match="called residul") as error:
         trace(model, TOKENS, ("residul",))
     assert "did you mean residual?" in error.value.next
+    with pytest.raises(ConfigError, match="laid out for decoding"):
+        trace(for_decoding(model), TOKENS, ("residual",))
     plain = build_model(tiny("model/feed_forward=plain"), key=jax.random.key(0))
     with pytest.raises(ConfigError, match="this model has nothing called gate"):
         trace(plain, TOKENS, ("residual", "gate"))

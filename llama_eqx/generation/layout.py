@@ -11,13 +11,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int, Integer
+from jaxtyping import Array, Float, Float32, Integer
 
-from llama_eqx.model.attention import Attention, GroupedQueryAttention, attend_rotated
+from llama_eqx.model.attention import GroupedQueryAttention, RotaryAttention
 from llama_eqx.model.cache import KVCache
 from llama_eqx.model.feed_forward import FeedForward, GatedFeedForward
 from llama_eqx.model.llama import Llama
-from llama_eqx.model.rotary import Rotation
 
 
 def for_decoding(model: Llama) -> Llama:
@@ -81,17 +80,21 @@ class Int8(eqx.Module):
 def product(x: Float[Array, "batch seq last"], weight: Any, dtype: DTypeLike | None = None) -> Array:
     """Sums over the last axis of both, "batch seq *out".
 
-    For one token the weight is the right factor, for several the left: on CPUs either order is up to twice as slow in the other case.
+    For one token the weight is the right factor, for several the left: on CPUs either order is up to twice as slow in the other case. It is
+    a matrix in either, since XLA copies one of more axes before it multiplies with it.
     """
     if isinstance(weight, Int8):
         y = product(x, weight.values.astype(x.dtype), dtype)
         return y * weight.scale.astype(y.dtype)
+    matrix = weight.reshape(-1, weight.shape[-1])
     if x.shape[0] * x.shape[1] == 1:
-        return jnp.tensordot(x, weight, (-1, -1), preferred_element_type=dtype)
-    return jnp.moveaxis(jnp.tensordot(weight, x, (-1, -1), preferred_element_type=dtype), (-2, -1), (0, 1))
+        y = jnp.tensordot(x, matrix, (-1, -1), preferred_element_type=dtype)
+    else:
+        y = jnp.moveaxis(jnp.tensordot(matrix, x, (-1, -1), preferred_element_type=dtype), 0, -1)
+    return y.reshape(*x.shape[:2], *weight.shape[:-1])
 
 
-class PackedAttention(Attention):
+class PackedAttention(RotaryAttention):
     """`GroupedQueryAttention` with one product for every key head's queries, key and value, in that order."""
 
     qkv_proj: Float[Array, "kv_heads packed head_dim embed"]
@@ -104,17 +107,12 @@ class PackedAttention(Attention):
         packed = jnp.concatenate([q, k[:, :, None], v[:, :, None]], axis=2)
         return PackedAttention(qkv_proj=packed.transpose(1, 2, 3, 0), o_proj=attention.o_proj.reshape(-1, q.shape[0]).T)
 
-    def __call__(
-        self,
-        x: Float[Array, "batch seq embed"],
-        rotation: Rotation,
-        segment_ids: Int[Array, "batch seq"] | None,
-        cache: KVCache | None,
-    ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
+    def qkv(self, x: Float[Array, "batch seq embed"]) -> tuple[Array, Array, Array]:
         qkv = product(x, self.qkv_proj)
-        q = qkv[..., :-2, :].reshape(*x.shape[:2], -1, qkv.shape[-1])
-        y, cache = attend_rotated(q, qkv[..., -2, :], qkv[..., -1, :], rotation, segment_ids, cache)
-        return product(y.reshape(*x.shape[:2], -1), self.o_proj), cache
+        return qkv[..., :-2, :].reshape(*x.shape[:2], -1, qkv.shape[-1]), qkv[..., -2, :], qkv[..., -1, :]
+
+    def out(self, y: Float[Array, "batch seq heads head_dim"]) -> Float[Array, "batch seq embed"]:
+        return product(y.reshape(*y.shape[:2], -1), self.o_proj)
 
     def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None) -> KVCache:
         kv_heads, _, head_dim, _ = self.qkv_proj.shape
@@ -124,18 +122,18 @@ class PackedAttention(Attention):
 class PackedFeedForward(FeedForward):
     """`GatedFeedForward` with one product for gate and up."""
 
-    gate_up_proj: Float[Array, "2 mlp embed"]
+    gate_up_proj: Float[Array, "mlp 2 embed"]  # so that devices which share out mlp have both of a row
     down_proj: Float[Array, "embed mlp"]
     activation: Callable[[Array], Array] = eqx.field(static=True)
 
     @staticmethod
     def of(feed_forward: GatedFeedForward) -> "PackedFeedForward":
-        gate_up = jnp.stack([feed_forward.gate_proj.T, feed_forward.up_proj.T])
+        gate_up = jnp.stack([feed_forward.gate_proj.T, feed_forward.up_proj.T], axis=1)
         return PackedFeedForward(gate_up_proj=gate_up, down_proj=feed_forward.down_proj.T, activation=feed_forward.activation)
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         gate_up = product(x, self.gate_up_proj)
-        return product(self.activation(gate_up[..., 0, :]) * gate_up[..., 1, :], self.down_proj)
+        return product(self.activation(gate_up[..., 0]) * gate_up[..., 1], self.down_proj)
 
 
 class Head(eqx.Module):

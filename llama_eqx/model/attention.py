@@ -35,7 +35,40 @@ class AttentionConfig(Config):
     def build(self, dims: Dims, init: InitConfig, *, key: PRNGKeyArray) -> Attention: ...
 
 
-class GroupedQueryAttention(Attention):
+class RotaryAttention(Attention):
+    """Softmax attention of rotated queries and keys, for weights in any layout."""
+
+    @abc.abstractmethod
+    def qkv(
+        self, x: Float[Array, "batch seq embed"]
+    ) -> tuple[
+        Float[Array, "batch seq heads head_dim"], Float[Array, "batch seq kv_heads head_dim"], Float[Array, "batch seq kv_heads head_dim"]
+    ]:
+        """Queries, keys and values of each token, not yet rotated."""
+
+    @abc.abstractmethod
+    def out(self, y: Float[Array, "batch seq heads head_dim"]) -> Float[Array, "batch seq embed"]: ...
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        rotation: Rotation,
+        segment_ids: Int[Array, "batch seq"] | None,
+        cache: KVCache | None,
+    ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
+        q, k, v = self.qkv(x)
+        q, k, v = tag(rotation(q), "q"), tag(rotation(k), "k"), tag(v, "v")
+        if cache is None:
+            y = attend(q, k, v, segment_ids=None if segment_ids is None else (segment_ids, segment_ids))
+            return tag(self.out(y), "attention_out"), None
+        segment_ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        start, cache = cache.length, cache.append(k, v, segment_ids)
+        k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
+        y = attend(q, k, v, start=start, segment_ids=(segment_ids, cache.segment_ids))
+        return tag(self.out(y), "attention_out"), cache
+
+
+class GroupedQueryAttention(RotaryAttention):
     """Heads in groups that share keys and values (Ainslie et al., 2023, arXiv 2305.13245).
 
     kv_heads = heads is multi-head attention, kv_heads = 1 is multi-query attention.
@@ -46,38 +79,16 @@ class GroupedQueryAttention(Attention):
     v_proj: Float[Array, "embed kv_heads head_dim"]
     o_proj: Float[Array, "heads head_dim embed"]
 
-    def __call__(
-        self,
-        x: Float[Array, "batch seq embed"],
-        rotation: Rotation,
-        segment_ids: Int[Array, "batch seq"] | None,
-        cache: KVCache | None,
-    ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
+    def qkv(self, x: Float[Array, "batch seq embed"]) -> tuple[Array, Array, Array]:
         q, k, v = (jnp.einsum("bsd,dnh->bsnh", x, weight) for weight in (self.q_proj, self.k_proj, self.v_proj))
-        y, cache = attend_rotated(q, k, v, rotation, segment_ids, cache)
-        return tag(jnp.einsum("bsnh,nhd->bsd", y, self.o_proj), "attention_out"), cache
+        return q, k, v
+
+    def out(self, y: Float[Array, "batch seq heads head_dim"]) -> Float[Array, "batch seq embed"]:
+        return jnp.einsum("bsnh,nhd->bsd", y, self.o_proj)
 
     def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None) -> KVCache:
         _, kv_heads, head_dim = self.k_proj.shape
         return KVCache.empty(batch, slots, kv_heads, head_dim, self.k_proj.dtype if dtype is None else dtype)
-
-
-def attend_rotated(
-    q: Float[Array, "batch seq heads head_dim"],
-    k: Float[Array, "batch seq kv_heads head_dim"],
-    v: Float[Array, "batch seq kv_heads head_dim"],
-    rotation: Rotation,
-    segment_ids: Int[Array, "batch seq"] | None,
-    cache: KVCache | None,
-) -> tuple[Float[Array, "batch seq heads head_dim"], KVCache | None]:
-    """Turns queries and keys, appends keys and values to the cache, if there is one, and reads all of it."""
-    q, k, v = tag(rotation(q), "q"), tag(rotation(k), "k"), tag(v, "v")
-    if cache is None:
-        return attend(q, k, v, segment_ids=None if segment_ids is None else (segment_ids, segment_ids)), None
-    segment_ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-    start, cache = cache.length, cache.append(k, v, segment_ids)
-    k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
-    return attend(q, k, v, start=start, segment_ids=(segment_ids, cache.segment_ids)), cache
 
 
 class GroupedQueryAttentionConfig(AttentionConfig):

@@ -13,7 +13,7 @@ from llama_eqx.errors import ConfigError
 class KVCache(eqx.Module):
     """Keys and values of the tokens seen so far, in slots 0 … length - 1 of a fixed number.
 
-    What lies in slots past `length` is never seen. Appending past the last slot would overwrite it silently: callers check the length.
+    What lies in slots past `length` is never seen. Appending past the last slot would overwrite it silently: see `require_room`.
     """
 
     keys: Float[Array, "batch cache kv_heads head_dim"]
@@ -27,14 +27,6 @@ class KVCache(eqx.Module):
         values: Float[Array, "batch seq kv_heads head_dim"],
         segment_ids: Int[Array, "batch seq"],
     ) -> "KVCache":
-        """Raises `ConfigError` when these tokens alone are more than the slots."""
-        if keys.shape[1] > self.keys.shape[1]:
-            raise ConfigError(
-                f"{keys.shape[1]} tokens do not go into a cache of {self.keys.shape[1]} slots",
-                where="cache",
-                next="model.init_cache(batch, slots) with as many slots as there will be tokens",
-            )
-
         def put(old: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), self.length, axis=1)
 
@@ -60,6 +52,21 @@ def slots_of(caches: Any) -> int:
 
 def tokens_in(caches: Any) -> Int[Array, ""]:
     return jax.tree.leaves(caches, is_leaf=lambda node: isinstance(node, KVCache))[0].length.reshape(-1)[0]
+
+
+def require_room(caches: Any, tokens: int) -> None:
+    """Raises `ConfigError` when so many tokens more do not go into the caches.
+
+    While `jax.jit` traces nobody knows how many there are already, and only those of this call are counted.
+    """
+    slots, filled = slots_of(caches), tokens_in(caches)
+    there = 0 if isinstance(filled, jax.core.Tracer) else int(filled)
+    if there + tokens > slots:
+        raise ConfigError(
+            f"{f'{there} and ' if there else ''}{tokens} tokens do not go into a cache of {slots} slots",
+            where="cache",
+            next="model.init_cache(batch, slots) with as many slots as there will be tokens",
+        )
 
 
 def with_slots(caches: Any, slots: int) -> Any:

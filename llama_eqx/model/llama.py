@@ -12,7 +12,7 @@ from llama_eqx.dims import Dims
 from llama_eqx.errors import ConfigError
 from llama_eqx.model.attention import AttentionConfig
 from llama_eqx.model.block import Block, BlockConfig
-from llama_eqx.model.cache import KVCache, tokens_in
+from llama_eqx.model.cache import KVCache, require_room, tokens_in
 from llama_eqx.model.dropout import dropout
 from llama_eqx.model.feed_forward import FeedForwardConfig
 from llama_eqx.model.init import InitConfig, named
@@ -60,7 +60,11 @@ class Llama(eqx.Module):
 
         The one forward: without a cache it trains, with one it prefills or decodes. Tokens attend within their segment only;
         segment 0 is padding. `positions` default to 0, 1, 2 … (with a cache, onwards from its length). No key, no dropout.
+
+        Raises `ConfigError` when the cache has too few slots, as far as can be told while it is traced.
         """
+        if cache is not None:
+            require_room(cache, tokens.shape[1])
         if positions is None:
             start = 0 if cache is None else tokens_in(cache)
             positions = start + jnp.arange(tokens.shape[1])[None]

@@ -42,7 +42,8 @@ class Wandb:
         """`settings` are shown with the run. The record must have been opened, and records of steps to be made again dropped."""
         self._config, self._run_dir, self._say = config, run_dir, say
         self._process: subprocess.Popen[bytes] | None = None
-        self._reason, self._folder, self._pending, self._last_sample = "", "", b"", 0
+        self._reason, self._folder, self._pending = "", "", b""
+        self._shown: dict[str, int] = {}
         if config.mode == "disabled":
             return
         try:
@@ -53,10 +54,10 @@ class Wandb:
             return self._say(f"warning: no W&B: {error.filename} cannot be written ({error.strerror})")
         self._start(config.mode)
 
-    def sample(self, step: int) -> None:
-        """There is a new sample in `sample.txt`."""
-        self._last_sample = step
-        self._tell({"sample": step})
+    def show(self, step: int, path: pathlib.Path) -> None:
+        """There is something new in a file of the run directory: text in a .txt or a picture in a .png, which is called as the file is."""
+        self._shown[file := os.fspath(path.relative_to(self._run_dir))] = step
+        self._tell({"show": {file: step}})
 
     def listen(self) -> None:
         """Tells what the process has to say, if anything. Never waits."""
@@ -83,8 +84,7 @@ class Wandb:
             return
         self._start("offline")
         if self._process is not None:
-            if self._last_sample:
-                self._tell({"sample": self._last_sample})
+            self._tell({"show": self._shown})
             self._ended(failed, PATIENCE["offline"])
         self._say(f"warning: W&B: {self._reason}; later: wandb sync {self._folder or self._run_dir / FOLDER / 'offline-run-*'}")
 
@@ -104,7 +104,7 @@ class Wandb:
             assert pipe is not None
             os.set_blocking(pipe.fileno(), False)
 
-    def _tell(self, message: dict[str, int]) -> None:
+    def _tell(self, message: dict[str, Any]) -> None:
         if self._process is not None and self._process.stdin is not None:
             with contextlib.suppress(OSError):  # it is gone, or stuck and its pipe full
                 os.write(self._process.stdin.fileno(), json.dumps(message).encode() + b"\n")

@@ -50,9 +50,8 @@ def main(run_dir: pathlib.Path, mode: str) -> None:
         for line in next(lines):
             draw(json.loads(line))
         for message in messages:
-            if "sample" in message:
-                text = html.escape((run_dir / "sample.txt").read_text(encoding="utf-8"))
-                run.log({"sample": wandb.Html(f"<pre style='white-space: pre-wrap'>{text}</pre>")}, step=max(step, message["sample"]))
+            for file, shown in message.get("show", {}).items():
+                run.log({pathlib.PurePath(file).stem: looked_at(run_dir / file)}, step=max(step, shown))
             code = message.get("end", code)
     run.finish(exit_code=code)
 
@@ -66,7 +65,16 @@ def growing(path: pathlib.Path) -> Iterator[list[bytes]]:
             yield lines
 
 
-def told(stdin: int = 0) -> Iterator[list[dict[str, int]]]:
+def looked_at(path: pathlib.Path) -> Any:
+    """A text or a picture as W&B shows it."""
+    import wandb
+
+    if path.suffix == ".png":
+        return wandb.Image(os.fspath(path))
+    return wandb.Html(f"<pre style='white-space: pre-wrap'>{html.escape(path.read_text(encoding='utf-8'))}</pre>")
+
+
+def told(stdin: int = 0) -> Iterator[list[dict[str, Any]]]:
     """Each `POLL` seconds, what was said on standard input since, until that ends."""
     torn = b""
     while True:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, read_config, write_config
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.checkpoint.save import CheckpointConfig
-from llama_eqx.config import Config, differences, dump, known_to_both
+from llama_eqx.config import Config, differences, dump, known_to_both, nearest
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError, UserError
@@ -38,7 +38,7 @@ class TrainConfig(Config):
     `microbatch_size` is how many of the sequences go through the model at a time, None for all; gradients are added up.
     `distinct_rows` is how many of the data's rows are drawn, again and again in new orders, None for all of them.
     `meters` are measures that cost something: `dead_updates` is the share of parameters that a step would leave as they are if they
-    were bfloat16.
+    were bfloat16. `traces` are what is drawn of the model at each evaluation, for a text that is held out.
     `unroll` layers make one turn of the loop over layers: more to compile, fewer copies while it runs.
     """
 
@@ -49,6 +49,7 @@ class TrainConfig(Config):
     unroll: int
     distinct_rows: int | None
     meters: tuple[Literal["dead_updates"], ...]
+    traces: tuple[Literal["residual", "attention_weights", "attention_entropy", "logit_lens"], ...]
     log_every: int
     eval_every: int
     sample_tokens: int
@@ -90,6 +91,13 @@ class RunConfig(Config):
     def check(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"{self.seed} is not a seed: at least 0", where="seed")
+        measured = ["val/loss", "val/bits_per_byte", *(f"val/{name}/loss" for name in self.eval_data)]
+        if self.checkpoint.keep_best and self.checkpoint.best_by not in measured:
+            raise ConfigError(
+                f"no evaluation gives a {self.checkpoint.best_by} that is best where it is lowest",
+                where="checkpoint.best_by",
+                next=nearest(self.checkpoint.best_by, measured),
+            )
         if self.train.seq_len > self.model.context:
             raise ConfigError(
                 f"train.seq_len={self.train.seq_len} is longer than the model's context of {self.model.context}",
@@ -121,6 +129,7 @@ FREE = (
     "train.log_every",
     "train.eval_every",
     "train.sample_tokens",
+    "train.traces",
 )
 
 

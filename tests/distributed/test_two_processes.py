@@ -1,5 +1,6 @@
 """Two real processes with four devices each give the losses of one device, through the whole of `train`."""
 
+import json
 import os
 import pathlib
 import socket
@@ -9,11 +10,12 @@ import sys
 import jax
 import numpy as np
 import pytest
-from two_processes import PARALLEL, STEPS, overrides
+from two_processes import PARALLEL, STEPS, evaluation, overrides
 
 from llama_eqx import load_config
 from llama_eqx.data.dataset import open_data
 from llama_eqx.data.pipeline import Parts
+from llama_eqx.evaluation.perplexity import evaluate
 from llama_eqx.sharding import MeshConfig
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.training.loop import train
@@ -67,6 +69,15 @@ def test_two_processes_give_the_losses_of_one_device(name, folder, alone):
     found = losses(folder / name)
     assert len(found) == (STEPS // 2 if name == "fsdp" else STEPS)
     np.testing.assert_allclose(found, alone[: len(found)], rtol=1e-5)
+
+
+def test_two_processes_evaluate_as_one_does(folder):
+    said = [(folder / f"evaluated.{process}.json").read_text() for process in range(2)]
+    assert said[0] == said[1]
+    both = json.loads(said[0])["all"]
+    (alone,) = evaluate(load_config(*evaluation(folder), name="evaluate")).results.values()
+    assert (both["tokens"], both["windows"]) == (alone.tokens, alone.windows)
+    np.testing.assert_allclose([both["loss"], *both["loss_interval_95"]], [alone.loss, alone.low, alone.high], rtol=1e-5)
 
 
 def test_one_process_goes_on_where_two_ended(folder, alone):

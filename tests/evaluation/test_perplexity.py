@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from llama_eqx import evaluate as verb
-from llama_eqx import load_config
+from llama_eqx import load_config, load_pretrained, save_pretrained
 from llama_eqx.compose import run_verb
 from llama_eqx.errors import NonFiniteError
 from llama_eqx.evaluation.perplexity import evaluate, half_width
@@ -81,6 +82,14 @@ def test_every_number_is_that_of_a_plain_loop(hf_model, corpus, rows, stride, la
     assert [tokens for _, _, tokens in result.documents] == np.bincount(documents).tolist()
     assert [loss for _, loss, _ in result.documents] == pytest.approx([losses[documents == number].mean() for number in range(5)], rel=1e-5)
     assert [name for name, _, _ in result.documents] == [f"texts.jsonl:{line}" for line in range(1, 6)]
+
+
+@pytest.mark.parametrize("format", ["meta", "native"])
+def test_other_formats_give_the_same_numbers(format, hf_model, corpus, tmp_path):
+    save_pretrained(load_pretrained(hf_model), tmp_path / "model", format=format)
+    shutil.copy(hf_model / "tokenizer.json", tmp_path / "model")
+    wanted, found = (evaluated(folder, corpus, f"length={LENGTH}").results for folder in (hf_model, tmp_path / "model"))
+    assert found == wanted
 
 
 def test_an_interval_over_windows_where_documents_are_few(hf_model, corpus):
@@ -170,7 +179,7 @@ def small(tiny, tmp_path_factory):
     """A model of 64 ids, alone in its folder."""
     import jax
 
-    from llama_eqx import build_model, save_pretrained
+    from llama_eqx import build_model
 
     folder = tmp_path_factory.mktemp("small") / "model"
     save_pretrained(build_model(tiny(), key=jax.random.key(0)), folder, format="native")
@@ -178,8 +187,6 @@ def small(tiny, tmp_path_factory):
 
 
 def test_a_loss_that_is_no_number_names_the_document(hf_model, corpus, tmp_path):
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(hf_model, tmp_path / "broken")

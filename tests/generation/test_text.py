@@ -4,9 +4,11 @@ import base64
 import io
 import json
 import re
+import shutil
 import sys
 
 import jax
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -103,6 +105,18 @@ def test_a_hugging_face_folder_is_continued_as_by_transformers(name, folders, mo
     shorter = continued(folder, ids)
     assert len(shorter) < 12
     assert printed(monkeypatch, capsys, *arguments) == text([*ids, *shorter]) + "\n"
+
+
+@pytest.mark.parametrize("format", ["meta", "native"])
+def test_other_formats_are_continued_alike(format, folders, tmp_path, monkeypatch, capsys):
+    save_pretrained(load_pretrained(folders / "llama3"), tmp_path / format, format=format)
+    if format == "meta":
+        shutil.copy(folders / "tokenizer.model", tmp_path)  # beside the folder, as in Meta's own downloads
+    else:
+        find_tokenizer(folders / "llama3").save(tmp_path / format / "tokenizer")
+    arguments = ["prompt=The fox", "max_new_tokens=12", "temperature=0"]
+    wanted = printed(monkeypatch, capsys, f"checkpoint={folders / 'llama3'}", *arguments)
+    assert printed(monkeypatch, capsys, f"checkpoint={tmp_path / format}", *arguments) == wanted
 
 
 def test_a_file_of_prompts(folders, tmp_path, monkeypatch, capsys):
@@ -213,7 +227,16 @@ def test_a_chat_in_the_terminal(folders, monkeypatch, capsys):
         talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": "Really?"}]
 
 
-def test_eight_bits_a_draft_and_beams(folders, monkeypatch, capsys):
+def rounded(folder):
+    """The model in transformers, with the weights of its products as torch's own quantiser rounds them to 8 bits, output by output."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for weight in (module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        scales, zeros = weight.data.abs().amax(dim=1) / 127, torch.zeros(len(weight), dtype=torch.long)
+        weight.data = torch.quantize_per_channel(weight.data, scales, zeros, axis=0, dtype=torch.qint8).dequantize()
+    return model
+
+
+def test_a_draft_and_beams(folders, monkeypatch, capsys):
     folder = folders / "llama3"
     arguments = [f"checkpoint={folder}", "prompt=The fox", "max_new_tokens=12", "temperature=0"]
     plain = printed(monkeypatch, capsys, *arguments)
@@ -221,12 +244,22 @@ def test_eight_bits_a_draft_and_beams(folders, monkeypatch, capsys):
     assert printed(monkeypatch, capsys, *arguments, "beams=1") == plain
     best, second = lines(printed(monkeypatch, capsys, *arguments, "beams=3", "samples=2"))
     assert best["score"] > second["score"]
-    monkeypatch.setattr(sys, "argv", ["generate", *arguments, "quantize=int8"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_channel:UserWarning")
+def test_eight_bits(folders, tmp_path, monkeypatch, capsys):
+    """The perplexities that are printed are those of the model in transformers, as it is and rounded by another quantiser."""
+    folder, text = folders / "llama3", tmp_path / "text.txt"
+    text.write_text(TEXT[:300])
+    monkeypatch.setattr(sys, "argv", ["generate", f"checkpoint={folder}", "prompt=The fox", "quantize=int8", f"quantize_text={text}"])
     with pytest.raises(SystemExit):
         run_verb("generate", generate.main)
     said = capsys.readouterr()
     assert said.out.startswith("The fox")
-    before, after = map(float, re.search(r"perplexity of the first \d+ tokens of \S+ ([\d.]+) -> ([\d.]+)", said.err).groups())
-    assert before != after
-    # Logits of random weights are off by a fortieth of their spread, and a text of few different bytes does not average that out.
-    assert abs(after / before - 1) < 0.03
+    found = re.search(r"perplexity of the first \d+ tokens of \S+ ([\d.]+) -> ([\d.]+)", said.err).groups()
+    ids = torch.tensor([[280, *transformers.PreTrainedTokenizerFast.from_pretrained(folder).encode(TEXT[:300])]])
+    models = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), rounded(folder)
+    with torch.no_grad():
+        before, after = (model(ids, labels=ids).loss.exp().item() for model in models)
+    assert abs(after / before - 1) > 1e-3
+    np.testing.assert_allclose(list(map(float, found)), [before, after], rtol=1e-5)
