@@ -32,6 +32,14 @@ from llama_eqx.interop.weights import abstract
 from llama_eqx.model.llama import Llama
 from llama_eqx.sharding import Layout, MeshConfig, Rules
 
+# What has no part in a way of going on: beams are not drawn, and the tokens of a draft are judged several at a time.
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+UNFIT = {
+    "chat": ("beams", "draft", "samples", "output", "top_logprobs"),
+    "beams": ("draft", "top_k", "min_p", *PENALTIES, "stop_strings", "top_logprobs"),
+    "draft": ("samples", *PENALTIES, "stop_strings", "top_logprobs"),
+}
+
 
 class GenerateConfig(Config):
     """One prompt, or those of a file, or a conversation; and `generate_tokens`' settings, with text for tokens.
@@ -77,7 +85,9 @@ class GenerateConfig(Config):
     def check(self) -> None:
         if self.checkpoint is None:
             raise ConfigError("checkpoint is not given", where="checkpoint", next="checkpoint=RUN_DIR")
-        given = [name for name, value in {"prompt": self.prompt, "prompts": self.prompts, "chat": self.chat or None}.items() if value]
+        if self.prompt == "":
+            raise ConfigError("an empty prompt: there is nothing to continue", where="prompt", next="prompt='Once upon a time'")
+        given = [name for name in ("prompt", "prompts", "chat") if getattr(self, name)]
         if not given:
             raise ConfigError("prompt is not given", where="prompt", next="prompt='Once upon a time', or prompts=FILE, or chat=true")
         if len(given) > 1:
@@ -86,13 +96,14 @@ class GenerateConfig(Config):
             raise ConfigError("a system message is for chat=true", where="system", next="in a file of prompts it is one of the messages")
         if self.early_stopping not in (True, False, "never"):
             raise ConfigError(f"{self.early_stopping!r} is no rule for an end", where="early_stopping", next="false, true or never")
-        if self.draft and self.beams:
-            raise ConfigError("beams are not drawn, and a draft model is for draws", where="draft/beams", next="one of them")
-        if (self.draft or self.beams) and (self.chat or self.stop_strings):
-            what = "chat" if self.chat else "stop_strings"
-            raise ConfigError(f"{what} with {'a draft model' if self.draft else 'beams'}: its tokens do not come one by one", where=what)
-        if self.batch < 1:
-            raise ConfigError(f"{self.batch} prompts at a time", where="batch", next="batch=1 or more")
+        for way, unfit in UNFIT.items():
+            given = [name for name in unfit if getattr(self, name) not in (None, 0, 1, ())]
+            if getattr(self, way) and given:
+                what = f"{way} and {', '.join(given)} do not go together"
+                raise ConfigError(what, where=given[0], next=f"leave out {' and '.join(given)}, or {way}")
+        for name, least in {"batch": 1, "samples": 1, "beams": 1}.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ConfigError(f"{value} is less than {least}", where=name)
         self.sampling()  # for its errors
 
     def sampling(self) -> Sampling:
