@@ -9,7 +9,8 @@ import time
 from importlib import metadata
 from typing import Any
 
-MAX_LOAD = 0.6  # a neighbour's threads make a ratio a lie, above all PyTorch's, which spin
+MAX_BUSY = 0.25  # of one core: a neighbour's threads make a ratio a lie, above all PyTorch's, which spin
+SECONDS = 3
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -27,31 +28,27 @@ PACKAGES = (
 
 
 def idle(loaded: bool = False) -> float:
-    """How many cores are in use, over a second. Exits on a busy machine unless it may be `loaded`."""
-    load = in_use()
-    if load > MAX_LOAD and not loaded:
-        sys.exit(f"load {load:.2f} is above {MAX_LOAD}\nnext: wait until the machine is idle")
-    return load
+    """How many cores others keep busy now: the load average still tells of what ended a minute ago.
+
+    Exits on a busy machine unless it may be `loaded`.
+    """
+    busy = _seconds_busy()
+    time.sleep(SECONDS)
+    busy = round((_seconds_busy() - busy) / SECONDS, 2)
+    if busy > MAX_BUSY and not loaded:
+        sys.exit(f"others use {busy} of a core, and more than {MAX_BUSY} is too much\nnext: wait until the machine is idle")
+    return busy
 
 
-def in_use() -> float:
-    """Cores, over a second; where the system does not say, the load of the last minute."""
-    stat = pathlib.Path("/proc/stat")
-    if not stat.is_file():
-        return os.getloadavg()[0]
-
-    def busy() -> float:
-        ticks = list(map(int, stat.read_text().split(maxsplit=9)[1:9]))
-        return (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK")  # without idle and waiting
-
-    before, begun = busy(), time.perf_counter()
-    time.sleep(1)
-    return (busy() - before) / (time.perf_counter() - begun)
+def _seconds_busy() -> float:
+    """What all cores have worked since the machine was started; Linux tells."""
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def circumstances(load: float, device: str = "cpu") -> dict[str, Any]:
-    """Date, machine, the load before, and the versions of what was measured."""
-    machine = {"processor": processor(), "cores": os.cpu_count(), "device": device, "load_before": load}
+    """Date, machine, the cores others kept busy just before, and the versions of what was measured."""
+    machine = {"processor": processor(), "cores": os.cpu_count(), "device": device, "busy_before": load}
     return {"date": time.strftime("%Y-%m-%d"), "machine": machine, "python": platform.python_version(), "versions": versions()}
 
 
@@ -80,7 +77,7 @@ def write(out: pathlib.Path | None, found: dict[str, Any], table: str, load: flo
         return
     facts = circumstances(load, device)
     machine = facts["machine"]
-    said = f"{facts['date']}, {machine['cores']} cores of {machine['processor']}, load before {load:.2f}, "
+    said = f"{facts['date']}, {machine['cores']} cores of {machine['processor']}, {load:.2f} of a core busy before, "
     said += ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts | found, indent=1) + "\n")

@@ -48,20 +48,21 @@ class Task:
         return [rng.integers(0, self.dims["vocab"], (self.batch, self.seq + 1)) for _ in range(8)]
 
     def measure(self, step: Callable[[int], float], **said: Any) -> None:
-        """Times `step(i)`, which does a step on rows i % 8 and returns its loss once that is known, and prints the answer."""
-        begun = time.perf_counter()
-        losses = [step(i) for i in range(self.warmup)]
-        warmup = time.perf_counter() - begun
-        seconds = []
-        for i in range(self.steps):
+        """Times `step(i)`, which does a step on rows i % 8 and returns its loss once that is known, and prints the answer.
+
+        What the first step takes longer than the others is compilation.
+        """
+        losses, seconds = [], []
+        for i in range(self.warmup + self.steps):
             begun = time.perf_counter()
-            losses.append(step(self.warmup + i))
+            losses.append(step(i))
             seconds.append(time.perf_counter() - begun)
+        first, seconds = seconds[0], seconds[self.warmup :]
         answer = {
             "tokens_per_second": self.batch * self.seq / statistics.median(seconds),
             "step_seconds": statistics.median(seconds),
             "step_seconds_range": [min(seconds), max(seconds)],
-            "warmup_seconds": warmup,
+            "compile_seconds": first - statistics.median(seconds),
             "first_loss": losses[0],
             "last_loss": losses[-1],
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,

@@ -99,12 +99,16 @@ def table(answers: dict[str, list[dict[str, Any]]], flops: Any, peak: float | No
     """Medians over the rounds; the ratio is ours over theirs."""
     speeds = {side: [answer["tokens_per_second"] for answer in found] for side, found in answers.items() if found}
     ours = statistics.median(speeds.get("llama_eqx", [float("nan")]))
-    lines = ["| side | tokens/s | spread | ours / this | TFLOP/s (causal) | MFU |", "|---|---|---|---|---|---|"]
+    lines = ["| side | tokens/s | spread | ours / this | TFLOP/s (causal) | MFU | compile s | peak RSS MiB |", "|---|" + "---|" * 7]
     for side, rates in speeds.items():
         rate = statistics.median(rates)
         used = f"{rate * flops.causal / peak:.1%}" if peak else ""
         spread = max(rates) / min(rates) - 1
-        lines.append(f"| {side} | {rate:,.0f} | {spread:.1%} | {ours / rate:.3f} | {rate * flops.causal / 1e12:.3f} | {used} |")
+        compiling, memory = (statistics.median(answer[key] for answer in answers[side]) for key in ("compile_seconds", "peak_rss_mib"))
+        numbers = (
+            f"{rate:,.0f} | {spread:.1%} | {ours / rate:.3f} | {rate * flops.causal / 1e12:.3f} | {used} | {compiling:.1f} | {memory:,.0f}"
+        )
+        lines.append(f"| {side} | {numbers} |")
     return "\n".join(lines)
 
 

@@ -127,9 +127,14 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
 
     An error ends as one block and the exit code of `llama_eqx.errors`; its traceback goes to `log.txt` in the run directory, unless the
     verb only reads there: `log` False.
-    Flags (-m for a sweep, --cfg job, --help) are Hydra's own.
+    Flags (-m for a sweep, --cfg job) are Hydra's own, but for --help, which takes Hydra seconds.
     """
+    # What says float32 is to be that: left to itself, JAX multiplies with TF32 on a GPU and with bfloat16 on a TPU.
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     arguments = sys.argv[1:]
+    if {"-h", "--help"} & {*arguments}:
+        print(help_text(name))
+        sys.exit()
     if not any(argument.startswith("-") for argument in arguments):
         run = _together if log else lambda job, config, overrides: job(config, overrides)
         _leave(_guarded(lambda: run(job, load_config(*map(quoted, arguments), name=name), arguments)))
@@ -144,6 +149,17 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
     sys.argv[1:] = planned(name, arguments)
     main = hydra.main(version_base="1.3", config_path=str(home(name)), config_name=name)(hydra_job)
     _leave(_guarded(main))
+
+
+def help_text(name: str) -> str:
+    """What `hydra.help.template` of a verb says, with the groups of `conf/` and their options."""
+    folder = home(name)
+    said = yaml.safe_load((folder / f"{name}.yaml").read_text())["hydra"]["help"]["template"]
+    options: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*/**/*.yaml")):
+        if not path.stem.startswith("_") and path.stem != path.parent.name:  # parts of options, and verbs with a folder of their own
+            options.setdefault(str(path.parent.relative_to(folder)), []).append(path.stem)
+    return said.replace("$APP_CONFIG_GROUPS", "\n".join(f"{group}: {', '.join(found)}" for group, found in options.items()))
 
 
 def quoted(override: str) -> str:

@@ -96,12 +96,27 @@ def dump(value: Any) -> Any:
     return [dump(child) for child in value] if isinstance(value, tuple) else value
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """A line for every key whose value differs between two trees, "train.seq_len: 256 -> 512"."""
+class Difference(typing.NamedTuple):
+    """As text "train.seq_len: 256 -> 512"."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old} -> {self.new}"
+
+    def within(self, keys: Iterable[str]) -> bool:
+        """Whether it is of one of the keys, or of one below them."""
+        return any(self.key == key or self.key.startswith(f"{key}.") for key in keys)
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[Difference]:
+    """Every key whose value differs between two trees."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = dict.fromkeys([*old, *new])
         return [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}".strip("."))]
-    return [] if old == new else [f"{path}: {old} -> {new}"]
+    return [] if old == new else [Difference(path, old, new)]
 
 
 def known_to_both(tree: Any, other: Any) -> Any:

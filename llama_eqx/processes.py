@@ -449,7 +449,7 @@ def _refusal(text: str) -> ConfigError:
 
 def _disagreements(config: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     own = ("run_dir", "distributed")
-    return differences({**config, **dict.fromkeys(own)}, {**theirs, **dict.fromkeys(own)})
+    return [str(each) for each in differences({**config, **dict.fromkeys(own)}, {**theirs, **dict.fromkeys(own)})]
 
 
 def _listed(numbers: list[int]) -> str:

@@ -21,7 +21,7 @@ Policy = Callable[..., Any]
 class Remat(Config):
     @abc.abstractmethod
     def block(self, block: Callable, *, alone: bool = False) -> Callable:
-        """`block` under the policy. `alone` says that it is not in a loop of its own, where XLA would find what is computed twice."""
+        """`block` under the policy. `alone`: it is not inside a loop, and XLA would merge the recomputation with the original."""
 
 
 class RematConfig(Remat):

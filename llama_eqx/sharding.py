@@ -195,6 +195,11 @@ class Layout:
         return wrapped
 
 
+def mesh_axes(part: Any) -> tuple[str, ...]:
+    """The mesh axes in one part of a PartitionSpec."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
+
+
 def axis_names(tree: Any) -> list[Axes]:
     """The axis names of every leaf of a tree of modules in the order of `jax.tree.leaves`.
 

@@ -38,7 +38,7 @@ def tag(x: Array, name: str) -> Array:
 
 
 def scan_layers(fold: Callable, carry: Any, layers: Any, unroll: int) -> Any:
-    """What is carried through `jax.lax.scan` over layers. The only way out of its loop for what is tagged within."""
+    """Runs `jax.lax.scan` over the layers and returns the final carry. An active probe also collects, per layer, what was tagged."""
     probe = _PROBE.get()
     if probe is None:
         return jax.lax.scan(fold, carry, layers, unroll=unroll)[0]

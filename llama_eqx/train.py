@@ -19,7 +19,7 @@ def main(config: Any, overrides: list[str]) -> None:
         keep_compiled()
     run_dir = shlex.quote(config.run_dir)
     same = [override for override in overrides if not override.startswith(("run_dir=", "train.steps="))]
-    command = f"python -m llama_eqx.train {shlex.join([*same, ''])[:-2]}run_dir={run_dir}"
+    command = shlex.join(["python", "-m", "llama_eqx.train", *same, f"run_dir={config.run_dir}"])
     try:
         with Preemption(config.checkpoint.grace, next=f"{command} train.steps={config.train.steps}") as preemption:
             result = train(config, preemption)

@@ -24,7 +24,7 @@ class Attention(eqx.Module):
         segment_ids: Int[Array, "batch seq"] | None,
         cache: KVCache | None,
     ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
-        """What each token reads from the tokens before it, and the cache with this call's tokens appended."""
+        """Each token's attention output over itself and earlier tokens, and the cache with this call's tokens appended."""
 
     @abc.abstractmethod
     def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None) -> KVCache: ...

@@ -46,7 +46,7 @@ class FanInInitConfig(InitConfig):
 
 
 class FixedInitConfig(InitConfig):
-    """The same standard deviation for every matrix, as GPT-2 (Radford et al., 2019)."""
+    """The same standard deviation for every matrix, as GPT-2's 0.02 (Radford et al., 2019), without its scaling of residual projections."""
 
     value: float
 

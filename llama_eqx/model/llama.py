@@ -113,9 +113,9 @@ class Llama(eqx.Module):
 
 
 class SpecialTokens(Config):
-    """The ids that begin and end a text, pad a batch, and the family of tokenizer that they are of; all empty: the tokenizer says.
+    """BOS, EOS and padding ids and the tokenizer family; left empty, the tokenizer fills them in.
 
-    The math does not know them. They go with a model to other formats.
+    The forward pass never reads them; they are exported with the model.
     """
 
     tokenizer: Literal["sentencepiece", "tiktoken"] | None

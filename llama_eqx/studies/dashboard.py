@@ -74,11 +74,12 @@ def build_report(question: str, registration: Registration, entity: str, project
         one = wr.Runset(entity=entity, project=project, name=question, filters=f"Metric('Group') == '{question}'", groupby=["JobType"])
         chosen = {"runsets": [one]}
     family = [f"{name}: {_said(contrast)}" for name, contrast in registration.contrasts.items()]
+    rule = f"{registration.metric} at the end, margin {registration.margin}: {registration.rule}"
     blocks = [
         wr.H1(question),
         wr.P(registration.question),
         wr.H2("Registered before the runs"),
-        wr.UnorderedList([f"{registration.metric} at the end, equivalent within {registration.margin}", *family, registration.stopping]),
+        wr.UnorderedList([rule, *family, registration.stopping]),
         wr.P(f"registration {registration.hash()}"),
         *(block for name, metrics in PANELS.items() for block in (wr.H2(name), wr.PanelGrid(panels=_panels(metrics), **chosen))),
         wr.H2("Verdict"),

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -14,10 +14,27 @@ CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 Contrast = dict[str, float]
 
 
+class Rule(Config):
+    """How `verdict` judges a contrast, said here so that the hash covers it: another rule is another registration.
+
+    `equivalence` is tested first, by two one-sided tests within the margin: below alpha it is "no effect". Else it is a `difference`, by
+    the two-sided paired t test, when that is below alpha and so is its `confirmation`, the sign-flip permutation test. `adjustment` is
+    made to the p of the first two, over the contrasts; controls and the confirmation are not adjusted.
+    """
+
+    equivalence: Literal["tost"]
+    difference: Literal["paired_t"]
+    confirmation: Literal["sign_flip"]
+    adjustment: Literal["holm"]
+
+    def __str__(self) -> str:
+        return f"{self.equivalence} within the margin, else {self.difference} and {self.confirmation}; {self.adjustment} over the contrasts"
+
+
 class Registration(Config):
     """`prereg.yaml`. A contrast is a sum of arms, each with a weight, and the weights sum to 0: {rounded: 1, exact: -1}.
 
-    `metric` is compared at the end of the schedule. `contrasts` are the family that Holm's adjustment is made for; of the controls,
+    `metric` is compared at the end of the schedule. `contrasts` are the family that the adjustment is made for; of the controls,
     the negative ones are expected to be equivalent within `margin`, the positive ones to show a loss. `same_data` lists the arms that
     must have seen the same batches, group by group. `doses` is a picture: by its name, arms of a contrast over a quantity.
     `tune_arms` are tuned over `rates` and `tune_seeds`; another arm takes the rate of the first of them.
@@ -27,6 +44,7 @@ class Registration(Config):
     metric: str
     margin: float
     alpha: float
+    rule: Rule
     arms: tuple[str, ...]
     same_data: tuple[tuple[str, ...], ...]
     tune_arms: tuple[str, ...]
@@ -77,7 +95,8 @@ def load_registration(question: str) -> Registration:
     """Raises `ConfigError` when there is none or it contradicts itself."""
     path = folder(question) / "prereg.yaml"
     try:
-        return Registration(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        known = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Registration(**{**known, "rule": Rule(**known.get("rule", {}))})
     except OSError:
         raise ConfigError(
             "this question is not registered yet", where=str(path), next="write that file, and commit it, before any run"

@@ -99,7 +99,8 @@ def final(config: ReportConfig, question: str) -> Report:
         page.figure("positions", plots.buckets(by_position), "loss by position")
     _sensitivity(page, config, question)
     page.heading("How it was run")
-    page.table(["registered", ""], [["hash", registration.hash()], ["margin", registration.margin], ["alpha", registration.alpha]])
+    said = {"hash": registration.hash(), "margin": registration.margin, "alpha": registration.alpha, "rule": registration.rule}
+    page.table(["registered", ""], list(said.items()))
     page.text(f"Stopping: {registration.stopping} Exclusion: {registration.exclusion}")
     page.verbatim("\n".join(sorted({str(origin.get("commit")) for run in runs for origin in run.provenance})))
     files = page.write(_output(config, folder(question)), f"report_{config.rung}")

@@ -107,7 +107,7 @@ def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[R
             yield run, f"not matched: {left:+.2%} of the reference's {run.settings['study']['match']}"
         like = first.setdefault((run.arm, run.peak if run.settings["study"]["stage"] == "tune" else 0.0), run)
         old, new = known_to_both(like.settings, run.settings), known_to_both(run.settings, like.settings)
-        if wrong := [line for line in differences(old, new) if not line.startswith(OF_A_RUN)]:
+        if wrong := [str(each) for each in differences(old, new) if not each.within(OF_A_RUN)]:
             yield run, f"other settings than {like.path.name}: {'; '.join(wrong)}"
         by_seed.setdefault(run.seed, {})[run.arm] = run
     for arms in by_seed.values():
@@ -133,4 +133,4 @@ def _unpaired(a: Run, b: Run) -> Iterator[str]:
 
 def config_differences(a: Run, b: Run) -> list[str]:
     """A line for every setting that differs, but for where a run lies."""
-    return [line for line in differences(a.settings, b.settings) if not line.startswith(("run_dir", "tracking", "study.path"))]
+    return [str(each) for each in differences(a.settings, b.settings) if not each.within(("run_dir", "tracking", "study.path"))]

@@ -51,7 +51,7 @@ class Tracker:
         self._wandb = Wandb(config.wandb, self._run_dir, {**settings, **origin}, self._console.say)
         if start and before and (changed := differences({name: before.get(name) for name in origin}, origin)):
             self.say(
-                f"warning: not as it was up to step {start}: {', '.join(changed)}; "
+                f"warning: not as it was up to step {start}: {', '.join(map(str, changed))}; "
                 "losses agree to rounding with those of an uninterrupted run, and no longer bit by bit"
             )
 

@@ -1,13 +1,11 @@
 """Cross-entropy of a residual through the head, in chunks of tokens, so that batch × seq × vocab logits never exist."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from llama_eqx.sharding import Layout
+from llama_eqx.sharding import Layout, mesh_axes
 
 Sums = tuple[Float32[Array, ""], Float32[Array, ""]]
 
@@ -30,8 +28,9 @@ def head_losses(
     """
     batch, seq, _ = layout.spec(("batch", "seq", ""), x.shape)
     embed, vocab = layout.spec(("embed", "vocab"), table.shape)
-    token_axes, vocab_axes = _axes(batch) + _axes(seq), _axes(vocab)
-    scattered = tuple(axis for axis in _axes(embed) if axis in token_axes)  # the table's gradient is split as the table is
+    token_axes = mesh_axes(batch) + mesh_axes(seq)
+    vocab_axes = tuple(axis for axis in mesh_axes(vocab) if axis not in token_axes)  # devices with other tokens need all of it
+    scattered = tuple(axis for axis in mesh_axes(embed) if axis in token_axes)  # the table's gradient is split as the table is
     summed = tuple(axis for axis in token_axes if axis not in scattered)
 
     def local(x: Array, table: Array, targets: Array, weights: Array) -> tuple[Sums, Array, Array]:
@@ -46,7 +45,7 @@ def head_losses(
             d_logits = (weights[:, None] * d_logits).astype(x.dtype)
             d_x = jnp.einsum("tv,dv->td", d_logits, table, preferred_element_type=jnp.float32).astype(x.dtype)
             d_table += jnp.einsum("td,tv->dv", x, d_logits, preferred_element_type=jnp.float32)
-            return (sums + losses @ weights, d_table), d_x
+            return (sums + (losses * weights).sum(-1), d_table), d_x
 
         chunks = _chunked(x, targets.size, chunk), _chunked(targets, targets.size, chunk), _chunked(weights, targets.size, chunk)
         begin = jnp.zeros(2, jnp.float32), jnp.zeros(table.shape, jnp.float32)
@@ -62,8 +61,8 @@ def head_losses(
     mapped = jax.shard_map(
         local,
         mesh=layout.mesh,
-        in_specs=(x_spec, PartitionSpec(None, vocab), ids_spec, ids_spec),
-        out_specs=((whole, whole), x_spec, PartitionSpec(scattered or None, vocab)),
+        in_specs=(x_spec, PartitionSpec(None, vocab_axes or None), ids_spec, ids_spec),
+        out_specs=((whole, whole), x_spec, PartitionSpec(scattered or None, vocab_axes or None)),
         check_vma=False,
     )
 
@@ -95,7 +94,7 @@ def head_scores(
     """Of each target its cross-entropy in nats, and whether it is the most probable token (the first of several). Chunks as above."""
     batch, seq, _ = layout.spec(("batch", "seq", ""), x.shape)
     _, vocab = layout.spec(("embed", "vocab"), table.shape)
-    vocab_axes = _axes(vocab)
+    vocab_axes = tuple(axis for axis in mesh_axes(vocab) if axis not in mesh_axes(batch) + mesh_axes(seq))
 
     def local(x: Array, table: Array, targets: Array) -> tuple[Array, Array]:
         first = jax.lax.axis_index(vocab_axes) * table.shape[1] if vocab_axes else 0
@@ -114,7 +113,7 @@ def head_scores(
         return losses, right
 
     ids_spec = PartitionSpec(batch, seq)
-    specs = PartitionSpec(batch, seq, None), PartitionSpec(None, vocab), ids_spec
+    specs = PartitionSpec(batch, seq, None), PartitionSpec(None, vocab_axes or None), ids_spec
     return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=(ids_spec, ids_spec), check_vma=False)(x, table, targets)
 
 
@@ -138,8 +137,3 @@ def _chunked(a: Array, tokens: int, chunk: int | None) -> Array:
     rest = a.shape[2:]
     a = jnp.pad(a.reshape(tokens, *rest), ((0, count * size - tokens), *((0, 0),) * len(rest)))
     return a.reshape(count, size, *rest)
-
-
-def _axes(part: Any) -> tuple[str, ...]:
-    """The mesh axes in one part of a PartitionSpec."""
-    return (part,) if isinstance(part, str) else tuple(part or ())

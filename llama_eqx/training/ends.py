@@ -7,7 +7,7 @@ from jax.experimental import multihost_utils
 
 from llama_eqx.checkpoint.native import CHECKPOINTS
 from llama_eqx.checkpoint.restore import steps
-from llama_eqx.config import dump
+from llama_eqx.config import Difference, differences, dump
 from llama_eqx.data.tokenizer import HuggingFaceTokenizerConfig
 from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.interop.conversion import ConvertConfig, convert, require_expressible
@@ -15,7 +15,7 @@ from llama_eqx.interop.files import CARRIED, carried, refuse_code
 from llama_eqx.interop.pretrained import load_pretrained, open_pretrained
 from llama_eqx.interop.weights import Weights, abstract
 from llama_eqx.model.llama import LlamaConfig
-from llama_eqx.training.run import RunConfig, differences
+from llama_eqx.training.run import RunConfig
 from llama_eqx.training.state import TrainState, first_state
 
 # What may differ between a model and the weights that it starts from: none of it changes what the weights compute.
@@ -94,17 +94,12 @@ def _beside_tokenizer(config: RunConfig) -> dict[str, pathlib.Path]:
     }
 
 
-def model_differences(there: LlamaConfig, here: LlamaConfig) -> list[tuple[str, ...]]:
-    """Name, value there and value here of everything that bears on what the same weights compute."""
-    found = []
-    for line in differences(dump(there), dump(here)):
-        name, _, values = line.partition(": ")
-        if not name.startswith(FREE):
-            found.append((name, *values.split(" -> ")))
-    return found
+def model_differences(there: LlamaConfig, here: LlamaConfig) -> list[Difference]:
+    """Everything that bears on what the same weights compute; `old` is what it is there."""
+    return [difference for difference in differences(dump(there), dump(here)) if not difference.within(FREE)]
 
 
-def _advice(found: list[tuple[str, ...]]) -> str:
+def _advice(found: list[Difference]) -> str:
     """What to type so that the model becomes that of the weights."""
     if any("_target_" in name for name, _, _ in found):
         return "choose the model= and the options of its slots that the weights are of"

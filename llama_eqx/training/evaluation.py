@@ -1,5 +1,6 @@
 """How well a model predicts held-out text: target by target on the devices, summed in float64 on the host."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
 from llama_eqx.batch import Batch
+from llama_eqx.errors import DataError
 from llama_eqx.model.llama import Llama
 from llama_eqx.sharding import Layout
 from llama_eqx.training.cross_entropy import head_scores
@@ -55,7 +57,7 @@ def _within_segments(batch: Batch) -> Int[Array, "batch seq"]:
 
 
 class Sums:
-    """Sums by number: of nats, of weights, and of the weights of what was predicted right. In float64, so that they do not depend on how
+    """Sums by number: of nats, of weights, and of the weights of what was predicted right. In float64, so that they hardly depend on how
     the targets come in batches.
     """
 
@@ -65,9 +67,9 @@ class Sums:
     def add(self, numbers: Int[np.ndarray, "batch seq"], scores: Scores) -> None:
         counted = scores.weights > 0
         numbers, weights = numbers[counted], scores.weights[counted].astype(np.float64)
-        np.add.at(self.nats, numbers, weights * scores.nats[counted])
-        np.add.at(self.weights, numbers, weights)
-        np.add.at(self.correct, numbers, weights * scores.correct[counted])
+        self.nats += np.bincount(numbers, weights * scores.nats[counted], len(self.nats))
+        self.weights += np.bincount(numbers, weights, len(self.weights))
+        self.correct += np.bincount(numbers, weights * scores.correct[counted], len(self.correct))
 
     @property
     def losses(self) -> Float64[np.ndarray, " count"]:
@@ -75,6 +77,9 @@ class Sums:
         return np.divide(self.nats, self.weights, out=np.full(len(self.nats), np.nan), where=self.weights > 0)
 
     def loss(self) -> float:
+        """Raises `DataError` when no target counts."""
+        if not self.weights.any():
+            raise DataError("none of the held-out targets counts", where="data", next="other data, or longer rows: train.seq_len")
         return math.fsum(self.nats) / math.fsum(self.weights)
 
     def accuracy(self) -> float:
@@ -93,7 +98,7 @@ def by_position(sums: Sums) -> dict[int, float]:
 
 class Evaluation(NamedTuple):
     """`loss` in nats per token; `bits_per_byte` compares models whatever their tokenizers; `accuracy` is the fraction of targets that are
-    the most probable token; `tokens` that were counted. `by_position` has the loss of those predicted from position p, 2p - 1 and between.
+    the most probable token; `tokens` that were counted. `by_position[p]` is the loss of those predicted from positions p to 2p - 1.
     """
 
     loss: float
@@ -113,10 +118,11 @@ def make_evaluate(score: Score) -> Callable[[Llama, Iterable[Batch], float], Eva
 
     def evaluate(model: Llama, batches: Iterable[Batch], bytes_per_token: float) -> Evaluation:
         """The mean over every target that the masks count, each with the tokens before it in its row as context."""
-        sums = Sums(BUCKETS)
-        for batch in batches:
-            scores = jax.device_get(scored(model, batch))
-            sums.add(bucket(scores.positions), scores)
+        sums, pending = Sums(BUCKETS), None
+        for batch in itertools.chain(batches, [None]):  # the devices compute a batch while the host adds up the one before
+            pending, scores = None if batch is None else scored(model, batch), jax.device_get(pending)
+            if scores is not None:
+                sums.add(bucket(scores.positions), scores)
         loss = sums.loss()
         return Evaluation(loss, loss / math.log(2) / bytes_per_token, sums.accuracy(), round(math.fsum(sums.weights)), by_position(sums))
 

@@ -3,9 +3,8 @@
 import contextlib
 import math
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import equinox as eqx
 import jax
 
 from llama_eqx.checkpoint.save import Checkpoints
@@ -28,6 +27,7 @@ from llama_eqx.training.evaluation import Evaluation, make_evaluate
 from llama_eqx.training.guard import require_finite
 from llama_eqx.training.preemption import Preemption
 from llama_eqx.training.profile import Profile
+from llama_eqx.training.program import jitted_step
 from llama_eqx.training.replay import explained_by_a_bundle, write_bundle
 from llama_eqx.training.reporter import Reporter, is_logged
 from llama_eqx.training.run import RunConfig, check_shared, claim, origin, warnings
@@ -77,8 +77,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     once(lambda: tokenizer.save(run_dir / "tokenizer"))
     source = origin(run_dir, tokenizer.fingerprint, data.fingerprint)
 
-    options: Any = {"donate": "all-except-first", "compiler_options": config.mesh.compiler_options}
-    step_fn = eqx.filter_jit(program.step, **options)
+    step_fn = jitted_step(program, config)
     evaluate_on, draw = make_evaluate(program.score), make_draw(setup)
     flops = flops_per_token(program.shapes.model, length)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.shapes.model))

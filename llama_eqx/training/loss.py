@@ -25,7 +25,7 @@ class LossSums(NamedTuple):
     weight: Float32[Array, ""]
 
 
-# Of a model, a batch and a key for dropout, if any: the sum to be minimised, per unit of weight, and the sums to be reported.
+# Of a model, a batch and a key for dropout, if any: the sum over the targets to be minimised, and the sums to be reported.
 Loss = Callable[[Llama, Batch, PRNGKeyArray | None], tuple[Float32[Array, ""], LossSums]]
 
 
@@ -67,7 +67,8 @@ def policy_view(
 
     def view(model: Llama) -> Llama:
         model = layout.gathered(precision.apply(model))  # cast first: half the bytes to gather
-        alone = unroll >= model.config.dims.layers
+        layers = model.config.dims.layers
+        alone = layers < 2 * unroll or layers % unroll > 0  # some layers are outside of any loop, where XLA would undo remat
 
         def wrap(block: Callable) -> Callable:
             block = layout.constrain_residual(precision.block(block))

@@ -10,20 +10,25 @@ import optax
 from jaxtyping import Array, Float32, Int
 
 from llama_eqx.config import Config
+from llama_eqx.errors import ConfigError
 from llama_eqx.sharding import axis_names
 
 
 class OptimizerConfig(Config):
-    """Gradients are clipped to a global norm of `clip_norm` before the variant sees them.
+    """Gradients are clipped to a global norm of `clip_norm` before the variant sees them, or are not where it is None.
 
     Matrices decay by `weight_decay` of themselves times the learning rate (decoupled: Loshchilov and Hutter, 2017, arXiv 1711.05101).
     """
 
-    clip_norm: float
+    clip_norm: float | None
     weight_decay: float
 
     def check(self) -> None:
-        self.within(0, math.inf, "clip_norm", "weight_decay", "eps", "iterations", "min_scale", "clip")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ConfigError(
+                f"{self.clip_norm} leaves nothing of a gradient", where="clip_norm", next="optimizer.clip_norm=null clips nothing"
+            )
+        self.within(0, math.inf, "weight_decay", "eps", "iterations", "min_scale", "clip")
         self.within(0, 1, "b1", "b2", "momentum")
 
     @abc.abstractmethod
@@ -32,7 +37,8 @@ class OptimizerConfig(Config):
     def build(self) -> optax.GradientTransformation:
         """A transformation whose updates are to be multiplied by minus the learning rate."""
         decay = optax.add_decayed_weights(self.weight_decay, mask=matrices)
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), optax.chain(self.direction(), decay))
+        clip = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
+        return optax.chain(clip, optax.chain(self.direction(), decay))
 
 
 class AdamWConfig(OptimizerConfig):
@@ -136,7 +142,7 @@ def matrix(axes: tuple[str, ...]) -> Matrix:
             groups[-1] += (i,)
         elif axis != "layers":
             groups.append((i,))
-    return Matrix(*groups[-2:]) if len(groups) > 1 else Matrix(groups[0], ())
+    return Matrix(*groups[-2:]) if len(groups) > 1 else Matrix(groups[0] if groups else (), ())
 
 
 def matrices(model: Any) -> Any:

@@ -1,7 +1,7 @@
 """What a run computes on its devices: the loop executes it, and it can be compiled ahead of time for devices that are not here."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -64,7 +64,14 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
     return Program(initial, step, loss, score, shapes, layout.shardings(shapes), remarks)
 
 
+def jitted_step(program: Program, config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step as a run executes it, with the compiler options of its mesh; it takes over the memory of the state."""
+    options: Any = {"compiler_options": config.mesh.compiler_options}
+    return eqx.filter_jit(program.step, donate="all-except-first", **options)
+
+
 def keep_compiled() -> None:
-    """Programs that took a second to compile are kept in the cache folder for the next start, unless JAX was told another one."""
+    """Compiled programs, but for the smallest, are kept in the cache folder for the next start, unless JAX was told another one."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)

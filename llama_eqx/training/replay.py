@@ -26,6 +26,7 @@ from llama_eqx.processes import once
 from llama_eqx.sharding import parameter_names
 from llama_eqx.training.ends import open_start
 from llama_eqx.training.loss import Loss
+from llama_eqx.training.program import jitted_step
 from llama_eqx.training.run import RunConfig
 from llama_eqx.training.setup import Setup, fresh_state, set_up
 from llama_eqx.training.state import TrainState, abstract
@@ -93,7 +94,7 @@ def replay(config: ReplayConfig) -> str:
     run_dir = path.absolute().parents[1]
     setup = set_up(_config(run_dir))
     state = _state(setup, run_dir, checkpoint)
-    step_fn = eqx.filter_jit(setup.program.step, donate="all-except-first")
+    step_fn = jitted_step(setup.program, setup.config)
     begin = checkpoint or 0
     for number in range(begin + 1, step):
         state, _ = step_fn((_batch(setup, number), setup.key), state)

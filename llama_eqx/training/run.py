@@ -125,6 +125,7 @@ FREE = (
     "eval_data",
     "train.unroll",
     "train.microbatch_size",
+    "train.meters",
     "loss.chunk",
     "train.log_every",
     "train.eval_every",
@@ -187,7 +188,9 @@ def claim(config: RunConfig, fingerprint: str) -> list[str]:
     run_dir = pathlib.Path(config.run_dir)
     new = {**dump(config), "data_fingerprint": fingerprint}
     found = differences(read_config(run_dir), new) if (run_dir / CONFIG).exists() else []
-    if changed := [line for line in found if not line.startswith(FREE)]:
+    # Which activations are dropped depends on the microbatch.
+    free = [key for key in FREE if key != "train.microbatch_size" or not config.model.dropout]
+    if changed := [str(difference) for difference in found if not difference.within(free)]:
         raise CheckpointError(
             "this run directory holds another run:\n" + "\n".join(changed),
             where=str(run_dir / CONFIG),
@@ -200,7 +203,7 @@ def claim(config: RunConfig, fingerprint: str) -> list[str]:
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", where=config.run_dir, next="another place: run_dir=FOLDER") from error
     stretched = "the learning rate now takes the course of a run of that length"
-    return [f"{line}; {stretched}" for line in found if line.startswith("train.steps")]
+    return [f"{difference}; {stretched}" for difference in found if difference.key == "train.steps"]
 
 
 def finished(config: RunConfig) -> bool:
@@ -218,8 +221,7 @@ def is_over(config: RunConfig, settings: dict[str, Any], metrics: list[dict[str,
     evaluated = any(record["step"] == config.train.steps and "val/loss" in record for record in metrics)
     # What a config leaves open, such as the size of a tokenizer, has been filled in.
     old, new = known_to_both(settings, dump(config)), known_to_both(dump(config), settings)
-    changed = [line for line in differences(old, new) if not line.endswith(("-> None", "-> []"))]
-    return evaluated and all(line.startswith(FREE) for line in changed)
+    return evaluated and all(each.within(FREE) for each in differences(old, new) if each.new not in (None, []))
 
 
 def check_shared(run_dir: pathlib.Path) -> None:

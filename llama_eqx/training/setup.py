@@ -58,4 +58,6 @@ def fresh_state(setup: Setup, weights: Weights | None) -> TrainState:
     initial, shardings = setup.program.initial, setup.program.shardings
     if weights is not None:
         return start(weights, setup.config, shardings)
-    return jax.jit(initial, out_shardings=shardings)(named(jax.random.key(setup.config.seed), "init"))
+    # The CPU's compiler takes seconds to optimise, to the same bits, what is computed once.
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    return jax.jit(initial, out_shardings=shardings, compiler_options=options)(named(jax.random.key(setup.config.seed), "init"))

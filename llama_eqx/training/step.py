@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32, PRNGKeyArray, PyTree
 from llama_eqx.batch import Batch
 from llama_eqx.errors import ConfigError
 from llama_eqx.model.llama import Llama
-from llama_eqx.sharding import Layout, axis_names
+from llama_eqx.sharding import Layout, axis_names, mesh_axes
 from llama_eqx.training.guard import GuardConfig
 from llama_eqx.training.loss import Loss, LossSums
 from llama_eqx.training.state import TrainState
@@ -70,8 +70,9 @@ def make_step(
     def step(inputs: tuple[Batch, PRNGKeyArray], state: TrainState) -> tuple[TrainState, Metrics]:
         batch, key = inputs
         sums, gradient = summed(state.model, batch, jax.random.fold_in(key, state.step))
-        mean = sums.cross_entropy / sums.weight
-        gradient = jax.tree.map(lambda leaf: leaf / sums.weight.astype(leaf.dtype), gradient)
+        weight = jnp.where(sums.weight > 0, sums.weight, 1)  # a batch in which no target counts teaches nothing
+        mean = sums.cross_entropy / weight
+        gradient = jax.tree.map(lambda leaf: (leaf / weight).astype(leaf.dtype), gradient)
         gradient = layout.place(gradient)  # unconstrained, a gradient can lose an axis of its parameter's sharding
         norm = optax.tree.norm(gradient)
         lr = rate(state.step)
@@ -84,7 +85,9 @@ def make_step(
         if guard is not None and history is not None:
             spike, history = guard.judged(mean, history)
             good, spikes = good & ~spike, {"optim/spike": spike.astype(jnp.float32)}
-        kept: Any = jax.tree.map(lambda new, old: jnp.where(good, new, old), (model, opt_state), (state.model, state.opt_state))
+        # Optax may promote what it keeps; a state has the dtypes that it began with.
+        keep = lambda new, old: jnp.where(good, new.astype(old.dtype), old)  # noqa: E731
+        kept: Any = jax.tree.map(keep, (model, opt_state), (state.model, state.opt_state))
 
         new = layout.place(TrainState(state.step + 1, kept[0], kept[1], history))
         metrics = {"train/loss": mean, "optim/lr": lr, "optim/grad_norm": norm, "optim/update_norm": update_norm}
@@ -113,7 +116,7 @@ def microbatches(size: int, microbatch_size: int, layout: Layout) -> tuple[int, 
     Raises `ConfigError` when they do not divide.
     """
     part = layout.spec(("batch",), (size,))[0]
-    ways = math.prod(layout.mesh.shape[axis] for axis in ((part,) if isinstance(part, str) else part or ()))
+    ways = math.prod(layout.mesh.shape[axis] for axis in mesh_axes(part))
     if microbatch_size % ways or size % microbatch_size:
         raise ConfigError(
             f"{size} rows over {ways} devices do not come in microbatches of {microbatch_size}",

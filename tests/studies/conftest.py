@@ -14,6 +14,7 @@ REGISTRATION = {
     "metric": "val/loss",
     "margin": 0.01,
     "alpha": 0.05,
+    "rule": {"equivalence": "tost", "difference": "paired_t", "confirmation": "sign_flip", "adjustment": "holm"},
     "arms": ["base", "worse", "same", "noisy", "less"],
     "same_data": [],
     "tune_arms": ["base", "worse"],

@@ -43,7 +43,7 @@ def test_the_view_has_the_runs_of_the_question_by_arm():
 def test_the_report_says_what_was_registered():
     registration = load_registration(QUESTION)
     text = json.dumps(spec(build_report(QUESTION, registration, "me", "llama_eqx", runs=False)))
-    for said in (registration.hash(), str(registration.margin), *registration.contrasts):
+    for said in (registration.hash(), str(registration.margin), str(registration.rule), *registration.contrasts):
         assert said in text
 
 

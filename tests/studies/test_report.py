@@ -154,6 +154,8 @@ def test_what_is_not_there(experiment):
         ({"contrasts": {"a": {"worse": 1, "bass": -1}}}, "did you mean base?"),
         ({"rates": [0.002, 0.001, 0.004]}, "rising"),
         ({"margin": "small"}, "wanted float"),
+        ({"rule": {"equivalence": "tost", "difference": "paired_t", "confirmation": "sign_flip", "adjustment": "none"}}, "one of: holm"),
+        ({"rule": {"equivalence": "tost"}}, "missing"),
         ({"seed": 1}, "seed"),
     ],
 )
@@ -173,6 +175,14 @@ def test_the_hash_is_of_what_is_said_and_not_of_how_it_is_written(experiment):
     assert load_registration("known").hash() == before
     (folder / "prereg.yaml").write_text(text.replace("margin: 0.01", "margin: 0.02"))
     assert load_registration("known").hash() != before
+
+
+def test_the_hash_covers_the_rule(experiment):
+    """Code that judges in another way names it otherwise, and then the runs are no longer those of this registration."""
+    registration = load_registration("known")
+    before = registration.hash()
+    object.__setattr__(registration.rule, "adjustment", "none")  # a word that no code knows yet
+    assert registration.hash() != before
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")

@@ -11,15 +11,15 @@ from llama_eqx import build_model, load_config
 from llama_eqx.batch import Batch
 from llama_eqx.errors import ConfigError
 from llama_eqx.sharding import MESH_AXES, Layout, Rules
-from llama_eqx.training.cross_entropy import head_losses
+from llama_eqx.training.cross_entropy import head_losses, head_scores
 from llama_eqx.training.loss import LossConfig, policy_view
 
 RULES = Rules(axes={"batch": ("data", "fsdp"), "embed": ("fsdp",), "seq": ("sequence",), "vocab": ("tensor",), "heads": ("tensor",)})
 
 
-def layout(*shape):
+def layout(*shape, rules=RULES):
     devices = jax.devices()[: int(np.prod(shape))]
-    return Layout(jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices), RULES)
+    return Layout(jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices), rules)
 
 
 def arrays(batch=4, seq=16, embed=8, vocab=40):
@@ -71,6 +71,16 @@ def test_loss_and_gradients_are_those_of_pytorch(chunk, z_loss, shape):
     found = ours(x, table, targets, weights, chunk, z_loss, layout(*shape))
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_a_vocabulary_split_as_the_batch_is():
+    """A device with tokens of its own needs the whole head for them."""
+    (x, table), targets, weights = arrays()
+    where = layout(1, 4, 1, 1, rules=Rules(axes={"batch": ("data", "fsdp"), "vocab": ("fsdp",)}))
+    for a, b in zip(ours(x, table, targets, weights, 5, 1e-2, where), pytorch(x, table, targets, weights, 1e-2), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    losses, _ = jax.jit(lambda x, table: head_scores(x, table, targets, chunk=5, layout=where))(x, table)
+    assert (losses * weights).sum() == pytest.approx(pytorch(x, table, targets, weights, 0)[1], rel=1e-5)
 
 
 def test_in_bfloat16_sums_are_float32():

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from llama_eqx import build_model, load_config
+from llama_eqx.errors import ConfigError
 from llama_eqx.sharding import MESH_AXES, Layout, axis_names, parameter_names
 from llama_eqx.training.optimizer import Matrix, matrix
 from llama_eqx.training.state import init_state
@@ -113,11 +114,25 @@ def test_state_lives_where_its_parameter_does(option, tiny):
         (("layers", "heads", "head_dim", "embed"), Matrix((1, 2), (3,))),
         (("vocab", "embed"), Matrix((0,), (1,))),
         (("layers", "embed"), Matrix((1,), ())),
+        (("layers",), Matrix((), ())),  # a scalar in every layer
         (("layers", "experts", "embed", "mlp"), Matrix((2,), (3,))),
     ],
 )
 def test_a_matrix_is_read_from_names(axes, wanted):
     assert matrix(axes) == wanted
+
+
+@pytest.mark.parametrize("clip_norm", ["0", "-1"])
+def test_no_gradient_is_clipped_to_nothing(clip_norm):
+    with pytest.raises(ConfigError, match="leaves nothing of a gradient"):
+        load_config(f"optimizer.clip_norm={clip_norm}")
+
+
+def test_gradients_need_not_be_clipped(model):
+    direction = [load_config("optimizer=lion", f"optimizer.clip_norm={norm}").optimizer.build() for norm in ("null", "1e9")]
+    gradient = jax.tree.map(lambda leaf: 1e3 * leaf, model)
+    free, clipped = (each.update(gradient, each.init(model), model)[0] for each in direction)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), free, clipped))
 
 
 def as_pytorch(model):

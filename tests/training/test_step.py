@@ -10,10 +10,13 @@ from jax.sharding import AxisType
 from llama_eqx import build_model, load_config
 from llama_eqx.batch import Batch
 from llama_eqx.errors import ConfigError
+from llama_eqx.precision import cast
 from llama_eqx.sharding import MESH_AXES, Layout
 from llama_eqx.training.loss import policy_view
 from llama_eqx.training.state import TrainState
 from llama_eqx.training.step import make_step, split
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def layout(option, *shape):
@@ -55,6 +58,30 @@ def test_microbatches_add_up_to_the_batch(option, shape, microbatch_size, tiny):
         np.testing.assert_allclose(metrics[name], wanted_metrics[name], rtol=1e-5)
     for a, b in zip(gradient, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("option", ["adamw", "lion"])
+def test_a_state_keeps_its_dtypes_and_the_step_is_compiled_once(option, tiny):
+    """Also in bfloat16, whose gradients are float32 where microbatches add up. A batch in which nothing counts changes nothing."""
+    compiled, where = [], layout("fsdp", 1, 4, 1, 1)
+    config = load_config("precision.params=bfloat16", "precision.compute=bfloat16", f"optimizer={option}", "optimizer.weight_decay=0")
+    optimizer, view = config.optimizer.build(), policy_view(config.precision, config.remat, where)
+    step = make_step(optimizer, lambda step: jnp.float32(0.1), config.loss.build(view, where), where, 8)
+    model = cast(build_model(tiny(), key=jax.random.key(0)), "bfloat16")
+    state = TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+    empty = eqx.tree_at(lambda b: b.loss_mask, batch(), jnp.zeros((16, 12)))
+    state, rows, empty = jax.device_put((state, batch(), empty), (where.shardings(state), *2 * (where.shardings(batch()),)))
+    before, run, key = state, eqx.filter_jit(step), jax.device_put(jax.random.key(0), where.sharding((), ()))
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, fun_name="", **__: compiled.append((event, fun_name)))
+    unchanged, metrics = run((empty, key), state)
+    assert metrics["train/loss"] == metrics["optim/withheld"] == metrics["optim/grad_norm"] == 0
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(unchanged.model), jax.tree.leaves(state.model), strict=True))
+    for _ in range(2):
+        state, metrics = run((rows, key), state)
+        for new, old in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
+            assert (new.dtype, new.sharding.is_equivalent_to(old.sharding, new.ndim)) == (old.dtype, True)
+    assert metrics["optim/withheld"] == 0
+    assert compiled.count((COMPILED, "jit(step)")) == 1
 
 
 def test_every_row_is_in_one_microbatch_and_on_its_own_device():
