@@ -282,6 +282,11 @@ def resolve(config: DictConfig) -> Any:
     try:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, ConfigError):  # said by one of the resolvers above
+                raise cause from None
+            cause = cause.__context__
         raise ConfigError(str(error).splitlines()[0], where=str(getattr(error, "full_key", "") or "")) from None
     assert isinstance(tree, dict)
     tree.pop("hydra", None)

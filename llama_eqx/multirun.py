@@ -60,6 +60,11 @@ def run_jobs(
 
     Raises `MultirunError` in the end when not every job has succeeded.
     """
+    here = None
+    if cluster == "local":
+        # An executor of submitit's hides GPUs that were not asked for. Threads that wait for each other's cores are slower than few.
+        share = str(max(1, (os.cpu_count() or 1) // at_once)) if at_once > 1 else None
+        here = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"), "NPROC": os.environ.get("NPROC", share)}
     executor = submitit.AutoExecutor(folder, cluster=cluster)
     executor.update_parameters(**parameters)
     waiting, running, ended = list(jobs), dict[Any, tuple[Job, float]](), dict[int, int | str]()
@@ -71,9 +76,7 @@ def run_jobs(
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
                 job.console.parent.mkdir(parents=True, exist_ok=True)
-                # An executor of submitit's hides GPUs that were not asked for.
-                visible = os.environ.get("CUDA_VISIBLE_DEVICES") if cluster == "local" else None
-                running[executor.submit(run_command, job.command, str(job.console), visible, cluster == "local")] = job, time.monotonic()
+                running[executor.submit(run_command, job.command, str(job.console), here)] = job, time.monotonic()
                 say(f"job {job.number} begins: {job.label}")
             time.sleep(EVERY)
             for handle in [handle for handle in running if handle.done()]:
@@ -101,15 +104,14 @@ def run_jobs(
     )
 
 
-def run_command(command: list[str], console: str, visible: str | None, here: bool) -> int:
+def run_command(command: list[str], console: str, here: Mapping[str, str | None] | None) -> int:
     """What runs under submitit. The result is the exit code of `command`, minus the number of the signal that ended it.
 
-    `visible` are the GPUs that a job `here` may see; on a cluster its scheduler has chosen them.
+    `here` are variables of the environment of a job on this machine, None those that it has not: the GPUs that it may see and the threads
+    that XLA may use. On a cluster, where it is None, the scheduler has chosen them.
     """
-    environment = dict(os.environ)
-    if here:
-        environment.pop("CUDA_VISIBLE_DEVICES", None)
-        environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    environment = {**os.environ, **(here or {})}
+    environment = {name: value for name, value in environment.items() if value is not None}
     rank = int(os.environ.get("SLURM_PROCID", 0))  # of several processes of one job, each has a file
     with open(f"{console}.{rank}" if rank else console, "ab") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())

@@ -25,7 +25,7 @@ JOBS = {
     "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     "crashes": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
     "preempted": "raise SystemExit(75)",
-    "fine too": "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))",
+    "fine too": "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'), 'of', os.environ.get('NPROC'))",
 }
 
 
@@ -40,6 +40,7 @@ def run(folder, names, skipped=(), cluster="local", parameters=None):
 
 def test_jobs_that_fail_leave_the_others_to_finish(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr("os.cpu_count", lambda: 5)
     with pytest.raises(MultirunError) as found:
         run(tmp_path, JOBS, skipped=["before"])
     assert found.value.code == 1
@@ -48,7 +49,7 @@ def test_jobs_that_fail_leave_the_others_to_finish(tmp_path, monkeypatch):
         "job 3: SIGSEGV; job 4: exit code 75, preempted)"
     )
     assert "done" in (tmp_path / "fine" / "console.txt").read_text()
-    assert "\n3\n" in (tmp_path / "fine too" / "console.txt").read_text()
+    assert "\n3 of 1\n" in (tmp_path / "fine too" / "console.txt").read_text()  # of five cores, for three at a time
 
 
 def test_when_all_that_is_missing_was_preempted_it_is_worth_starting_again(tmp_path):

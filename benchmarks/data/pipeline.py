@@ -10,7 +10,8 @@ turn in one process; medians over the rounds, and their ratio to a bare gather o
 are drawn before, so that none was made ahead. `start`: seconds until the first batch, imports not counted, and
 what memory grew by to the opened dataset and to the first batch, of a dataset as large as that (sparse files) in a process of its own.
 `memory`: what the process has over an epoch. `allocated` is its own, `resident` has the pages of mapped files too, which the system takes
-back when it needs them. `starvation`: the share of the time that the default run waits for its batches. Files are written under $TMPDIR.
+back when it needs them. `starvation`: the share of the time that the default run, but for its first
+step, waits for its batches. Files are written under $TMPDIR.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import time
 import numpy as np
 
 from benchmarks.peers.data import PEERS
-from benchmarks.record import circumstances
+from benchmarks.record import circumstances, idle
 
 VOCAB, MEAN = 32_000, 700  # ids; tokens of a document, on average
 
@@ -167,9 +168,9 @@ def starvation(options: argparse.Namespace) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     records = [json.loads(line) for line in pathlib.Path(run_dir, "metrics.jsonl").read_text().splitlines()]
     shares = [record["data/starved_fraction"] for record in records if "data/starved_fraction" in record][1:]
-    print(
-        json.dumps({"name": "default run", "starved_fraction": statistics.median(shares), "largest": max(shares), "records": len(shares)})
-    )
+    speed = statistics.median(record["perf/tokens_per_second"] for record in records if "perf/tokens_per_second" in record)
+    found = {"starved_fraction": statistics.mean(shares), "largest": max(shares), "records": len(shares), "tokens_per_second": round(speed)}
+    print(json.dumps({"name": "default run"} | found))
 
 
 if __name__ == "__main__":
@@ -181,5 +182,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     options.tokens = options.tokens or (10**10 if options.what == "start" else 5 * 10**7)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    print(json.dumps({"name": "conditions", **circumstances(os.getloadavg()[0])}))
+    print(json.dumps({"name": "conditions", **circumstances(idle(loaded=True))}))
     {"speed": speed, "start": start, "memory": memory, "starvation": starvation}[options.what](options)

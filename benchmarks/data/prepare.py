@@ -1,16 +1,18 @@
 """How fast text becomes token shards, beside the tokenizer's library alone.
 
     python -m benchmarks.data.prepare sentencepiece=llama2/tokenizer.model tiktoken=llama3/tokenizer.model hf=FOLDER
-        [--mb=100] [--rounds=5] [--files='GLOB'] [--form=jsonl]
+        [--mb=200] [--rounds=3] [--files='GLOB'] [--form=jsonl]
 
 The text is that of the files, by default Python's own and its packages' sources, one document each; `form` is how `prepare` finds it:
-jsonl, jsonl.gz, jsonl.zst or parquet. In each round the library encodes all documents, which it has in memory, on all cores and leaves the
-ids there; then `prepare` reads the text from disk, encodes it, and writes shards, index and hashes, processes being started anew.
-Prints a line of JSON for each tokenizer: megabytes of text a second, medians over the rounds, and the ratio; and the ratio of the
-processor's seconds, of which other work on the machine takes nothing.
+jsonl, jsonl.gz, jsonl.zst or parquet. In each round the library, which is loaded and has all documents in memory, encodes half of them on
+all cores, in the fastest way that it offers, and drops the ids. Then `python -m llama_eqx.prepare` does all that it does with all of them:
+it starts, loads the tokenizer, reads the text from disk, encodes it, and writes shards, index and hashes. Then comes the other half.
+Prints a line of JSON for each tokenizer: megabytes of text a second in each round, and the median of their ratios; and that of the
+processor's seconds, of which other work on the machine takes nothing. `start_s` are the seconds of the same command on 50 documents.
 """
 
 import argparse
+import functools
 import glob
 import gzip
 import json
@@ -18,17 +20,19 @@ import os
 import pathlib
 import resource
 import shutil
-import statistics
+import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from benchmarks.record import circumstances
+import numpy as np
+
+from benchmarks.record import circumstances, idle
 from llama_eqx import load_config
-from llama_eqx.data.prepare import prepare
 
 
 def documents(pattern: str, size: int) -> list[str]:
@@ -61,52 +65,76 @@ def write(texts: list[str], path: pathlib.Path) -> None:
         path.write_bytes(gzip.compress(content, 6) if path.suffix == ".gz" else content)
 
 
-def library(tokenizer: Any, texts: list[str], cores: int) -> Callable[[], Any]:
-    """The fastest that the library itself offers for many texts."""
+def ways(tokenizer: Any, cores: int) -> dict[str, Callable[[list[str]], Any]]:
+    """How the library can encode many texts on all cores."""
     if hasattr(tokenizer, "pieces"):
-        return lambda: tokenizer.pieces.encode(texts, num_threads=cores)
+        encode = functools.partial(tokenizer.pieces.encode, num_threads=cores)
+        return {"encode": encode, "encode to numpy": functools.partial(encode, return_type="numpy")}
     if hasattr(tokenizer, "encoding"):
-        return lambda: tokenizer.encoding.encode_ordinary_batch(texts, num_threads=cores)
-    return lambda: tokenizer.library.encode_batch_fast(texts, add_special_tokens=False)
+        to_numpy = functools.partial(tokenizer.encoding.encode_to_numpy, disallowed_special=())
+        return {
+            "encode_ordinary_batch": functools.partial(tokenizer.encoding.encode_ordinary_batch, num_threads=cores),
+            "encode_to_numpy in threads": lambda texts: list(ThreadPoolExecutor(cores).map(to_numpy, texts)),
+        }
+    encode = functools.partial(tokenizer.library.encode_batch_fast, add_special_tokens=False)
+    return {"encode_batch_fast": lambda texts: [encode(texts[i : i + 1000]) for i in range(0, len(texts), 1000)]}  # else in 10 GB
 
 
-def processor() -> float:
-    """Seconds that this process and those it started and waited for have computed."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+def timed(run: Callable[[], Any]) -> np.ndarray:
+    """Seconds that passed, and that this process and those it started and waited for have computed."""
+
+    def now() -> np.ndarray:
+        return np.array(
+            [time.perf_counter(), sum(sum(resource.getrusage(w)[:2]) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))]
+        )
+
+    began = now()
+    run()
+    return now() - began
+
+
+def compare(kind: str, path: str, texts: list[str], few: pathlib.Path, source: pathlib.Path, rounds: int) -> dict[str, Any]:
+    """The library beside `prepare` on `source`, which has the texts; `few` has some of them."""
+    chosen, cores, output = [f"tokenizer={kind}", f"tokenizer.path={path}"], len(os.sched_getaffinity(0)), source.with_name("output")
+
+    def prepare(source: pathlib.Path) -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        command = [sys.executable, "-m", "llama_eqx.prepare", f"input={source}", f"output={output}", *chosen]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    found = ways(load_config("input=a", "output=b", *chosen, name="prepare").tokenizer.build(NotImplemented), cores)
+    way = min(found, key=lambda name: timed(lambda: found[name](texts[: len(texts) // 20]))[0])
+    start, library, whole, half = timed(lambda: prepare(few))[0], [], [], len(texts) // 2
+    for _ in range(rounds):  # a machine is not always equally fast
+        before = timed(lambda: found[way](texts[:half]))
+        whole.append(timed(lambda: prepare(source)))
+        library.append(before + timed(lambda: found[way](texts[half:])))
+    ratios = np.median(np.array(library) / np.array(whole), axis=0)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    rates = {name: [round(megabytes / seconds, 3) for seconds, _ in each] for name, each in (("library", library), ("prepare", whole))}
+    what = {"tokenizer": kind, "way": way, "documents": len(texts), "megabytes": round(megabytes, 2), "cores": cores}
+    return what | rates | {"ratio": round(ratios[0], 3), "ratio_of_processor": round(ratios[1], 3), "start_s": round(start, 2)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizers", nargs="+")
-    parser.add_argument("--mb", type=float, default=100)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mb", type=float, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--files", default=f"{sysconfig.get_paths()['purelib']}/**/*.py")
     parser.add_argument("--form", default="jsonl", choices=["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
     options = parser.parse_args()
     texts = documents(options.files, int(options.mb * 1e6))
-    megabytes, cores = sum(len(text.encode()) for text in texts) / 1e6, len(os.sched_getaffinity(0))
-    print(json.dumps({"name": "conditions", **circumstances(os.getloadavg()[0])}))
+    print(json.dumps({"name": "conditions", **circumstances(idle(loaded=True))}))
     with tempfile.TemporaryDirectory() as folder:
-        source, output = pathlib.Path(folder, f"text.{options.form}"), pathlib.Path(folder, "output")
+        few, source = (pathlib.Path(folder, f"{name}.{options.form}") for name in ("few", "text"))
+        write(texts[:50], few)
         write(texts, source)
+        os.sync()  # what was written is not to be written meanwhile
         for chosen in options.tokenizers:
             kind, _, path = chosen.partition("=")
-            config = load_config(f"input={source}", f"output={output}", f"tokenizer={kind}", f"tokenizer.path={path}", name="prepare")
-            encode = library(config.tokenizer.build(config), texts, cores)
-            seconds, worked = {"library": [], "prepare": []}, {"library": [], "prepare": []}
-            for _ in range(options.rounds):
-                shutil.rmtree(output, ignore_errors=True)
-                for name, run in {"library": encode, "prepare": lambda config=config: prepare(config)}.items():
-                    began, before = time.perf_counter(), processor()
-                    run()
-                    seconds[name].append(time.perf_counter() - began)
-                    worked[name].append(processor() - before)
-            rates = {name: round(megabytes / statistics.median(found), 3) for name, found in seconds.items()}
-            what = {"tokenizer": kind, "form": options.form, "documents": len(texts), "megabytes": round(megabytes, 2), "cores": cores}
-            of_processor = statistics.median(worked["library"]) / statistics.median(worked["prepare"])
-            ratios = {"ratio": round(rates["prepare"] / rates["library"], 3), "ratio_of_processor": round(of_processor, 3)}
-            print(json.dumps({**what, "rounds": options.rounds, **rates, **ratios}), flush=True)
+            print(json.dumps({"form": options.form} | compare(kind, path, texts, few, source, options.rounds)), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

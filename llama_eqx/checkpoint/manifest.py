@@ -71,8 +71,12 @@ def write_manifest(folder: pathlib.Path, tree: Mapping[str, Any], *, show: bool 
     """
     names, stop = _files(folder), threading.Event()
     size, quiet = sum((folder / name).stat().st_size for name in names), None if show else True
-    with tqdm(total=size, unit="B", unit_scale=True, desc="sha256", disable=quiet) as bar:
-        found = _map(lambda name: _digest(folder / name, stop, sync=True, advance=bar.update), names, stop)
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc="sha256", disable=quiet)
+    with bar, concurrent.futures.ThreadPoolExecutor(4) as disk:
+        synced = [disk.submit(sync, folder / name) for name in names]  # the disk writes while the processor hashes
+        found = _map(lambda name: _digest(folder / name, stop, advance=bar.update), names, stop)
+        for each in synced:
+            each.result()
     entries = dict(zip(names, found, strict=True))
     arrays = {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in tree.items()}
     content = {**facts, "tree": arrays, "files": entries}
@@ -158,17 +162,13 @@ def _own_digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(
-    file: pathlib.Path, stop: threading.Event, *, sync: bool = False, advance: Callable[[int], object] = lambda size: None
-) -> dict[str, Any]:
+def _digest(file: pathlib.Path, stop: threading.Event, *, advance: Callable[[int], object] = lambda size: None) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
     with file.open("rb") as stream:
         while (block := stream.read(2**22)) and not stop.is_set():
             digest.update(block)
             size += len(block)
             advance(len(block))
-        if sync:
-            os.fsync(stream.fileno())
     return {"size": size, "sha256": digest.hexdigest()}
 
 
@@ -181,9 +181,9 @@ def _map(function: Callable[[str], Any], names: list[str], stop: threading.Event
             raise
 
 
-def sync(directory: pathlib.Path) -> None:
-    """Brings the names in a folder to the disk."""
-    handle = os.open(directory, os.O_RDONLY)
+def sync(path: pathlib.Path) -> None:
+    """Brings what is in a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

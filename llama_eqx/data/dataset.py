@@ -4,12 +4,13 @@ import hashlib
 from typing import NamedTuple
 
 from llama_eqx.data.corpus import DataConfig, SourceConfig
+from llama_eqx.data.encoding import tokenize
 from llama_eqx.data.mixture import shares
 from llama_eqx.data.order import Order
 from llama_eqx.data.packing import pack_index
 from llama_eqx.data.rows import Documents, Joined, Packed, Rows, Shifted, Windows
 from llama_eqx.data.sft import SftConfig, encode_conversations
-from llama_eqx.data.shards import Split, TokenData, tokenize
+from llama_eqx.data.shards import Split, TokenData
 from llama_eqx.data.sliding import Sliding
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError

@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -64,7 +65,10 @@ def _local(workers: int | None) -> Iterator[Done]:
     workers = workers or cores()
     others = set(multiprocessing.active_children())
     share = max(1, cores() // workers)
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (share,))
+    # A process without threads can be copied with all that it has imported and loaded; others may hold locks that nobody would release.
+    alone = sys.platform == "linux" and threading.active_count() == 1 and "jax" not in sys.modules
+    context = multiprocessing.get_context("fork" if alone else "spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (share,))
 
     def done(function: Callable[..., None], calls: list[tuple[Any, ...]]) -> Iterator[tuple[int, BaseException | None]]:
         if min(workers, len(calls)) < 2:  # not worth a process

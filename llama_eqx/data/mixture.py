@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 
 from llama_eqx.data.corpus import DataConfig, Document, Part, SourceConfig
-from llama_eqx.errors import ConfigError
+from llama_eqx.errors import ConfigError, DataError
 
 STEPS = 10_000  # weights are whole multiples of 1 / STEPS
 
@@ -14,7 +14,7 @@ class MixtureConfig(DataConfig):
     """`components` by name, each with a weight: its share of the rows, in steps of 0.0001. Of `prompt` and `position_offset` those of the
     mixture are used.
 
-    What is held out is that of all components.
+    What is held out is that of all components. Raises `DataError` when the weights do not sum to 1, before anything is read.
     """
 
     components: dict[str, DataConfig]
@@ -33,12 +33,11 @@ class MixtureConfig(DataConfig):
         wrong = [f"{name} has {'no weight' if name in self.components else 'a weight and is no component'}" for name in unmatched]
         wrong += [f"the weight of {name} is {weight}" for name, weight in self.weights.items() if not 0 < weight <= 1]
         wrong += [f"the weight of {n} is {w}, not a multiple of {1 / STEPS}" for n, w in self.weights.items() if not _whole(w)]
-        if not wrong and sum(map(_steps, self.weights.values())) != STEPS:
-            wrong = [f"the weights sum to {sum(map(_steps, self.weights.values())) / STEPS}"]
+        advice = "a weight between 0 and 1 for each component, that sum to 1"
         if wrong or not self.components:
-            raise ConfigError(
-                "; ".join(wrong) or "no components", where="weights", next="a weight between 0 and 1 for each component, that sum to 1"
-            )
+            raise ConfigError("; ".join(wrong) or "no components", where="weights", next=advice)
+        if (total := sum(map(_steps, self.weights.values()))) != STEPS:
+            raise DataError(f"the weights of the mixture sum to {total / STEPS}", where=f"data.weights: {self.weights}", next=advice)
 
     def sources(self) -> dict[str, tuple[float, SourceConfig]]:
         return {name: (self.weights[name], source) for name, source in self.components.items() if isinstance(source, SourceConfig)}

@@ -5,6 +5,7 @@ import functools
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -130,7 +131,7 @@ def read(parts: Parts, start: int = 0) -> Iterator[Iterator[Part]]:
 
 
 @contextlib.contextmanager
-def training_batches(parts: Parts, sharding: Sharding, batch_size: int, past: Progress) -> Iterator[Iterator[tuple[Batch, Progress]]]:
+def training_batches(parts: Parts, sharding: Sharding, batch_size: int, past: Progress) -> Iterator["Ahead[tuple[Batch, Progress]]"]:
     """The batches from number `past.step` on, on the devices before they are asked for, each with the progress that it makes."""
 
     def placed(drawn: Iterator[Part]) -> Iterator[tuple[Batch, Progress]]:
@@ -139,7 +140,7 @@ def training_batches(parts: Parts, sharding: Sharding, batch_size: int, past: Pr
             step, ledger, tokens = step + 1, chained(ledger, part.digest), tokens + part.counted
             yield place(part.batch, sharding, batch_size), Progress(step, ledger, tokens)
 
-    with read(parts, past.step) as drawn, ahead(placed(drawn)) as batches:
+    with read(parts, past.step) as drawn, Ahead(placed(drawn)) as batches:
         yield batches
 
 
@@ -148,41 +149,51 @@ def validation_batches(rows: Rows, sharding: Sharding, *, batch_size: int) -> It
     shard, n_shards = process_rows(sharding, batch_size, rows.seq_len)
     parts = Parts(rows, lambda samples: np.where(samples < len(rows), samples, -1), batch_size, shard, n_shards)
     count = -(-len(rows) // batch_size)
-    with ahead(place(parts[index].batch, sharding, batch_size) for index in range(count)) as batches:
+    with Ahead(place(parts[index].batch, sharding, batch_size) for index in range(count)) as batches:
         yield from batches
 
 
-@contextlib.contextmanager
-def ahead(items: Iterator[T], room: int = 2) -> Iterator[Iterator[T]]:
-    """`items`, made by a thread while up to `room` of them wait to be taken. An exception of theirs is raised where they are taken."""
-    made: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-    free, closed = threading.Semaphore(room), threading.Event()
+class Ahead(Iterator[T]):
+    """`items`, made by a thread while up to `room` of them wait to be taken; for a `with` statement. An exception of theirs is raised where
+    they are taken.
 
-    def make() -> None:
+    `waited` are the seconds that whoever takes them has waited for items that were not made yet.
+    """
+
+    def __init__(self, items: Iterator[T], room: int = 2):
+        self.waited = 0.0
+        self._items, self._free, self._closed = items, threading.Semaphore(room), threading.Event()
+        self._made: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._make, name="batches", daemon=True)
+
+    def _make(self) -> None:
         try:
-            while free.acquire() and not closed.is_set():
-                made.put((next(items), None))
+            while self._free.acquire() and not self._closed.is_set():
+                self._made.put((next(self._items), None))
         except BaseException as error:  # the end of the items among them
-            made.put((None, error))
+            self._made.put((None, error))
 
-    def take() -> Iterator[T]:
-        while True:
-            item, error = made.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            free.release()
-            yield item  # pyright: ignore[reportReturnType]
+    def __next__(self) -> T:
+        try:
+            item, error = self._made.get_nowait()
+        except queue.Empty:
+            begun = time.perf_counter()
+            item, error = self._made.get()
+            self.waited += time.perf_counter() - begun
+        if error is not None:
+            self._made.put((None, error))  # whoever asks again is told the same
+            raise error
+        self._free.release()
+        return item  # pyright: ignore[reportReturnType]
 
-    thread = threading.Thread(target=make, name="batches", daemon=True)
-    thread.start()
-    try:
-        yield take()
-    finally:
-        closed.set()
-        free.release()
-        thread.join()
+    def __enter__(self) -> "Ahead[T]":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._free.release()
+        self._thread.join()
 
 
 def process_rows(sharding: Sharding, batch_size: int, seq_len: int) -> tuple[int, int]:

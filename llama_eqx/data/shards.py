@@ -13,24 +13,19 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from llama_eqx.data.cache import cache_dir as cache_dir
-from llama_eqx.data.cache import publish
-from llama_eqx.data.corpus import DataConfig, Document, Part, SourceConfig
-from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
-from llama_eqx.errors import ConfigError, DataError
+from llama_eqx.data.tokenizer import Tokenizer
+from llama_eqx.errors import DataError
 
 FORMAT = 2  # counts the changes of what is written: shards of another format are made anew
 SPLITS = ("train", "val")
 COUNTS = ("tokens", "documents", "bytes")
-CHUNK = 2**22  # characters that are encoded at once
 VERIFIED = 2**30  # bytes: up to here a dataset is hashed whenever it is opened
 HEADER = 128  # bytes, of each .npy file
 OWN = "leave tokenizer=... out, so that it is the data's own"
@@ -191,58 +186,6 @@ class TokenData:
     fingerprint: str
 
 
-class PreparedConfig(SourceConfig):
-    """A dataset that was prepared before: a folder. `verify` as in `open_dataset`."""
-
-    path: str | None
-    verify: bool | None
-
-    @property
-    def folder(self) -> Path:
-        if not self.path:
-            raise ConfigError("data=prepared needs data.path=FOLDER", where="data.path", next="python -m llama_eqx.prepare makes one")
-        return Path(self.path).expanduser()
-
-    def documents(self) -> Iterator[Document]:
-        raise self._no_text()
-
-    def parts(self) -> Iterator[Part]:
-        raise self._no_text()
-
-    def identity(self) -> str:
-        raise self._no_text()
-
-    def _no_text(self) -> ConfigError:
-        return ConfigError("data=prepared has tokens, and no text for a tokenizer to be trained on", where="tokenizer", next=OWN)
-
-
-class PreparedTokenizerConfig(TokenizerConfig):
-    """The tokenizer that data was prepared with."""
-
-    def build(self, data: DataConfig) -> Tokenizer:
-        folder = next((source.folder for _, source in data.sources().values() if isinstance(source, PreparedConfig)), None)
-        if folder is None:
-            raise ConfigError(
-                "only data=prepared comes with a tokenizer", where="tokenizer", next="tokenizer=sentencepiece, or data=prepared"
-            )
-        if not (folder / "index.json").is_file():
-            raise DataError("no prepared data here", where=str(folder), next="data.path=FOLDER, as python -m llama_eqx.prepare wrote it")
-        return load_tokenizer(folder / "tokenizer")
-
-
-def tokenize(data: DataConfig, tokenizer: Tokenizer) -> TokenData:
-    """The data as ids: prepared, or from the cache when the same text was encoded by the same tokenizer before.
-
-    Raises `DataError` when a split is empty, and those of `open_dataset`; `StorageError` when the cache cannot be written.
-    """
-    if isinstance(data, PreparedConfig):
-        return open_dataset(data.folder, remedy=AGAIN, tokenizer=tokenizer, verify=data.verify)
-    identity = {"corpus": data.identity()}
-    key = hashlib.sha256(json.dumps([FORMAT, identity, tokenizer.fingerprint]).encode()).hexdigest()
-    folder = publish(cache_dir() / "tokens" / key, lambda folder: _tokenize(folder, data, tokenizer, identity))
-    return open_dataset(folder, remedy="delete this folder; it is made anew")
-
-
 def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = None, verify: bool | None = None) -> TokenData:
     """What `write_index` completed. The sizes of all files are compared with the index, and no file is read.
 
@@ -285,27 +228,6 @@ def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = Non
         few = damage[:10] + [f"and {len(damage) - 10} more"] * (len(damage) > 10)
         raise DataError("damaged token shards:\n" + "\n".join(few), where=str(folder), next=remedy)
     return TokenData(train, val, hashlib.sha256(content).hexdigest())
-
-
-def encode(texts: Sequence[str], tokenizer: Tokenizer, *, bos: bool, eos: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of all texts one after another, in the dtype on disk, and their number for each text, 0 where the tokenizer finds none.
-
-    `bos` and `eos` say whether texts are put between those ids, where the tokenizer has them.
-
-    Raises `DataError` for what the tokenizer cannot encode, and for ids that are not in its vocabulary.
-    """
-    before, after = (
-        np.array([id] if asked and id is not None else [], np.int32) for asked, id in ((bos, tokenizer.bos), (eos, tokenizer.eos))
-    )
-    rows = tokenizer.encode_all(texts)
-    around = len(before) + len(after)
-    lengths = np.array([len(row) + around if len(row) else 0 for row in rows], np.int64)
-    parts = [part for row in rows if len(row) for part in (before, row, after)] if around else rows
-    ids = np.concatenate([np.empty(0, np.int32), *parts])
-    if len(ids) and not (ids.min() >= 0 and ids.max() < tokenizer.vocab):
-        wrong = next(int(id) for id in ids if not 0 <= id < tokenizer.vocab)
-        raise DataError(f"the tokenizer gave the id {wrong}, which is not in its vocabulary of {tokenizer.vocab}")
-    return ids.astype(token_dtype(tokenizer.vocab)), lengths
 
 
 class ShardWriter:
@@ -384,48 +306,6 @@ def write_index(
         file.flush()
         os.fsync(file.fileno())
     partial.rename(folder / "index.json")
-
-
-def _tokenize(folder: Path, data: DataConfig, tokenizer: Tokenizer, identity: dict[str, Any]) -> None:
-    names: dict[str, int] = {}
-    with (
-        ShardWriter(folder / "train-00000", tokenizer.vocab) as train,
-        ShardWriter(folder / "val-00000", tokenizer.vocab) as val,
-        tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=None) as progress,
-    ):
-        writers = {"train": train, "val": val}
-        for chunk in _chunks(data.parts()):
-            ids, lengths = encode([document.text for _, document in chunk], tokenizer, bos=True, eos=True)
-            sizes = np.array([len(document.text.encode()) for _, document in chunk])
-            ends = np.cumsum(lengths)
-            for (split, document), size, length, end in zip(chunk, sizes.tolist(), lengths, ends, strict=True):
-                if length:
-                    origin = np.array([[names.setdefault(document.name, len(names)), 0]])
-                    writers[split].add(ids[end - length : end], np.array([length]), size, origin)
-            progress.update(int(sizes.sum()))
-        for split, writer in writers.items():
-            none_wanted = split == "train" and getattr(data, "validation_fraction", 0) == 1  # all of it is held out
-            if not writer.tokens and not none_wanted:
-                raise DataError(
-                    f"the {split} split of this corpus is empty",
-                    where="data.validation_fraction",
-                    next="more text, or another data.validation_fraction",
-                )
-        shards = [(split, writer.finish()) for split, writer in writers.items()]
-    write_index(folder, tokenizer, shards, [{"name": name} for name in names], settings=identity)
-
-
-def _chunks(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Parts in lists of about `CHUNK` characters."""
-    chunk, size = [], 0
-    for part in parts:
-        chunk.append(part)
-        size += len(part.document.text)
-        if size >= CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 def _damage(file: Path, size: int, sha256: str | None) -> str | None:

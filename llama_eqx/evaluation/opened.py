@@ -8,7 +8,7 @@ import equinox as eqx
 from llama_eqx.checkpoint.native import CONFIG, read_config
 from llama_eqx.config import Config, load
 from llama_eqx.data.corpus import DataConfig
-from llama_eqx.data.shards import PreparedTokenizerConfig
+from llama_eqx.data.prepared import PreparedTokenizerConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig, find_tokenizer
 from llama_eqx.errors import ConfigError, DataError
 from llama_eqx.interop.pretrained import load_pretrained, located, open_pretrained

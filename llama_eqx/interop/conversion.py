@@ -15,10 +15,13 @@ from tqdm import tqdm
 from llama_eqx.checkpoint.manifest import MANIFEST, appearing, write_manifest
 from llama_eqx.checkpoint.native import write_native
 from llama_eqx.config import Config, nearest
+from llama_eqx.data.tokenizer import find_tokenizer
+from llama_eqx.data.tokenizer.export import tokenizer_json
 from llama_eqx.data.tokenizer.files import is_tiktoken
-from llama_eqx.errors import ConfigError, StorageError
+from llama_eqx.errors import ConfigError, DataError, StorageError
 from llama_eqx.interop import huggingface, meta
-from llama_eqx.interop.files import CARRIED, mistaken, read_json, write_json
+from llama_eqx.interop.files import CARRIED, ORIGINAL, OWN, TOKENIZER, mistaken, read_json, write_json
+from llama_eqx.interop.params import config_to_meta
 from llama_eqx.interop.pretrained import MARKS, Format, manifested, open_pretrained, verified
 from llama_eqx.interop.weights import Weights, of_model, parameter_tree, pieces
 from llama_eqx.model.llama import Llama, LlamaConfig
@@ -89,7 +92,7 @@ def require_expressible(config: LlamaConfig, format: Format) -> None:
         case "hf":
             huggingface.config_to_huggingface(config)
         case "meta":
-            meta.config_to_meta(config, meta.default_shards(config))
+            config_to_meta(config, meta.default_shards(config))
 
 
 def _write(weights: Weights, folder: pathlib.Path, format: Format, dtype: np.dtype | None, shards: int | None) -> list[str]:
@@ -129,7 +132,7 @@ def _write_native(
 def _copy_files(weights: Weights, folder: pathlib.Path, format: Format, notes: list[str]) -> None:
     """The tokenizer's files and the like. What a run keeps in a folder of their own, others look for beside the weights."""
     for name, file in weights.files.items():
-        if wrong := mistaken(file, ""):
+        if file.name not in OWN and (wrong := mistaken(file, "")):  # of those, that of bytes has nothing to say
             notes.append(f"{name} was left behind: {wrong}")
             continue
         (folder / name).parent.mkdir(exist_ok=True)
@@ -137,17 +140,30 @@ def _copy_files(weights: Weights, folder: pathlib.Path, format: Format, notes: l
         beside = pathlib.PurePath(name).name
         if format != "native" and beside in CARRIED and beside not in weights.files:
             shutil.copyfile(file, folder / beside)
+    if format == "hf":
+        _for_transformers(weights.config, folder, notes)
+
+
+def _for_transformers(config: LlamaConfig, folder: pathlib.Path, notes: list[str]) -> None:
+    """What `transformers` needs beside the model to read its tokenizer, where it did not come along."""
     model, definition, settings = (folder / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"))
-    if format == "hf" and definition.is_file() and not settings.exists():  # transformers would know no BOS, nor what ends a text
-        tokens, added = weights.config.tokens, read_json(definition).get("added_tokens")
+    if (model.is_file() or (folder / TOKENIZER).is_dir()) and not definition.exists() and not settings.exists():
+        try:
+            found, wrong = tokenizer_json(find_tokenizer(folder)), "its library has none that gives the same ids"
+        except DataError as error:
+            found, wrong = None, error.what
+        if found is None:
+            notes.append(f"no tokenizer.json was written, so transformers cannot read this model's tokenizer: {wrong}")
+        else:
+            definition.write_text(found, encoding="utf-8")
+    if definition.is_file() and not settings.exists():  # transformers would know no BOS, nor what ends a text
+        tokens, added = config.tokens, read_json(definition).get("added_tokens")
         added = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
         marks = {"bos_token": tokens.bos, "eos_token": next(iter(tokens.eos), None), "pad_token": tokens.pad}
         said = {mark: token.get("content") for mark, i in marks.items() for token in added if i is not None and token.get("id") == i}
-        write_json(settings, {"tokenizer_class": "PreTrainedTokenizerFast", **said})
-    if format == "hf" and model.is_file() and not definition.exists() and not settings.exists():
-        if is_tiktoken(model.read_bytes()):
-            notes.append(
-                "tokenizer.model is of tiktoken, which transformers reads with the package tiktoken alone: a tokenizer.json does too"
-            )
-        else:  # without it transformers would not begin a text with BOS
-            write_json(settings, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False})
+        plain = {"model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False}
+        write_json(settings, {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context, **plain, **said})
+    if model.is_file() and is_tiktoken(model.read_bytes()):
+        # llama.cpp and others take a tokenizer.model for SentencePiece's. Meta's own repositories keep Llama 3's in this folder too.
+        (folder / ORIGINAL).mkdir()
+        model.rename(folder / ORIGINAL / model.name)

@@ -21,6 +21,7 @@ CARRIED = (
 )
 OWN = ("tokenizer_kind.json", "tokenizer.bytes", "tokenizer.chars")  # of a run's own tokenizers, in a folder `tokenizer`
 TOKENIZER = "tokenizer"
+ORIGINAL = "original"  # where folders of Hugging Face keep Llama 3's tokenizer.model
 
 
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -95,10 +96,16 @@ def refuse_code(folder: pathlib.Path, *settings: str) -> None:
 
 
 def carried(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The files in `folder` that go with a model, by the name that they keep. Raises `CheckpointError` for a link that leads outside."""
+    """The files in `folder` that go with a model, by the name that they are to have.
+
+    Raises `CheckpointError` for a link that leads outside.
+    """
 
     def present() -> Iterator[str]:
         yield from (name for name in CARRIED if (folder / name).is_file())
         yield from (f"{TOKENIZER}/{name}" for name in (*CARRIED, *OWN) if (folder / TOKENIZER / name).is_file())
 
-    return {name: inside(folder, name) for name in present()}
+    found = {name: inside(folder, name) for name in present()}
+    if "tokenizer.model" not in found and (folder / ORIGINAL / "tokenizer.model").is_file():
+        found["tokenizer.model"] = inside(folder, f"{ORIGINAL}/tokenizer.model")
+    return found

@@ -1,7 +1,6 @@
 """Llama folders of Meta: `params.json` and a `consolidated.NN.pth` for each part of the model. Needs torch."""
 
 import dataclasses
-import math
 import pathlib
 import re
 import tempfile
@@ -12,26 +11,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from llama_eqx.dims import Dims
-from llama_eqx.errors import CheckpointError, ConfigError
+from llama_eqx.errors import CheckpointError
 from llama_eqx.interop.files import carried, inside, mistaken, read_json, refuse_code, write_json
-from llama_eqx.interop.huggingface import require_llama
+from llama_eqx.interop.params import PARAMS, config_from_meta, config_to_meta, losses, rotary_from_meta
 from llama_eqx.interop.table import TABLE, from_torch, halves_to_pairs, pairs_to_halves, torch_shape
 from llama_eqx.interop.weights import Index, Key, Tensor, Weights, pieces, rows_of, tensor_axes, tensor_shapes
-from llama_eqx.model.attention import GroupedQueryAttentionConfig
-from llama_eqx.model.block import PreNormBlockConfig
-from llama_eqx.model.feed_forward import GatedFeedForwardConfig
-from llama_eqx.model.init import FanInInitConfig
-from llama_eqx.model.llama import LlamaConfig, SpecialTokens
-from llama_eqx.model.norm import RMSNormConfig
-from llama_eqx.model.rotary import Llama3RotaryConfig, PlainRotaryConfig
+from llama_eqx.model.llama import LlamaConfig
 
-PARAMS = "params.json"
 EMBED, HEAD = TABLE["embed"].meta, TABLE["lm_head"].meta
 # Into how many files Meta deals a model of this width and depth; others are one file.
 SHARDS = {(5120, 40): 2, (6656, 60): 4, (8192, 48): 4, (8192, 80): 8, (16384, 126): 8}
-LLAMA3_VOCAB = 128_000  # the ranks of its tokenizer: no Llama before it has as many ids
-LLAMA3_2 = ((2048, 16), (3072, 28))  # width and depth of the 1B and the 3B
 SAFE_TORCH = (2, 10)  # before it, `weights_only=True` could be got around (CVE-2025-32434, CVE-2026-24747)
 
 Shard = Mapping[str, np.ndarray]
@@ -57,7 +46,7 @@ def read_meta(folder: pathlib.Path) -> Weights:
     if _is_tied(tensors):
         tensors.pop(("lm_head", None), None)
         config = dataclasses.replace(config, tied=True)
-    rotary, said = _rotary(params, config)
+    rotary, said = rotary_from_meta(params, config)
     return Weights(dataclasses.replace(config, rotary=rotary), tensors, carried(folder), (*notes, *said))
 
 
@@ -101,147 +90,11 @@ def write_meta(
             filed = {name: np.memmap(file, kind, "c", offset, shape) for name, (kind, shape, offset) in state.items()}
             torch.save({name: _as_torch(x) for name, x in filed.items()}, folder / f"consolidated.{rank:02d}.pth")
             del filed
-    return _losses(config)
-
-
-def config_from_meta(params: Mapping[str, Any], vocab: int, copies: int) -> tuple[LlamaConfig, list[str]]:
-    """The untied model that a `params.json` describes, without its rotary scaling, and what was assumed. `copies`: see `read_meta`.
-
-    Raises `CheckpointError` naming every key that is missing or asks for what this package does not have.
-    """
-    wrong, sizes = [], ("dim", "n_layers", "n_heads", "multiple_of")
-    wrong += [f"{key} is missing" for key in (*sizes, "norm_eps") if key not in params]
-    wrong += [
-        f"{key} is {params[key]!r}, wanted a size"
-        for key in (*sizes, "n_kv_heads")
-        if params.get(key) is not None and (type(params[key]) is not int or params[key] < 1)
-    ]
-    multiplier = params.get("ffn_dim_multiplier")
-    for key in ("ffn_dim_multiplier", "norm_eps", "rope_theta"):
-        if params.get(key) is not None and (type(params[key]) not in (int, float) or not 0 < params[key] < math.inf):
-            wrong.append(f"{key} is {params[key]!r}, wanted a positive number")
-    for key in ("quantization_args", "lora_args", "vision_chunk_size", "moe_args"):
-        if params.get(key):
-            wrong.append(f"{key}: only plain text models can be read")
-    if not wrong and params["dim"] % params["n_heads"]:
-        wrong.append(f"dim={params['dim']} is not a multiple of n_heads={params['n_heads']}")
-    if wrong:
-        raise CheckpointError("\n".join(wrong), where=PARAMS)
-    dim, heads, theta, eps = params["dim"], params["n_heads"], float(params.get("rope_theta") or 1e4), params["norm_eps"]
-    llama3 = vocab >= LLAMA3_VOCAB
-    # Nothing in the file tells the contexts of Llama 1 and 2 apart; only Llama 1 has this eps, or 65B parameters.
-    llama1 = not llama3 and (eps == 1e-6 or (dim, params["n_layers"], params.get("n_kv_heads")) == (8192, 80, None))
-    context = (131072 if params.get("use_scaled_rope") else 8192) if llama3 else 2048 if llama1 else 4096
-    try:
-        config = LlamaConfig(
-            dims=Dims(
-                vocab=vocab,
-                layers=params["n_layers"],
-                embed=dim,
-                heads=heads,
-                kv_heads=(params.get("n_kv_heads") or heads) // copies,
-                head_dim=dim // heads,
-                mlp=ffn_size(dim, params["multiple_of"], multiplier),
-            ),
-            attention=GroupedQueryAttentionConfig(),
-            feed_forward=GatedFeedForwardConfig(activation="silu"),
-            norm=RMSNormConfig(eps=eps),
-            rotary=PlainRotaryConfig(theta=theta, round_at="none"),
-            block=PreNormBlockConfig(dropout=0.0),
-            init=FanInInitConfig(gain=1.0),
-            dropout=0.0,
-            tied=False,
-            context=context,
-            tokens=SpecialTokens(
-                tokenizer="tiktoken" if llama3 else "sentencepiece",
-                bos=128000 if llama3 else 1,
-                eos=(128001,) if llama3 else (2,),
-                pad=None,
-            ),
-        )
-    except ConfigError as error:
-        raise CheckpointError(f"{error.where}: {error.what}", where=PARAMS) from None
-    eos = "end-of-text id 128001, a base model's (an instruct model has 128008 and 128009 too)" if llama3 else "end-of-text id 2"
-    return config, [f"{PARAMS} does not say, so these are taken: a context of {context}, {eos}"]
-
-
-def config_to_meta(config: LlamaConfig, shards: int) -> dict[str, Any]:
-    """A `params.json` for a model in so many files.
-
-    Raises `CheckpointError` naming the slot, or listing the sizes that do not divide, when Meta's Llama has no such model.
-    """
-    norm, rotary = require_llama(config, "Meta's")
-    dims = config.dims
-    if dims.head_dim * dims.heads != dims.embed:
-        raise CheckpointError(
-            f"in Meta's Llama heads x head_dim is embed: not {dims.heads} x {dims.head_dim} = {dims.embed}", where="dims.head_dim"
-        )
-    if rotary != (implied := _rotary({"rope_theta": rotary.theta, "use_scaled_rope": isinstance(rotary, Llama3RotaryConfig)}, config)[0]):
-        raise CheckpointError(
-            f"{PARAMS} says whether frequencies are scaled and not how: it would mean {implied}, not {rotary}", where="rotary"
-        )
-    wrong = []
-    for name, split in {"heads": dims.heads, "kv_heads": dims.kv_heads, "mlp": dims.mlp, "vocab": dims.vocab, "embed": dims.embed}.items():
-        assert split is not None
-        if split % shards and not (name == "kv_heads" and shards % split == 0):
-            wrong.append(f"{name}={split} does not divide over {shards} files")
-    if shards < 1 or wrong:
-        raise CheckpointError("\n".join(wrong) or f"{shards} is not a number of files", where="shards", next="another number: shards=N")
-    multiple_of, multiplier = ffn_parameters(dims.embed, dims.mlp)
-    return {
-        "dim": dims.embed,
-        **({} if multiplier is None else {"ffn_dim_multiplier": multiplier}),
-        "multiple_of": multiple_of,
-        "n_heads": dims.heads,
-        **({} if dims.kv_heads == dims.heads else {"n_kv_heads": max(dims.kv_heads, shards)}),
-        "n_layers": dims.layers,
-        "norm_eps": norm.eps,
-        # Llama 2's code does not know these keys, and its values are the defaults.
-        **({} if rotary.theta == 1e4 else {"rope_theta": rotary.theta}),
-        **({"use_scaled_rope": True} if isinstance(rotary, Llama3RotaryConfig) else {}),
-        "vocab_size": dims.vocab,
-    }
-
-
-def ffn_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """The width of the feed-forward part by the formula in Meta's code."""
-    size = int(2 * 4 * dim / 3)
-    if multiplier is not None:
-        size = int(multiplier * size)
-    return multiple_of * ((size + multiple_of - 1) // multiple_of)
-
-
-def ffn_parameters(dim: int, mlp: int) -> tuple[int, float | None]:
-    """`multiple_of` and `ffn_dim_multiplier` from which the formula gives `mlp`: round numbers as Meta's where there are some."""
-    round_ones = [(multiple, multiplier) for multiplier in (None, 1.0, 1.2, 1.3, 1.5) for multiple in (256, 1024, 4096)]
-    exact = (1, (mlp + 0.5) / int(2 * 4 * dim / 3))
-    return next(found for found in [*round_ones, exact] if ffn_size(dim, *found) == mlp)
+    return losses(config)
 
 
 def default_shards(config: LlamaConfig) -> int:
     return SHARDS.get((config.dims.embed, config.dims.layers), 1)
-
-
-def _rotary(params: Mapping[str, Any], config: LlamaConfig) -> tuple[PlainRotaryConfig | Llama3RotaryConfig, list[str]]:
-    """The rotary settings, and what was assumed: the file says that frequencies are scaled, but not by which factor."""
-    theta = float(params.get("rope_theta") or 1e4)
-    if not params.get("use_scaled_rope"):
-        return PlainRotaryConfig(theta=theta, round_at="none"), []
-    llama3_2 = config.tied or (config.dims.embed, config.dims.layers) in LLAMA3_2
-    factor = 32 if llama3_2 else 8
-    said = f"{PARAMS} asks for scaled frequencies without the factor: {factor} is taken, that of Llama {'3.2' if llama3_2 else '3.1'}"
-    scaled = Llama3RotaryConfig(theta=theta, factor=factor, low_freq_factor=1, high_freq_factor=4, original_context=8192, round_at="none")
-    return scaled, [said]
-
-
-def _losses(config: LlamaConfig) -> list[str]:
-    """What a `params.json` leaves out."""
-    said = (
-        f"{PARAMS} has no place for the context ({config.context}) and the ids that end a text ({', '.join(map(str, config.tokens.eos))})"
-    )
-    if not isinstance(config.rotary, Llama3RotaryConfig) or config.rotary.factor == 8:
-        return [said]
-    return [said, f"nor for the rotary factor {config.rotary.factor:g}: Meta's own code takes 8, this package knows Llama 3.2 by its size"]
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:

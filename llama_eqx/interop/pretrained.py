@@ -19,11 +19,12 @@ from llama_eqx.checkpoint.restore import steps
 from llama_eqx.errors import CheckpointError
 from llama_eqx.interop import huggingface, meta
 from llama_eqx.interop.files import carried
+from llama_eqx.interop.params import PARAMS
 from llama_eqx.interop.weights import Key, Weights, fetched, tensor_shapes, to_model
 from llama_eqx.model.llama import Llama
 
 Format = Literal["hf", "meta", "native"]
-MARKS: dict[Format, str] = {"hf": huggingface.CONFIG, "meta": meta.PARAMS, "native": CONFIG}
+MARKS: dict[Format, str] = {"hf": huggingface.CONFIG, "meta": PARAMS, "native": CONFIG}
 
 
 def load_pretrained(path: str | pathlib.Path, dtype: DTypeLike | None = None, shardings: PyTree[Sharding] | None = None) -> Llama:

@@ -130,5 +130,6 @@ def tuned(question: str, rung: str, arm: str) -> float:
     first = load_registration(question).tune_arms[0]
     rate = rates.get(arm, rates.get(first) if arm not in load_registration(question).tune_arms else None)
     if rate is None:
-        raise ConfigError(f"{arm} has no learning rate at {rung} yet: train -m experiment={question} stage=tune, then report stage=tune")
+        tuning = f"python -m llama_eqx.train -m experiment={question} stage=tune, then python -m llama_eqx.report with the same"
+        raise ConfigError(f"{arm} has no learning rate at {rung} yet", where=str(path), next=tuning)
     return float(rate)

@@ -11,7 +11,7 @@ from llama_eqx.errors import ConfigError, DataError
 from llama_eqx.studies import plots
 from llama_eqx.studies.page import Page
 from llama_eqx.studies.registration import folder, load_registration, write_tuned
-from llama_eqx.studies.runs import Run, check, config_differences, kept, missing, read_run
+from llama_eqx.studies.runs import Run, check, complete, config_differences, kept, read_run
 from llama_eqx.studies.verdict import Finding, best_rates, findings, in_words
 
 
@@ -71,8 +71,9 @@ def final(config: ReportConfig, question: str) -> Report:
     registration = load_registration(question)
     runs = kept(question, "final", config.rung)
     check(runs, registration)
-    lacking, found = missing(runs, registration), findings(runs, registration)
-    words = in_words(found, registration, lacking)
+    complete(runs, registration)
+    found = findings(runs, registration)
+    words = in_words(found, registration)
     arms = {arm: [run for run in runs if run.arm == arm] for arm in registration.arms if any(run.arm == arm for run in runs)}
 
     page = Page(f"{question} at {config.rung}")

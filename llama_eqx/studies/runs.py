@@ -87,10 +87,22 @@ def check(runs: Sequence[Run], registration: Registration) -> None:
         )
 
 
-def missing(runs: Sequence[Run], registration: Registration) -> list[str]:
-    """The arms and seeds of the final stage that were registered and have not been run."""
+def complete(runs: Sequence[Run], registration: Registration) -> None:
+    """Raises `DataError` when a registered run of the final stage is missing: whoever looks before the last one, and may stop there, finds
+    more than alpha allows.
+    """
     have = {(run.arm, run.seed) for run in runs}
-    return [f"{arm} seed {seed}" for arm in registration.arms for seed in registration.seeds if (arm, seed) not in have]
+    lacking = [f"{arm} seed {seed}" for arm in registration.arms for seed in registration.seeds if (arm, seed) not in have]
+    if lacking:
+        n, few = len(lacking), 8
+        raise DataError(
+            f"{n} of its {len(registration.arms) * len(registration.seeds)} registered runs {'is' if n == 1 else 'are'} missing: "
+            + ", ".join(lacking[:few])
+            + ", …" * (n > few),
+            where=str(runs[0].path.parents[1]),
+            kept="those that are there; no difference is shown before all are",
+            next="the command of the experiment again: it runs what is missing",
+        )
 
 
 def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[Run, str]]:

@@ -74,7 +74,8 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 def power(effect: float, sd: float, n: int, alpha: float = 0.05) -> float:
     """The probability that a paired t test of `n` differences of this mean and standard deviation finds them at `alpha`, two-sided."""
     away, critical = effect / sd * math.sqrt(n), stats.t.ppf(1 - alpha / 2, n - 1)
-    return float(stats.nct.sf(critical, n - 1, away) + stats.nct.cdf(-critical, n - 1, away))
+    other_side = np.nan_to_num(stats.nct.cdf(-critical, n - 1, away))  # SciPy has NaN where it is next to nothing
+    return float(stats.nct.sf(critical, n - 1, away) + other_side)
 
 
 def sample_size(effect: float, sd: float, *, target: float = 0.9, alpha: float = 0.05) -> int:

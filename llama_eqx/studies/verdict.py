@@ -73,19 +73,16 @@ def _verdict(p: float, same: float, mean: float, alpha: float) -> str:
     return "undecided"
 
 
-def in_words(found: Sequence[Finding], registration: Registration, missing: Sequence[str]) -> str:
+def in_words(found: Sequence[Finding], registration: Registration) -> str:
     """One paragraph. "No effect" is said only where the equivalence test says it."""
     said = []
-    if missing:
-        n = len(missing)
-        said.append(f"This is not the registered experiment yet: {n} of its runs {'is' if n == 1 else 'are'} missing.")
     for role, opening in (("positive control", "The positive control"), ("negative control", "The negative control")):
         for finding in (finding for finding in found if finding.role == role):
             wanted = "worse" if role == "positive control" else "no effect"
             verb = "came out as it had to" if finding.verdict == wanted else f"did not come out {wanted}: what follows is weak"
             said.append(f"{opening} ({finding.name}) {verb}: {_numbers(finding)}.")
-    if any(registration.positive_controls.values()) and not any(f.role == "positive control" for f in found):
-        said.append("There is no positive control yet.")
+    if not any(finding.role == "positive control" for finding in found):
+        said.append("There is no positive control: what was not found might not have been seen.")
     for finding in (finding for finding in found if finding.role == "contrast"):
         said.append(f"{finding.name[:1].upper()}{finding.name[1:]}: {_sentence(finding, registration)}.")
     return " ".join(said)

@@ -84,6 +84,11 @@ class Tracker:
                 raise StorageError(f"a picture cannot be written: {error.strerror or error}", where=str(path)) from error
             self._wandb.show(step, path)
 
+    def checkpoint(self, folder: pathlib.Path) -> None:
+        """The last checkpoint, which goes along to W&B if that is asked for."""
+        if self._active:
+            self._wandb.checkpoint(folder)
+
     def say(self, text: str) -> None:
         """A line for people only."""
         if self._active:

@@ -17,10 +17,14 @@ from llama_eqx.config import Config, dump
 
 FOLDER, ABOUT = "wandb", "about.json"
 PATIENCE = {"online": 5.0, "offline": 4.0}  # seconds that the end of a run waits for W&B, and then for what is to be uploaded later
+UPLOAD = 3600.0  # seconds that it waits for a checkpoint to be uploaded, if one is to be
 
 
 class WandbConfig(Config):
-    """`mode` "offline" needs no account and no network; `wandb sync` uploads the run later."""
+    """`mode` "offline" needs no account and no network; `wandb sync` uploads the run later.
+
+    With `artifact` the last checkpoint of a run that is over goes along with it.
+    """
 
     mode: Literal["offline", "online", "disabled"]
     project: str
@@ -29,6 +33,7 @@ class WandbConfig(Config):
     job_type: str | None
     tags: tuple[str, ...]
     name: str | None
+    artifact: bool
 
 
 class Wandb:
@@ -42,7 +47,7 @@ class Wandb:
         """`settings` are shown with the run. The record must have been opened, and records of steps to be made again dropped."""
         self._config, self._run_dir, self._say = config, run_dir, say
         self._process: subprocess.Popen[bytes] | None = None
-        self._reason, self._folder, self._pending = "", "", b""
+        self._reason, self._folder, self._pending, self._checkpoint = "", "", b"", ""
         self._shown: dict[str, int] = {}
         if config.mode == "disabled":
             return
@@ -59,6 +64,12 @@ class Wandb:
         self._shown[file := os.fspath(path.relative_to(self._run_dir))] = step
         self._tell({"show": {file: step}})
 
+    def checkpoint(self, folder: pathlib.Path) -> None:
+        """The run is over, and this is what became of it: a folder in the run directory that stays as it is."""
+        if self._config.artifact:
+            self._checkpoint = os.fspath(folder.relative_to(self._run_dir))
+            self._tell({"checkpoint": self._checkpoint})
+
     def listen(self) -> None:
         """Tells what the process has to say, if anything. Never waits."""
         if self._process is None:
@@ -74,17 +85,20 @@ class Wandb:
         if self._config.mode == "disabled" or not (self._process or self._reason):
             return
         if self._process is not None:
-            ended = self._ended(failed, 0.0 if failed else PATIENCE[self._config.mode])
+            patience = UPLOAD if self._checkpoint and self._config.mode == "online" else PATIENCE[self._config.mode]
+            ended = self._ended(failed, 0.0 if failed else patience)
             if ended or failed or self._config.mode == "offline":
                 return  # if need be it goes on by itself to the end of what there is to read
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._reason = self._reason or f"not everything was uploaded {PATIENCE['online']:g} s after the end"
+            self._reason = self._reason or f"not everything was uploaded {patience:g} s after the end"
         if failed:
             return
         self._start("offline")
         if self._process is not None:
             self._tell({"show": self._shown})
+            if self._checkpoint:
+                self._tell({"checkpoint": self._checkpoint})
             self._ended(failed, PATIENCE["offline"])
         self._say(f"warning: W&B: {self._reason}; later: wandb sync {self._folder or self._run_dir / FOLDER / 'offline-run-*'}")
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from llama_eqx.tracking.wandb import ABOUT, FOLDER
+from llama_eqx.tracking.wandb import ABOUT, FOLDER, UPLOAD
 
 POLL = 1.0  # seconds between looks at the record
 LAST = 60  # seconds after which the end is forced, for there may be nobody left to do so
@@ -45,14 +45,21 @@ def main(run_dir: pathlib.Path, mode: str) -> None:
         if step >= run.starting_step:  # W&B has the others from before
             run.log({name: float(value) for name, value in record.items()}, step=step)
 
-    step, lines, code = 0, growing(run_dir / "metrics.jsonl"), 1  # it did not end in order if nobody says so
+    last, step, lines, code = LAST, 0, growing(run_dir / "metrics.jsonl"), 1  # it did not end in order if nobody says so
     for messages in told():
         for line in next(lines):
             draw(json.loads(line))
         for message in messages:
             for file, shown in message.get("show", {}).items():
                 run.log({pathlib.PurePath(file).stem: looked_at(run_dir / file)}, step=max(step, shown))
+            if "checkpoint" in message:
+                folder = run_dir / message["checkpoint"]
+                artifact = wandb.Artifact(f"checkpoint-{about['id']}", type="model", metadata={"step": int(folder.name)})
+                artifact.add_dir(os.fspath(folder), policy="immutable")  # it stays where it is, and is not copied first
+                run.log_artifact(artifact, aliases=["latest", f"step-{folder.name}"])
+                last = int(UPLOAD)
             code = message.get("end", code)
+    signal.alarm(last)
     run.finish(exit_code=code)
 
 

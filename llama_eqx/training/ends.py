@@ -65,7 +65,8 @@ def check_export(config: RunConfig) -> None:
 
 
 def export(config: RunConfig) -> pathlib.Path | None:
-    """Writes the last checkpoint of a run to `export` in its directory, in place of an earlier one. Process 0 does it, the others wait.
+    """Writes the last checkpoint of a run to `export` in its directory, in place of an earlier one, and says what the format leaves out.
+    Process 0 does it, the others wait.
 
     Raises `StorageError` when it cannot be written.
     """
@@ -74,7 +75,8 @@ def export(config: RunConfig) -> pathlib.Path | None:
     target = pathlib.Path(config.run_dir, "export")
     if jax.process_index() == 0:
         job = ConvertConfig(from_=config.run_dir, to=str(target), format=config.checkpoint.export, dtype=None, shards=None)
-        convert(job, replace=True, files=_beside_tokenizer(config))
+        for note in convert(job, replace=True, files=_beside_tokenizer(config)):
+            print(f"note: {note}")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
     return target

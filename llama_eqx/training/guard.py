@@ -12,18 +12,19 @@ DEVIATION = 1.4826  # of a normal distribution, in median absolute deviations
 
 
 class History(eqx.Module):
-    """The losses of the last steps, in nats per token, in a ring of which `count` places have been written."""
+    """Losses, in nats per token, and logarithms of gradient norms of the last steps: rings of which `count` places have been written."""
 
     losses: Float32[Array, "window"]
+    log_norms: Float32[Array, "window"]
     count: Int[Array, ""]
 
 
 class GuardConfig(Config):
     """An update is withheld when loss, gradient or update is not finite; a run is given up after `max_withheld` of these in a row.
 
-    With `spike`, the update of a finite loss is withheld too if that lies more than so many standard deviations above the median of the
-    last `window` losses. The deviation is estimated by the median absolute one, which spikes hardly move; losses that were spikes count
-    for the next, so that a change that lasts is accepted after half a window.
+    With `spike`, an update that is finite is withheld too if its loss, or the logarithm of its gradient's norm, lies more than so many
+    standard deviations above the median of the last `window`. The deviation is estimated by the median absolute one, which spikes hardly
+    move; spikes count for the next steps, so that a change that lasts is accepted after half a window.
     """
 
     max_withheld: int
@@ -38,16 +39,24 @@ class GuardConfig(Config):
 
     def history(self) -> History | None:
         """Before the first step. None if spikes are not looked for."""
-        return None if self.spike is None else History(jnp.zeros(self.window, jnp.float32), jnp.zeros((), jnp.int32))
+        return None if self.spike is None else History(*jnp.zeros((2, self.window), jnp.float32), jnp.zeros((), jnp.int32))
 
-    def judged(self, loss: Float32[Array, ""], history: History) -> tuple[Bool[Array, ""], History]:
-        """Whether a loss is a spike, which none is before a whole window, and the history with it. A loss that is not finite is neither."""
+    def judged(self, loss: Float32[Array, ""], norm: Float32[Array, ""], history: History) -> tuple[Bool[Array, ""], History]:
+        """Whether a step with this loss and gradient norm is a spike, which none is before a whole window, and the history with it. One
+        that is not finite is neither.
+        """
+        log_norm = jnp.log(norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(log_norm)
+        above = self._above(loss, history.losses) | self._above(log_norm, history.log_norms)
+        place = history.count % self.window
+        new = History(history.losses.at[place].set(loss), history.log_norms.at[place].set(log_norm), history.count + 1)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, history)
+        return finite & (history.count >= self.window) & above, kept
+
+    def _above(self, value: Float32[Array, ""], window: Float32[Array, "window"]) -> Bool[Array, ""]:
         assert self.spike is not None
-        median = jnp.median(history.losses)
-        deviation = DEVIATION * jnp.median(jnp.abs(history.losses - median))
-        spike = jnp.isfinite(loss) & (history.count >= self.window) & (loss > median + self.spike * deviation)
-        new = History(history.losses.at[history.count % self.window].set(loss), history.count + 1)
-        return spike, jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(loss), new, old), new, history)
+        median = jnp.median(window)
+        return value > median + self.spike * DEVIATION * jnp.median(jnp.abs(window - median))
 
 
 @jax.jit

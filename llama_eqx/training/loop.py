@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 
+from llama_eqx.checkpoint.fingerprint import fingerprint
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.config import dump
 from llama_eqx.crash import crash_point
@@ -127,6 +128,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 flops_per_token=flops.causal,
                 device_kind=device_kind,
                 devices=layout.mesh.size,
+                waited=lambda: batches.waited,
             )
             checkpoints.say = tracker.say
             evaluation, measured, progress = None, {}, past
@@ -165,8 +167,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 if begin and is_due(begin) and not of_first(is_logged(run_dir, begin, "val/loss")):  # it was stopped while it evaluated
                     measure()
                 for step in watched(range(begin + 1, steps + 1), config.distributed.stall):
-                    with reporter.waiting():
-                        batch, progress = next(batches)
+                    batch, progress = next(batches)
                     profile.begin(step)
                     with preemption.idle() if step == begin + 1 else contextlib.nullcontext():  # it compiles
                         crash_point("compile")
@@ -186,6 +187,8 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                     checkpoints.poll()
                     preemption.check(step)
             checkpoints.finish()
+            tracker.say(f"final state {fingerprint(state)}: the same command ends with the same")
+            tracker.checkpoint(run_dir / "checkpoints" / str(max(begin, steps)))
 
             if evaluation is None:  # a finished run, asked again
                 evaluation = evaluate(state.model, data.val)

@@ -28,8 +28,9 @@ class Reporter:
 
     The first step is logged too: its time is mostly that of compilation. To the metrics come `tokens`, the targets counted so far,
     `perf/tokens_per_second` (padding and masked targets are computed, and so included), `perf/mfu` (causal, where the chip's peak is
-    known), `data/starved_fraction`, the share of the time in which steps waited for data, `data/epoch` (of each source of a mixture), and
-    `data/ledger`, a number that says which rows all batches so far had. Time in `pause` counts for none of the speeds.
+    known), `data/starved_fraction`, the share of the time in which steps waited for a batch that was not made yet, `data/epoch` (of each
+    source of a mixture), and `data/ledger`, a number that says which rows all batches so far had. Time in `pause` counts for none of the
+    speeds.
     """
 
     def __init__(
@@ -44,15 +45,16 @@ class Reporter:
         flops_per_token: int,
         device_kind: str,
         devices: int,
+        waited: Callable[[], float] = lambda: 0.0,
     ):
-        """`tokens` of one step, and the `epochs` that are over after a step."""
+        """`tokens` of one step, the `epochs` that are over after a step, and the seconds that steps have `waited` for data so far."""
         self._tracker, self._log_every, self._last_step = tracker, log_every, last_step
         self._tokens, self._flops, self._device_kind, self._devices = tokens, flops_per_token, device_kind, devices
-        self._epochs, self._max_withheld = epochs, max_withheld
+        self._epochs, self._waited, self._max_withheld = epochs, waited, max_withheld
         self._late: tuple[int, Metrics, Progress] | None = None
         self._steps, self.withheld, self.reported = 0, 0, 0
         self._speeds: list[dict[str, float]] = []
-        self._begun, self._waited = time.perf_counter(), 0.0
+        self._begun, self._waited_before = time.perf_counter(), waited()
 
     def add(self, step: int, metrics: Metrics, progress: Progress) -> None:
         """Takes the metrics of the step just begun, and the progress that its batch made, and reports those of the one before.
@@ -79,7 +81,7 @@ class Reporter:
         if not fetched["optim/withheld"]:
             self.withheld = 0
         elif fetched.get("optim/spike"):
-            self._tracker.say(f"warning: step {step}: loss {loss:.4f} is a spike: its update is withheld")
+            self._tracker.say(f"warning: step {step}: loss {loss:.4f}, gradient norm {norm:.4g} are a spike: its update is withheld")
         else:
             self.withheld += 1
             self._tracker.say(
@@ -99,13 +101,6 @@ class Reporter:
         return {name: statistics.median(speed[name] for speed in self._speeds[1:]) for name in self._speeds[0]} if self._speeds[1:] else {}
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around what each step waits for: the next batch."""
-        begun = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - begun
-
-    @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Around what is not training, such as an evaluation. All steps are reported before it begins."""
         self.flush()
@@ -115,8 +110,8 @@ class Reporter:
 
     def _speed(self) -> dict[str, float]:
         now = time.perf_counter()
-        passed, waited, steps = now - self._begun, self._waited, self._steps
-        self._begun, self._waited, self._steps = now, 0.0, 0
+        passed, waited, steps = now - self._begun, self._waited() - self._waited_before, self._steps
+        self._begun, self._waited_before, self._steps = now, self._waited(), 0
         rate = steps * self._tokens / passed
         used = mfu(rate, self._flops, self._device_kind, self._devices)
         speed = {"perf/tokens_per_second": rate, "data/starved_fraction": waited / passed}

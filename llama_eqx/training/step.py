@@ -60,7 +60,7 @@ def make_step(
     """A step `((batch, key), state) -> (state, metrics)`; `state` may be donated.
 
     The gradient is that of the mean over the batch's targets, added up over microbatches if there are any.
-    When loss, gradient or update is not finite, or the loss a spike to the `guard`, the update is withheld on the device, and
+    When loss, gradient or update is not finite, or loss or gradient a spike to the `guard`, the update is withheld on the device, and
     `optim/withheld` is 1.
     Metrics: `train/loss` in nats per token, `optim/lr`, `optim/grad_norm` (global, before clipping), `optim/update_norm`, `optim/withheld`
     and, with a guard that looks for them, `optim/spike`, 1 for a spike.
@@ -83,7 +83,7 @@ def make_step(
         model = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.model, update)
         good, history, spikes = jnp.isfinite(mean) & jnp.isfinite(norm) & jnp.isfinite(update_norm), state.history, {}
         if guard is not None and history is not None:
-            spike, history = guard.judged(mean, history)
+            spike, history = guard.judged(mean, norm, history)
             good, spikes = good & ~spike, {"optim/spike": spike.astype(jnp.float32)}
         # Optax may promote what it keeps; a state has the dtypes that it began with.
         keep = lambda new, old: jnp.where(good, new.astype(old.dtype), old)  # noqa: E731

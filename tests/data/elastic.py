@@ -21,25 +21,30 @@ BATCH, SEQ = 24, 64
 PARTS = [(1, 0, 4), (2, 4, 7), (3, 7, 12), (4, 12, 14), (8, 14, 19), (1, 19, 25)]  # processes, first step, last step
 
 
-def config(folder, *overrides):
-    return load_config(
+def settings(folder, *overrides):
+    """Three sources by weight, two of them with a segment for each document, and one packed."""
+    return [
         *("data=mixture", "tokenizer=bytes", "data.components.prose.rows=packed", "data.components.prose.long_documents=cut"),
         *(f"data.components.prose.path={folder}/prose", "~data@data.components.code", "~data.weights.code"),
         *("+data@data.components.notes=text", f"data.components.notes.path={folder}/notes", "data.components.notes.rows=documents"),
         *("+data@data.components.answers=sft", f"data.components.answers.path={folder}/answers.jsonl"),
         *("data.weights.prose=0.5", "+data.weights.notes=0.3", "+data.weights.answers=0.2", "seed=7"),
         *overrides,
-    )
+    ]
 
 
-def opened(settings):
-    tokenizer = settings.tokenizer.build(settings.data)
-    return open_data(settings.data, tokenizer, seq_len=SEQ, seed=settings.seed)
+def config(folder, *overrides):
+    return load_config(*settings(folder, *overrides))
 
 
-def run(folder: pathlib.Path, settings, shard: int, n_shards: int, first: int, last: int) -> None:
+def opened(config):
+    tokenizer = config.tokenizer.build(config.data)
+    return open_data(config.data, tokenizer, seq_len=SEQ, seed=config.seed)
+
+
+def run(folder: pathlib.Path, config, shard: int, n_shards: int, first: int, last: int) -> None:
     """One process: reads its part of some batches, and continues the ledger that the processes before it left."""
-    data = opened(settings)
+    data = opened(config)
     parts = Parts(data.train, data.order, BATCH, shard, n_shards, data.fingerprint)
     progress = Progress(*json.loads((folder / f"{first}.json").read_text())) if first else parts.after(0)
     with read(parts, first) as drawn:
@@ -51,12 +56,12 @@ def run(folder: pathlib.Path, settings, shard: int, n_shards: int, first: int, l
 
 if __name__ == "__main__":
     folder = pathlib.Path(sys.argv[1])
-    settings = config(folder)
+    chosen = config(folder)
     for count, first, last in PARTS:
         children = []
         for shard in range(count):
             if not (child := os.fork()):
-                run(folder, settings, shard, count, first, last)
+                run(folder, chosen, shard, count, first, last)
                 os._exit(0)
             children.append(child)
         for child in children:

@@ -140,9 +140,12 @@ def test_an_empty_component_of_a_mixture_ends_before_the_first_step(made, tmp_pa
     code, error, steps = run(*mixture)
     assert (code, steps) == (3, 0)
     assert "the component prose: no text here" in error
-    code, error, steps = run(*mixture, "data.weights.prose=0.4")  # a setting: no data was looked at
-    assert (code, steps) == (2, 0)
-    assert "the weights sum to 0.9" in error
+
+
+def test_weights_that_do_not_sum_end_before_the_first_step(run):
+    code, error, steps = run("data=mixture", "data.weights.prose=0.4")
+    assert (code, steps) == (3, 0)
+    assert "the weights of the mixture sum to 0.9" in error
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llama_eqx.batch import Batch
 from llama_eqx.data.order import Order
-from llama_eqx.data.pipeline import Parts, ahead, place, process_rows, read, training_batches, validation_batches
+from llama_eqx.data.pipeline import Ahead, Parts, place, process_rows, read, training_batches, validation_batches
 from llama_eqx.data.rows import Documents, Windows
 from llama_eqx.errors import ConfigError, DataError
 
@@ -157,13 +157,35 @@ def test_what_is_made_ahead_comes_in_order_and_no_further_than_there_is_room():
             made.append(i)
             yield i
 
-    with ahead(items(), room=2) as taken:
+    with Ahead(items(), room=2) as taken:
         assert [next(taken) for _ in range(3)] == [0, 1, 2]
         assert len(made) <= 5
     assert len(made) <= 6
     assert "batches" not in [thread.name for thread in threading.enumerate()]
-    with ahead(iter("abc")) as taken:
+    with Ahead(iter("abc")) as taken:
         assert list(taken) == ["a", "b", "c"]
+
+
+def test_only_what_was_not_made_yet_is_waited_for():
+    allowed = threading.Event()
+
+    def items():
+        yield from range(3)
+        assert allowed.wait(60)
+        yield 3
+
+    with Ahead(items(), room=2) as taken:
+        for _ in range(3):
+            while taken._made.empty():
+                threading.Event().wait(0.001)
+            next(taken)
+        assert taken.waited == 0
+        threading.Timer(0.05, allowed.set).start()
+        assert next(taken) == 3
+        assert taken.waited > 0
+        for _ in range(2):
+            with pytest.raises(StopIteration):
+                next(taken)
 
 
 def test_an_error_arrives_where_the_batch_is_taken():
@@ -171,7 +193,7 @@ def test_an_error_arrives_where_the_batch_is_taken():
         yield 1
         raise DataError("broken")
 
-    with ahead(items()) as taken:
+    with Ahead(items()) as taken:
         assert next(taken) == 1
         with pytest.raises(DataError, match="broken"):
             next(taken)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_eqx.data.shards import CHUNK, open_dataset, tokenize
+from llama_eqx.data.encoding import CHUNK, tokenize
+from llama_eqx.data.shards import open_dataset
 from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer, Tokenizer, load_tokenizer
 from llama_eqx.errors import DataError
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_eqx.data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer
+from llama_eqx.data.tokenizer.export import tokenizer_json
 from llama_eqx.data.tokenizer.huggingface import read_huggingface
 
 PIECES = [
@@ -132,6 +133,46 @@ def equal_to_transformers(llama3, hf, converted, text):
     assert llama3.encode(text) == ordinary
 
 
+@pytest.fixture(scope="module")
+def exported(llama2, llama3):
+    """What is written for transformers, by its library."""
+    from tokenizers import Tokenizer
+
+    found = {"llama2": Tokenizer.from_str(tokenizer_json(llama2)), "llama3": Tokenizer.from_str(tokenizer_json(llama3))}
+    for library in found.values():
+        library.encode_special_tokens = True
+    return found
+
+
+def equal_to_exported(exported, tokenizer, text):
+    assert exported.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
+    assert exported.encode(text).ids == [tokenizer.bos, *tokenizer.encode(text)]
+    assert exported.decode(tokenizer.encode(text), skip_special_tokens=False) == tokenizer.decode(tokenizer.encode(text))
+
+
+@few
+@given(text=texts)
+def test_an_exported_tokenizer_is_equal_to_llamas(exported, llama2, llama3, text):
+    equal_to_exported(exported["llama2"], llama2, text)
+    equal_to_exported(exported["llama3"], llama3, text)
+
+
+def test_runs_of_one_character_are_merged_from_the_left(exported, llama2, llama3):
+    for character in " =-.*#/a\u2581\n":
+        for length in (2, 3, 5, 7, 15, 16, 17, 18, 20, 33, 50, 61):
+            for text in (character * length, f"x{character * length}y", f"  {character * length}\n"):
+                equal_to_exported(exported["llama2"], llama2, text)
+                equal_to_exported(exported["llama3"], llama3, text)
+
+
+def test_special_tokens_of_an_exported_tokenizer(exported, llama2, llama3):
+    for tokenizer, library in ((llama2, exported["llama2"]), (llama3, exported["llama3"])):
+        added = library.get_added_tokens_decoder()
+        assert tokenizer.special.items() <= {token.content: i for i, token in added.items()}.items()
+        assert all(token.special for token in added.values())
+        assert library.get_vocab_size() == tokenizer.vocab
+
+
 @few
 @given(text=texts)
 def test_llama_2_is_equal_to_sentencepiece(llama2, spiece, text):
@@ -149,6 +190,14 @@ def test_llama_3_is_equal_to_tiktoken(llama3, meta, text):
 @given(text=texts)
 def test_llama_2_is_equal_to_sentencepiece_on_10_000_texts(llama2, spiece, text):
     equal_to_sentencepiece(llama2, spiece, text)
+
+
+@pytest.mark.slow
+@many
+@given(text=texts)
+def test_an_exported_tokenizer_is_equal_to_llamas_on_10_000_texts(exported, llama2, llama3, text):
+    equal_to_exported(exported["llama2"], llama2, text)
+    equal_to_exported(exported["llama3"], llama3, text)
 
 
 @pytest.mark.slow

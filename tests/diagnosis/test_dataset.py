@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llama_eqx import load_config
-from llama_eqx.data.shards import tokenize
+from llama_eqx.data.encoding import tokenize
 from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer
 from llama_eqx.diagnosis.examination import examine
 from llama_eqx.doctor import published

@@ -7,18 +7,16 @@ import pathlib
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 HERE = pathlib.Path(__file__).parent
 TEXT = HERE.parent / "golden" / "text.md"
-STEPS, EVERY = 12, 3
+STEPS, EVERY = 24, 3
 SETTINGS = {
     "model.dims.layers": 2,
     "model.dims.embed": 32,
@@ -40,7 +38,7 @@ SETTINGS = {
     "checkpoint.every": EVERY,
     "schedule.warmup_steps": 2,
 }
-KILLED, STOPPED = 300, 50  # trials
+RUNS = 50  # each of which is killed six times and told to stop once
 
 
 class Outcome(NamedTuple):
@@ -51,50 +49,33 @@ class Outcome(NamedTuple):
     progress: dict[str, int]
 
 
-class Trial(NamedTuple):
-    """`faults` for the starts one after another; `kill_after` seconds an outside killer waits, `when_saving` from when a save is on
-    its way.
+def drawn(number: int, seconds: float) -> list[str]:
+    """The faults of a run, the same for the same number; `seconds` a run takes that is left alone.
+
+    Each is for one start after another: a crash point (see crash.py), or a kill from outside, "after:0.7" seconds or "saving:0.01" seconds
+    after a save has begun. None is so late that the one before it would have ended the run, but the last.
     """
-
-    faults: str
-    kill_after: float | None = None
-    when_saving: bool = False
-
-
-def trial(number: int, seconds: float) -> Trial:
-    """The same for the same number: of 350, the last 50 are told to stop and the others killed. `seconds` an undisturbed run takes."""
     chance = random.Random(number)
-    if number >= KILLED:
-        label = chance.choice(
-            ("compile", "step:1", f"step:{chance.randint(2, STEPS)}", "evaluate:1", "evaluate:2", "save:1", "save:2", "save:3")
-        )
-        return Trial(f"{label}{':1' * (':' not in label)}:SIGTERM")
-    match number % 10:
-        case 0 | 1:
-            return Trial("", chance.uniform(0, 0.05), when_saving=True)
-        case 2:
-            return Trial(f"save:{chance.randint(1, 4)}")
-        case 3:
-            return Trial(f"finalise:{chance.randint(1, 4)}")
-        case 4:
-            return Trial(f"{chance.choice(('manifest', 'rename'))}:{chance.randint(1, 4)}")
-        case 5:
-            return Trial(f"remove:{chance.randint(1, 2)}")
-        case 6:
-            return Trial(chance.choice(("compile", "step", f"step:{chance.randint(2, STEPS)}")))
-        case 7:
-            return Trial(f"evaluate:{chance.randint(1, 3)}")
-        case 8:
-            return Trial(f"{chance.choice(('save:2', 'finalise:2', 'evaluate:2'))};restore")
-        case _:
-            return Trial("", chance.uniform(0, seconds))
+    told = chance.choice(("compile:1", f"step:{chance.randint(1, 6)}", "evaluate:1", "save:1", "finalise:1")) + ":SIGTERM"
+    faults = [
+        f"saving:{chance.uniform(0, 0.05):.4f}",
+        chance.choice(("save:1", "save:2", "finalise:1", "finalise:2")),
+        chance.choice(("manifest:1", "manifest:2", "rename:1", "rename:2", "remove:1")),
+        chance.choice(("compile:1", f"step:{chance.randint(1, 6)}", "evaluate:1", "evaluate:2")),
+        "restore:1",
+        told,
+    ]
+    chance.shuffle(faults)
+    if faults[0] == "restore:1":  # there is nothing to restore yet
+        faults = [*faults[1:], faults[0]]
+    return [*faults, f"after:{chance.uniform(0, seconds):.4f}"]
 
 
 def environment(cache: pathlib.Path) -> dict[str, str]:
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": os.path.join(tempfile.gettempdir(), "llama_eqx-faults-compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -122,45 +103,32 @@ def command(run_dir: pathlib.Path, *overrides: str) -> list[str]:
     return ["llama_eqx.train", *(f"{key}={value}" for key, value in settings.items()), *overrides]
 
 
-def run(run_dir: pathlib.Path, server: str, trial: Trial) -> dict[str, Any]:
-    """Trains to the end under supervise through the faults of a trial. What is returned says how that went."""
+def run(run_dir: pathlib.Path, server: str, faults: list[str]) -> dict[str, Any]:
+    """Trains to the end under supervise, which does not wait here, through the faults. What is returned says how that went."""
     log = run_dir.with_name(f"{run_dir.name}.starts")
-    start = [sys.executable, "-I", "-S", str(HERE / "nth_start.py"), server, trial.faults, str(log), *command(run_dir)]
+    start = [sys.executable, "-I", "-S", str(HERE / "nth_start.py"), server, ";".join(faults), str(log), str(run_dir), *command(run_dir)]
+    supervise = "from llama_eqx import supervise; supervise.time.sleep = lambda _: None; supervise.main()"
     begun = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "llama_eqx.supervise", "--", *start],
+        [sys.executable, "-c", supervise, "--short", "99", "--", *start],
         env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    if trial.kill_after is not None:
-        threading.Thread(target=_kill, args=(log, run_dir, trial), daemon=True).start()
-    _, said = process.communicate(timeout=300)
-    resumed = [int(step) for step in re.findall(r"resumed from step (\d+)", said)]
-    ended = re.findall(r"supervise: ended by ([\w ]+): restart", said)
+    _, said = process.communicate(timeout=1200)
     return {
         "code": process.returncode,
         "said": said,
-        "resumed": resumed,
-        "ended": ended,
-        "starts": len(log.read_text().splitlines()),
+        "resumed": [int(step) for step in re.findall(r"resumed from step (\d+)", said)],
+        "ended": re.findall(r"supervise: ended by ([\w ]+): restart", said),
         "seconds": round(time.monotonic() - begun, 1),
     }
 
 
-def _kill(log: pathlib.Path, run_dir: pathlib.Path, trial: Trial) -> None:
-    """Kills the first start, if it is still there."""
-    assert trial.kill_after is not None
-    while not log.exists() or not log.read_text().endswith("\n"):
-        time.sleep(0.01)
-    pid = int(log.read_text().split()[0])
-    if trial.when_saving:
-        while not list(run_dir.glob("checkpoints/*.unfinished*")) and pathlib.Path(f"/proc/{pid}").exists():
-            time.sleep(0.0005)
-    time.sleep(trial.kill_after)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+def expected(faults: list[str]) -> list[str]:
+    """How the starts end that meet these faults."""
+    return ["exit code 75" if fault.endswith("SIGTERM") else "SIGKILL" for fault in faults]
 
 
 def outcome(run_dir: pathlib.Path) -> Outcome:
@@ -195,8 +163,8 @@ class Reference(NamedTuple):
 
 
 def reference(folder: pathlib.Path, server: str) -> Reference:
-    run(folder / "first", server, Trial(""))  # fills the cache of compiled programs
-    done = run(folder / "run", server, Trial(""))
+    run(folder / "first", server, [])  # fills the cache of compiled programs
+    done = run(folder / "run", server, [])
     assert done["code"] == 0, done["said"]
     found = outcome(folder / "run")
     assert [float.fromhex(record["step"]) for record in found.records if "train/loss" in record] == list(range(1, STEPS + 1))
@@ -206,21 +174,21 @@ def reference(folder: pathlib.Path, server: str) -> Reference:
 
 
 def attempt(number: int, against: Reference) -> dict[str, Any]:
-    """Runs trial `number` in a folder of its own and says what came of it; `identical` is what it is about."""
+    """Makes run `number` in a folder of its own and says what came of it; `identical` is what it is about."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f"faults-{number}-"))
-    drawn = trial(number, against.seconds)
+    faults = drawn(number, against.seconds)
     try:
-        done = run(folder / "run", against.server, drawn)
+        done = run(folder / "run", against.server, faults)
         same = done["code"] == 0 and outcome(folder / "run") == against.outcome
-        left = leftovers(folder / "run") if done["code"] == 0 else []
-        told = {key: done[key] for key in ("code", "resumed", "ended", "starts", "seconds")}
+        as_expected = done["ended"] == expected(faults)[: len(done["ended"])]
+        told = {key: done[key] for key in ("code", "ended", "resumed", "seconds")}
         return {
-            "trial": number,
-            **drawn._asdict(),
+            "run": number,
+            "faults": faults,
             "identical": same,
-            "leftovers": left,
+            "leftovers": leftovers(folder / "run") if done["code"] == 0 else [],
             **told,
-            **({} if same else {"said": done["said"]}),
+            **({} if same and as_expected else {"said": done["said"]}),
         }
     finally:
         shutil.rmtree(folder)

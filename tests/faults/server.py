@@ -1,4 +1,5 @@
-"""python server.py SOCKET: forks a process for every command that comes, with JAX imported already, which takes most of a start."""
+"""python server.py SOCKET: forks a process for every command that comes. JAX is imported and a config composed already, as takes most of a
+start."""
 
 import json
 import os
@@ -14,8 +15,9 @@ def main(path: str) -> None:
 
     import llama_eqx.compose
     import llama_eqx.tracking.plot
-    import llama_eqx.training.loop  # noqa: F401
+    import llama_eqx.training.loop
 
+    llama_eqx.compose.load_config("data=text", "tokenizer=bytes")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     server = socket.socket(socket.AF_UNIX)
     server.bind(path)

@@ -1,45 +1,41 @@
-"""python tests/faults/table.py FAULTS_LOG: how many trials of each kind ended identical, as a table in Markdown."""
+"""python tests/faults/table.py FAULTS_LOG: which faults struck, and how many of their runs ended identical, in Markdown."""
 
 import collections
 import json
 import pathlib
 import sys
 
-from harness import STEPS
+from harness import EVERY, RUNS, STEPS, expected
 
 
-def kind(trial: dict) -> str:
-    if trial["when_saving"]:
-        return "killed from outside while a save is under way"
-    if trial["kill_after"] is not None:
-        return "killed from outside at a random moment"
-    if "SIGTERM" in trial["faults"]:
-        return f"told to stop at {trial['faults'].split(':')[0]}"
-    labels = [fault.split(":")[0] for fault in trial["faults"].split(";")]
-    return f"killed at {', then at '.join(labels)}"
+def kind(fault: str) -> str:
+    label = fault.partition(":")[0]
+    if label in ("after", "saving"):
+        return "killed from outside " + ("at a random moment" if label == "after" else "while a save is under way")
+    return f"{'told to stop' if fault.endswith('SIGTERM') else 'killed'} at {label}"
 
 
 def table(path: pathlib.Path) -> str:
-    trials = [json.loads(line) for line in path.read_text().splitlines()]
-    kinds = collections.defaultdict(list)
-    for trial in trials:
-        kinds[kind(trial)].append(trial)
-    rows = [
-        f"| {name} | {len(found)} | {sum(trial['starts'] > 1 for trial in found)} | {sum(trial['identical'] for trial in found)} |"
-        for name, found in sorted(kinds.items())
-    ]
-    killed, same = sum(trial["starts"] > 1 for trial in trials), sum(trial["identical"] for trial in trials)
-    left = sum(bool(trial["leftovers"]) for trial in trials)
-    bound = 3 / len(trials)
+    runs = [json.loads(line) for line in path.read_text().splitlines()]
+    struck, same = collections.Counter(), collections.Counter()
+    for run in runs:
+        kinds = [kind(fault) for fault in run["faults"][: len(run["ended"])]]
+        struck.update(kinds)
+        same.update(kinds if run["identical"] else [])
+    otherwise = sum(run["ended"] != expected(run["faults"])[: len(run["ended"])] for run in runs)
+    left = sum(bool(run["leftovers"]) for run in runs)
+    rows = [f"| {name} | {count} | {same[name]} |" for name, count in sorted(struck.items())]
+    bound = f" No failure after {struck.total()} faults bounds their rate below {3 / struck.total():.1%} at 95%." * (struck == same)
     return "\n".join(
         [
-            "| fault | trials | in which it struck before the end | identical |",
-            "|---|---|---|---|",
+            "| fault | times | of these in runs that ended identical |",
+            "|---|---|---|",
             *rows,
-            f"| **all** | **{len(trials)}** | **{killed}** | **{same}** |",
+            f"| **all** | **{struck.total()}** | **{same.total()}** |",
             "",
-            f"A run has {STEPS} steps. Unfinished folders left over: {left}. "
-            + (f"No failure in {len(trials)} trials bounds their rate below {bound:.1%} at 95%." if same == len(trials) else ""),
+            f"{len(runs)} of {RUNS} runs of {STEPS} steps with a save every {EVERY}, each through up to 7 faults in a row: "
+            f"{sum(run['identical'] for run in runs)} ended identical, {left} left unfinished folders behind, and in {otherwise} a start "
+            f"ended otherwise than by its fault.{bound}",
         ]
     )
 

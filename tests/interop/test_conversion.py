@@ -20,6 +20,7 @@ from llama_eqx import load_config
 from llama_eqx.checkpoint.manifest import find_damage, read_manifest, verify
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.compose import run_verb
+from llama_eqx.data.tokenizer import BytesTokenizer, find_tokenizer
 from llama_eqx.errors import CheckpointError, StorageError
 from llama_eqx.interop import conversion, huggingface, meta
 from llama_eqx.interop.conversion import ConvertConfig, convert, save_pretrained
@@ -83,16 +84,16 @@ def test_a_run_and_one_of_its_steps(tmp_path, models):
 
     model = models["plain"]
     write_config({"model": model.config, "seed": 1}, tmp_path)
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer_kind.json").write_text('{"kind": "bytes"}')
+    BytesTokenizer().save(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "tokenizer.model").write_text("pieces")
     with Checkpoints(tmp_path / "checkpoints", load_config("checkpoint.every=1").checkpoint) as checkpoints:
         checkpoints.save(1, jax.tree.map(jnp.zeros_like, model), {"step": jnp.int32(1)})
         checkpoints.save(2, model, {"step": jnp.int32(2)})
     convert(job(tmp_path, tmp_path / "newest", "hf"))
     assert same(load_pretrained(tmp_path / "newest"), model)
-    assert (tmp_path / "newest" / "tokenizer" / "tokenizer_kind.json").exists()
+    assert find_tokenizer(tmp_path / "newest").kind == "bytes"
     assert (tmp_path / "newest" / "tokenizer.model").read_text() == "pieces"
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "newest")("é").input_ids == [256, *"é".encode()]
     convert(job(tmp_path / "checkpoints" / "1", tmp_path / "older", "meta"))
     assert float(jnp.abs(load_pretrained(tmp_path / "older").embed).max()) == 0
 
@@ -143,13 +144,37 @@ def test_written_folders_load_in_transformers(tmp_path, models, source):
     np.testing.assert_allclose(eqx.filter_jit(model)(jnp.asarray(tokens)), theirs, atol=1e-5)
 
 
-def test_a_sentencepiece_tokenizer_begins_texts_with_bos_in_transformers(tmp_path, models, test_data):
-    save_pretrained(models["plain"], tmp_path / "meta", format="meta")
-    (tmp_path / "meta" / "manifest.json").unlink()
-    (tmp_path / "meta" / "tokenizer.model").write_bytes((test_data / "llama2_tokenizer.model").read_bytes())
-    convert(job(tmp_path / "meta", tmp_path / "hf", "hf"))
+@pytest.mark.parametrize(
+    ("generation", "vocab", "tokens"),
+    [
+        ("llama2", 32000, "{tokenizer: sentencepiece, bos: 1, eos: [2], pad: null}"),
+        ("llama3", 128256, "{tokenizer: tiktoken, bos: 128000, eos: [128001], pad: null}"),
+    ],
+)
+def test_llamas_own_tokenizers_are_read_by_transformers_alone(tmp_path, tiny, test_data, monkeypatch, generation, vocab, tokens):
+    """Without the libraries that their files are of, and with BOS before every text."""
+    sizes = {"vocab": vocab, "embed": 8, "layers": 1, "mlp": 8, "head_dim": 2}
+    config = tiny(f"model.tokens={tokens}", *(f"model.dims.{name}={size}" for name, size in sizes.items()))
+    save_pretrained(build_model(config, key=jax.random.key(0)), tmp_path / "native", format="native")
+    content = (test_data / f"{generation}_tokenizer.model").read_bytes()
+    (tmp_path / "native" / "tokenizer.model").write_bytes(content)
+    convert(job(tmp_path / "native", tmp_path / "hf", "hf"))
+    text = "Hello world, 你好  x"
+    expected = find_tokenizer(tmp_path / "native").encode(text)
+    for library in ("sentencepiece", "tiktoken"):
+        monkeypatch.setitem(sys.modules, library, None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert tokenizer("Hello world, 你好").input_ids == [1, 15043, 3186, 29892, 29871, 30919, 31076]
+    batch = tokenizer(text)
+    assert batch.input_ids == [config.tokens.bos, *expected]
+    assert batch.keys() == {"input_ids", "attention_mask"}  # `generate` refuses any more
+    assert (tokenizer.eos_token_id, tokenizer.decode(batch.input_ids, skip_special_tokens=True)) == (config.tokens.eos[0], text)
+    # Others would take a tokenizer.model for SentencePiece's.
+    place = tmp_path / "hf" / ("original" if generation == "llama3" else "")
+    assert (place / "tokenizer.model").read_bytes() == content
+    assert (tmp_path / "hf" / "tokenizer.model").exists() is (generation == "llama2")
+    convert(job(tmp_path / "hf", tmp_path / "again", "hf"))
+    convert(job(tmp_path / "again", tmp_path / "meta", "meta"))
+    assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == content
 
 
 def failing(function, error):

@@ -118,7 +118,7 @@ def test_there_and_back_again(tmp_path, published, monkeypatch, capsys, starts):
         assert np.abs(their_logits(exported) - our_logits(run_dir)).max() < 1e-5
         assert np.abs(their_logits(exported) - expected).max() > 1e-3  # it has learned something
         assert transformers.GenerationConfig.from_pretrained(run_dir / "export").eos_token_id == ENDS
-        assert (run_dir / "export" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+        assert (run_dir / "export" / "original" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
     handed_on = transformers.AutoTokenizer.from_pretrained(tmp_path / "from hf" / "export")
     assert handed_on.chat_template == "{{ messages }}"
     # A run keeps no more of its tokenizer than it needs, and it is one of transformers all the same.

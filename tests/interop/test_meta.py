@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 
 import equinox as eqx
 import jax
@@ -17,7 +18,7 @@ from jax.sharding import AxisType
 from llama_eqx import load_config
 from llama_eqx.errors import CheckpointError
 from llama_eqx.interop.conversion import ConvertConfig, convert, save_pretrained
-from llama_eqx.interop.meta import config_to_meta, ffn_parameters, ffn_size
+from llama_eqx.interop.params import config_to_meta, ffn_parameters, ffn_size
 from llama_eqx.interop.pretrained import load_pretrained, open_pretrained
 from llama_eqx.precision import cast
 from llama_eqx.sharding import MESH_AXES, Layout
@@ -294,6 +295,19 @@ def test_damaged_folders(tmp_path, change, said):
     change(tmp_path / "meta")
     with pytest.raises(CheckpointError, match=said):
         load_pretrained(tmp_path / "meta")
+
+
+@pytest.mark.parametrize(("version", "said"), [("2.9.1+cpu", "torch 2.9.1"), (None, "need torch")])
+def test_torch_that_is_missing_or_can_be_made_to_run_code(tmp_path, models, monkeypatch, version, said):
+    theirs(tmp_path / "meta", "llama2", 2)
+    if version is None:
+        monkeypatch.setitem(sys.modules, "torch", None)
+    else:
+        monkeypatch.setattr(torch, "__version__", version)
+    for use in (lambda: load_pretrained(tmp_path / "meta"), lambda: save_pretrained(models["llama2"], tmp_path / "new", format="meta")):
+        with pytest.raises(CheckpointError, match=said):
+            use()
+    assert not (tmp_path / "new").exists()
 
 
 def params(folder, **changes):

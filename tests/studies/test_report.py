@@ -9,6 +9,7 @@ import shutil
 import signal
 import statistics
 import subprocess
+import textwrap
 
 import matplotlib.image
 import pytest
@@ -25,6 +26,7 @@ from llama_eqx.studies.runs import kept
 from llama_eqx.studies.statistics import interval
 from llama_eqx.studies.verdict import findings, in_words
 
+ROOT = pathlib.Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -51,26 +53,30 @@ def test_the_words_follow_from_the_numbers(experiment):
     assert "Second: no effect, that is less than 0.01 nats per token either way" in words
     assert re.search(r"Third: undecided, neither an effect .* takes [\d,]+ seeds", words)
     assert "The positive control (less data) came out as it had to" in words
-    assert "missing" not in words
 
 
-def test_missing_runs_and_diverged_ones_are_said(experiment):
-    folder, add = experiment
-    next((folder / "runs/final/1m/less").iterdir()).unlink()
-    for path in (folder / "runs/final/1m/noisy").iterdir():
-        path.unlink()
+def test_nobody_looks_before_all_runs_are_there(experiment):
+    folder, _ = experiment
+    (folder / "runs/final/1m/less/0.002_3.jsonl.gz").unlink()
+    with pytest.raises(DataError) as found:
+        the()
+    assert "1 of its 40 registered runs is missing" in str(found.value)
+    assert "less seed 3" in str(found.value)
+    assert str(pathlib.Path("runs/final/1m")) in str(found.value)
+    assert not list(folder.glob("report*"))
+
+
+def test_diverged_runs_count(experiment):
+    _, add = experiment
     add("same", 0, 3.0, steps=60)  # it ended before its time, and so counts as the worst of all
-    words = the().words
-    assert "9 of its runs are missing" in words
     found = {finding.name: finding for finding in findings(kept("known", "final", "1m"), load_registration("known"))}
     assert max(found["second"].differences) > 2
     assert found["second"].verdict == "undecided"
-    assert "third" not in found
 
 
 def test_without_controls_nothing_is_claimed_of_them(experiment):
     registration = load_registration("known")
-    assert "There is no positive control yet." in in_words([], registration, [])
+    assert "There is no positive control:" in in_words([], registration)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +142,19 @@ def test_tuning_finds_the_rate_of_each_arm(experiment):
     assert "no rate is chosen for it" in the("stage=tune").words
 
 
+def test_a_run_whose_arm_is_not_tuned_is_told_what_comes_first(tmp_path, monkeypatch):
+    (tmp_path / "experiments/norm").mkdir(parents=True)
+    (tmp_path / "experiments/norm/prereg.yaml").write_text((ROOT / "experiments/norm/prereg.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as found:
+        load_config("experiment=norm")
+    assert str(found.value).splitlines() == [
+        "error: rms has no learning rate at 1m yet",
+        "where: experiments/norm/tuned.yaml",
+        "next: python -m llama_eqx.train -m experiment=norm stage=tune, then python -m llama_eqx.report with the same",
+    ]
+
+
 def test_what_is_not_there(experiment):
     with pytest.raises(ConfigError, match="has no learning rate"):
         tuned("known", "1m", "base")
@@ -166,6 +185,31 @@ def test_a_registration_that_contradicts_itself(change, said, experiment):
     with pytest.raises(ConfigError) as found:
         load_registration("known")
     assert said in str(found.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/prereg.yaml")), ids=lambda path: path.parent.name)
+def test_it_is_said_how_many_runs_are_there(path):
+    found = load_registration(path.parent.name)
+    registered = {"tune": len(found.tune_arms) * len(found.rates) * len(found.tune_seeds), "final": len(found.arms) * len(found.seeds)}
+    there = {stage: len(list((path.parent / "runs" / stage / "1m").rglob("*.jsonl.gz"))) for stage in registered}
+    said = f"{there['tune']} of {registered['tune']} | {there['final']} of {registered['final']} |"
+    assert re.search(rf"\[{path.parent.name}\]\(.*?\) \| {re.escape(said)}", (ROOT / "experiments/README.md").read_text())
+    if (own := path.with_name("README.md")).exists():
+        for stage, name in (("tune", "tuning"), ("final", "final")):
+            assert f"| {name} | {there[stage]} | {registered[stage]} |" in own.read_text()
+
+
+def test_the_registration_in_the_guide(tmp_path, monkeypatch):
+    """It is one as it stands there, and the guide says how many runs it asks for."""
+    monkeypatch.chdir(tmp_path)
+    guide = (ROOT / "docs/experiments.md").read_text()
+    block = re.search(r"```yaml\n( +question: .*?)```", guide, re.S)
+    assert block is not None
+    (tmp_path / "experiments/low_rank").mkdir(parents=True)
+    (tmp_path / "experiments/low_rank/prereg.yaml").write_text(textwrap.dedent(block[1]))
+    found = load_registration("low_rank")
+    assert f"# {len(found.tune_arms) * len(found.rates) * len(found.tune_seeds)} runs" in guide
+    assert f"# {len(found.arms) * len(found.seeds)} runs" in guide
 
 
 def test_the_hash_is_of_what_is_said_and_not_of_how_it_is_written(experiment):

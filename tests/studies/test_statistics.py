@@ -72,6 +72,14 @@ def test_power():
     assert power(0.8, 1.0, 10) == pytest.approx((stats.ttest_1samp(d, 0, axis=1).pvalue < 0.05).mean(), abs=0.01)
 
 
+@pytest.mark.parametrize("effect", [0.1, 1.0, 2.0, 10.0])
+def test_power_rises_with_the_number_of_pairs(effect):
+    found = [power(effect, 1.0, n) for n in range(2, 60)]
+    assert np.isfinite(found).all()
+    assert (np.diff(found) > -1e-12).all()
+    assert power(-effect, 1.0, 19) == pytest.approx(found[17])
+
+
 def test_no_spread_and_no_numbers():
     assert (paired_t_p([0.0, 0.0]), paired_t_p([1.0, 1.0])) == (1, 0)
     assert (equivalence_p([0.0, 0.0], 0.1), equivalence_p([1.0, 1.0], 0.1)) == (0, 1)

@@ -42,11 +42,15 @@ def tracker(run_dir, start=0, mode="online") -> Tracker:
     return Tracker(config, run_dir, settings={"marked": "in the config"}, steps=100, start=start)
 
 
-def drawn(folder) -> list[dict]:
-    """The history in a folder of W&B, read by its own tool."""
+def records(folder, kind) -> list[dict]:
+    """Those of a kind in a folder of W&B, read by its own tool."""
     read = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     lines = subprocess.run(read, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [record["history"]["item"] for record in map(json.loads, lines) if record["type"] == "history"]
+    return [record[kind] for record in map(json.loads, lines) if record["type"] == kind]
+
+
+def drawn(folder) -> list[dict]:
+    return [record["item"] for record in records(folder, "history")]
 
 
 def until(happened):
@@ -99,6 +103,26 @@ def test_down(tmp_path, serve, capsys, way):
     folder = told_to_sync(capsys.readouterr().err)
     assert [record["_step"] for record in drawn(folder)][:2] == [1, 2]
     assert "a sample" in next(folder.glob("files/media/html/*.html")).read_text()
+
+
+@pytest.mark.parametrize("asked", ["true", "false"])
+def test_a_checkpoint_goes_along_if_it_is_asked_for(tmp_path, asked):
+    """Offline: what `wandb sync` uploads later is the checkpoint as it lies there, and not a copy."""
+    folder = tmp_path / "checkpoints" / "7"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(b"w" * 1000)
+    config = load_config("tracking.wandb.mode=offline", f"tracking.wandb.artifact={asked}").tracking
+    with Tracker(config, tmp_path, settings={}, steps=7, start=0) as told:
+        told.log(7, {"train/loss": 1.0})
+        told.checkpoint(folder)
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    until(lambda: records(run, "exit"))
+    found = records(run, "artifact")
+    assert len(found) == (asked == "true")
+    for artifact in found:
+        (file,) = artifact["manifest"]["contents"]
+        assert (file["local_path"], file["size"]) == (str(folder / "weights"), "1000")
+        assert (artifact["type"], artifact["metadata"], artifact["aliases"]) == ("model", '{"step":7}', ["latest", "step-7"])
 
 
 def test_it_dies_by_itself(tmp_path, serve, capsys):

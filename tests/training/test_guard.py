@@ -7,11 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from test_loop import config
 
-from llama_eqx import load_config
+from llama_eqx import load_config, load_pretrained
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.errors import ConfigError, NonFiniteError
+from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.training.guard import all_finite, require_finite
+from llama_eqx.training.loop import train
+from llama_eqx.training.loss import LossConfig
+from llama_eqx.training.setup import set_up
 from llama_eqx.training.state import abstract
 
 WINDOW, THRESHOLD = 16, 4.0
@@ -28,45 +33,87 @@ def losses(steps=200):
     return found.astype(np.float32)
 
 
-def judged(values, history):
+def norms(steps=200):
+    """Norms of gradients, a thousand times what they were at some steps, and of no use at others."""
+    rng = np.random.default_rng(1)
+    found = np.exp(0.2 * rng.normal(size=steps) - 0.01 * np.arange(steps))
+    found[[30, 60, 61, 120]] *= 1000
+    found[[50, 51]] = np.inf, 0.0
+    return found.astype(np.float32)
+
+
+def curve(begin=0, end=200):
+    return list(zip(losses(), norms(), strict=True))[begin:end]
+
+
+def judged(steps, history):
     spikes, judge = [], jax.jit(GUARD.judged)
-    for value in values:
-        spike, history = judge(value, history)
+    for loss, norm in steps:
+        spike, history = judge(loss, norm, history)
         spikes.append(bool(spike))
     return spikes, history
 
 
-def expected(values):
+@np.errstate(divide="ignore")
+def expected(steps):
     past, found = [], []
-    for value in values:
-        window = past[-WINDOW:]
+    for value in ((loss, np.log(norm)) for loss, norm in steps):
         found.append(False)
-        if len(window) == WINDOW and np.isfinite(value):
-            limit = np.median(window) + THRESHOLD * stats.median_abs_deviation(window, scale="normal")
-            found[-1] = bool(value > limit)
-        if np.isfinite(value):
-            past.append(value)
+        if not np.isfinite(value).all():
+            continue
+        if len(past) >= WINDOW:
+            window = np.array(past[-WINDOW:])
+            limit = np.median(window, 0) + THRESHOLD * stats.median_abs_deviation(window, 0, scale="normal")
+            found[-1] = bool((value > limit).any())
+        past.append(value)
     return found
 
 
 def test_spikes_are_those_of_scipy():
-    spikes, _ = judged(losses(), GUARD.history())
-    assert spikes == expected(losses())
-    assert sum(spikes[:150]) >= 8
+    spikes, _ = judged(curve(), GUARD.history())
+    assert spikes == expected(curve())
+    assert sum(spikes[:150]) >= 12
+    assert all(spikes[step] for step in (30, 60, 61, 120))  # of the gradient alone
     assert not any(spikes[:WINDOW])
     assert sum(spikes[150:160]) > 5
     assert sum(spikes[-30:]) <= 5  # what stays is no spike
 
 
 def test_the_history_survives_a_restart(tmp_path):
-    spikes, history = judged(losses()[:77], GUARD.history())
+    spikes, history = judged(curve(0, 77), GUARD.history())
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with Checkpoints(tmp_path, load_config().checkpoint) as checkpoints:
         checkpoints.save(77, {"weight": jnp.ones(3)}, {"history": history})
     empty = {"weight": jnp.zeros(3)}, {"history": GUARD.history()}
     with Checkpoints(tmp_path, load_config().checkpoint) as checkpoints:
         found = checkpoints.restore(*(abstract(tree, jax.tree.map(lambda _: place, tree)) for tree in empty))
-    assert spikes + judged(losses()[77:], found.training["history"])[0] == expected(losses())
+    assert spikes + judged(curve(77), found.training["history"])[0] == expected(curve())
+
+
+def test_a_gradient_a_thousand_times_as_large_is_withheld(tmp_path, monkeypatch):
+    """Its loss is like the others. The weights of the step are those before it, and the run goes on."""
+    settings = config(tmp_path / "run", "guard.spike=6", "guard.window=4", "checkpoint.every=1", "checkpoint.keep=8")
+    mark = set_up(settings).parts[5].batch.tokens
+    build = LossConfig.build
+
+    def spoilt(self, view, layout):
+        loss = build(self, view, layout)
+
+        def wrapped(model, batch, key):
+            value, sums = loss(model, batch, key)
+            return value + 999 * (batch.tokens == mark).all() * (value - jax.lax.stop_gradient(value)), sums
+
+        return wrapped
+
+    monkeypatch.setattr(LossConfig, "build", spoilt)
+    train(settings)
+    records = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in record]
+    assert [record["optim/spike"] for record in records] == [0, 0, 0, 0, 0, 1, 0, 0]
+    assert records[5]["optim/grad_norm"] > 500 * records[4]["optim/grad_norm"]
+    assert records[5]["train/loss"] < records[0]["train/loss"]
+    before, withheld, after = (jax.tree.leaves(load_pretrained(tmp_path / "run" / "checkpoints" / step)) for step in "567")
+    assert all(np.array_equal(a, b) for a, b in zip(before, withheld, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(withheld, after, strict=True))
 
 
 def test_without_the_rule_there_is_no_history():

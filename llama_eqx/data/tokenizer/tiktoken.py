@@ -1,6 +1,5 @@
 """Llama 3's tokenizer, from its tiktoken file."""
 
-import base64
 import binascii
 import itertools
 import re
@@ -39,10 +38,10 @@ class TiktokenTokenizer(Tokenizer):
         import tiktoken
 
         self.ranks, self.chat = definition, chat
-        ranks = _parsed(definition)
-        self.special = special_tokens(chat, len(ranks))
-        self.encoding = tiktoken.Encoding("llama3", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=dict(self.special))
-        self.vocab = len(ranks) + N_SPECIAL
+        self.byte_ranks = _parsed(definition)
+        self.special = special_tokens(chat, len(self.byte_ranks))
+        self.encoding = tiktoken.Encoding("llama3", pat_str=PATTERN, mergeable_ranks=self.byte_ranks, special_tokens=dict(self.special))
+        self.vocab = len(self.byte_ranks) + N_SPECIAL
         self.bos, self.eos = self.special["<|begin_of_text|>"], self.special["<|end_of_text|>"]
         self.pad = self.special.get("<|finetune_right_pad_id|>")
         self.stop = (self.eos, *turn_ends(self.special))
@@ -50,9 +49,9 @@ class TiktokenTokenizer(Tokenizer):
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
             utf8(text)
-        if len(texts) < 2:
+        if (count := min(len(texts), threads())) < 2:
             return [self._ids(text) for text in texts]
-        with ThreadPoolExecutor(min(len(texts), threads())) as pool:
+        with ThreadPoolExecutor(count) as pool:
             return list(pool.map(self._ids, texts))
 
     def _ids(self, text: str) -> np.ndarray:
@@ -102,13 +101,13 @@ def turn_ends(special: Any) -> tuple[int, ...]:
 
 
 def _parsed(definition: bytes) -> dict[bytes, int]:
-    wanted = "a tiktoken file"
+    wanted, fields = "a tiktoken file", definition.split()
     try:
-        lines = [line.split() for line in definition.splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        pairs = zip(fields[::2], fields[1::2], strict=True)
+        ranks = {binascii.a2b_base64(token, strict_mode=True): int(rank) for token, rank in pairs}
     except (ValueError, binascii.Error):
         raise described(definition, wanted) from None
-    if sorted(ranks.values()) != list(range(len(lines))):
+    if sorted(ranks.values()) != list(range(len(fields) // 2)):
         raise DataError(f"not {wanted}: its ranks are not 0, 1, 2 … to the number of its lines", next="download it again")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise DataError(f"not {wanted}: {len(missing)} of the 256 bytes have no rank", next="download it again")

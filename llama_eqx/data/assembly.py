@@ -1,0 +1,128 @@
+"""From encoded units to token shards."""
+
+import collections
+import contextlib
+import itertools
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_eqx.data.shards import SPLITS, ShardWriter, token_dtype
+from llama_eqx.data.units import NAMED, Task, Unit, held_out, whole
+from llama_eqx.errors import DataError
+
+BLOCK = 2**23  # ids that are moved at once
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive units that make up the shards of one number: the unit's number, its first document among all, and for some sources the
+    records that come before the unit."""
+
+    number: int
+    units: tuple[tuple[int, int, dict[int, int]], ...]
+
+
+def plan(task: Task, units: list[Unit], dedup: bool, shard_tokens: int) -> tuple[list[Group], dict[str, Any]]:
+    """Which units go into which shards, and what is left out.
+
+    Raises `DataError` when a split is empty.
+    """
+    said = [json.loads(task.path(unit.number, "json").read_text()) for unit in units]
+    firsts = np.cumsum([0, *(len(np.load(task.path(unit.number, "npy"), mmap_mode="r")) for unit in units)]).tolist()
+    kept = None
+    if dedup:
+        kept = _first_of_each(
+            np.concatenate([np.empty((0, 2), "<u8"), *(np.load(task.path(unit.number, "npy"))["hash"] for unit in units)])
+        )
+        with whole(task.folder / "kept.npy") as file:
+            np.save(file, kept)
+
+    groups, members, before, tokens = [], [], collections.Counter(), 0
+    refused, named, documents_of = 0, [], dict.fromkeys(SPLITS, 0)
+    for unit, first in zip(units, firsts, strict=False):
+        documents, what = np.load(task.path(unit.number, "npy")), said[unit.number]
+        apart = held_out(documents["hash"], task.validation_fraction)
+        stays = np.ones(len(documents), bool) if kept is None else kept[first : first + len(documents)]
+        documents_of["val"] += int((stays & apart).sum())
+        documents_of["train"] += int((stays & ~apart).sum())
+        cut = {piece.number: before[piece.number] for piece in unit.pieces if before[piece.number]}
+        members.append((unit.number, first, cut))
+        refused += what["refused"]
+        for number, record, problem in what["named"][: NAMED - len(named)]:
+            name = next(piece.source.name for piece in unit.pieces if piece.number == number)
+            named.append(f"{name}:{record + before[number]}: {problem}" if record else f"{name}: {problem}")
+        for piece, (number, lines) in zip(unit.pieces, what["lines"], strict=True):
+            before[number] += lines if piece.source.name.endswith(".jsonl") else 0  # others are not cut, or know it
+        tokens += int(documents["tokens"][stays & ~apart].sum())
+        if tokens >= shard_tokens or unit is units[-1]:
+            groups.append(Group(len(groups), tuple(members)))
+            members, tokens = [], 0
+    empty = sum(what["empty"] for what in said)
+    if not documents_of["train"] or not (documents_of["val"] or not task.validation_fraction):
+        split = "val" if documents_of["train"] else "train"
+        raise DataError(
+            f"the {split} split is empty: {sum(documents_of.values())} documents with text, {empty} empty and {refused} refused",
+            where="validation_fraction",
+            kept="what is encoded",
+            next="another validation_fraction (0 holds nothing out), or more text",
+        )
+    duplicates = 0 if kept is None else len(kept) - int(kept.sum())
+    return groups, {"duplicates": duplicates, "empty": empty, "refused": refused, "named": named}
+
+
+def run_shards(task: Task, group: Group, vocab: int, dedup: bool) -> None:
+    """Puts the shards of a group into the dataset, and keeps their entries in its index."""
+    kept = np.load(task.folder / "kept.npy", mmap_mode="r") if dedup else None
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=task.folder)))
+        writers = {split: stack.enter_context(ShardWriter(folder / f"{split}-{group.number:05}", vocab)) for split in SPLITS}
+        for number, first, before in group.units:
+            if not len(documents := np.load(task.path(number, "npy"))):
+                continue
+            apart = held_out(documents["hash"], task.validation_fraction)
+            origins = np.stack([documents["source"], documents["record"] + _before(documents, before)], 1)
+            ends = np.cumsum(documents["tokens"])
+            ids = np.memmap(task.path(number, "ids"), token_dtype(vocab), "r")
+            cuts = np.unique([*np.searchsorted(ends, np.arange(0, ends[-1], BLOCK)), len(documents)])
+            for begin, end in itertools.pairwise(cuts.tolist()):
+                part = slice(begin, end)
+                lengths = documents["tokens"][part]
+                here = ids[ends[begin] - lengths[0] : ends[end - 1]]
+                for split, chosen in (("train", ~apart[part]), ("val", apart[part])):
+                    if kept is not None:
+                        chosen &= kept[first + begin : first + end]
+                    if chosen.any():
+                        row = here if chosen.all() else here[np.repeat(chosen, lengths)]
+                        writers[split].add(row, lengths[chosen], int(documents["bytes"][part][chosen].sum()), origins[part][chosen])
+        entries = [(split, writer.finish()) for split, writer in writers.items() if writer.documents]
+        for _, entry in entries:
+            for kind in entry["sha256"]:
+                name = f"{entry['name']}.{kind}.npy"
+                os.replace(folder / name, task.folder.parent / name)
+    with whole(task.folder / f"group-{group.number:05}.json") as file:
+        file.write(json.dumps(entries).encode())
+    for number, _, _ in group.units:
+        task.path(number, "ids").unlink(missing_ok=True)
+
+
+def _first_of_each(hashes: np.ndarray) -> np.ndarray:
+    """[documents] bool: whether the hash has not come before."""
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable
+    again = (hashes[order[1:]] == hashes[order[:-1]]).all(1)
+    first = np.ones(len(hashes), bool)
+    first[order[1:][again]] = False
+    return first
+
+
+def _before(documents: np.ndarray, before: dict[int, int]) -> np.ndarray:
+    """[documents] int64: how many records of its source come before the unit."""
+    count = np.zeros(len(documents), np.int64)
+    for source, lines in before.items():
+        count[documents["source"] == source] = lines
+    return count

@@ -1,0 +1,160 @@
+"""The units of work of `prepare`: some of the files, encoded by themselves."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_eqx.data.encoding import CHUNK, encode
+from llama_eqx.data.sources import Piece, Record, Source, pieces, records, refusal
+from llama_eqx.data.tokenizer import Tokenizer, load_tokenizer
+from llama_eqx.errors import DataError
+
+# What is kept of each document of a unit: its ids and bytes of text, a hash of the text, and where it came from.
+DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("hash", "<u8", (2,)), ("source", "<i8"), ("record", "<i8")])
+LOADED: dict[str, Tokenizer] = {}  # by fingerprint, the one that was last used
+NAMED = 20  # records that are named one by one
+UNITS, LEAST = 256, 2**20  # units of few files, and bytes of each
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive pieces, of each source no more than one."""
+
+    number: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all units have in common. `folder` is that of unfinished work, `tokenizer` a fingerprint."""
+
+    folder: Path
+    tokenizer: str
+    field: str
+    bos: bool
+    eos: bool
+    skip: bool
+    validation_fraction: float
+
+    def path(self, unit: int, ending: str) -> Path:
+        return self.folder / f"unit-{unit:06}.{ending}"
+
+
+def cut_units(sources: list[Source], most: int, field: str) -> list[Unit]:
+    """All of the sources in units of some `most` bytes, or less when there are few bytes in all: so that there is work for all cores."""
+    size = min(most, max(LEAST, sum(source.size for source in sources) // UNITS))
+    units, members, weight = [], [], 0
+    for number, source in enumerate(sources):
+        for piece in pieces(number, source, size, field):
+            members.append(piece)
+            weight += piece.weight
+            if weight >= size:
+                units.append(Unit(len(units), tuple(members)))
+                members, weight = [], 0
+    return [*units, Unit(len(units), tuple(members))] if members else units
+
+
+def run_unit(task: Task, unit: Unit) -> None:
+    """Encodes a unit, and keeps its ids, its `DOCUMENT`s and what else there is to say of it.
+
+    Raises `DataError` naming file and record, unless they are to be skipped.
+    """
+    tokenizer, empty, refused, named = _tokenizer(task), 0, 0, []
+    lines = dict.fromkeys([piece.number for piece in unit.pieces], 0)
+    found = [np.empty(0, DOCUMENT)]
+
+    def refuse(piece: Piece, record: Record) -> None:
+        nonlocal refused
+        error = refusal(piece, record, "input")
+        if not task.skip:
+            raise DataError(error.what, where=error.where, kept="what was done before", next=f"{error.next}; or on_error=skip")
+        refused += 1
+        if refused <= NAMED:
+            named.append([piece.number, record.number, record.problem])
+
+    def add(batch: list[tuple[Piece, Record, str]]) -> None:
+        nonlocal empty
+        try:
+            ids, lengths = encode([text for _, _, text in batch], tokenizer, bos=task.bos, eos=task.eos)
+        except DataError as error:
+            if len(batch) > 1:
+                for one in batch:  # to find out which it is
+                    add([one])
+                return
+            refuse(batch[0][0], batch[0][1]._replace(problem=error.what))
+            return
+        texts = [text.encode() for _, _, text in batch]
+        documents = np.empty(len(batch), DOCUMENT)
+        documents["tokens"], documents["bytes"], documents["hash"] = lengths, list(map(len, texts)), hashes(texts)
+        documents["source"] = [piece.number for piece, _, _ in batch]
+        documents["record"] = [record.number for _, record, _ in batch]
+        empty += int((lengths == 0).sum())
+        found.append(documents[lengths > 0])
+        file.write(ids.data)
+
+    with whole(task.path(unit.number, "ids")) as file:
+        batch, size = [], 0
+        for piece in unit.pieces:
+            for record in records(piece, task.field):
+                lines[piece.number] = record.number
+                if record.problem:
+                    refuse(piece, record)
+                elif record.text == "":
+                    empty += 1
+                elif record.text is not None:
+                    batch.append((piece, record, record.text))
+                    size += len(record.text)
+                if size >= CHUNK:
+                    add(batch)
+                    batch, size = [], 0
+        if batch:
+            add(batch)
+    with whole(task.path(unit.number, "npy")) as file:
+        np.save(file, np.concatenate(found))
+    said = {"lines": list(lines.items()), "empty": empty, "refused": refused, "named": named}
+    with whole(task.path(unit.number, "json")) as file:  # last: with it, the unit is done
+        file.write(json.dumps(said).encode())
+
+
+def hashes(texts: list[bytes]) -> np.ndarray:
+    """[documents, 2] uint64: BLAKE2b (RFC 7693) of each text, in 128 bits."""
+    return np.frombuffer(b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts), "<u8").reshape(-1, 2)
+
+
+def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """[documents] bool: a text is held out or not wherever it stands, and whatever else there is."""
+    return hashes[:, 0] / 2**64 >= 1 - fraction if fraction else np.zeros(len(hashes), bool)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Any]:
+    """A file that appears under its name when it is whole and on disk."""
+    number, name = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+    with open(number, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(name, path)
+
+
+def _tokenizer(task: Task) -> Tokenizer:
+    if task.tokenizer not in LOADED:
+        folder = task.folder.parent / "tokenizer"
+        if (tokenizer := load_tokenizer(folder)).fingerprint != task.tokenizer:
+            raise DataError("the tokenizer has changed", where=str(folder), next="delete the folder above it, and begin again")
+        keep_loaded(tokenizer)
+    return LOADED[task.tokenizer]
+
+
+def keep_loaded(tokenizer: Tokenizer) -> None:
+    """Has the units of this process use it, and those of processes that are forked from it."""
+    LOADED.clear()
+    LOADED[tokenizer.fingerprint] = tokenizer
