@@ -234,9 +234,11 @@ def test_a_chat_in_the_terminal(folders, monkeypatch, capsys):
 def rounded(folder):
     """The model in transformers, with the weights of its products as torch's own quantiser rounds them to 8 bits, output by output."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for weight in (module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)):
-        scales, zeros = weight.data.abs().amax(dim=1) / 127, torch.zeros(len(weight), dtype=torch.int32)
-        weight.data = torch.fake_quantize_per_channel_affine(weight.data, scales, zeros, 0, -128, 127)
+    for module in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        weight = module.weight.detach()
+        scales, zeros = weight.abs().amax(dim=1) / 127, torch.zeros(len(weight), dtype=torch.int32)
+        # A new parameter: a head that is tied is rounded, and the embedding is not.
+        module.weight = torch.nn.Parameter(torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -128, 127))
     return model
 
 
