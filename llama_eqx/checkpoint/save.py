@@ -21,7 +21,6 @@ from llama_eqx.crash import crash_point
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError, UserError
 
 FAILURES = 2  # saves in a row that may fail before a run is given up
-CHUNK_BYTES = 64 * 2**20  # what is filed in one piece
 
 
 class CheckpointConfig(Config):
@@ -247,20 +246,10 @@ class Checkpoints:
 
 
 def uncompressed() -> ocp.Context:
-    """How arrays are filed: float weights hardly shrink, and without compression a local disk takes them several times faster.
-
-    Of a large parameter each layer is a chunk of its own, so that one can be read without the others.
-    """
+    """How arrays are filed: float weights hardly shrink, and without compression a local disk takes them several times faster."""
     context = ocp.Context()
-    saving = context.array.saving
-    saving.use_compression = False
-    layered = saving.StorageOptions(shard_axes=(0,))
-    saving.scoped_storage_options_creator = lambda path, leaf: layered if _is_large_stack(path, leaf) else None
+    context.array.saving.use_compression = False
     return context
-
-
-def _is_large_stack(path: Any, leaf: Any) -> bool:
-    return leaf.nbytes > CHUNK_BYTES and jax.tree_util.keystr(path[:1], simple=True) == "blocks"
 
 
 def _said(size: int) -> str:

@@ -133,7 +133,7 @@ def predicted_seconds(config: RunConfig, program: Program, layout: Layout, torus
     rows = (config.train.microbatch_size or config.train.batch_size) / ways
     tokens = rows * config.train.seq_len / shape["sequence"]
     compute = rows * traced.flops / (shape["tensor"] * shape["sequence"]) / (PRODUCTS * chip.peak)
-    host = rows * traced.host / HOST_LINK
+    host = 2 * rows * traced.host / HOST_LINK  # there and back
 
     def seconds(kind: str, size: float, axis: str) -> float:
         places = np.arange(layout.mesh.size).reshape(tuple(shape.values()))

@@ -39,7 +39,9 @@ class GuardConfig(Config):
 
     def history(self) -> History | None:
         """Before the first step. None if spikes are not looked for."""
-        return None if self.spike is None else History(*jnp.zeros((2, self.window), jnp.float32), jnp.zeros((), jnp.int32))
+        if self.spike is None:
+            return None
+        return History(jnp.zeros(self.window, jnp.float32), jnp.zeros(self.window, jnp.float32), jnp.zeros((), jnp.int32))
 
     def judged(self, loss: Float32[Array, ""], norm: Float32[Array, ""], history: History) -> tuple[Bool[Array, ""], History]:
         """Whether a step with this loss and gradient norm is a spike, which none is before a whole window, and the history with it. One

@@ -146,6 +146,14 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 for name, picture in pictures.items():
                     tracker.picture(done, name, picture)
 
+            def write_sample() -> str:
+                if not sample_tokens > 0:
+                    return ""
+                drawn = Sampling(temperature=0.8, top_p=0.95)
+                text = continued(state.model, tokenizer, prompt, sample_tokens, drawn, seed=config.seed)
+                tracker.sample(done, text)
+                return text
+
             def save() -> None:
                 require_finite(state, done)
                 facts = {**source, "progress": progress._asdict()}
@@ -180,6 +188,9 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                             profile.end(metrics)
                     if is_due(step):
                         measure()
+                        if step < steps:
+                            with reporter.pause(), preemption.idle():
+                                write_sample()
                     if step % save_every == 0 or step == steps:
                         with reporter.pause():
                             if not reporter.withheld or step == steps:
@@ -192,10 +203,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
 
             if evaluation is None:  # a finished run, asked again
                 evaluation = evaluate(state.model, data.val)
-            sample = ""
-            if sample_tokens > 0:
-                sample = continued(state.model, tokenizer, prompt, sample_tokens, Sampling(temperature=0.8, top_p=0.95), seed=config.seed)
-                tracker.sample(steps, sample)
+            sample = write_sample()
 
     once(lambda: plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png"))
     return Result(evaluation, sample, reporter.typical(), run_dir, run_dir / "checkpoints" / str(max(begin, steps)), export(config))

@@ -23,9 +23,22 @@ from llama_eqx.training.loop import train
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
+def test_two_processes_are_one_device(tmp_path):
+    """All of it is one test: the processes run every rule one after another, and are dear to start."""
+    folder, alone = tmp_path / "two", losses_of_one_device(tmp_path / "alone")
+    said = run_two_processes(folder)
+    for name in PARALLEL:
+        found = losses(folder / name)
+        assert len(found) == (STEPS // 2 if name == "fsdp" else STEPS), name
+        np.testing.assert_allclose(found, alone[: len(found)], rtol=1e-5, err_msg=name)
+    the_ledgers_are_those_of_one_process(folder)
+    process_0_alone_writes(folder, said)
+    they_evaluate_as_one_does(folder)
+    one_process_goes_on_where_two_ended(folder / "fsdp", alone)
+
+
+def run_two_processes(folder):
+    """What process 1 says."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -47,31 +60,39 @@ def folder(tmp_path_factory):
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], said
-    (folder / "said.txt").write_text(said[1])
-    return folder
+    return said[1]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The losses of one device."""
+def losses_of_one_device(run_dir):
     build = MeshConfig.build
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MeshConfig, "build", lambda self: build(self, jax.devices()[:1]))
-        return losses(train(load_config(*overrides(tmp_path_factory.mktemp("alone")))).run_dir)
+        return losses(train(load_config(*overrides(run_dir))).run_dir)
 
 
 def losses(run_dir):
     return [record["train/loss"] for record in read_metrics(run_dir / "metrics.jsonl") if "train/loss" in record]
 
 
-@pytest.mark.parametrize("name", PARALLEL)
-def test_two_processes_give_the_losses_of_one_device(name, folder, alone):
-    found = losses(folder / name)
-    assert len(found) == (STEPS // 2 if name == "fsdp" else STEPS)
-    np.testing.assert_allclose(found, alone[: len(found)], rtol=1e-5)
+def the_ledgers_are_those_of_one_process(folder):
+    """All have seen the same batches."""
+    config = load_config(*overrides(folder))
+    data = open_data(config.data, config.tokenizer.build(config.data), seq_len=config.train.seq_len, seed=config.seed)
+    parts = Parts(data.train, data.order, config.train.batch_size, fingerprint=data.fingerprint)
+    for name in PARALLEL:
+        found = [record["data/ledger"] for record in read_metrics(folder / name / "metrics.jsonl") if "data/ledger" in record]
+        assert found == [parts.after(step).ledger for step in range(1, len(found) + 1)], name
+        assert len(found) >= STEPS // 2
 
 
-def test_two_processes_evaluate_as_one_does(folder):
+def process_0_alone_writes(folder, said):
+    for name in PARALLEL:
+        assert (folder / name / "loss.png").stat().st_size
+        assert len((folder / name / "provenance.jsonl").read_text().splitlines()) == 1, name
+    assert "step" not in said
+
+
+def they_evaluate_as_one_does(folder):
     said = [(folder / f"evaluated.{process}.json").read_text() for process in range(2)]
     assert said[0] == said[1]
     both = json.loads(said[0])["all"]
@@ -80,27 +101,8 @@ def test_two_processes_evaluate_as_one_does(folder):
     np.testing.assert_allclose([both["loss"], *both["loss_interval_95"]], [alone.loss, alone.low, alone.high], rtol=1e-5)
 
 
-def test_one_process_goes_on_where_two_ended(folder, alone):
-    result = train(load_config(*overrides(folder / "fsdp")))
-    np.testing.assert_allclose(losses(result.run_dir), alone, rtol=1e-5)
-    assert [record["step"] for record in read_metrics(result.run_dir / "metrics.jsonl") if "train/loss" in record] == list(
-        range(1, STEPS + 1)
-    )
-
-
-def test_the_ledger_says_that_all_saw_the_same_batches(folder):
-    config = load_config(*overrides(folder))
-    data = open_data(config.data, config.tokenizer.build(config.data), seq_len=config.train.seq_len, seed=config.seed)
-    parts = Parts(data.train, data.order, config.train.batch_size, fingerprint=data.fingerprint)
-    for name in PARALLEL:
-        found = [record["data/ledger"] for record in read_metrics(folder / name / "metrics.jsonl") if "data/ledger" in record]
-        assert found == [parts.after(step).ledger for step in range(1, len(found) + 1)]
-        assert len(found) >= STEPS // 2
-
-
-def test_what_is_written_is_written_once(folder):
-    """By process 0; the other says nothing."""
-    for name in PARALLEL:
-        assert (folder / name / "loss.png").stat().st_size
-        assert len((folder / name / "provenance.jsonl").read_text().splitlines()) == 1 + (name == "fsdp")
-    assert "step" not in (folder / "said.txt").read_text()
+def one_process_goes_on_where_two_ended(run_dir, alone):
+    train(load_config(*overrides(run_dir)))
+    np.testing.assert_allclose(losses(run_dir), alone, rtol=1e-5)
+    assert [record["step"] for record in read_metrics(run_dir / "metrics.jsonl") if "train/loss" in record] == list(range(1, STEPS + 1))
+    assert len((run_dir / "provenance.jsonl").read_text().splitlines()) == 2

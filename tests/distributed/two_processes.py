@@ -24,6 +24,7 @@ def overrides(run_dir, *more):
         *("data=text", f"data.path={TEXT}", "tokenizer=bytes", "tracking.wandb.mode=disabled", f"run_dir={run_dir}"),
         *(f"train.steps={STEPS}", "train.batch_size=8", "train.seq_len=32", "train.log_every=1", f"train.eval_every={STEPS}"),
         *("train.sample_tokens=0", "schedule=constant", "schedule.warmup_steps=2", "schedule.peak=1e-2"),
+        *("distributed.timeout=600", "distributed.heartbeat=600"),  # for machines that do much else
         *more,
     ]
 

@@ -18,24 +18,23 @@ CONVERSIONS = (
     "meta to hf",
     "hf to native",
     "native to hf",
-    "run to hf",
     "model to hf",
     "model to meta",
     "model to native",
 )
 
 CHILD = """
-import ctypes, sys, gc, jax, pathlib, numpy as np
+import ctypes, sys, gc, jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 from llama_eqx import load_config, load_pretrained, save_pretrained
-from llama_eqx.checkpoint import native, save
+from llama_eqx.checkpoint import native
 from llama_eqx.interop import weights
 from llama_eqx.interop.conversion import ConvertConfig, convert
 from llama_eqx.interop.pretrained import open_pretrained
 from llama_eqx.sharding import MESH_AXES, Layout
 
 work, layers, piece = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-weights.PIECE_BYTES = native.CHUNK_BYTES = save.CHUNK_BYTES = piece
+weights.PIECE_BYTES = native.CHUNK_BYTES = piece
 sizes = {"vocab": 512, "embed": 512, "mlp": 8192, "heads": 4, "kv_heads": 2, "head_dim": 128}
 
 def config(layers):
@@ -45,11 +44,7 @@ def make(layers, path):
     model = weights.abstract(config(layers))
     rng = np.random.default_rng(0)
     random = lambda x: jax.numpy.asarray(rng.standard_normal(x.shape, np.float32))
-    model = jax.tree.map(random, model)
-    save_pretrained(model, path, format="hf")
-    with save.Checkpoints(f"{path}-run/checkpoints", load_config("checkpoint.every=1").checkpoint) as checkpoints:
-        checkpoints.save(1, model, {"step": jax.numpy.int32(1)})
-    native.write_config({"model": model.config}, pathlib.Path(f"{path}-run"))
+    save_pretrained(jax.tree.map(random, model), path, format="hf")
 
 def run(source, target, format, dtype=None, shards=None):
     convert(ConvertConfig(from_=source, to=target, format=format, dtype=dtype, shards=shards))
@@ -67,15 +62,12 @@ def jobs(name):
     yield "meta to hf", lambda: run(f"{name}-meta", f"{name}-hf", "hf")
     yield "hf to native", lambda: run(f"{name}", f"{name}-native", "native")
     yield "native to hf", lambda: run(f"{name}-native", f"{name}-back", "hf")
-    yield "run to hf", lambda: run(f"{name}-run", f"{name}-exported", "hf")
     model = jax.block_until_ready(load_pretrained(name))
     for format in ("hf", "meta", "native"):
         yield f"model to {format}", lambda: save_pretrained(model, f"{name}-from-model-{format}", format=format)
     del model
     yield "hf to devices", lambda: load_pretrained(name, shardings=places(name))
     yield "meta to devices", lambda: load_pretrained(f"{name}-meta", shardings=places(f"{name}-meta"))
-    yield "native to devices", lambda: load_pretrained(f"{name}-native", shardings=places(f"{name}-native"))
-    yield "run to devices", lambda: load_pretrained(f"{name}-run", shardings=places(f"{name}-run"))
     yield "everything at once", lambda: [tensor.whole().copy() for tensor in open_pretrained(name).tensors.values()] and None
 
 for _, job in jobs(make(2, f"{work}/small") or f"{work}/small"):  # what is loaded and compiled once is not counted
@@ -145,7 +137,7 @@ def test_a_conversion_holds_less_than_one_tensor_and_a_constant(extra, job):
     assert peak < 1.2 * TENSOR + CONSTANT, f"{peak / 2**20:.0f} MiB"
 
 
-@pytest.mark.parametrize("job", ["hf to devices", "meta to devices", "native to devices", "run to devices"])
+@pytest.mark.parametrize("job", ["hf to devices", "meta to devices"])
 def test_loading_holds_one_tensor_more_than_the_model(extra, job):
     peak, kept = extra[job]
     assert peak - kept < 1.2 * TENSOR + CONSTANT, f"{(peak - kept) / 2**20:.0f} MiB"

@@ -36,9 +36,26 @@ def leaves(run_dir):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("run") / "a"
-    return train(config(run_dir))
+def samples():
+    """The step and the text of each sample of the run that is `finished`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, samples):
+    def sample(self, step, text):
+        samples.append((step, text))
+        kept(self, step, text)
+
+    run_dir, kept = tmp_path_factory.mktemp("run") / "a", tracker.Tracker.sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracker.Tracker, "sample", sample)
+        return train(config(run_dir))
+
+
+def test_a_sample_is_written_at_every_evaluation(finished, samples):
+    assert [step for step, _ in samples] == [4, 8]
+    assert samples[1][1] == finished.sample == (finished.run_dir / "sample.txt").read_text()[:-1]
 
 
 def test_everything_is_in_the_run_directory(finished):

@@ -40,8 +40,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.special = {self.pieces.id_to_piece(i): i for i in range(self.vocab) if self.pieces.is_control(i)}
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        texts = [utf8(text) for text in texts]
-        return self.pieces.encode(texts, return_type="numpy", num_threads=max(1, min(len(texts), threads())))
+        return self.pieces.encode([utf8(text) for text in texts], return_type="numpy", num_threads=max(1, min(len(texts), threads())))
 
     def _decode(self, ids: list[int]) -> str:
         return self.pieces.decode(ids)

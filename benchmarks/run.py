@@ -1,0 +1,77 @@
+"""The whole suite: `python -m benchmarks.run [part…] [--tokenizer KIND=FILE …]` measures and writes it up in benchmarks/results/README.md.
+
+Parts: machine startup training decoding filled growth batches starvation checkpoint prepare. `prepare` needs tokenizer files, such as
+sentencepiece=llama2/tokenizer.model. A part is a module of its own with more to choose from: `python -m benchmarks.training --help`.
+Every part refuses a busy machine; one that fails is told of, and the others go on. Plans for slices have a command of their own,
+`python -m benchmarks.plan.run`, as they take hours.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
+OUT = "{out}"  # the file that a part writes its figures to; without it they are the lines that it prints
+PARTS = {
+    "machine": ["benchmarks.machine", "--out", OUT],
+    "startup": ["benchmarks.startup", "--out", OUT],
+    "training": ["benchmarks.training", "--out", OUT],
+    "decoding": ["benchmarks.decoding", "--out", OUT],
+    "filled": ["benchmarks.filled", "--out", OUT],
+    "growth": ["benchmarks.growth", "--out", OUT],
+    "batches": ["benchmarks.data.pipeline", "speed"],
+    "starvation": ["benchmarks.data.pipeline", "starvation"],
+    "checkpoint": ["benchmarks.checkpoint"],
+    "prepare": ["benchmarks.data.prepare"],
+}
+
+
+def measure(part: str, more: list[str]) -> bool:
+    """Runs a part; whether it went well."""
+    out = RESULTS / f"{part}.json"
+    command = [sys.executable, "-m", *(word.format(out=out) for word in PARTS[part]), *more]
+    print(f"\n{part}: {' '.join(command[1:])}", flush=True)
+    if OUT in PARTS[part]:
+        return subprocess.run(command, cwd=ROOT.parent).returncode == 0
+    done = subprocess.run(command, cwd=ROOT.parent, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, end="")
+    if done.returncode == 0:
+        out.with_suffix(".md").write_text(in_words(done.stdout))
+    return done.returncode == 0
+
+
+def in_words(said: str) -> str:
+    """Lines of JSON as a table with a column for every key that holds a number or a text; other lines as they are."""
+    records, rest = [], []
+    for line in said.splitlines():
+        if line.startswith("{"):
+            record = json.loads(line)
+            records.append({key: value for key, value in record.items() if isinstance(value, int | float | str)})
+        else:
+            rest.append(line)
+    keys = list(dict.fromkeys(key for record in records for key in record))
+    rows = [[str(record.get(key, "")) for key in keys] for record in records]
+    table = [f"| {' | '.join(row)} |" for row in ([keys, ["---"] * len(keys), *rows] if rows else [])]
+    return "\n".join([*table, *([""] if table and rest else []), *(["```", *rest, "```"] if rest else [])]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=[], choices=[*PARTS, []], metavar="part", help="without any: all")
+    parser.add_argument("--tokenizer", nargs="*", default=[], metavar="KIND=FILE")
+    arguments = parser.parse_args()
+    parts = arguments.parts or [part for part in PARTS if part != "prepare" or arguments.tokenizer]
+    RESULTS.mkdir(exist_ok=True)
+    failed = [part for part in parts if not measure(part, arguments.tokenizer if part == "prepare" else [])]
+    written = [f"## {part}\n\n{file.read_text()}" for part in PARTS if (file := RESULTS / f"{part}.md").exists()]
+    title = "# Results\n\nWritten by `python -m benchmarks.run`; each part says when and where it was measured.\n"
+    (RESULTS / "README.md").write_text("\n".join([title, *written]))
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
