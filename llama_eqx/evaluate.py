@@ -13,8 +13,9 @@ def main(config: Any, overrides: list[str]) -> None:
     from llama_eqx.evaluation import report  # after the config has been checked, so that a typo is answered at once
     from llama_eqx.evaluation.opened import open_model
     from llama_eqx.evaluation.perplexity import evaluate
+    from llama_eqx.processes import is_first
 
-    if config.output is not None:
+    if config.output is not None and is_first():
         write(config.output, "")  # what cannot be kept is not computed
     if config.tasks is None:
         found = evaluate(config)
@@ -25,6 +26,8 @@ def main(config: Any, overrides: list[str]) -> None:
         opened = open_model(config)
         results = run_tasks(opened, config)
         notes, said, saved = opened.notes, results.table, results.saved
+    if not is_first():
+        return  # process 0 says it
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     print(said)

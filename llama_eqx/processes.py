@@ -73,7 +73,7 @@ class Place(NamedTuple):
 
 @contextlib.contextmanager
 def together(config: Any) -> Iterator[tuple[Any, int]]:
-    """`config` with the `run_dir` of process 0, and the number of this process. A single process is left as it is.
+    """`config` with the `run_dir` of process 0, if it has one, and the number of this process. A single process is left as it is.
 
     Whatever ends one of the processes within ends them all, with its exit code, and process 0 says what it was.
 
@@ -98,7 +98,8 @@ def together(config: Any) -> Iterator[tuple[Any, int]]:
             heartbeat_timeout_seconds=settings.heartbeat + 60,  # ours has words for it, where JAX aborts
         )
         with _may_end():
-            yield dataclasses.replace(config, run_dir=lines.config["run_dir"]), place.process
+            shared = {name: value for name, value in lines.config.items() if name == "run_dir"}
+            yield dataclasses.replace(config, **shared), place.process
 
 
 _ending_allowed = threading.Event()

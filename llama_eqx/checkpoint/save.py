@@ -51,10 +51,13 @@ class CheckpointConfig(Config):
         if self.grace <= 0:
             raise ConfigError(f"{self.grace} s are not enough to save anything", where="grace")
 
+    def ranked(self, saved: Mapping[int, Mapping[str, float]]) -> list[tuple[float, int]]:
+        """The values of `best_by` and the saved steps that have one, the lowest first."""
+        return sorted((metrics[self.best_by], step) for step, metrics in saved.items() if self.best_by in metrics)
+
     def kept(self, saved: Mapping[int, Mapping[str, float]]) -> set[int]:
         """Which of the saved steps are to stay, given the metrics of each."""
-        measured = sorted((metrics[self.best_by], step) for step, metrics in saved.items() if self.best_by in metrics)
-        best = [step for _, step in measured[: self.keep_best]]
+        best = [step for _, step in self.ranked(saved)[: self.keep_best]]
         return {*sorted(saved)[-self.keep :], *best, *(step for step in saved if self.keep_every and step % self.keep_every == 0)}
 
 
@@ -155,6 +158,9 @@ class Checkpoints:
             except CheckpointError as error:
                 raise self._unwritable(f"step {step} is not on the disk as it was written", error) from error
             self.say(f"final checkpoint verified: step {step}, {files} files")
+            if self._config.keep_best and (ranked := self._config.ranked(self._saved())):
+                value, best = ranked[0]
+                self.say(f"lowest {self._config.best_by}: {value:.4f} at step {best}, {self._folder / str(best)}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("last checkpoint")
 
@@ -195,13 +201,17 @@ class Checkpoints:
         unfinished.rename(folder)
         sync(self._folder)
         size, seconds = sum(entry["size"] for entry in files.values()), time.perf_counter() - begun
-        saved = {other: restore.metrics_of(self._folder / str(other)) for other in restore.steps(self._folder)}
+        saved = self._saved()
         for other in {*saved} - self._config.kept(saved):
             removed = self._folder / f"{other}.removed"
             (self._folder / str(other)).rename(removed)
             crash_point("remove")
             shutil.rmtree(removed, ignore_errors=True)
         return f"saved step {step}: {len(files)} files, {_said(size)} in {seconds:.1f} s"
+
+    def _saved(self) -> dict[int, dict[str, float]]:
+        """The metrics of every saved step."""
+        return {step: restore.metrics_of(self._folder / str(step)) for step in restore.steps(self._folder)}
 
     def _clear(self) -> None:
         if jax.process_index() > 0:

@@ -16,6 +16,7 @@ from llama_eqx.interop.weights import abstract
 from llama_eqx.model.kernel import KernelConfig
 from llama_eqx.model.llama import Llama
 from llama_eqx.precision import Dtype, PrecisionConfig
+from llama_eqx.processes import DistributedConfig
 from llama_eqx.remat import RematConfig
 from llama_eqx.sharding import Layout, MeshConfig, Rules
 from llama_eqx.training.evaluation import Score, make_score
@@ -49,6 +50,7 @@ class EvaluateConfig(Config):
     include_path: str | None
     num_fewshot: int | None
     limit: int | None
+    distributed: DistributedConfig
 
     def check(self) -> None:
         if self.checkpoint is None:

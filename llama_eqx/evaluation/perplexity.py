@@ -15,6 +15,7 @@ from llama_eqx.data.sliding import Sliding
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import ConfigError, NonFiniteError
 from llama_eqx.evaluation.opened import EvaluateConfig, Opened, data_of, open_model
+from llama_eqx.processes import is_first, watched
 from llama_eqx.training.evaluation import BUCKETS, Sums, bucket
 
 FEW = 10  # documents, fewer than which say too little of how documents differ
@@ -73,19 +74,23 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
     results = {}
     for name, (_, source) in data.sources().items():
         rows = sliding(source, opened.tokenizer, seq_len=length, stride=stride)
-        results[name] = measure(opened, rows, name or "evaluating", position_offset=data.position_offset)
+        results[name] = measure(opened, rows, name or "evaluating", position_offset=data.position_offset, stall=config.distributed.stall)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(opened.model))
     return Evaluated(parameters, length, stride, results, opened.notes)
 
 
-def measure(opened: Opened, rows: Sliding, name: str, *, position_offset: int = 0) -> Result:
-    """The model on all of `rows`, with a progress bar that is called `name`. `position_offset` is added to their positions."""
+def measure(opened: Opened, rows: Sliding, name: str, *, position_offset: int = 0, stall: int | None = None) -> Result:
+    """The model on all of `rows`, with a progress bar that is called `name`. `position_offset` is added to their positions.
+
+    With several processes each reads its own rows, and has the whole result.
+    """
     split, batch_size = rows.split, opened.batch_size
     positions, documents, windows = Sums(BUCKETS), Sums(split.documents), Sums(rows.windows)
     sharding = opened.layout.sharding(("batch", "seq"), (batch_size, rows.seq_len))
     batches = validation_batches(Shifted(rows, position_offset), sharding, batch_size=batch_size)
-    with tqdm(batches, total=-(-len(rows) // batch_size), desc=name, unit=" batches", disable=None) as progress:
-        for number, batch in enumerate(progress):
+    hidden = None if is_first() else True  # None: where nobody looks
+    with tqdm(batches, total=-(-len(rows) // batch_size), desc=name, unit=" batches", disable=hidden) as progress:
+        for number, batch in enumerate(watched(progress, stall)):
             scores = jax.device_get(opened.score(opened.model, batch))
             numbers = np.arange(number * batch_size, (number + 1) * batch_size)
             of_windows, of_documents = rows.places(np.where(numbers < len(rows), numbers, -1))

@@ -3,6 +3,8 @@
 # pyright: reportMissingImports=false, reportCallIssue=false, reportArgumentType=false, reportTypedDictNotRequiredAccess=false
 from typing import Any, NamedTuple
 
+import jax
+
 from llama_eqx.config import dump
 from llama_eqx.errors import ConfigError
 from llama_eqx.evaluation.opened import EvaluateConfig, Opened
@@ -19,6 +21,12 @@ class TaskResults(NamedTuple):
 def run_tasks(opened: Opened, config: EvaluateConfig) -> TaskResults:
     """Raises `ConfigError` for tasks that are not known or do not fit the model, or when the harness is not installed."""
     assert config.tasks is not None
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "benchmarks are run by one process",
+            where="tasks",
+            next="start a single process, JAX_NUM_PROCESSES=1 JAX_PROCESS_ID=0: mesh=local takes all devices of its machine",
+        )
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager

@@ -1,6 +1,7 @@
 """A picture of each thing that can be seen inside a model, as a matplotlib figure: for a notebook, `savefig`, or `wandb.Image`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Num
@@ -10,6 +11,20 @@ from matplotlib.figure import Figure
 from llama_eqx.tracking.plot import GREY
 
 GROWTH, SHARE = "viridis", "Blues"
+
+
+def plot_traces(seen: Mapping[str, Any], tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> dict[str, Figure]:
+    """By its name a picture of each thing that `trace` saw in its first row, whose ids are `tokens`; of attention in the last layer."""
+    words = [decode([i]) for i in tokens]
+    draw: dict[str, Callable[[Any], Figure]] = {
+        "residual": lambda x: plot_residual(x[:, 0], words),
+        "logit_lens": lambda lens: plot_logit_lens(
+            lens.tokens[:, 0], lens.logprobs[:, 0], [[decode([int(i)]) for i in line] for line in lens.tokens[:, 0]], words
+        ),
+        "attention_weights": lambda x: plot_attention(x[-1, 0], words, f"attention in layer {len(x) - 1}"),
+        "attention_entropy": plot_attention_entropy,
+    }
+    return {name: draw[name](x) for name, x in seen.items() if name in draw}
 
 
 def plot_residual(residual: Num[np.ndarray, "depth seq embed"], tokens: Sequence[str] = ()) -> Figure:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, SupportsFloat
 
 import jax
+from matplotlib.figure import Figure
 
 from llama_eqx.config import Config, differences
 from llama_eqx.errors import StorageError
@@ -69,7 +70,19 @@ class Tracker:
                 path.write_text(text + "\n", encoding="utf-8")
             except OSError as error:
                 raise StorageError(f"the sample cannot be written: {error.strerror or error}", where=str(path)) from error
-            self._wandb.sample(step)
+            self._wandb.show(step, path)
+
+    def picture(self, step: int, name: str, figure: Figure) -> None:
+        """Something to look at: the newest of each name is kept in `pictures/NAME.png`. Raises `StorageError`."""
+        if self._active:
+            path = self._run_dir / "pictures" / f"{name}.png"
+            try:
+                path.parent.mkdir(exist_ok=True)
+                figure.savefig(new := path.with_suffix(".new"), format="png")
+                new.replace(path)  # whoever looks sees a whole one
+            except OSError as error:
+                raise StorageError(f"a picture cannot be written: {error.strerror or error}", where=str(path)) from error
+            self._wandb.show(step, path)
 
     def checkpoint(self, folder: pathlib.Path) -> None:
         """The last checkpoint, which goes along to W&B if that is asked for."""

@@ -47,8 +47,8 @@ class Wandb:
         """`settings` are shown with the run. The record must have been opened, and records of steps to be made again dropped."""
         self._config, self._run_dir, self._say = config, run_dir, say
         self._process: subprocess.Popen[bytes] | None = None
-        self._checkpoint = ""
-        self._reason, self._folder, self._pending, self._last_sample = "", "", b"", 0
+        self._reason, self._folder, self._pending, self._checkpoint = "", "", b"", ""
+        self._shown: dict[str, int] = {}
         if config.mode == "disabled":
             return
         try:
@@ -59,10 +59,10 @@ class Wandb:
             return self._say(f"warning: no W&B: {error.filename} cannot be written ({error.strerror})")
         self._start(config.mode)
 
-    def sample(self, step: int) -> None:
-        """There is a new sample in `sample.txt`."""
-        self._last_sample = step
-        self._tell({"sample": step})
+    def show(self, step: int, path: pathlib.Path) -> None:
+        """There is something new in a file of the run directory: text in a .txt or a picture in a .png, which is called as the file is."""
+        self._shown[file := os.fspath(path.relative_to(self._run_dir))] = step
+        self._tell({"show": {file: step}})
 
     def checkpoint(self, folder: pathlib.Path) -> None:
         """The run is over, and this is what became of it: a folder in the run directory that stays as it is."""
@@ -96,8 +96,7 @@ class Wandb:
             return
         self._start("offline")
         if self._process is not None:
-            if self._last_sample:
-                self._tell({"sample": self._last_sample})
+            self._tell({"show": self._shown})
             if self._checkpoint:
                 self._tell({"checkpoint": self._checkpoint})
             self._ended(failed, PATIENCE["offline"])

@@ -50,9 +50,8 @@ def main(run_dir: pathlib.Path, mode: str) -> None:
         for line in next(lines):
             draw(json.loads(line))
         for message in messages:
-            if "sample" in message:
-                text = html.escape((run_dir / "sample.txt").read_text(encoding="utf-8"))
-                run.log({"sample": wandb.Html(f"<pre style='white-space: pre-wrap'>{text}</pre>")}, step=max(step, message["sample"]))
+            for file, shown in message.get("show", {}).items():
+                run.log({pathlib.PurePath(file).stem: looked_at(run_dir / file)}, step=max(step, shown))
             if "checkpoint" in message:
                 folder = run_dir / message["checkpoint"]
                 artifact = wandb.Artifact(f"checkpoint-{about['id']}", type="model", metadata={"step": int(folder.name)})
@@ -71,6 +70,15 @@ def growing(path: pathlib.Path) -> Iterator[list[bytes]]:
         while True:
             *lines, torn = (torn + file.read()).split(b"\n")
             yield lines
+
+
+def looked_at(path: pathlib.Path) -> Any:
+    """A text or a picture as W&B shows it."""
+    import wandb
+
+    if path.suffix == ".png":
+        return wandb.Image(os.fspath(path))
+    return wandb.Html(f"<pre style='white-space: pre-wrap'>{html.escape(path.read_text(encoding='utf-8'))}</pre>")
 
 
 def told(stdin: int = 0) -> Iterator[list[dict[str, Any]]]:

@@ -34,6 +34,7 @@ from llama_eqx.training.reporter import Reporter, is_logged
 from llama_eqx.training.run import RunConfig, check_shared, claim, origin, warnings
 from llama_eqx.training.setup import fresh_state, set_up
 from llama_eqx.training.state import TrainState, abstract
+from llama_eqx.training.traces import make_draw
 from llama_eqx.writer import sole_writer
 
 
@@ -78,7 +79,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     source = origin(run_dir, tokenizer.fingerprint, data.fingerprint)
 
     step_fn = jitted_step(program, config)
-    evaluate_on = make_evaluate(program.score)
+    evaluate_on, draw = make_evaluate(program.score), make_draw(setup)
     flops = flops_per_token(program.shapes.model, length)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.shapes.model))
     device_kind = layout.mesh.devices.flat[0].device_kind
@@ -139,8 +140,11 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                     crash_point("evaluate")
                     evaluation = evaluate(state.model, data.val)
                     apart = {f"val/{name}/loss": evaluate(state.model, rows).loss for name, rows in others.items()}
+                    pictures = draw(state.model)
                 measured = evaluation.metrics() | apart
                 tracker.log(done, measured)
+                for name, picture in pictures.items():
+                    tracker.picture(done, name, picture)
 
             def write_sample() -> str:
                 if not sample_tokens > 0:

@@ -38,7 +38,7 @@ class TrainConfig(Config):
     `microbatch_size` is how many of the sequences go through the model at a time, None for all; gradients are added up.
     `distinct_rows` is how many of the data's rows are drawn, again and again in new orders, None for all of them.
     `meters` are measures that cost something: `dead_updates` is the share of parameters that a step would leave as they are if they
-    were bfloat16.
+    were bfloat16. `traces` are what is drawn of the model at each evaluation, for a text that is held out.
     `unroll` layers make one turn of the loop over layers: more to compile, fewer copies while it runs.
     """
 
@@ -49,6 +49,7 @@ class TrainConfig(Config):
     unroll: int
     distinct_rows: int | None
     meters: tuple[Literal["dead_updates"], ...]
+    traces: tuple[Literal["residual", "attention_weights", "attention_entropy", "logit_lens"], ...]
     log_every: int
     eval_every: int
     sample_tokens: int
@@ -129,6 +130,7 @@ FREE = (
     "train.log_every",
     "train.eval_every",
     "train.sample_tokens",
+    "train.traces",
 )
 
 

@@ -1,5 +1,6 @@
 """Two real processes with four devices each give the losses of one device, through the whole of `train`."""
 
+import json
 import os
 import pathlib
 import socket
@@ -9,11 +10,12 @@ import sys
 import jax
 import numpy as np
 import pytest
-from two_processes import PARALLEL, STEPS, overrides
+from two_processes import PARALLEL, STEPS, evaluation, overrides
 
 from llama_eqx import load_config
 from llama_eqx.data.dataset import open_data
 from llama_eqx.data.pipeline import Parts
+from llama_eqx.evaluation.perplexity import evaluate
 from llama_eqx.sharding import MeshConfig
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.training.loop import train
@@ -31,6 +33,7 @@ def test_two_processes_are_one_device(tmp_path):
         np.testing.assert_allclose(found, alone[: len(found)], rtol=1e-5, err_msg=name)
     the_ledgers_are_those_of_one_process(folder)
     process_0_alone_writes(folder, said)
+    they_evaluate_as_one_does(folder)
     one_process_goes_on_where_two_ended(folder / "fsdp", alone)
 
 
@@ -87,6 +90,15 @@ def process_0_alone_writes(folder, said):
         assert (folder / name / "loss.png").stat().st_size
         assert len((folder / name / "provenance.jsonl").read_text().splitlines()) == 1, name
     assert "step" not in said
+
+
+def they_evaluate_as_one_does(folder):
+    said = [(folder / f"evaluated.{process}.json").read_text() for process in range(2)]
+    assert said[0] == said[1]
+    both = json.loads(said[0])["all"]
+    (alone,) = evaluate(load_config(*evaluation(folder), name="evaluate")).results.values()
+    assert (both["tokens"], both["windows"]) == (alone.tokens, alone.windows)
+    np.testing.assert_allclose([both["loss"], *both["loss_interval_95"]], [alone.loss, alone.low, alone.high], rtol=1e-5)
 
 
 def one_process_goes_on_where_two_ended(run_dir, alone):

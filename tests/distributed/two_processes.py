@@ -1,8 +1,9 @@
-"""One of two processes with four devices each: `train` under every kind of parallelism. The test beside it starts them.
+"""One of two processes with four devices each: `train` under every kind of parallelism, then `evaluate`. The test beside it starts them.
 
 python two_processes.py FOLDER
 """
 
+import json
 import pathlib
 import sys
 
@@ -28,8 +29,16 @@ def overrides(run_dir, *more):
     ]
 
 
+def evaluation(folder):
+    return f"checkpoint={folder}/tensor", "length=16", "stride=12"
+
+
 def main(folder):
+    import jax
+
     from llama_eqx import load_config
+    from llama_eqx.evaluation.perplexity import evaluate
+    from llama_eqx.evaluation.report import saved
     from llama_eqx.processes import together
     from llama_eqx.training.loop import train
 
@@ -38,6 +47,8 @@ def main(folder):
         for name, options in PARALLEL.items():
             steps = [f"train.steps={STEPS // 2}"] if name == "fsdp" else []  # the rest is for one process
             train(load_config(*overrides(f"{folder}/{name}", *mesh, *options, *steps)))
+        config = load_config(*evaluation(folder), *mesh, name="evaluate")
+        pathlib.Path(folder, f"evaluated.{jax.process_index()}.json").write_text(json.dumps(saved(config, evaluate(config))["results"]))
 
 
 if __name__ == "__main__":

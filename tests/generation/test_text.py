@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import jax
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -230,6 +231,17 @@ def test_a_chat_in_the_terminal(folders, monkeypatch, capsys):
         talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": "Really?"}]
 
 
+def rounded(folder):
+    """The model in transformers, with the weights of its products as torch's own quantiser rounds them to 8 bits, output by output."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for module in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        weight = module.weight.detach()
+        scales, zeros = weight.abs().amax(dim=1) / 127, torch.zeros(len(weight), dtype=torch.int32)
+        # A new parameter: a head that is tied is rounded, and the embedding is not.
+        module.weight = torch.nn.Parameter(torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -128, 127))
+    return model
+
+
 def test_a_draft_and_beams(folders, monkeypatch, capsys):
     folder = folders / "llama3"
     arguments = [f"checkpoint={folder}", "prompt=The fox", "max_new_tokens=12", "temperature=0"]
@@ -240,14 +252,20 @@ def test_a_draft_and_beams(folders, monkeypatch, capsys):
     assert best["score"] > second["score"]
 
 
-def test_eight_bits(folders, monkeypatch, capsys):
-    arguments = [f"checkpoint={folders / 'llama3'}", "prompt=The fox", "max_new_tokens=12", "temperature=0"]
-    monkeypatch.setattr(sys, "argv", ["generate", *arguments, "quantize=int8"])
+def test_eight_bits(folders, tmp_path, monkeypatch, capsys):
+    """The perplexities that are printed are those of the model in transformers, as it is and rounded by another quantiser."""
+    folder, text = folders / "llama3", tmp_path / "text.txt"
+    text.write_text(TEXT[:100])  # fewer tokens than the context
+    monkeypatch.setattr(sys, "argv", ["generate", f"checkpoint={folder}", "prompt=The fox", "quantize=int8", f"quantize_text={text}"])
     with pytest.raises(SystemExit):
         run_verb("generate", generate.main)
     said = capsys.readouterr()
     assert said.out.startswith("The fox")
-    before, after = map(float, re.search(r"perplexity of the first \d+ tokens of \S+ ([\d.]+) -> ([\d.]+)", said.err).groups())
-    assert before != after
-    # Logits of random weights are off by a fortieth of their spread, and a text of few different bytes does not average that out.
-    assert abs(after / before - 1) < 0.03
+    found = re.search(r"perplexity of the first \d+ tokens of \S+ ([\d.]+) -> ([\d.]+)", said.err).groups()
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    ids = torch.tensor([[280, *tokenizer.encode(TEXT[:100], add_special_tokens=False)]])
+    models = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), rounded(folder)
+    with torch.no_grad():
+        before, after = (model(ids, labels=ids).loss.exp().item() for model in models)
+    assert abs(after / before - 1) > 1e-4
+    np.testing.assert_allclose(list(map(float, found)), [before, after], rtol=1e-5)

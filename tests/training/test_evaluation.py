@@ -8,16 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_eqx import load_config
+from llama_eqx import load_config, load_pretrained, trace
 from llama_eqx.errors import ConfigError
 from llama_eqx.evaluation.perplexity import evaluate
+from llama_eqx.generation.run import generate
 from llama_eqx.sharding import Layout
 from llama_eqx.tracking.jsonl import read_metrics
+from llama_eqx.tracking.pictures import plot_traces
+from llama_eqx.training import traces
 from llama_eqx.training.cross_entropy import head_scores
 from llama_eqx.training.evaluation import Scores, Sums, bucket
 from llama_eqx.training.loop import train
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+TRACES = ("residual", "attention_weights", "attention_entropy", "logit_lens")
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +31,19 @@ def run(tmp_path_factory):
     config = load_config(
         *(f"model.dims.{axis}={size}" for axis, size in sizes.items()),
         *("data=text", f"data.path={GOLDEN / 'text.md'}", "data.rows=packed", "data.long_documents=cut", "tokenizer=bytes"),
-        *("tracking.wandb.mode=disabled", f"run_dir={run_dir}", "train.steps=2", "train.batch_size=8", "train.seq_len=32"),
-        *("train.eval_every=1", "train.sample_tokens=0"),
+        *("tracking.wandb.mode=disabled", f"run_dir={run_dir}", "train.steps=3", "train.batch_size=8", "train.seq_len=32"),
+        *("train.eval_every=1", "train.sample_tokens=0", f"train.traces=[{','.join(TRACES)}]"),
+        *("checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=2", "checkpoint.best_by=val/presets/loss"),
         *("+data@eval_data.presets=test", f"eval_data.presets.path={GOLDEN / 'presets'}", "eval_data.presets.rows=packed"),
     )
-    return run_dir, train(config)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traces, "plot_traces", lambda *each: seen.append(each) or plot_traces(*each))
+        return run_dir, train(config), seen
 
 
 def test_the_verb_says_of_a_checkpoint_what_its_run_said(run):
-    run_dir, result = run
+    run_dir, result, _ = run
     (found,) = evaluate(load_config(f"checkpoint={run_dir}", name="evaluate")).results.values()
     last = [record for record in read_metrics(run_dir / "metrics.jsonl") if "val/loss" in record][-1]
     assert last["val/loss"] == result.evaluation.loss == pytest.approx(found.loss, rel=1e-6)
@@ -48,14 +56,28 @@ def test_the_verb_says_of_a_checkpoint_what_its_run_said(run):
 
 
 def test_sets_by_name(run):
-    run_dir, _ = run
+    run_dir, _, _ = run
     arguments = ["data=test", f"data.path={GOLDEN / 'presets'}", "data.rows=packed"]
     (found,) = evaluate(load_config(f"checkpoint={run_dir}", *arguments, name="evaluate")).results.values()
     named = [record["val/presets/loss"] for record in read_metrics(run_dir / "metrics.jsonl") if "val/presets/loss" in record]
-    assert len(named) == 2
-    assert named[0] != named[1]
-    assert named[1] == pytest.approx(found.loss, rel=1e-6)
+    assert len(named) == 3
+    assert named[1] != named[2]
+    assert named[-1] == pytest.approx(found.loss, rel=1e-6)
     assert found.clusters == "documents"  # there are 16
+
+
+def test_the_best_checkpoint_stays_and_is_a_model_as_any(run, capsys):
+    run_dir, _, _ = run
+    losses = {r["step"]: r["val/presets/loss"] for r in read_metrics(run_dir / "metrics.jsonl") if "val/presets/loss" in r}
+    best = sorted(losses, key=losses.__getitem__)[:2]
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {*map(str, best), "3"}
+    earlier = min(best)
+    folder = run_dir / "checkpoints" / str(earlier)
+    arguments = ["data=test", f"data.path={GOLDEN / 'presets'}", "data.rows=packed"]
+    (found,) = evaluate(load_config(f"checkpoint={folder}", *arguments, name="evaluate")).results.values()
+    assert losses[earlier] == pytest.approx(found.loss, rel=1e-6)
+    generate(load_config(f"checkpoint={folder}", "prompt=The ", "max_new_tokens=4", "temperature=0", name="generate"))
+    assert capsys.readouterr().out.startswith("The ")
 
 
 @pytest.mark.parametrize("wrong", ["val/preset/loss", "val/accuracy"])
@@ -63,6 +85,18 @@ def test_a_best_by_that_nothing_gives(wrong):
     with pytest.raises(ConfigError, match=wrong) as error:
         load_config("checkpoint.keep_best=1", f"checkpoint.best_by={wrong}")
     assert "val/loss" in error.value.next
+
+
+def test_pictures_of_the_model_at_work(run):
+    """What is drawn is seen in the model of that step, here over eight devices."""
+    run_dir, _, seen = run
+    found, tokens, _ = seen[-1]
+    assert (len(seen), len(tokens)) == (3, 32)
+    wanted = jax.device_get(trace(load_pretrained(run_dir), np.asarray([tokens]), TRACES))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, wanted)
+    pictures = {path.stem: path.read_bytes() for path in (run_dir / "pictures").iterdir()}
+    assert pictures.keys() == set(TRACES)
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
 
 
 def test_sums_do_not_depend_on_the_batches():
