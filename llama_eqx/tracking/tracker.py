@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any, SupportsFloat
 
@@ -78,7 +79,8 @@ class Tracker:
             path = self._run_dir / "pictures" / f"{name}.png"
             try:
                 path.parent.mkdir(exist_ok=True)
-                figure.savefig(new := path.with_suffix(".new"), format="png")
+                with warnings.catch_warnings(action="ignore"):  # of characters that the font has not: a box says it
+                    figure.savefig(new := path.with_suffix(".new"), format="png")
                 new.replace(path)  # whoever looks sees a whole one
             except OSError as error:
                 raise StorageError(f"a picture cannot be written: {error.strerror or error}", where=str(path)) from error
