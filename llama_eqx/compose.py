@@ -132,6 +132,9 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
     # What says float32 is to be that: left to itself, JAX multiplies with TF32 on a GPU and with bfloat16 on a TPU.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     arguments = sys.argv[1:]
+    if taken := planned(name, arguments)[: -len(arguments) or None]:
+        batch = "; the recipe's learning rate is for the recipe's batch" * any(each.startswith("train.batch_size") for each in taken)
+        print(f"note: planned for this model on this mesh: {' '.join(taken)}{batch}", file=sys.stderr)
     if {"-h", "--help"} & {*arguments}:
         print(help_text(name))
         sys.exit()

@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-LONG = ("01_first_run",)  # run under `-m slow`
+LONG = ("01_first_run", "06_read_an_ablation")  # run under `-m slow`
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
 nbclient = pytest.importorskip("nbclient", reason="the extra `notebooks` is not installed")

@@ -14,7 +14,16 @@ from llama_eqx.tracking.console import Console
 from llama_eqx.tracking.provenance import commit, versions
 from llama_eqx.tracking.tracker import Tracker, TrackingConfig
 
-WANDB = {"mode": "disabled", "project": "test", "entity": None, "group": None, "job_type": None, "tags": ["a"], "name": None}
+WANDB = {
+    "mode": "disabled",
+    "project": "test",
+    "entity": None,
+    "group": None,
+    "job_type": None,
+    "tags": ["a"],
+    "name": None,
+    "artifact": False,
+}
 
 
 def config(**changes) -> TrackingConfig:
