@@ -9,13 +9,14 @@ import subprocess
 import sys
 
 import pytest
-from harness import EVERY, STEPS, command, environment, leftovers, outcome
+from harness import EVERY, command, environment, leftovers, outcome
 
 from llama_eqx.checkpoint.manifest import find_damage
 from llama_eqx.checkpoint.restore import steps
 
 pytestmark = pytest.mark.faults
 MESH = ["mesh=cpu-8", "mesh.devices=2", "mesh.hosts=2", "train.batch_size=8", "distributed.heartbeat=600"]  # a busy machine is not lost
+TWELVE = "train.steps=12"  # four saves
 LONG = ["train.steps=2000", "train.eval_every=2000", "checkpoint.every=1000"]
 
 
@@ -74,7 +75,7 @@ def test_both_stop_after_the_same_step(tmp_path: pathlib.Path, told):
 def undisturbed(tmp_path_factory):
     """The folder of the compile cache, and what becomes of a pair that is left alone."""
     folder = tmp_path_factory.mktemp("pair")
-    codes, said = ended(both(folder / "run", folder))
+    codes, said = ended(both(folder / "run", folder, TWELVE))
     assert codes == [0, 0], said
     return folder, outcome(folder / "run")
 
@@ -90,7 +91,7 @@ def undisturbed(tmp_path_factory):
 )
 def test_one_is_killed_again_and_again(tmp_path, undisturbed, crash_at, killed):
     cache, expected = undisturbed
-    codes, said = ended(both(tmp_path / "run", cache, supervised=True, crash_at=crash_at))
+    codes, said = ended(both(tmp_path / "run", cache, TWELVE, supervised=True, crash_at=crash_at))
     assert codes == [0, 0], said
     victim = 1 if crash_at[1] else 0
     restarts = [re.findall(r"supervise: ended by ([\w ]+): restart", text) for text in said]
@@ -101,4 +102,4 @@ def test_one_is_killed_again_and_again(tmp_path, undisturbed, crash_at, killed):
     assert all(step % EVERY == 0 for step in resumed), said
     assert outcome(tmp_path / "run") == expected
     assert leftovers(tmp_path / "run") == []
-    assert expected.progress["step"] == STEPS
+    assert expected.progress["step"] == 12
