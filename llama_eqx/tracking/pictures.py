@@ -15,12 +15,11 @@ GROWTH, SHARE = "viridis", "Blues"
 
 def plot_traces(seen: Mapping[str, Any], tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> dict[str, Figure]:
     """By its name a picture of each thing that `trace` saw in its first row, whose ids are `tokens`; of attention in the last layer."""
-    word = lambda i: "".join(c if c.isprintable() else "·" for c in decode([int(i)]))  # noqa: E731  # no font has the others
-    words = [word(i) for i in tokens]
+    words = [decode([i]) for i in tokens]
     draw: dict[str, Callable[[Any], Figure]] = {
         "residual": lambda x: plot_residual(x[:, 0], words),
         "logit_lens": lambda lens: plot_logit_lens(
-            lens.tokens[:, 0], lens.logprobs[:, 0], [[word(i) for i in line] for line in lens.tokens[:, 0]], words
+            lens.tokens[:, 0], lens.logprobs[:, 0], [[decode([int(i)]) for i in line] for line in lens.tokens[:, 0]], words
         ),
         "attention_weights": lambda x: plot_attention(x[-1, 0], words, f"attention in layer {len(x) - 1}"),
         "attention_entropy": plot_attention_entropy,
@@ -149,6 +148,7 @@ def _label(axes: Axes, title: str, depth: int, tokens: Sequence[str], seq: int, 
 
 
 def _shown(token: str, longest: int = 12) -> str:
-    """A token with its spaces and line ends to be seen."""
+    """A token with its spaces and line ends to be seen, and boxes for what cannot be printed."""
     token = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
+    token = "".join(character if character.isprintable() else "□" for character in token)
     return token.replace("$", r"\$") if len(token) <= longest else token[: longest - 1].replace("$", r"\$") + "…"

@@ -77,7 +77,7 @@ def test_the_best_checkpoint_stays_and_is_a_model_as_any(run, capsys):
     (found,) = evaluate(load_config(f"checkpoint={folder}", *arguments, name="evaluate")).results.values()
     assert losses[earlier] == pytest.approx(found.loss, rel=1e-6)
     generate(load_config(f"checkpoint={folder}", "prompt=The ", "max_new_tokens=4", "temperature=0", name="generate"))
-    assert capsys.readouterr().out.startswith("The ")
+    assert capsys.readouterr().out.startswith("The")
 
 
 @pytest.mark.parametrize("wrong", ["val/preset/loss", "val/accuracy"])
