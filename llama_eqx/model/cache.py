@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from llama_eqx.errors import ConfigError
@@ -60,7 +61,7 @@ def require_room(caches: Any, tokens: int) -> None:
     While `jax.jit` traces nobody knows how many there are already, and only those of this call are counted.
     """
     slots, filled = slots_of(caches), tokens_in(caches)
-    there = 0 if isinstance(filled, jax.core.Tracer) else int(filled)
+    there = 0 if isinstance(filled, Tracer) else int(filled)
     if there + tokens > slots:
         raise ConfigError(
             f"{f'{there} and ' if there else ''}{tokens} tokens do not go into a cache of {slots} slots",
