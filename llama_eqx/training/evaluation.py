@@ -1,6 +1,5 @@
 """How well a model predicts held-out text: target by target on the devices, summed in float64 on the host."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -118,11 +117,10 @@ def make_evaluate(score: Score) -> Callable[[Llama, Iterable[Batch], float], Eva
 
     def evaluate(model: Llama, batches: Iterable[Batch], bytes_per_token: float) -> Evaluation:
         """The mean over every target that the masks count, each with the tokens before it in its row as context."""
-        sums, pending = Sums(BUCKETS), None
-        for batch in itertools.chain(batches, [None]):  # the devices compute a batch while the host adds up the one before
-            pending, scores = None if batch is None else scored(model, batch), jax.device_get(pending)
-            if scores is not None:
-                sums.add(bucket(scores.positions), scores)
+        sums = Sums(BUCKETS)
+        for batch in batches:
+            scores = jax.device_get(scored(model, batch))
+            sums.add(bucket(scores.positions), scores)
         loss = sums.loss()
         return Evaluation(loss, loss / math.log(2) / bytes_per_token, sums.accuracy(), round(math.fsum(sums.weights)), by_position(sums))
 

@@ -71,7 +71,9 @@ def pair(tmp_path_factory):
         model = jitter(build_model(config, key=jax.random.key(0)))
         folder = tmp_path_factory.mktemp("parity") / "hf"
         save_pretrained(model, folder, format="hf")
-        return model, read(folder)
+        reference = read(folder)
+        assert (reference.lm_head.weight is reference.model.embed_tokens.weight) == config.tied
+        return model, reference
 
     return make
 
