@@ -111,9 +111,13 @@ def _opened(path: pathlib.Path, step: int | None) -> tuple[LlamaConfig, pathlib.
     config = _model_config(path)
     saved = restore.steps(path / CHECKPOINTS)
     if not saved:
-        raise CheckpointError(
-            "no checkpoint has been saved yet", where=str(path / CHECKPOINTS), next="let the run reach its first save: see checkpoint.every"
-        )
+        what, advice = "no checkpoint has been saved yet", "let the run reach its first save: see checkpoint.every"
+        if found := [each.name for each in (path / CHECKPOINTS).glob("*") if each.name.isdecimal()]:
+            what, advice = (
+                f"no manifest says that checkpoint {' or '.join(found)} was saved to its end",
+                "copy the folder again, with its manifest.json",
+            )
+        raise CheckpointError(what, where=str(path / CHECKPOINTS), next=advice)
     if step is not None and step not in saved:
         raise CheckpointError(f"step {step} is not saved", where=str(path), next=f"saved steps: {', '.join(map(str, saved))}")
     checkpoint = path / CHECKPOINTS / str(saved[-1] if step is None else step)

@@ -12,7 +12,7 @@ from llama_eqx.data.tokenizer import HuggingFaceTokenizerConfig
 from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.interop.conversion import ConvertConfig, convert, require_expressible
 from llama_eqx.interop.files import CARRIED, carried, refuse_code
-from llama_eqx.interop.pretrained import load_pretrained, open_pretrained
+from llama_eqx.interop.pretrained import format_of, load_pretrained, open_pretrained
 from llama_eqx.interop.weights import Weights, abstract
 from llama_eqx.model.llama import LlamaConfig
 from llama_eqx.training.run import RunConfig
@@ -22,13 +22,20 @@ from llama_eqx.training.state import TrainState, first_state
 FREE = ("context", "dropout", "block.dropout", "init", "tokens")
 
 
+def check_start(config: RunConfig) -> None:
+    """Raises `CheckpointError` when there is no model at `init_from`: before a tokenizer or data are made for nothing."""
+    if _starts_elsewhere(config):
+        format_of(config.init_from or "")
+
+
 def open_start(config: RunConfig) -> Weights | None:
     """What lies at `init_from`, not yet read; None without it, or when the run has a checkpoint already.
 
     Raises `CheckpointError` when there are none or they are of another model than `config.model`; all differences are listed.
     """
-    if config.init_from is None or steps(pathlib.Path(config.run_dir, CHECKPOINTS)):
+    if not _starts_elsewhere(config):
         return None
+    assert config.init_from is not None
     weights = open_pretrained(config.init_from)
     if found := model_differences(weights.config, config.model):
         raise CheckpointError(
@@ -80,6 +87,10 @@ def export(config: RunConfig) -> pathlib.Path | None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
     return target
+
+
+def _starts_elsewhere(config: RunConfig) -> bool:
+    return config.init_from is not None and not steps(pathlib.Path(config.run_dir, CHECKPOINTS))
 
 
 def _beside_tokenizer(config: RunConfig) -> dict[str, pathlib.Path]:

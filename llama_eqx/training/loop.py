@@ -23,7 +23,7 @@ from llama_eqx.studies.pairing import record_start
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
-from llama_eqx.training.ends import check_export, export, open_start
+from llama_eqx.training.ends import check_export, check_start, export, open_start
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
 from llama_eqx.training.guard import require_finite
 from llama_eqx.training.preemption import Preemption
@@ -61,6 +61,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     the first step, `NonFiniteError` and `StorageError` after it, and `Stopped` when `preemption` has heard of a signal.
     """
     preemption = preemption or Preemption(config.checkpoint.grace)
+    check_start(config)
     setup = set_up(config)
     config, layout, batch_sharding, tokenizer, data, parts, program, key = setup
     steps, size, length = config.train.steps, config.train.batch_size, config.train.seq_len

@@ -147,6 +147,9 @@ def test_what_is_missing_is_said(tmp_path, saved, model):
         load_native(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no run directory"):
         load_native(tmp_path)
+    (saved / "manifest.json").rename(tmp_path / "manifest.json")
+    with pytest.raises(CheckpointError, match="no manifest says that checkpoint 0 was saved to its end"):
+        load_native(saved)
     shutil.rmtree(saved / "checkpoints")
     with pytest.raises(CheckpointError, match="no checkpoint has been saved yet"):
         load_native(saved)

@@ -193,3 +193,10 @@ def test_bad_input_ends_with_4_and_one_block(tmp_path, published, monkeypatch, c
         assert "Traceback" not in err
         assert err.count("where:") == 1
         assert not (tmp_path / "new").exists()
+
+
+def test_weights_that_are_not_there_are_missed_before_a_tokenizer_is_made(tmp_path, monkeypatch, capsys):
+    code, err = run(
+        monkeypatch, capsys, "train", f"init_from={tmp_path / 'nowhere'}", "data=text", "data.path=nor-this", f"run_dir={tmp_path / 'run'}"
+    )
+    assert (code, "the folder does not exist" in err) == (4, True), err
