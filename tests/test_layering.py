@@ -31,7 +31,7 @@ LAYERS = [  # highest first; a module belongs to its longest prefix
     ["training", "tracing"],
     ["model.llama"],
     ["model"],
-    ["sharding", "precision", "remat", "flops", "processes", "writer"],
+    ["sharding", "precision", "remat", "flops", "meeting", "processes", "writer"],
     ["config", "dims", "batch", "tag", "errors", "crash", "wrapped", "__init__"],
 ]
 LEVEL = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}

@@ -17,7 +17,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llama_eqx.errors import Stopped
-from llama_eqx.processes import PREEMPTED, end, once
+from llama_eqx.meeting import PREEMPTED, end
+from llama_eqx.processes import once
 
 INTERRUPTED = 130
 # A scheduler's last word, SLURM's notice before it (`sbatch --signal=B:USR1@120`), a terminal that closes, and a person's Ctrl-C.

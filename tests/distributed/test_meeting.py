@@ -6,9 +6,10 @@ import time
 
 import pytest
 
-from llama_eqx import load_config, processes
+from llama_eqx import load_config, meeting, processes
 from llama_eqx.errors import ConfigError, DataError
-from llama_eqx.processes import DistributedConfig, Lines, Place, meet, together
+from llama_eqx.meeting import Lines, Place, meet
+from llama_eqx.processes import DistributedConfig, together
 
 
 @pytest.fixture
@@ -94,8 +95,8 @@ def test_strangers_are_not_taken_for_a_process(gathered, address):
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_one_ends_the_others_and_is_told_there(failing, gathered, monkeypatch, capsys):
     ended = []
-    monkeypatch.setattr(processes, "end", ended.append)
-    monkeypatch.setattr(processes, "LAST_WORDS", 0.1)
+    monkeypatch.setattr(meeting, "end", ended.append)
+    monkeypatch.setattr(meeting, "LAST_WORDS", 0.1)
     found = gathered({i: {} for i in range(3)})
     with pytest.raises(DataError), found[failing]:
         raise DataError("a row is damaged", where="row 7")
@@ -108,8 +109,8 @@ def test_an_error_in_one_ends_the_others_and_is_told_there(failing, gathered, mo
 
 def test_a_process_that_vanishes_ends_the_first_for_another_start(gathered, monkeypatch, capsys):
     ended = []
-    monkeypatch.setattr(processes, "end", ended.append)
-    monkeypatch.setattr(processes, "LAST_WORDS", 0.1)
+    monkeypatch.setattr(meeting, "end", ended.append)
+    monkeypatch.setattr(meeting, "LAST_WORDS", 0.1)
     found = gathered({0: {}, 1: {}})
     found[1]._peers["process 0"].hang_up()
     until(lambda: 75 in ended)
@@ -119,7 +120,7 @@ def test_a_process_that_vanishes_ends_the_first_for_another_start(gathered, monk
 
 def test_an_end_without_error_is_no_error(gathered, monkeypatch):
     ended = []
-    monkeypatch.setattr(processes, "end", ended.append)
+    monkeypatch.setattr(meeting, "end", ended.append)
     found = gathered({0: {}, 1: {}})
     with found[1]:
         pass
@@ -175,8 +176,8 @@ def test_a_single_process_stays_alone():
 @pytest.mark.parametrize("beats", [False, True])
 def test_a_process_without_a_sign_of_life_is_lost(gathered, monkeypatch, capsys, beats):
     ended = []
-    monkeypatch.setattr(processes, "end", ended.append)
-    monkeypatch.setattr(processes, "LAST_WORDS", 0.1)
+    monkeypatch.setattr(meeting, "end", ended.append)
+    monkeypatch.setattr(meeting, "LAST_WORDS", 0.1)
     if not beats:
         monkeypatch.setattr(Lines, "_beat", lambda self: None)
     assert len(gathered({0: {}, 1: {}}, heartbeat=0.5)) == 2
