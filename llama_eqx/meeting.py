@@ -1,0 +1,280 @@
+"""How the processes of one run find each other and stay in touch, so that none waits for another that is missing or gone.
+
+JAX's own start aborts without a word about whom it waited for. So each process first goes to process 0, which sees who is missing and
+whether all were given the same command, and keeps the line to it open, over which an error reaches everyone, and a sign of life every few
+seconds.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import Any, NamedTuple, NoReturn
+
+from llama_eqx.config import differences
+from llama_eqx.errors import ConfigError, UserError
+
+PREEMPTED = 75  # the exit code that asks to be started again, as it helps when a process was lost
+LAST_WORDS = 5.0  # seconds that a failed process has to say so on its own terminal
+
+
+class Place(NamedTuple):
+    """Which of the processes this is, and where number 0 is to be found."""
+
+    process: int
+    processes: int
+    coordinator: str
+
+
+def meet(place: Place, timeout: float, config: dict[str, Any], heartbeat: float) -> "Lines":
+    """Waits for all processes and compares what they are to do.
+
+    Raises `ConfigError`, in every process that came, naming those that did not within `timeout` seconds, or whose config differs.
+    """
+    deadline = time.monotonic() + timeout
+    take = _receive if place.process == 0 else _call
+    return Lines(*take(place, deadline, timeout, config), heartbeat)
+
+
+class Line:
+    """A socket for messages, JSON objects of one line each. An empty one is a sign of life."""
+
+    def __init__(self, line: socket.socket):
+        self._socket, self._file, self._sending = line, line.makefile("rb"), threading.Lock()
+
+    def wait(self, seconds: float) -> None:
+        """From now on reading raises `TimeoutError` after so many seconds without anything to read."""
+        self._socket.settimeout(seconds)
+
+    def send(self, message: dict[str, Any]) -> None:
+        with self._sending:
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def read(self) -> dict[str, Any] | None:
+        """The next message, None at the end. Raises `ValueError` when it is none."""
+        content = self._file.readline(2**24)
+        if not content:
+            return None
+        if not isinstance(message := json.loads(content), dict):
+            raise ValueError("this is no message of a process")
+        return message
+
+    def hang_up(self) -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
+
+
+class Lines:
+    """The open lines between process 0 and the others. A context manager: what ends it is sent along them.
+
+    `config` is that of process 0.
+    """
+
+    current: "Lines | None" = None
+
+    def __init__(self, peers: dict[str, Line], config: dict[str, Any], heartbeat: float):
+        """`peers` by the names under which their errors are to be told: process 0 alone, or all but process 0."""
+        self.config, self._heartbeat = config, heartbeat
+        self._peers, self._over, self._first = peers, threading.Event(), "process 0" not in peers
+        self._ending = threading.Event()
+        self._threads = [threading.Thread(target=self._listen, args=each, daemon=True) for each in peers.items()]
+        self._beating = threading.Thread(target=self._beat, daemon=True)
+        for thread in (*self._threads, self._beating):
+            thread.start()
+
+    def __enter__(self) -> "Lines":
+        Lines.current = self
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        # An error that is none of ours may be what a collective says when another process is gone. Then a line tells of it soon.
+        foreign = error is not None and not isinstance(error, UserError | SystemExit | KeyboardInterrupt)
+        if foreign and self._ending.wait(LAST_WORDS):
+            threading.Event().wait()  # for the end
+        Lines.current = None
+        self._over.set()
+        code = error.code if isinstance(error, UserError | SystemExit) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        if error is None or not code:
+            self.tell({"done": True})
+            self.close()
+        else:
+            said = "interrupted" if code == 130 else f"error: {type(error).__name__}: {error}"
+            self.tell({"error": str(error) if isinstance(error, UserError) else said, "code": code})
+            self.see_off()
+
+    def close(self) -> None:
+        self._over.set()
+        for line in self._peers.values():
+            line.hang_up()
+        for thread in (*self._threads, self._beating):
+            thread.join()
+        for line in self._peers.values():
+            line.close()
+
+    def tell(self, message: dict[str, Any]) -> None:
+        for line in self._peers.values():
+            with contextlib.suppress(OSError):
+                line.send(message)
+
+    def see_off(self) -> None:
+        """Process 0 leaves last: JAX aborts the others, in the middle of what they have to say, when it is gone."""
+        deadline = time.monotonic() + LAST_WORDS
+        for thread in self._threads if self._first else []:
+            if thread is not threading.current_thread():
+                thread.join(max(deadline - time.monotonic(), 0))
+
+    def _beat(self) -> None:
+        while not self._over.wait(min(self._heartbeat / 4, 5)):
+            self.tell({})
+
+    def _listen(self, name: str, line: Line) -> None:
+        line.wait(self._heartbeat)
+        lost = "error: {}\nnext: see its output; perhaps its machine is gone"
+        try:
+            while (message := line.read()) == {}:
+                pass
+        except TimeoutError:
+            message = {"error": lost.format(f"no sign of life for {self._heartbeat:g} s"), "code": PREEMPTED, "lost": True}
+        except (OSError, ValueError):  # what is killed may hang up roughly
+            message = None
+        if self._over.is_set() or (message and "done" in message):
+            return
+        message = message or {"error": lost.format("ended without a word"), "code": PREEMPTED, "lost": True}
+        if self._ending.is_set():
+            return  # another line has said it
+        self._ending.set()
+        said = f"{name}: {message['error']}" if self._first else message["error"]
+        give_up(said, message, self, line)
+
+
+def give_up(said: str, message: dict[str, Any], lines: Lines | None, line: Line | None = None) -> None:
+    """Says why, here and along the lines, and ends this process. If one was lost or is stuck, with the stacks of all threads here.
+
+    `line` is the one over which it was learned.
+    """
+    message = {**message, "error": said}
+    print(said, file=sys.stderr, flush=True)
+    logging.getLogger("llama_eqx").info("ended by %s", said)
+    if message.get("lost"):
+        logs = [handler.baseFilename for handler in logging.getLogger("llama_eqx").handlers if isinstance(handler, logging.FileHandler)]
+        print(f"stacks: {logs[0]}" if logs else _stacks(), file=sys.stderr, flush=True)
+        logging.getLogger("llama_eqx").info("%s", _stacks())
+    if lines is not None:
+        lines.tell(message)
+        if line is not None and not message.get("lost"):
+            with contextlib.suppress(OSError, ValueError):
+                line.wait(LAST_WORDS)
+                line.read()  # nothing more will come but its end
+        lines.see_off()
+    end(int(message["code"]))
+
+
+def _stacks() -> str:
+    """Where every thread is, the main one first: `faulthandler` would leave it out where there are a hundred others."""
+    frames, said = sys._current_frames(), []
+    for thread in sorted(threading.enumerate(), key=lambda thread: thread is not threading.main_thread()):
+        if thread.ident in frames:
+            said.append(f"thread {thread.name}, most recent call last:\n{''.join(traceback.format_stack(frames[thread.ident]))}")
+    return "\n".join(said)
+
+
+def _receive(place: Place, deadline: float, timeout: float, config: dict[str, Any]) -> tuple[dict[str, Line], dict[str, Any]]:
+    port = int(place.coordinator.rpartition(":")[2])
+    lines: dict[int, Line] = {}
+    hosts, problems = {}, []
+    both = socket.has_dualstack_ipv6()
+    try:
+        server = socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+    except OSError as error:
+        raise ConfigError(f"cannot listen at port {port}: {error.strerror}", where="distributed.coordinator", next="another port") from None
+    with server:
+        while len(lines) < place.processes - 1 and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            try:
+                accepted, _ = server.accept()
+            except OSError:
+                continue
+            line = Line(accepted)
+            try:
+                line.wait(min(left, 10))
+                hello = line.read() or {}
+                process, host, theirs = int(hello["process"]), str(hello["host"]), hello["config"]
+            except (OSError, ValueError, KeyError):  # somebody else
+                line.close()
+                continue
+            problems += [
+                f"process {process} on {host} has another config than process 0, {difference}"
+                for difference in _disagreements(config, theirs)
+            ]
+            if process in lines or not 0 < process < place.processes:
+                problems.append(f"process {process} on {host} is one too many")
+                line.close()
+            else:
+                lines[process], hosts[process] = line, host
+    missing = [process for process in range(1, place.processes) if process not in lines]
+    if missing:
+        problems.insert(0, f"of {place.processes} processes, {_listed(missing)} did not come to {place.coordinator} within {timeout:g} s")
+    answer: dict[str, Any] = {"error": "\n".join(problems)} if problems else {"config": config}
+    for line in lines.values():
+        with contextlib.suppress(OSError):
+            line.send(answer)
+    if problems:
+        for line in lines.values():
+            line.close()
+        raise _refusal(answer["error"])
+    return {f"process {process} on {hosts[process]}": line for process, line in lines.items()}, config
+
+
+def _call(place: Place, deadline: float, timeout: float, config: dict[str, Any]) -> tuple[dict[str, Line], dict[str, Any]]:
+    host, _, port = place.coordinator.rpartition(":")
+    hello = {"process": place.process, "host": socket.gethostname(), "config": config}
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            line = Line(socket.create_connection((host.strip("[]"), int(port)), left))
+        except OSError:  # it is not there yet
+            time.sleep(min(0.2, left))
+            continue
+        line.wait(left + 10)  # process 0 may have begun to wait later
+        answer = None
+        with contextlib.suppress(OSError, ValueError):
+            line.send(hello)
+            answer = line.read()
+        if answer and "config" in answer:
+            return {"process 0": line}, answer["config"]
+        line.close()
+        if answer:
+            raise _refusal(answer["error"])
+        time.sleep(min(0.2, left))
+    raise _refusal(f"process 0 of {place.processes} did not answer at {place.coordinator} within {timeout:g} s")
+
+
+def _refusal(text: str) -> ConfigError:
+    return ConfigError(text, where="distributed", next="the same command on every machine; distributed.timeout=SECONDS waits longer")
+
+
+def _disagreements(config: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    own = ("run_dir", "distributed")
+    return [str(each) for each in differences({**config, **dict.fromkeys(own)}, {**theirs, **dict.fromkeys(own)})]
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return f"number{'s' * (len(numbers) > 1)} {shown}{' and others' * (len(numbers) > 8)}"
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process now, whatever its threads are doing."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read it is gone
+            stream.flush()
+    logging.shutdown()
+    os._exit(code)
