@@ -1,6 +1,7 @@
 """Reading: arrays as they were filed, or a list of all that does not fit."""
 
 import functools
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from llama_eqx.crash import crash_point
 from llama_eqx.errors import CheckpointError
 from llama_eqx.processes import any_process, of_first, once
 
+IN_FLIGHT = 2**30  # bytes on their way from the disk to devices
 NONE_LEFT = "start again from the beginning in another run_dir, or bring a copy of a checkpoint there"
 
 
@@ -130,9 +132,22 @@ def read(path: pathlib.Path, parts: Mapping[str, PyTree], *, dtype: DTypeLike | 
     if dtype is not None:
         parts = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), dict(parts))
     try:
-        return ocp.load_checkpointables(str(path), dict(parts))
+        with _few_at_a_time(path, parts):
+            return ocp.load_checkpointables(str(path), dict(parts))
     except Exception as error:
         raise unreadable(path, error) from error
+
+
+def _few_at_a_time(path: pathlib.Path, parts: Mapping[str, PyTree]) -> ocp.Context:
+    """Arrays on their way from the disk to devices take the host's memory: those of `IN_FLIGHT` bytes at once, or one that is larger."""
+    found = ocp.checkpointables_metadata(str(path)).metadata
+    sizes = [IN_FLIGHT]
+    for leaf in jax.tree.leaves([found[part] for part in parts]):
+        chunk = leaf.storage_metadata.chunk_shape  # what is read is whole chunks
+        sizes.append(math.prod(-(-n // size) * size for n, size in zip(leaf.shape, chunk, strict=True)) * leaf.dtype.itemsize)
+    context = ocp.Context()
+    context.memory.read_concurrent_bytes = max(sizes) + 1
+    return context
 
 
 def check(path: pathlib.Path, parts: Mapping[str, PyTree]) -> None:

@@ -27,14 +27,14 @@ CHILD = """
 import ctypes, sys, gc, jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 from llama_eqx import load_config, load_pretrained, save_pretrained
-from llama_eqx.checkpoint import native
+from llama_eqx.checkpoint import native, restore
 from llama_eqx.interop import weights
 from llama_eqx.interop.conversion import ConvertConfig, convert
 from llama_eqx.interop.pretrained import open_pretrained
 from llama_eqx.sharding import MESH_AXES, Layout
 
 work, layers, piece = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-weights.PIECE_BYTES = native.CHUNK_BYTES = piece
+weights.PIECE_BYTES = native.CHUNK_BYTES = restore.IN_FLIGHT = piece
 sizes = {"vocab": 512, "embed": 512, "mlp": 8192, "heads": 4, "kv_heads": 2, "head_dim": 128}
 
 def config(layers):
@@ -68,6 +68,7 @@ def jobs(name):
     del model
     yield "hf to devices", lambda: load_pretrained(name, shardings=places(name))
     yield "meta to devices", lambda: load_pretrained(f"{name}-meta", shardings=places(f"{name}-meta"))
+    yield "native to devices", lambda: load_pretrained(f"{name}-native", shardings=places(f"{name}-native"))
     yield "everything at once", lambda: [tensor.whole().copy() for tensor in open_pretrained(name).tensors.values()] and None
 
 for _, job in jobs(make(2, f"{work}/small") or f"{work}/small"):  # what is loaded and compiled once is not counted
@@ -137,7 +138,7 @@ def test_a_conversion_holds_less_than_one_tensor_and_a_constant(extra, job):
     assert peak < 1.2 * TENSOR + CONSTANT, f"{peak / 2**20:.0f} MiB"
 
 
-@pytest.mark.parametrize("job", ["hf to devices", "meta to devices"])
+@pytest.mark.parametrize("job", ["hf to devices", "meta to devices", "native to devices"])
 def test_loading_holds_one_tensor_more_than_the_model(extra, job):
     peak, kept = extra[job]
     assert peak - kept < 1.2 * TENSOR + CONSTANT, f"{(peak - kept) / 2**20:.0f} MiB"
