@@ -201,7 +201,10 @@ def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         log = Log(pathlib.Path(folder, log_file))
     except OSError as error:
-        raise StorageError(f"cannot write: {error.strerror}", where=folder, next="another place: run_dir=FOLDER") from None
+        what = f"cannot write: {error.strerror}"
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            what = "run_dir is a file, or within one, and not a folder"
+        raise StorageError(what, where=folder, next="another place: run_dir=FOLDER") from None
     log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
     for name in ("llama_eqx", "jax", "absl", "asyncio"):  # the last two are Orbax's, and say a lot
         logger = logging.getLogger(name)
@@ -315,7 +318,8 @@ def _explained(error: Exception, name: str, overrides: list[str]) -> ConfigError
     if match := re.search(r"Could not find '(?P<group>[\w/]+)/(?P<option>[^'/]+)'", text):
         folder = conf_dir() / match["group"]
         options = [path.stem for path in folder.glob("*.yaml") if not path.stem.startswith("_")]
-        return ConfigError(f"{match['group']} has no option {match['option']!r}", where=folder.name, next=nearest(match["option"], options))
+        where = _override_of(match["group"], overrides)
+        return ConfigError(f"{match['group']} has no option {match['option']!r}", where=where, next=nearest(match["option"], options))
     if match := re.search(r"Could not override '(?P<key>[^']+)'|Key '(?P<bare>[^']+)' is not in struct", text):
         key = match["key"] or match["bare"]
         return ConfigError(f"no such key: {key}", where=_override_of(key, overrides), next=nearest(key, _keys(name, overrides)))

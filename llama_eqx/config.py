@@ -177,6 +177,9 @@ def _said(value: Any) -> str:
 
 def _wanted(hint: Any, value: Any) -> str:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    if isinstance(value, tuple) and (inner := next((typing.get_args(o)[0] for o in options if typing.get_origin(o) is tuple), None)):
+        wrong = [part for part in value if not _fits(part, inner)]
+        return _wanted(inner, wrong[0]) if wrong else "wanted fewer or more of them"
     if literal := next((option for option in options if typing.get_origin(option) is typing.Literal), None):
         return nearest(str(value), map(str, typing.get_args(literal)))
     return f"wanted {hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace('typing.', '')}"

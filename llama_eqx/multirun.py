@@ -1,5 +1,6 @@
 """The jobs of a sweep, each the command that one would type for it alone: in a process of its own, here or on a cluster."""
 
+import contextlib
 import os
 import pathlib
 import shlex
@@ -58,7 +59,7 @@ def run_jobs(
 
     `cluster` is one of submitit's ("local", "slurm"), `parameters` those of its executor, and `folder` where it keeps its files.
 
-    Raises `MultirunError` in the end when not every job has succeeded.
+    Raises `MultirunError` in the end when not every job has succeeded, or at an interrupt.
     """
     here = None
     if cluster == "local":
@@ -76,7 +77,7 @@ def run_jobs(
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
                 job.console.parent.mkdir(parents=True, exist_ok=True)
-                running[executor.submit(run_command, job.command, str(job.console), here)] = job, time.monotonic()
+                running[_submitted(executor, job, here)] = job, time.monotonic()
                 say(f"job {job.number} begins: {job.label}")
             time.sleep(EVERY)
             for handle in [handle for handle in running if handle.done()]:
@@ -84,9 +85,22 @@ def run_jobs(
                 code = ended[job.number] = _code(handle)
                 left = f"{len(ended) + len(skipped)} of {len(jobs) + len(skipped)} over"
                 say(f"job {job.number} {_said(code)} after {time.monotonic() - begun:,.0f} s: {left}")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        say(f"told to stop: waits for what runs to save itself ({_listed([job for job, _ in running.values()]) or 'nothing'})")
+        _stop(list(running), cluster)
+        if isinstance(stop, SystemExit):
+            raise
+        over, total = len(ended) + len(skipped), len(jobs) + len(skipped)
+        error = MultirunError(
+            [],
+            f"interrupted: {over} of {total} jobs were over",
+            where=str(folder.parent),
+            kept="those, and what the others had saved",
+            next="the same command again goes on",
+        )
+        error.code = 130
+        raise error from None
     finally:
-        for handle in running:  # what is left when this process is told to stop: each run saves itself
-            handle.cancel()
         signal.signal(signal.SIGTERM, told)
 
     failed = [(job, ended[job.number]) for job in jobs if ended[job.number] != 0]
@@ -102,6 +116,26 @@ def run_jobs(
         kept=f"the {fine} that succeeded" if fine else "",
         next="the same command again runs what is missing and skips what is there",
     )
+
+
+def _submitted(executor: submitit.AutoExecutor, job: Job, here: Mapping[str, str | None] | None) -> Any:
+    """Started so that a terminal's Ctrl-C reaches none of submitit's processes, which would break off what they watch."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return executor.submit(run_command, job.command, str(job.console), here)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _stop(handles: list[Any], cluster: str) -> None:
+    """Each run saves itself and ends. Those of a cluster are its own to end."""
+    for handle in handles if cluster != "local" else []:
+        handle.cancel()
+    while cluster == "local" and (left := [handle for handle in handles if not handle.done()]):
+        for handle in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(handle.job_id), signal.SIGTERM)  # a job that only begins does not hear it the first time
+        time.sleep(1)
 
 
 def run_command(command: list[str], console: str, here: Mapping[str, str | None] | None) -> int:

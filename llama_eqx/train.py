@@ -39,6 +39,7 @@ def main(config: Any, overrides: list[str]) -> None:
             speed += f", MFU {result.speed['perf/mfu']:.1%}"
     if result.export:
         exported = f"\nexport      {result.export} ({config.checkpoint.export})"
+    prompt = config.data.prompt or " ".join(result.sample.split()[:3]) or "Once upon a time"
     print(f"""
 {result.sample}
 
@@ -46,7 +47,7 @@ validation  {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f}
 curve       {result.run_dir / "loss.png"}
 checkpoint  {result.checkpoint}{exported}{filed}
 resume      {command} train.steps={2 * config.train.steps}
-sample      python -m llama_eqx.generate checkpoint={run_dir} prompt={shlex.quote(config.data.prompt)}""")
+sample      python -m llama_eqx.generate checkpoint={run_dir} prompt={shlex.quote(prompt)}""")
     if config.tracking.wandb.mode != "disabled":
         print(f"view        wandb leet {run_dir}/wandb")
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -92,24 +93,28 @@ def test_jobs_go_to_slurm(tmp_path, monkeypatch):
     assert "gpus-per-node" not in asked
 
 
-def test_a_sweep_that_is_told_to_stop_tells_its_jobs(tmp_path):
-    code = f"""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_sweep_that_is_told_to_stop_tells_its_jobs_and_waits(tmp_path, number, code):
+    """A Ctrl-C reaches all processes of a terminal."""
+    program = f"""
 import pathlib, sys
+from llama_eqx.compose import _guarded
 from llama_eqx.multirun import Job, run_jobs
 job = Job(0, "late", [sys.executable, "-c", {LATE!r}], pathlib.Path({str(tmp_path)!r}, "console.txt"))
-run_jobs([job], [], folder=job.console.parent / "submitit", cluster="local", at_once=1, parameters={{"timeout_min": 9}}, say=print)
+settings = {{"cluster": "local", "at_once": 1, "parameters": {{"timeout_min": 9}}, "say": print}}
+sys.exit(_guarded(lambda: run_jobs([job, job], [], folder=job.console.parent / "submitit", **settings)))
 """
-    sweep = subprocess.Popen([sys.executable, "-c", code])
+    sweep = subprocess.Popen([sys.executable, "-c", program], start_new_session=True, stderr=subprocess.PIPE, text=True)
     console = tmp_path / "console.txt"
     while "began" not in (console.read_text() if console.exists() else ""):
         assert sweep.poll() is None
         time.sleep(0.1)
-    sweep.terminate()
-    assert sweep.wait(timeout=60) == 143
-    begun = time.monotonic()
-    while "saved" not in console.read_text():
-        assert time.monotonic() < begun + 60
-        time.sleep(0.1)
+    os.killpg(sweep.pid, number) if number == signal.SIGINT else sweep.terminate()
+    _, said = sweep.communicate(timeout=60)
+    assert sweep.returncode == code
+    assert "saved" in console.read_text()
+    assert "Traceback" not in said
+    assert number == signal.SIGTERM or "error: interrupted: 0 of 2 jobs were over" in said
 
 
 @pytest.mark.faults

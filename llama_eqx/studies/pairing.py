@@ -39,9 +39,13 @@ def _checksum(x: Array) -> UInt32[Array, "2"]:
 
 
 def tensor_hashes(model: Llama) -> dict[str, str]:
-    """A hash of each parameter by its name."""
-    sums = [jax.device_get(_checksum(leaf)) for leaf in jax.tree.leaves(model)]
-    return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in zip(parameter_names(model), sums, strict=True)}
+    """Dtype, shape and a hash of each parameter by its name."""
+
+    def said(leaf: Array) -> str:
+        a, b = map(int, jax.device_get(_checksum(leaf)))
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}] {a:08x}{b:08x}"
+
+    return {name: said(leaf) for name, leaf in zip(parameter_names(model), jax.tree.leaves(model), strict=True)}
 
 
 def position_codes(rotary: Rotary, positions: Int[Array, " seq"]) -> int:

@@ -131,12 +131,9 @@ def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[R
 
 def _unpaired(a: Run, b: Run) -> Iterator[str]:
     other = f"{a.arm} of seed {a.seed}"
-    shared = a.study["tensors"].keys() & b.study["tensors"].keys()
-    sizes = [name for name in sorted(shared) if a.study["tensors"][name] != b.study["tensors"][name]]
-    mlp = a.settings["model"]["dims"]["mlp"] != b.settings["model"]["dims"]["mlp"]
-    kv = a.settings["model"]["dims"]["kv_heads"] != b.settings["model"]["dims"]["kv_heads"]
-    free = ("feed_forward",) * mlp + ("k_proj", "v_proj") * kv  # of another shape, and so of other values
-    if wrong := [name for name in sizes if not any(part in name for part in free)]:
+    mine, theirs = ({name: tensor.split() for name, tensor in run.study["tensors"].items()} for run in (a, b))
+    shared = [name for name in sorted(mine.keys() & theirs.keys()) if mine[name][0] == theirs[name][0]]  # others have another shape
+    if wrong := [name for name in shared if mine[name] != theirs[name]]:
         yield f"began with other values than {other}: {', '.join(wrong)}"
     ledgers: Mapping[int, float] = dict(zip(*a.series(LEDGER), strict=True))
     if wrong := [step for step, ledger in zip(*b.series(LEDGER), strict=True) if ledgers.get(step, ledger) != ledger]:

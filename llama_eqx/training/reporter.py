@@ -51,7 +51,7 @@ class Reporter:
         self._tracker, self._log_every, self._last_step = tracker, log_every, last_step
         self._tokens, self._flops, self._device_kind, self._devices = tokens, flops_per_token, device_kind, devices
         self._epochs, self._waited, self._max_withheld = epochs, waited, max_withheld
-        self._late: tuple[int, Metrics, Progress] | None = None
+        self._late: tuple[int, Metrics, Progress, tuple[float, float] | None] | None = None
         self._steps, self.withheld, self.reported = 0, 0, 0
         self._speeds: list[dict[str, float]] = []
         self._begun, self._waited_before = time.perf_counter(), waited()
@@ -62,18 +62,19 @@ class Reporter:
         Raises `NonFiniteError` after `max_withheld` updates in a row that were not finite.
         """
         self.flush()
-        self._late = step, metrics, progress
+        over = metrics["train/loss"].is_ready()  # a CPU may have computed the step before it came back from beginning it
+        self._late = step, metrics, progress, self._now() if over else None
 
     def flush(self) -> None:
         if self._late is None:
             return
-        step, metrics, progress = self._late
+        step, metrics, progress, ready = self._late
         self._late, self.reported = None, step
         fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._steps += 1
         if step % self._log_every == 0 or step in (1, self._last_step):
             drawn = {"tokens": progress.tokens, LEDGER: progress.ledger} | self._epochs(step)
-            self._tracker.log(step, fetched | drawn | self._speed())
+            self._tracker.log(step, fetched | drawn | self._speed(*ready or self._now()))
         self._tell_withheld(step, fetched)
 
     def _tell_withheld(self, step: int, fetched: dict[str, float]) -> None:
@@ -108,10 +109,12 @@ class Reporter:
         yield
         self._begun += time.perf_counter() - begun
 
-    def _speed(self) -> dict[str, float]:
-        now = time.perf_counter()
-        passed, waited, steps = now - self._begun, self._waited() - self._waited_before, self._steps
-        self._begun, self._waited_before, self._steps = now, self._waited(), 0
+    def _now(self) -> tuple[float, float]:
+        return time.perf_counter(), self._waited()
+
+    def _speed(self, now: float, waited_before: float) -> dict[str, float]:
+        passed, waited, steps = now - self._begun, waited_before - self._waited_before, self._steps
+        self._begun, self._waited_before, self._steps = now, waited_before, 0
         rate = steps * self._tokens / passed
         used = mfu(rate, self._flops, self._device_kind, self._devices)
         speed = {"perf/tokens_per_second": rate, "data/starved_fraction": waited / passed}

@@ -27,6 +27,7 @@ from llama_eqx.tracking.provenance import commit, versions
 from llama_eqx.tracking.tracker import TrackingConfig
 from llama_eqx.training.guard import GuardConfig
 from llama_eqx.training.loss import LossConfig
+from llama_eqx.training.meters import METERS
 from llama_eqx.training.optimizer import OptimizerConfig
 from llama_eqx.training.profile import ProfileConfig
 from llama_eqx.training.schedule import ScheduleConfig
@@ -37,8 +38,8 @@ class TrainConfig(Config):
 
     `microbatch_size` is how many of the sequences go through the model at a time, None for all; gradients are added up.
     `distinct_rows` is how many of the data's rows are drawn, again and again in new orders, None for all of them.
-    `meters` are measures that cost something: `dead_updates` is the share of parameters that a step would leave as they are if they
-    were bfloat16. `traces` are what is drawn of the model at each evaluation, for a text that is held out.
+    `meters` are measures that cost something, by their names in `llama_eqx.training.meters`. `traces` are what is drawn of the model at
+    each evaluation, for a text that is held out.
     `unroll` layers make one turn of the loop over layers: more to compile, fewer copies while it runs.
     """
 
@@ -48,7 +49,7 @@ class TrainConfig(Config):
     seq_len: int
     unroll: int
     distinct_rows: int | None
-    meters: tuple[Literal["dead_updates"], ...]
+    meters: tuple[str, ...]
     traces: tuple[Literal["residual", "attention_weights", "attention_entropy", "logit_lens"], ...]
     log_every: int
     eval_every: int
@@ -59,6 +60,9 @@ class TrainConfig(Config):
             value = getattr(self, field.name)
             if isinstance(value, int) and value < (0 if field.name == "sample_tokens" else 1):
                 raise ConfigError(f"{value} is too small", where=field.name)
+        for name in self.meters:
+            if name not in METERS:
+                raise ConfigError(f"there is no meter {name!r}", where="meters", next=nearest(name, METERS))
 
 
 class RunConfig(Config):
@@ -221,7 +225,8 @@ def is_over(config: RunConfig, settings: dict[str, Any], metrics: list[dict[str,
     evaluated = any(record["step"] == config.train.steps and "val/loss" in record for record in metrics)
     # What a config leaves open, such as the size of a tokenizer, has been filled in.
     old, new = known_to_both(settings, dump(config)), known_to_both(dump(config), settings)
-    return evaluated and all(each.within(FREE) for each in differences(old, new) if each.new not in (None, []))
+    free = (*FREE, "model.dims.mlp") if config.study is not None and config.study.match != "none" else FREE  # matching sets it
+    return evaluated and all(each.within(free) for each in differences(old, new) if each.new not in (None, []))
 
 
 def check_shared(run_dir: pathlib.Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float32, PRNGKeyArray
 
 from llama_eqx.batch import Batch
 from llama_eqx.errors import ConfigError
@@ -15,6 +15,7 @@ from llama_eqx.model.llama import Llama
 from llama_eqx.sharding import Layout, axis_names, mesh_axes
 from llama_eqx.training.guard import GuardConfig
 from llama_eqx.training.loss import Loss, LossSums
+from llama_eqx.training.meters import METERS
 from llama_eqx.training.state import TrainState
 
 Metrics = dict[str, Float32[Array, ""]]
@@ -91,23 +92,10 @@ def make_step(
 
         new = layout.place(TrainState(state.step + 1, kept[0], kept[1], history))
         metrics = {"train/loss": mean, "optim/lr": lr, "optim/grad_norm": norm, "optim/update_norm": update_norm}
-        if "dead_updates" in meters:
-            metrics["optim/dead_updates"] = dead_updates(state.model, update)
+        metrics |= {f"optim/{name}": METERS[name](state.model, gradient, update) for name in meters}
         return new, metrics | spikes | {"optim/withheld": 1.0 - good}
 
     return step
-
-
-def dead_updates(model: PyTree, update: PyTree) -> Float32[Array, ""]:
-    """The share of parameters that, rounded to bfloat16, would be the same before and after the update."""
-
-    def dead(p: Array, u: Array) -> Array:
-        before = jax.lax.reduce_precision(p.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
-        after = jax.lax.reduce_precision(before + u.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
-        return jnp.sum(after == before, dtype=jnp.float32)
-
-    counts = jax.tree.leaves(jax.tree.map(dead, model, update))
-    return jnp.stack(counts).sum() / sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
 def microbatches(size: int, microbatch_size: int, layout: Layout) -> tuple[int, int]:

@@ -21,8 +21,8 @@ from llama_eqx.studies.matching import cost, matched, residual
 from llama_eqx.studies.pairing import STUDY, is_kept, keep, kept_at, position_codes, record_start, tensor_hashes
 from llama_eqx.studies.registration import load_registration
 from llama_eqx.studies.runs import read_kept
+from llama_eqx.training.meters import dead_updates
 from llama_eqx.training.run import RunConfig, finished, write_config
-from llama_eqx.training.step import dead_updates
 
 ROOT = pathlib.Path(__file__).parents[2]
 QUESTIONS = sorted(path.parent.name for path in ROOT.glob("experiments/*/prereg.yaml"))
@@ -120,11 +120,13 @@ def test_dead_updates():
     """1 has steps of 2^-7 above it in bfloat16, and of 2^-8 below: an update of a quarter is lost, one of more than half is not."""
     values = jnp.array([1.0, 1.0, 1.0, 1.0, 0.0])
     updates = jnp.array([0.25, 0.75, -0.75, 0.0, 1e-9]) / 128
-    assert float(dead_updates({"a": values}, {"a": updates})) == pytest.approx(2 / 5)
+    assert float(dead_updates({"a": values}, {}, {"a": updates})) == pytest.approx(2 / 5)
 
 
 def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
-    config = matched(experiment("ffn", "silu", "model.dims.layers=1", f"run_dir={tmp_path / 'run'}"))
+    asked = experiment("ffn", "silu", "model.dims.layers=1", f"run_dir={tmp_path / 'run'}")
+    config = matched(asked)
+    assert config.model.dims.mlp != asked.model.dims.mlp
     folder = tmp_path / "experiments" / "ffn"
     folder.mkdir(parents=True)
     (folder / "prereg.yaml").write_text((ROOT / "experiments/ffn/prereg.yaml").read_text())
@@ -147,6 +149,7 @@ def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
         file.write('{"step": 1000, "val/loss": 3.0}\n')
     keep(config)
     assert is_kept(config)
+    assert is_kept(asked)  # whose width is yet to be matched
     assert str(tmp_path) not in gzip.decompress(kept_at(config).read_bytes()).decode()
     assert not is_kept(dataclasses.replace(config, seed=9))
     assert not is_kept(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.2)))

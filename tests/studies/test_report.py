@@ -83,7 +83,7 @@ def test_without_controls_nothing_is_claimed_of_them(experiment):
     ("options", "said"),
     [
         ({"registration": "0000"}, "another registration"),
-        ({"tensors": "cc"}, "began with other values than base of seed 3: embed"),
+        ({"tensors": "float32[4] cc"}, "began with other values than base of seed 3: embed"),
         ({"ledger": 8.0}, "saw other data than base of seed 3"),
         ({"residual": 0.02}, "not matched: +2.00% of the reference's parameters"),
         ({"settings": {"model": {"dims": {"mlp": 9, "kv_heads": 2}}}}, "other settings than"),

@@ -48,3 +48,36 @@ def test_numbers_are_fetched_when_the_next_step_has_begun(monkeypatch):
 
     begun = [f"step {step} has begun" for step in (1, 2, 3)]
     assert happened == [begun[0], begun[1], *reported(1), begun[2], *reported(2), *reported(3), "evaluation"]
+
+
+def test_the_time_of_a_step_ends_with_it(monkeypatch):
+    """Here a step is computed while it is begun, a second each, as on some CPUs; an evaluation follows the last, and takes ten."""
+    clock, rates = [0.0], {}
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    class Rates(Tracker):
+        def __init__(self):
+            pass
+
+        def log(self, step, metrics):
+            rates[step] = metrics["perf/tokens_per_second"]
+
+    reporter = Reporter(
+        Rates(),
+        log_every=5,
+        last_step=9,
+        max_withheld=1,
+        tokens=8,
+        epochs=lambda step: {},
+        flops_per_token=1,
+        device_kind="cpu",
+        devices=1,
+    )
+    for step in range(1, 10):
+        clock[0] += 1
+        metrics = {name: jax.block_until_ready(jnp.float32(0)) for name in ("train/loss", "optim/grad_norm", "optim/withheld")}
+        reporter.add(step, metrics, Progress(step=step, ledger=0, tokens=8 * step))
+        if step in (6, 9):
+            with reporter.pause():
+                clock[0] += 10
+    assert rates == {1: 8.0, 5: 8.0, 9: 8.0}

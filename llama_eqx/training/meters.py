@@ -1,0 +1,26 @@
+"""Measures of a step that cost something, and so are recorded only when `train.meters` names them."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, PyTree
+
+Meter = Callable[[PyTree, PyTree, PyTree], Float32[Array, ""]]
+
+
+def dead_updates(model: PyTree, gradient: PyTree, update: PyTree) -> Float32[Array, ""]:
+    """The share of parameters that, rounded to bfloat16, would be the same before and after the update."""
+
+    def dead(p: Array, u: Array) -> Array:
+        before = jax.lax.reduce_precision(p.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+        after = jax.lax.reduce_precision(before + u.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+        return jnp.sum(after == before, dtype=jnp.float32)
+
+    counts = jax.tree.leaves(jax.tree.map(dead, model, update))
+    return jnp.stack(counts).sum() / sum(leaf.size for leaf in jax.tree.leaves(model))
+
+
+# By name, a function of the model before the step, of the gradient before clipping, and of what is added to the model. Each becomes the
+# metric `optim/<name>`.
+METERS: dict[str, Meter] = {"dead_updates": dead_updates}
