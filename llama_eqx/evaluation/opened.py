@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 
-from llama_eqx.checkpoint.native import CONFIG, read_config
+from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, read_config
+from llama_eqx.checkpoint.restore import steps
 from llama_eqx.config import Config, load
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.prepared import PreparedTokenizerConfig
@@ -113,6 +114,15 @@ def data_of(config: EvaluateConfig) -> DataConfig:
     if "data" not in (saved := _saved(config)):
         raise ConfigError("this is not a run, which would have data of its own", where="data", next="data=test data.path=FILE")
     return load(saved["data"], "data")
+
+
+def step_of(config: EvaluateConfig) -> tuple[int, int | None] | None:
+    """Which step of a run is evaluated, and how many the run is to have; None for other folders."""
+    assert config.checkpoint is not None
+    folder, step = located(config.checkpoint)
+    if "train" not in (saved := _saved(config)):
+        return None
+    return (steps(folder / CHECKPOINTS)[-1] if step is None else step), saved["train"].get("steps")
 
 
 def _length(config: EvaluateConfig, context: int) -> int:

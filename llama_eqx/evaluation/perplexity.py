@@ -14,7 +14,7 @@ from llama_eqx.data.rows import Shifted
 from llama_eqx.data.sliding import Sliding
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import ConfigError, NonFiniteError
-from llama_eqx.evaluation.opened import EvaluateConfig, Opened, data_of, open_model
+from llama_eqx.evaluation.opened import EvaluateConfig, Opened, data_of, open_model, step_of
 from llama_eqx.processes import is_first, watched
 from llama_eqx.training.evaluation import BUCKETS, Sums, bucket
 
@@ -53,9 +53,12 @@ class Result(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """The results by the names of the sources of the data, "" when there is but one. `notes` are what a person should know."""
+    """The results by the names of the sources of the data, "" when there is but one; `step` is that of a run, and how many it is to have.
+    `notes` are what a person should know.
+    """
 
     parameters: int
+    step: tuple[int, int | None] | None
     length: int
     stride: int
     results: dict[str, Result]
@@ -67,7 +70,7 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
 
     Raises `ConfigError`, `CheckpointError` and `DataError` before anything is compiled, `NonFiniteError` for a loss that is no number.
     """
-    data, opened = data_of(config), open_model(config)
+    data, step, opened = data_of(config), step_of(config), open_model(config)
     length, stride = opened.length, config.stride or opened.length
     if stride > length:
         raise ConfigError(f"a stride of {stride} leaves out tokens between windows of {length}", where="stride", next=f"stride={length}")
@@ -76,7 +79,7 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
         rows = sliding(source, opened.tokenizer, seq_len=length, stride=stride)
         results[name] = measure(opened, rows, name or "evaluating", position_offset=data.position_offset, stall=config.distributed.stall)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(opened.model))
-    return Evaluated(parameters, length, stride, results, opened.notes)
+    return Evaluated(parameters, step, length, stride, results, opened.notes)
 
 
 def measure(opened: Opened, rows: Sliding, name: str, *, position_offset: int = 0, stall: int | None = None) -> Result:

@@ -12,7 +12,8 @@ SHOWN = 3  # documents at either end
 
 def said(config: EvaluateConfig, found: Evaluated) -> str:
     """The results as lines."""
-    lines = [f"model       {config.checkpoint}, {found.parameters:,} parameters"]
+    step = "" if found.step is None else f", step {found.step[0]:,}" + (f" of {found.step[1]:,}" if found.step[1] else "")
+    lines = [f"model       {config.checkpoint}{step}, {found.parameters:,} parameters"]
     for name, result in found.results.items():
         lines += ["", f"[{name}]"] if name else []
         lines += _lines(result, found)
@@ -39,7 +40,7 @@ def saved(config: EvaluateConfig, found: Evaluated) -> dict[str, Any]:
         }
 
     results = {name or "all": of(result) for name, result in found.results.items()}
-    settings = {"length": found.length, "stride": found.stride, "parameters": found.parameters}
+    settings = {"length": found.length, "stride": found.stride, "parameters": found.parameters, "step": found.step and found.step[0]}
     return {**settings, "results": results, "config": dump(config), "commit": commit(), "versions": versions(), "notes": found.notes}
 
 

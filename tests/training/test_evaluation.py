@@ -44,7 +44,9 @@ def run(tmp_path_factory):
 
 def test_the_verb_says_of_a_checkpoint_what_its_run_said(run):
     run_dir, result, _ = run
-    (found,) = evaluate(load_config(f"checkpoint={run_dir}", name="evaluate")).results.values()
+    whole = evaluate(load_config(f"checkpoint={run_dir}", name="evaluate"))
+    (found,) = whole.results.values()
+    assert whole.step == (3, 3)
     last = [record for record in read_metrics(run_dir / "metrics.jsonl") if "val/loss" in record][-1]
     assert last["val/loss"] == result.evaluation.loss == pytest.approx(found.loss, rel=1e-6)
     assert last["val/accuracy"] == pytest.approx(found.accuracy, abs=1e-12)
