@@ -1,5 +1,6 @@
-"""What the README shows runs as it stands."""
+"""What the README and the guide to variants show runs as it stands."""
 
+import dataclasses
 import pathlib
 import re
 import sys
@@ -7,11 +8,13 @@ import types
 
 import pytest
 
-from llama_eqx.model import feed_forward
+from llama_eqx.model import attention, feed_forward
 from llama_eqx.model.init import FanInInitConfig
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+VARIANTS = (pathlib.Path(__file__).parents[1] / "docs/variants.md").read_text(encoding="utf-8")
+SHOWN = re.findall(r"```python\n(.*?)```", VARIANTS, re.S)
 
 
 def test_the_python_of_the_readme(tmp_path, monkeypatch):
@@ -33,6 +36,38 @@ def test_the_variant_of_the_readme(tiny, monkeypatch):
     variant = config.build(tiny().dims, FanInInitConfig(gain=1.0), key=jax.random.key(0))
     assert variant.gate_out.shape == (16, 48)
     assert variant(jax.numpy.ones((2, 3, 32))).shape == (2, 3, 32)
+
+
+def test_the_guide_shows_the_same_variant():
+    assert SHOWN[0] == PYTHON[1]
+
+
+def test_the_attention_of_the_guide(tiny, monkeypatch):
+    import equinox as eqx
+    import jax
+
+    module = types.ModuleType("guide_variant")
+    vars(module).update(vars(attention), __name__="guide_variant")
+    monkeypatch.setitem(sys.modules, "guide_variant", module)
+    exec(SHOWN[1], vars(module))
+    plain = tiny()
+    config = dataclasses.replace(plain, attention=module.TemperatureAttentionConfig())
+    model, reference = (each.build(key=jax.random.key(0)) for each in (config, plain))
+    tokens = jax.numpy.arange(12).reshape(1, 12)
+    assert jax.numpy.array_equal(model(tokens), reference(tokens))  # at a temperature of 1
+    hotter = eqx.tree_at(lambda m: m.blocks.attention.temperature, model, replace_fn=lambda x: 3 * x)
+    assert not jax.numpy.allclose(hotter(tokens), reference(tokens), atol=1e-3)
+
+
+def test_the_meter_of_the_guide():
+    import jax.numpy as jnp
+
+    from llama_eqx.training import meters
+
+    names = {**vars(meters), "METERS": {}}
+    exec(SHOWN[2], names)
+    gradient = types.SimpleNamespace(embed=jnp.full((2, 8), 0.5))
+    assert names["METERS"]["embedding_gradient"](None, gradient, None) == 2.0
 
 
 def test_the_two_commands_are_there():

@@ -124,7 +124,8 @@ def generate(config: GenerateConfig) -> None:
     format_of(config.checkpoint)  # for its error
     tokenizer = find_tokenizer(located(config.checkpoint)[0])
     if config.chat:
-        chat_format(tokenizer)
+        chat_format(tokenizer)  # for its error
+        print(f"conversations in the format {tokenizer.chat!r}", file=sys.stderr)
         return converse(loaded(config, config.checkpoint, tokenizer), tokenizer, config)
     asked = read_prompts(config, tokenizer)  # before weights are loaded
     model = loaded(config, config.checkpoint, tokenizer)
@@ -246,7 +247,7 @@ def loaded(config: GenerateConfig, checkpoint: str, tokenizer: Tokenizer) -> Lla
     before, after = perplexity(model, ids), perplexity(quantised, ids)
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 2**20  # noqa: E731
     print(
-        f"int8: {size(model):.0f} MiB -> {size(quantised):.0f} MiB; perplexity of the first {len(ids)} tokens of {file} "
+        f"int8: {size(model):.0f} MiB -> {size(quantised):.0f} MiB; perplexity of the first {len(ids)} tokens of {pathlib.Path(file).name} "
         f"{before:.4f} -> {after:.4f} ({after / before - 1:+.2%})",
         file=sys.stderr,
     )

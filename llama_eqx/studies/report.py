@@ -122,12 +122,15 @@ def of_runs(config: ReportConfig) -> Report:
         page.text(comparison)
         said += [f"{first[0]} -> {name}: {_count(lines)}. {comparison}"]
     page.heading("Curves")
+    shared = set.intersection(*({name for record in run.metrics for name in record} for run in runs.values()))
+    usual = {"optim/grad_norm", "optim/dead_updates", "optim/withheld"}
     for name, metric, label in (
         ("loss", "train/loss", "training loss (nats per token)"),
         ("validation", "val/loss", "validation loss (nats per token)"),
         ("gradient", "optim/grad_norm", "norm of the gradient"),
         ("speed", "perf/tokens_per_second", "tokens per second"),
         ("dead_updates", "optim/dead_updates", "share of updates that bfloat16 would lose"),
+        *((metric.removeprefix("optim/"), metric, metric) for metric in sorted(shared - usual) if metric.startswith("optim/")),
     ):
         page.figure(name, plots.curves(runs, metric, label, log=metric == "optim/grad_norm"), label)
     for name, path in zip(runs, config.runs, strict=True):
