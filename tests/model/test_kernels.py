@@ -123,6 +123,19 @@ def test_splash_is_plain(split, kind, kv_heads, fused):
     assert_same(kernel, lambda q, k, v, segment_ids: plain(q, k, v, 0, segment_ids), inputs, ids(kind, 4, 512))
 
 
+@pytest.mark.parametrize(("dtype", "asked"), [(jnp.bfloat16, False), (jnp.float32, True)])
+def test_splash_multiplies_16_bits_as_its_compiler_can(dtype, asked):
+    """Mosaic refuses products of bfloat16 numbers that are to be as exact as those of float32, as the verbs ask by default."""
+    where = layout(1, 1, 1, 1)
+    inputs = arrays(1, 256, 256, 2, 2, 64, dtype)
+    for fused in (True, False):
+        kernel = lambda q, k, v, _, fused=fused: on_shards("splash", Blocks(128, 128, fused), where.mesh, where.spec, q, k, v, 0, None)  # noqa: E731
+        with jax.default_matmul_precision("highest"):
+            text = str(jax.make_jaxpr(with_gradients(kernel))(*inputs, None))
+        assert text.count("pallas_call") > 1
+        assert ("HIGHEST" in text) == asked
+
+
 @pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("kind", ["whole", "packed", "padded"])
 def test_cudnn_is_plain(kind):

@@ -42,10 +42,32 @@ def splash(kernel: Any, q: Array, k: Array, v: Array, segment_ids: tuple[Array, 
     """As `attend` from slot 0, with a kernel for its shape."""
     q = q * (1 / math.sqrt(q.shape[-1]))  # the kernel does not scale
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    if segment_ids is None:
-        return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)
-    ids = splash_attention.SegmentIds(*segment_ids)
-    return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
+    ids = None if segment_ids is None else splash_attention.SegmentIds(*segment_ids)
+    return (_of_16_bits if q.dtype.itemsize == 2 else _rows)(kernel, q, k, v, ids).swapaxes(1, 2)
+
+
+def _rows(kernel: Any, q: Array, k: Array, v: Array, ids: Any) -> Array:
+    return jax.vmap(kernel)(q, k, v) if ids is None else jax.vmap(kernel)(q, k, v, ids)
+
+
+@jax.custom_vjp
+def _of_16_bits(kernel: Any, q: Array, k: Array, v: Array, ids: Any) -> Array:
+    """`_rows`, whatever precision products of 32 bits are to have: asked for it, the TPU's compiler of kernels refuses those of 16."""
+    with jax.default_matmul_precision("default"):
+        return _rows(kernel, q, k, v, ids)
+
+
+def _forward(kernel: Any, q: Array, k: Array, v: Array, ids: Any) -> tuple[Array, Any]:
+    with jax.default_matmul_precision("default"):
+        return jax.vjp(lambda q, k, v: _rows(kernel, q, k, v, ids), q, k, v)
+
+
+def _backward(pull: Any, cotangent: Array) -> tuple[Any, ...]:
+    with jax.default_matmul_precision("default"):
+        return None, *pull(cotangent), None
+
+
+_of_16_bits.defvjp(_forward, _backward)
 
 
 def unfit_for_splash(seq: int, slots: int, start: Any) -> str:
