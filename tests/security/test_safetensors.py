@@ -27,6 +27,7 @@ ABUSES = {
     "a header beyond the end": filed({"a": entry()}, length=10**6),
     "a header of 2^63 bytes": filed({"a": entry()}, length=2**63),
     "a header of 2^64 - 1 bytes": filed({"a": entry()}, length=2**64 - 1),
+    "a header of 17 MB": filed(b'{"a":' + json.dumps(entry()).encode() + b"}" + b" " * (17 * 2**20)),
     "a header of 100 MB": filed(b'{"a":' + json.dumps(entry()).encode() + b"}" + b" " * (100 * 2**20)),
     "a header that is not JSON": filed(b"{" * 50),
     "a header that is a list": filed(b"[]"),
