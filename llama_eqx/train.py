@@ -39,7 +39,8 @@ def main(config: Any, overrides: list[str]) -> None:
             speed += f", MFU {result.speed['perf/mfu']:.1%}"
     if result.export:
         exported = f"\nexport      {result.export} ({config.checkpoint.export})"
-    prompt = config.data.prompt or " ".join(result.sample.split()[:3]) or "Once upon a time"
+    words = " ".join(result.sample.split()[:3])
+    prompt = config.data.prompt or (words if words.isprintable() and "\ufffd" not in words else "") or "Once upon a time"
     print(f"""
 {result.sample}
 
