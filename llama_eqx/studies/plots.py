@@ -106,13 +106,20 @@ def buckets(losses: Mapping[str, Mapping[int, float]]) -> Figure:
 
 
 def curves(runs: Mapping[str, Run], metric: str, label: str, *, log: bool = False) -> Figure | None:
-    """A metric over the steps of several runs, raw and smoothed; None when no run has it."""
-    if not any(run.series(metric)[0] for run in runs.values()):
+    """A metric over the steps of several runs, raw and smoothed; None when no run has it.
+
+    Over tokens, where steps of different sizes would be compared. Speeds leave out the first record, which is compilation.
+    """
+    trains = [run.settings.get("train", {}) for run in runs.values()]
+    sizes = [train.get("batch_size", 1) * train.get("seq_len", 1) for train in trains]
+    unit = sizes if len(set(sizes)) > 1 else [1] * len(sizes)
+    skipped = int(metric.startswith("perf/"))
+    if not any(run.series(metric)[0][skipped:] for run in runs.values()):
         return None
     made, axes = figure()
-    for (name, run), color in zip(runs.items(), _colors(len(runs)), strict=True):
-        steps, values = run.series(metric)
-        points = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    for (name, run), color, size in zip(runs.items(), _colors(len(runs)), unit, strict=True):
+        steps, values = (series[skipped:] for series in run.series(metric))
+        points = [(size * step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
         if not points:
             continue
         steps, values = zip(*points, strict=True)
@@ -123,7 +130,9 @@ def curves(runs: Mapping[str, Run], metric: str, label: str, *, log: bool = Fals
     if log:
         axes.set_yscale("log")
     axes.locator_params("x", integer=True)
-    axes.set_xlabel("step")
+    for axis in (axes.xaxis, *(() if log else (axes.yaxis,))):
+        axis.set_major_formatter("{x:,.5g}")
+    axes.set_xlabel("step" if unit != sizes else "tokens")
     axes.set_ylabel(label)
     axes.legend(frameon=False, fontsize=9)
     return made
