@@ -45,6 +45,7 @@ CALIBRATION = {
         "model/feed_forward=plain",
         "train.batch_size=832",
         "remat=full",
+        *("kernel.q_block=512", "kernel.kv_block=512"),  # larger ones do not fit the chip with heads of 256
     ],
     "16B on v5e-256": [*SHORT, "mesh=v5e-256", *sizes(32, 4096, 64, 128, 28672), "train.batch_size=1536", "remat=full"],
     "32B on v5p-128": [
