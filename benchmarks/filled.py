@@ -1,19 +1,23 @@
-"""Milliseconds per token against the tokens in the cache, for several maxima: `python -m benchmarks.filled [--maxima …] [--out PNG]`.
+"""Milliseconds per token against the tokens in the cache, for several maxima: `python -m benchmarks.filled [--maxima …] [--out FILE]`.
 
-What a token costs should not depend on how many there might be. Prints a JSON line for each maximum and draws them.
+What a token costs should not depend on how many there might be. Prints the median of each maximum over every 256 tokens of the cache, and
+draws all of it beside `--out`.
 """
 
 import argparse
-import json
 import pathlib
+import statistics
 import time
 
 import jax
 
 from benchmarks.decoding import MODELS
+from benchmarks.record import idle, write
 from llama_eqx import build_model, load_config
 from llama_eqx.generation.layout import for_decoding
 from llama_eqx.generation.stream import stream_tokens
+
+PART = 256  # tokens over which a median is taken
 
 
 def main() -> None:
@@ -23,7 +27,9 @@ def main() -> None:
     parser.add_argument("--maxima", nargs="*", type=int, default=[512, 1024, 2048])
     parser.add_argument("--every", type=int, default=32)
     parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--loaded", action="store_true", help="run on a busy machine too: to try the script, not for numbers")
     arguments = parser.parse_args()
+    load = idle(arguments.loaded)
     dims = [f"model.dims.{name}={size}" for name, size in MODELS[arguments.model].items()]
     config = load_config(*dims, f"model.context={max(arguments.maxima) + 16}", "train.seq_len=16")
     model = for_decoding(build_model(config.model, key=jax.random.key(0)))
@@ -41,10 +47,12 @@ def main() -> None:
     for maximum in arguments.maxima:
         times(maximum)  # compiles
         curves[maximum] = times(maximum)
-        print(
-            json.dumps({"model": arguments.model, "batch": arguments.batch, "maximum": maximum, "ms_per_token": curves[maximum]}),
-            flush=True,
-        )
+    starts = range(0, max(arguments.maxima), PART)
+    lines = ["| up to | " + " | ".join(f"ms per token at {start} to {start + PART}" for start in starts) + " |"]
+    lines += ["|---" * (len(starts) + 1) + "|"]
+    for maximum, curve in curves.items():
+        parts = [[ms for filled, ms in curve if start < filled <= start + PART] for start in starts]
+        lines.append(f"| {maximum} | " + " | ".join(f"{statistics.median(part):.2f}" if part else "" for part in parts) + " |")
     if arguments.out:
         from matplotlib.figure import Figure
 
@@ -55,8 +63,10 @@ def main() -> None:
         axes.set(xlabel="tokens in the cache", ylabel="ms per token", title=f"{arguments.model}, batch {arguments.batch}")
         axes.set_ylim(bottom=0)
         axes.legend()
-        figure.savefig(arguments.out, dpi=110)
-        arguments.out.with_suffix(".json").write_text(json.dumps(curves) + "\n")
+        figure.savefig(arguments.out.with_suffix(".png"), dpi=110)
+        lines += ["", f"![milliseconds per token]({arguments.out.stem}.png)"]
+    found = {"model": arguments.model, "batch": arguments.batch, "ms_per_token": curves}
+    write(arguments.out, found, "\n".join([f"{arguments.model}, batch {arguments.batch}", "", *lines]), load)
 
 
 if __name__ == "__main__":
