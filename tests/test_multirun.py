@@ -110,7 +110,7 @@ sys.exit(_guarded(lambda: run_jobs([job, job], [], folder=job.console.parent / "
         assert sweep.poll() is None
         time.sleep(0.1)
     os.killpg(sweep.pid, number) if number == signal.SIGINT else sweep.terminate()
-    _, said = sweep.communicate(timeout=60)
+    _, said = sweep.communicate(timeout=300)
     assert sweep.returncode == code
     assert "saved" in console.read_text()
     assert "Traceback" not in said
