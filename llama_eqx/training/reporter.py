@@ -62,7 +62,8 @@ class Reporter:
         Raises `NonFiniteError` after `max_withheld` updates in a row that were not finite.
         """
         self.flush()
-        over = metrics["train/loss"].is_ready()  # a CPU may have computed the step before it came back from beginning it
+        # A CPU may have computed the step before it came back from beginning it.
+        over = metrics["train/loss"].is_ready()  # pyright: ignore[reportAttributeAccessIssue]
         self._late = step, metrics, progress, self._now() if over else None
 
     def flush(self) -> None:
