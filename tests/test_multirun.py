@@ -97,7 +97,8 @@ def test_jobs_go_to_slurm(tmp_path, monkeypatch):
 def test_a_sweep_that_is_told_to_stop_tells_its_jobs_and_waits(tmp_path, number, code):
     """A Ctrl-C reaches all processes of a terminal."""
     program = f"""
-import pathlib, sys
+import pathlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background has it ignored
 from llama_eqx.compose import _guarded
 from llama_eqx.multirun import Job, run_jobs
 job = Job(0, "late", [sys.executable, "-c", {LATE!r}], pathlib.Path({str(tmp_path)!r}, "console.txt"))

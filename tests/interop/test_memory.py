@@ -140,8 +140,10 @@ def test_a_conversion_holds_less_than_one_tensor_and_a_constant(extra, job):
 
 @pytest.mark.parametrize("job", ["hf to devices", "meta to devices", "native to devices"])
 def test_loading_holds_one_tensor_more_than_the_model(extra, job):
+    """Of a native folder, that is a parameter with all its layers."""
     peak, kept = extra[job]
-    assert peak - kept < 1.2 * TENSOR + CONSTANT, f"{(peak - kept) / 2**20:.0f} MiB"
+    tensor = LAYERS * TENSOR if job == "native to devices" else TENSOR
+    assert peak - kept < 1.2 * tensor + CONSTANT, f"{(peak - kept) / 2**20:.0f} MiB"
 
 
 def test_the_measure_sees_a_model_that_is_read_at_once(extra):
