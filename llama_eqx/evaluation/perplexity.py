@@ -70,7 +70,7 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
 
     Raises `ConfigError`, `CheckpointError` and `DataError` before anything is compiled, `NonFiniteError` for a loss that is no number.
     """
-    data, step, opened = data_of(config), step_of(config), open_model(config)
+    data, opened, step = data_of(config), open_model(config), step_of(config)  # without a checkpoint, opening says so
     length, stride = opened.length, config.stride or opened.length
     if stride > length:
         raise ConfigError(f"a stride of {stride} leaves out tokens between windows of {length}", where="stride", next=f"stride={length}")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_eqx import load_config, load_pretrained, trace
-from llama_eqx.errors import ConfigError
+from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.evaluation.perplexity import evaluate
 from llama_eqx.generation.run import generate
 from llama_eqx.sharding import Layout
@@ -55,6 +55,14 @@ def test_the_verb_says_of_a_checkpoint_what_its_run_said(run):
     assert {name: value for name, value in last.items() if "loss_at" in name} == by_position
     assert list(found.by_position) == [0, 1, 2, 4, 8, 16]
     assert result.evaluation.tokens == found.tokens
+
+
+def test_a_run_without_a_checkpoint(run, tmp_path):
+    run_dir, _, _ = run
+    for kept in ("config.yaml", "tokenizer"):
+        (tmp_path / kept).symlink_to(run_dir / kept)
+    with pytest.raises(CheckpointError, match="no checkpoint has been saved yet"):
+        evaluate(load_config(f"checkpoint={tmp_path}", name="evaluate"))
 
 
 def test_sets_by_name(run):

@@ -16,6 +16,11 @@ class Said(Tracker):
         self.happened.append(f"step {step} is logged, loss {metrics['train/loss']}")
 
 
+def reporting(tracker, *, log_every, last_step):
+    fixed = {"max_withheld": 1, "tokens": 8, "epochs": lambda step: {}, "flops_per_token": 1, "device_kind": "cpu", "devices": 1}
+    return Reporter(tracker, log_every=log_every, last_step=last_step, **fixed)
+
+
 def test_numbers_are_fetched_when_the_next_step_has_begun(monkeypatch):
     happened, device_get = [], jax.device_get
 
@@ -25,17 +30,7 @@ def test_numbers_are_fetched_when_the_next_step_has_begun(monkeypatch):
         return fetched
 
     monkeypatch.setattr(jax, "device_get", fetch)
-    reporter = Reporter(
-        Said(happened),
-        log_every=1,
-        last_step=3,
-        max_withheld=1,
-        tokens=8,
-        epochs=lambda step: {},
-        flops_per_token=1,
-        device_kind="cpu",
-        devices=1,
-    )
+    reporter = reporting(Said(happened), log_every=1, last_step=3)
     for step in (1, 2, 3):
         happened.append(f"step {step} has begun")
         metrics = {"train/loss": step + 0.5, "optim/grad_norm": 1.0, "optim/withheld": 0.0}
@@ -62,17 +57,7 @@ def test_the_time_of_a_step_ends_with_it(monkeypatch):
         def log(self, step, metrics):
             rates[step] = metrics["perf/tokens_per_second"]
 
-    reporter = Reporter(
-        Rates(),
-        log_every=5,
-        last_step=9,
-        max_withheld=1,
-        tokens=8,
-        epochs=lambda step: {},
-        flops_per_token=1,
-        device_kind="cpu",
-        devices=1,
-    )
+    reporter = reporting(Rates(), log_every=5, last_step=9)
     for step in range(1, 10):
         clock[0] += 1
         metrics = {name: jax.block_until_ready(jnp.float32(0)) for name in ("train/loss", "optim/grad_norm", "optim/withheld")}
