@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from llama_eqx.generation.text import Continuation, following, generate_texts, p
 from llama_eqx.interop.pretrained import format_of, load_pretrained, located, open_pretrained
 from llama_eqx.interop.weights import abstract
 from llama_eqx.model.llama import Llama
+from llama_eqx.processes import DistributedConfig, is_first, watched
 from llama_eqx.sharding import Layout, MeshConfig, Rules
 
 # What has no part in a way of going on: beams are not drawn, and the tokens of a draft are judged several at a time.
@@ -81,6 +83,7 @@ class GenerateConfig(Config):
     cache_dtype: Literal["float32", "bfloat16", "float16"] | None
     prefill_chunk: int
     seed: int
+    distributed: DistributedConfig
 
     def check(self) -> None:
         if self.checkpoint is None:
@@ -117,10 +120,14 @@ class GenerateConfig(Config):
 def generate(config: GenerateConfig) -> None:
     """Prints the prompt and its continuation as it comes or, of a file, several samples or with `output`, a JSON object a line.
 
+    Several processes draw alike, each with its part of the model, and process 0 says and writes it.
+
     Raises `CheckpointError` for a checkpoint that cannot be read, `DataError` for prompts that cannot, `ConfigError` for settings out of
     range.
     """
     assert config.checkpoint is not None
+    if jax.distributed.is_initialized():
+        _require_what_several_can(config)
     format_of(config.checkpoint)  # for its error
     tokenizer = find_tokenizer(located(config.checkpoint)[0])
     if config.chat:
@@ -135,20 +142,36 @@ def generate(config: GenerateConfig) -> None:
         settings = {key: value for key, value in config.settings().items() if key != "samples"}
         parts = stream_text(model, tokenizer, asked[0][1], length, config.sampling(), **settings)
         begun = next(parts, "")  # settings that do not fit the model are said before the prompt is
-        for part in itertools.chain([tokenizer.decode(asked[0][1]), begun], parts):
-            print(part, end="", flush=True)
-        print()
+        for part in watched(itertools.chain([tokenizer.decode(asked[0][1]), begun], parts), config.distributed.stall):
+            say(part, end="", flush=True)
+        say()
         return
     try:
-        file = sys.stdout if config.output is None else open(config.output, "w", encoding="utf-8")  # noqa: SIM115
+        file = sys.stdout if config.output is None else open(config.output if is_first() else os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", where=str(config.output), next="another place: output=FILE") from None
     with contextlib.nullcontext() if config.output is None else file:
         for line in _lines(model, tokenizer, config, asked, length):
             text = tokenizer.decode(asked[0][1]) + line["text"] if plain else json.dumps(line, ensure_ascii=False)
-            print(text, file=file, flush=True)
+            say(text, file=file, flush=True)
     if config.output:
-        print(f"{len(asked) * config.samples} texts in {config.output}", file=sys.stderr)
+        say(f"{len(asked) * config.samples} texts in {config.output}", file=sys.stderr)
+
+
+def say(*values: Any, **settings: Any) -> None:
+    """Prints, in process 0 alone."""
+    if is_first():
+        print(*values, **settings)
+
+
+def _require_what_several_can(config: GenerateConfig) -> None:
+    """Raises `ConfigError` for what is done by a single process."""
+    if config.chat:
+        raise ConfigError("a chat is held by one process", where="chat", next="start a single one, or prompts=FILE.jsonl of conversations")
+    if config.mesh is None:
+        raise ConfigError(
+            "several processes continue text together, on a mesh of all their devices", where="mesh", next="mesh=local, or a single process"
+        )
 
 
 def converse(model: Llama, tokenizer: Tokenizer, config: GenerateConfig) -> None:
@@ -178,8 +201,8 @@ def _lines(model: Llama, tokenizer: Tokenizer, config: GenerateConfig, asked: li
     settings: dict[str, Any] = {**config.settings()}
     if draft is not None:
         settings["generate"] = lambda *args, **rest: generate_speculatively(args[0], draft, *args[1:], drafted=config.drafted, **rest)[0]
-    with tqdm.tqdm(total=len(asked), unit="prompt", disable=len(asked) == 1) as bar:
-        for begin in range(0, len(asked), config.batch):
+    with tqdm.tqdm(total=len(asked), unit="prompt", disable=len(asked) == 1 or not is_first()) as bar:
+        for begin in watched(range(0, len(asked), config.batch), config.distributed.stall):
             part = asked[begin : begin + config.batch]
             prompts = [tokens for _, tokens in part]
             if config.beams is None:
@@ -246,7 +269,7 @@ def loaded(config: GenerateConfig, checkpoint: str, tokenizer: Tokenizer) -> Lla
         raise DataError(f"cannot read a text to measure: {error}", where=file, next="quantize_text=FILE") from None
     before, after = perplexity(model, ids), perplexity(quantised, ids)
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 2**20  # noqa: E731
-    print(
+    say(
         f"int8: {size(model):.0f} MiB -> {size(quantised):.0f} MiB; perplexity of the first {len(ids)} tokens of {pathlib.Path(file).name} "
         f"{before:.4f} -> {after:.4f} ({after / before - 1:+.2%})",
         file=sys.stderr,
@@ -323,5 +346,5 @@ def fitted_length(model: Llama, config: GenerateConfig, prompts: list[list[int]]
     room = model.config.context - max(map(len, prompts))
     if config.shift or not 0 < room < config.max_new_tokens:
         return config.max_new_tokens
-    print(f"{room} new tokens fill the context of {model.config.context}", file=sys.stderr)
+    say(f"{room} new tokens fill the context of {model.config.context}", file=sys.stderr)
     return room
