@@ -41,6 +41,7 @@ UNFIT = {
     "beams": ("draft", "top_k", "min_p", *PENALTIES, "stop_strings", "top_logprobs"),
     "draft": ("samples", *PENALTIES, "stop_strings", "top_logprobs"),
 }
+DIGITS = 5  # of log-probabilities in JSON: float32 has no more of those that matter
 
 
 class GenerateConfig(Config):
@@ -199,9 +200,11 @@ def _lines(model: Llama, tokenizer: Tokenizer, config: GenerateConfig, asked: li
     """What is written of each sample of each prompt. Progress goes to the terminal."""
     draft = None if config.draft is None else loaded(config, config.draft, tokenizer)
     settings: dict[str, Any] = {**config.settings()}
+    on_screen = config.output is None and sys.stdout.isatty()  # where the lines themselves show how far it is
+    hidden = True if len(asked) == 1 or on_screen or not is_first() else None  # None: where nobody looks
     if draft is not None:
         settings["generate"] = lambda *args, **rest: generate_speculatively(args[0], draft, *args[1:], drafted=config.drafted, **rest)[0]
-    with tqdm.tqdm(total=len(asked), unit="prompt", disable=len(asked) == 1 or not is_first()) as bar:
+    with tqdm.tqdm(total=len(asked), unit="prompt", disable=hidden) as bar:
         for begin in watched(range(0, len(asked), config.batch), config.distributed.stall):
             part = asked[begin : begin + config.batch]
             prompts = [tokens for _, tokens in part]
@@ -236,14 +239,14 @@ def _searched(
     )
     for prompt, hypotheses in zip(prompts, found, strict=True):
         for i, (tokens, score) in enumerate(hypotheses[: config.samples]):
-            yield {"sample": i, "text": "".join(following(tokenizer, prompt, tokens)), "tokens": tokens, "score": score}
+            yield {"sample": i, "text": "".join(following(tokenizer, prompt, tokens)), "tokens": tokens, "score": round(score, DIGITS)}
 
 
 def _said(tokenizer: Tokenizer, continuation: Continuation, sample: int) -> dict[str, Any]:
     said = {"sample": sample, **continuation._asdict()}
-    top = said.pop("top")
+    said["logprobs"], top = [round(logprob, DIGITS) for logprob in continuation.logprobs], said.pop("top")
     if top and top[0]:
-        said["top_logprobs"] = [[[tokenizer.decode([i]), i, logprob] for i, logprob in place] for place in top]
+        said["top_logprobs"] = [[[tokenizer.decode([i]), i, round(logprob, DIGITS)] for i, logprob in place] for place in top]
     return said
 
 
