@@ -179,11 +179,11 @@ def shrink(plan: Plan, variant: Callable[..., RunConfig]) -> str:
     largest = max(parts, key=parts.__getitem__)
     said = f"{largest} {'take' if largest[-1] == 's' else 'takes'} most, {_size(parts[largest])} by formula"
     scale = plan.needs / plan.memory.total if plan.needs else 1.0
-    rows = plan.config.train.batch_size
+    rows = plan.config.train.microbatch_size or plan.config.train.batch_size
     smaller = [["remat=full"]]
     while rows % 2 == 0:
         rows //= 2
-        smaller += [[f"train.batch_size={rows}"], ["remat=full", f"train.batch_size={rows}"]]
+        smaller += [[f"train.microbatch_size={rows}"], ["remat=full", f"train.microbatch_size={rows}"]]
     for overrides in smaller if plan.may else []:
         try:
             config = variant(*overrides)
@@ -193,7 +193,7 @@ def shrink(plan: Plan, variant: Callable[..., RunConfig]) -> str:
             continue
         if max(scale, 1.0) * memory.total < (plan.may or 0):
             return f"{said}; it would fit with {' '.join(overrides)}"
-    return f"{said}; neither remat=full nor a smaller train.batch_size is enough: more devices, or mesh.tensor=2 sharding=fsdp_tensor"
+    return f"{said}; neither remat=full nor a smaller train.microbatch_size is enough: more devices, or mesh.tensor=2 sharding=fsdp_tensor"
 
 
 def _fits(plan: Plan) -> str:

@@ -105,15 +105,16 @@ def mesh_shapes(variant: Variant, devices: int) -> Iterable[Change]:
 
 
 def batches(config: RunConfig, ways: int, fixed: Sequence[str]) -> Iterable[Change]:
-    """How many rows at a time. The batch is one microbatch, or as large as the user says."""
+    """How many rows at a time. The batch is one microbatch, until a run with these settings says how large it is."""
     train = config.train
     if _fixed(fixed, "train.batch_size"):
         sizes = [n * ways for n in ROWS if train.batch_size % (n * ways) == 0 and not _fixed(fixed, "train.microbatch_size")]
         for size in sizes or [train.microbatch_size]:
             yield Change((f"train.microbatch_size={size}",), {"train": dataclasses.replace(train, microbatch_size=size)})
     else:
-        for n in ROWS:
-            yield Change((f"train.batch_size={n * ways}",), {"train": dataclasses.replace(train, batch_size=n * ways)})
+        for size in (n * ways for n in ROWS):
+            parts = {"train": dataclasses.replace(train, batch_size=size, microbatch_size=size)}
+            yield Change((f"train.batch_size={size}", f"train.microbatch_size={size}"), parts)
 
 
 def _fixed(keys: Sequence[str], *names: str) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, SupportsFloat
 
 import jax
-from matplotlib.figure import Figure
 
 from llama_eqx.config import Config, differences
 from llama_eqx.errors import StorageError
@@ -73,8 +72,8 @@ class Tracker:
                 raise StorageError(f"the sample cannot be written: {error.strerror or error}", where=str(path)) from error
             self._wandb.show(step, path)
 
-    def picture(self, step: int, name: str, figure: Figure) -> None:
-        """Something to look at: the newest of each name is kept in `pictures/NAME.png`. Raises `StorageError`."""
+    def picture(self, step: int, name: str, figure: Any) -> None:
+        """A matplotlib figure: the newest of each name is kept in `pictures/NAME.png`. Raises `StorageError`."""
         if self._active:
             path = self._run_dir / "pictures" / f"{name}.png"
             try:

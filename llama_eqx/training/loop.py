@@ -21,7 +21,6 @@ from llama_eqx.model.llama import Llama
 from llama_eqx.processes import of_first, once, require_same, watched
 from llama_eqx.studies.pairing import record_start
 from llama_eqx.tracking.jsonl import read_metrics
-from llama_eqx.tracking.plot import plot_loss
 from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.ends import check_export, check_start, export, open_start
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
@@ -205,6 +204,8 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
             if evaluation is None:  # a finished run, asked again
                 evaluation = evaluate(state.model, data.val)
             sample = write_sample()
+
+    from llama_eqx.tracking.plot import plot_loss  # here: matplotlib would make every start a third of a second longer
 
     once(lambda: plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png"))
     return Result(evaluation, sample, reporter.typical(), run_dir, run_dir / "checkpoints" / str(max(begin, steps)), export(config))

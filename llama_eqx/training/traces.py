@@ -6,29 +6,28 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
 from llama_eqx.batch import Batch
 from llama_eqx.model.llama import Llama
 from llama_eqx.tracing import trace
-from llama_eqx.tracking.pictures import plot_traces
 from llama_eqx.training.setup import Setup
 
 SHOWN = 32  # tokens: as many as can be read in a picture
 
 
-def make_draw(setup: Setup) -> Callable[[Llama], dict[str, Figure]]:
-    """A picture by the name of each trace in `train.traces`, of the first text that is held out, in the dtype of the parameters."""
+def make_draw(setup: Setup) -> Callable[[Llama], dict[str, Any]]:
+    """A figure by the name of each trace in `train.traces`, of the first text that is held out, in the dtype of the parameters."""
     names, whole = setup.config.train.traces, setup.layout.sharding((), ())
+    if not names:
+        return lambda model: {}
+    from llama_eqx.tracking.pictures import plot_traces  # a third of a second, for matplotlib
 
     @eqx.filter_jit
     def look(model: Llama, row: Batch) -> dict[str, Any]:
         seen = trace(model, row.tokens, names, positions=row.positions, segment_ids=row.segment_ids)
         return jax.lax.with_sharding_constraint(seen, whole)  # in every process
 
-    def draw(model: Llama) -> dict[str, Figure]:
-        if not names:
-            return {}
+    def draw(model: Llama) -> dict[str, Any]:
         row = jax.tree.map(lambda x: x[:, :SHOWN].astype(np.int32), setup.data.val.read(np.zeros(1, np.int64)))
         return plot_traces(jax.device_get(look(model, row)), row.tokens[0].tolist(), setup.tokenizer.decode)
 

@@ -72,7 +72,7 @@ def test_too_big(monkeypatch):
 
 @pytest.mark.parametrize(
     ("may", "advice"),
-    [(0.7, "it would fit with"), (0.001, "neither remat=full nor a smaller train.batch_size is enough")],
+    [(0.7, "it would fit with"), (0.001, "neither remat=full nor a smaller train.microbatch_size is enough")],
 )
 def test_advice_is_computed(plan, may, advice):
     small = dataclasses.replace(plan, compiled=None, needs=plan.memory.total, may=int(may * plan.memory.total))

@@ -114,8 +114,10 @@ def test_the_best_is_written_and_train_takes_it(slice_of_eight, monkeypatch, tmp
     for part in ("precision", "remat", "kernel", "sharding", "mesh", "train", "seed"):
         assert getattr(found, part) == getattr(plan.config, part), part
 
-    mine = load_config("mesh=cpu-8", "remat=dots", "train.batch_size=64")  # the command line wins
-    assert (mine.remat.policy, mine.train.batch_size, mine.precision) == ("dots", 64, plan.config.precision)
+    rows = plan.config.train.batch_size
+    mine = load_config("mesh=cpu-8", "remat=dots", f"train.batch_size={4 * rows}")  # the command line wins
+    assert (mine.remat.policy, mine.train.batch_size, mine.precision) == ("dots", 4 * rows, plan.config.precision)
+    assert mine.train.microbatch_size == rows  # and goes through the model in parts that are known to fit
     assert load_config("mesh=cpu-8", plan=False).precision != plan.config.precision
 
 

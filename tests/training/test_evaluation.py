@@ -13,9 +13,8 @@ from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.evaluation.perplexity import evaluate
 from llama_eqx.generation.run import generate
 from llama_eqx.sharding import Layout
+from llama_eqx.tracking import pictures
 from llama_eqx.tracking.jsonl import read_metrics
-from llama_eqx.tracking.pictures import plot_traces
-from llama_eqx.training import traces
 from llama_eqx.training.cross_entropy import head_scores
 from llama_eqx.training.evaluation import Scores, Sums, bucket
 from llama_eqx.training.loop import train
@@ -36,9 +35,9 @@ def run(tmp_path_factory):
         *("checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=2", "checkpoint.best_by=val/presets/loss"),
         *("+data@eval_data.presets=test", f"eval_data.presets.path={GOLDEN / 'presets'}", "eval_data.presets.rows=packed"),
     )
-    seen = []
+    seen, plot_traces = [], pictures.plot_traces
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(traces, "plot_traces", lambda *each: seen.append(each) or plot_traces(*each))
+        patch.setattr(pictures, "plot_traces", lambda *each: seen.append(each) or plot_traces(*each))
         return run_dir, train(config), seen
 
 
