@@ -116,6 +116,7 @@ def shares(records: list[dict[str, Any]], settings: dict[str, Any]) -> list[str]
         found = record["answers"]["llama_eqx"]
         kind = found[0]["device_kind"] if found else ""
         if kind not in BANDWIDTH:
+            lines += [f"{kind}: what it can do is not known here"] if settings["device"] == "gpu" else []
             continue
         read = bytes_per_step(record["model"], record["batch"], settings) / median(found, "step_seconds")
         used = prompt_flops(record["model"], record["batch"], settings) / median(found, "first_seconds")

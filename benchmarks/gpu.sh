@@ -11,8 +11,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD
-OUT=${OUT:-benchmarks/gpu} SIZE=${SIZE:-full} LAYERS=${LAYERS:-12} ROUNDS=${ROUNDS:-3} PYTHON=${PYTHON:-python}
+SIZE=${SIZE:-full} LAYERS=${LAYERS:-12} ROUNDS=${ROUNDS:-3} PYTHON=${PYTHON:-python}
 PARTS=${PARTS:-training decoding} PEERS=${PEERS:-}
+if [ "$SIZE" = tiny ]; then OUT=${OUT:-$(mktemp -d)}; else OUT=${OUT:-benchmarks/gpu}; fi
 
 measure() { # module, name, options...
   local module=$1 name=$2; shift 2
@@ -20,36 +21,40 @@ measure() { # module, name, options...
   "$PYTHON" -m "benchmarks.$module" "$@" --out "$OUT/$name.json"
 }
 
-of_training() {
-  JAX_PLATFORMS=cuda "$PYTHON" -m pytest -q -n 0 tests/model/test_kernels.py
+full_training() {
+  "$PYTHON" -m pytest -q -n 0 tests/model/test_kernels.py
   local common=(precision=mixed mesh=local remat=dots_attention --device gpu --rounds "$ROUNDS" --peers pytorch pytorch_compile bare_jax)
   measure training 1b model=llama3_2_1b train.seq_len=4096 train.batch_size=4 train.unroll=16 "${common[@]}"
   measure training 8b_width model=llama3_8b model.dims.layers="$LAYERS" train.seq_len=8192 train.batch_size=1 train.unroll="$LAYERS" "${common[@]}"
 }
 
-of_decoding() {
+full_decoding() {
   local common=(--device gpu --precision bfloat16 --rounds "$ROUNDS" --steps 3 --peers ${PEERS:+"$PEERS"})
   measure decoding decoding --models 8b 1b --batches 1 128 --prompt 128 --new 256 "${common[@]}"
   measure decoding prompts_of_512 --models 8b 1b --batches 32 --prompt 512 --new 16 "${common[@]}"
   measure decoding prompts_of_4096 --models 8b 1b --batches 4 --prompt 4096 --new 16 "${common[@]}"
 }
 
+tiny_training() {
+  "$PYTHON" -m pytest -q -n 0 tests/model/test_kernels.py -k cudnn
+  local small=(model.dims.vocab=512 model.dims.layers=2 model.dims.embed=64 model.dims.heads=4 model.dims.kv_heads=2 model.dims.head_dim=16)
+  small+=(model.dims.mlp=176 model.context=256 train.batch_size=4 train.seq_len=256 train.unroll=2 remat=dots_attention)
+  measure training tiny "${small[@]}" --device cpu --loaded --rounds 1 --steps 2 --peers pytorch bare_jax
+}
+
+tiny_decoding() {
+  local common=(--models smoke --precision bfloat16 --loaded --rounds 1 --steps 2 --new 64)
+  measure decoding tiny_decoding --batches 1 4 --prompt 16 "${common[@]}" --peers pytorch
+  measure decoding tiny_prompts --batches 4 --prompt 64 --chunk 32 "${common[@]}" --peers
+}
+
 case $SIZE in
   full)
     nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit --format=csv
     export JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
-    for part in $PARTS; do "of_$part"; done
     ;;
-  tiny)
-    export JAX_PLATFORMS=cpu
-    "$PYTHON" -m pytest -q -n 0 tests/model/test_kernels.py -k cudnn
-    small=(model.dims.vocab=512 model.dims.layers=2 model.dims.embed=64 model.dims.heads=4 model.dims.kv_heads=2 model.dims.head_dim=16)
-    small+=(model.dims.mlp=176 model.context=256 train.batch_size=4 train.seq_len=256 train.unroll=2 remat=dots_attention)
-    measure training tiny "${small[@]}" --device cpu --loaded --rounds 1 --steps 2 --peers pytorch bare_jax
-    quick=(--precision bfloat16 --loaded --rounds 1 --steps 2 --new 64)
-    measure decoding tiny_decoding --models smoke --batches 1 4 --prompt 16 "${quick[@]}" --peers pytorch
-    measure decoding tiny_prompts --models smoke --batches 4 --prompt 64 --chunk 32 "${quick[@]}" --peers
-    ;;
+  tiny) export JAX_PLATFORMS=cpu ;;
   *) echo "no size is called $SIZE: full or tiny" >&2; exit 2 ;;
 esac
+for part in $PARTS; do "${SIZE}_$part"; done
 echo; echo "all of it is in $OUT/"

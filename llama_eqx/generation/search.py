@@ -45,8 +45,9 @@ def search_beams(
     Raises `ConfigError` as `generate_tokens` does, and for numbers of beams that there are no tokens for.
     """
     vocab, stops = model.config.dims.of("vocab")[0], len(settings.get("stop", ()))
-    if not beams >= 1 or max(2, 1 + stops) * beams > vocab:
-        raise ConfigError(f"{beams} beams of a vocabulary of {vocab} with {stops} stop tokens", where="beams", next="beams=4")
+    if not beams >= 1 or (least := max(2, 1 + stops) * beams) > vocab:
+        what = f"{beams} is less than 1" if beams < 1 else f"{beams} beams choose among {least} tokens, and the vocabulary has {vocab}"
+        raise ConfigError(what, where="beams", next="beams=4")
     rows, rule = prepared(model, prompts, max_new_tokens, Sampling(), **settings)
     state = on_host(_search(model, rows, rule, beams, length_penalty, early_stopping))
     cut = lambda tokens, length: tokens[:length].tolist()  # noqa: E731
