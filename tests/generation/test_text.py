@@ -218,9 +218,11 @@ def test_bad_settings(folders, monkeypatch, capsys, arguments, what):
     assert len(said.splitlines()) <= 4
 
 
-def test_virtual_devices_are_there_before_files_are_opened(folders):
+def test_virtual_devices_are_there_before_files_are_opened(folders, tmp_path):
     """In a process of its own, since this one has eight devices already."""
-    arguments = [f"checkpoint={folders / 'llama3'}", "prompt=The", "mesh=cpu-8", "mesh.fsdp=1", "mesh.tensor=8"]
+    save_pretrained(load_pretrained(folders / "llama3"), tmp_path / "native", format="native")
+    find_tokenizer(folders / "llama3").save(tmp_path / "native" / "tokenizer")
+    arguments = [f"checkpoint={tmp_path / 'native'}", "prompt=The", "mesh=cpu-8", "mesh.fsdp=1", "mesh.tensor=8"]
     done = subprocess.run([sys.executable, "-m", "llama_eqx.generate", *arguments], capture_output=True, text=True)
     assert "heads=4 does not divide" in done.stderr
 
