@@ -45,7 +45,8 @@ def search_beams(
     Raises `ConfigError` as `generate_tokens` does, and for numbers of beams that there are no tokens for.
     """
     vocab, stops = model.config.dims.of("vocab")[0], len(settings.get("stop", ()))
-    if not beams >= 1 or (least := max(2, 1 + stops) * beams) > vocab:
+    least = max(2, 1 + stops) * beams
+    if beams < 1 or least > vocab:
         what = f"{beams} is less than 1" if beams < 1 else f"{beams} beams choose among {least} tokens, and the vocabulary has {vocab}"
         raise ConfigError(what, where="beams", next="beams=4")
     rows, rule = prepared(model, prompts, max_new_tokens, Sampling(), **settings)

@@ -84,13 +84,13 @@ def plot_attention(weights: Num[np.ndarray, "heads seq seq"], tokens: Sequence[s
     figure = Figure(figsize=(side * columns + 0.6, side * rows + 0.6), dpi=130, layout="constrained")
     panels = [figure.add_subplot(rows, columns, head + 1) for head in range(heads)]
     for head, axes in enumerate(panels):
-        image = axes.imshow(np.asarray(weights[head], np.float32), cmap=SHARE, norm=PowerNorm(0.5, 0, 1))
+        axes.imshow(np.asarray(weights[head], np.float32), cmap=SHARE, norm=PowerNorm(0.5, 0, 1))
         axes.set_title(f"head {head}", fontsize=9)
         axes.tick_params(labelsize=6, length=2, colors=GREY)
         if tokens:
             _write(axes, tokens, 6, rotation=90)
             axes.set_yticks(range(seq), [_shown(token) for token in tokens], fontsize=6)
-    bar = figure.colorbar(image, ax=panels, pad=0.01, aspect=15 * rows)
+    bar = figure.colorbar(panels[0].images[0], ax=panels, pad=0.01, aspect=15 * rows)
     bar.set_label("share of what is read")
     figure.suptitle(title or "attention", fontsize=11)
     figure.supylabel("token that reads", fontsize=9)
