@@ -1,8 +1,8 @@
 """What checkpoints cost: `python benchmarks/checkpoint.py [MB] [FOLDER]` prints a table and writes benchmarks/checkpoint.json.
 
-Every figure is the median of three, all in one process, and each rate stands beside the plain one that it is to be held against:
+Every figure is the median of five, all in one process, and each rate stands beside the plain one that it is to be held against:
 the stall of the training loop beside a copy of the same bytes in memory, a save beside writing the same bytes to the same disk with
-fsync, a restore beside reading the same files.
+fsync, a restore beside reading the same files. A save ends when its folder has its name; the one before is removed after that.
 """
 
 import json
@@ -26,7 +26,7 @@ from llama_eqx import load_config
 from llama_eqx.checkpoint import restore
 from llama_eqx.checkpoint.save import Checkpoints
 
-REPEATS = 3
+REPEATS = 5
 LEAVES = 24
 RESULT = pathlib.Path(__file__).with_suffix(".json")
 
@@ -81,11 +81,13 @@ def main(megabytes: int, folder: pathlib.Path) -> None:
     with Checkpoints(folder / "checkpoints", config, lambda text: None) as checkpoints:
 
         def saved() -> None:
-            begun = time.perf_counter()
-            checkpoints.save(next(step), tree, training)
+            named, begun = folder / "checkpoints" / str(next(step)), time.perf_counter()
+            checkpoints.save(int(named.name), tree, training)
             stalls.append(time.perf_counter() - begun)
-            checkpoints.wait(last=True)
+            while not named.exists():
+                time.sleep(0.001)
             saves.append(time.perf_counter() - begun)
+            checkpoints.wait(last=True)
 
         saved()  # makes threads and imports
         stalls.clear(), saves.clear()

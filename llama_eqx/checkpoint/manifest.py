@@ -1,5 +1,6 @@
 """Folders that are whole or not there, with a list of what they hold."""
 
+import collections
 import concurrent.futures
 import contextlib
 import hashlib
@@ -63,18 +64,60 @@ def appearing(path: pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.
             shutil.rmtree(rest, ignore_errors=True)
 
 
-def write_manifest(folder: pathlib.Path, tree: Mapping[str, Any], *, show: bool = True, **facts: Any) -> dict[str, Any]:
+class Digest:
+    """The SHA-256 of a file as far as it was read: `read` goes on where it was left, until `stop` is set."""
+
+    def __init__(self) -> None:
+        self.sha256, self.size = hashlib.sha256(), 0
+
+    def read(self, file: pathlib.Path, stop: threading.Event, *, advance: Callable[[int], object] = lambda size: None) -> dict[str, Any]:
+        """Size and SHA-256, as in a manifest."""
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(self.size)
+            while not stop.is_set() and (block := stream.read(2**20)):
+                self.sha256.update(block)
+                self.size += len(block)
+                advance(len(block))
+        return {"size": self.size, "sha256": self.sha256.hexdigest()}
+
+
+@contextlib.contextmanager
+def hashed_meanwhile(files: Callable[[], Mapping[str, pathlib.Path]]) -> Iterator[dict[str, Digest]]:
+    """Hashes files, which `files` finds, while they grow: the disk that writes leaves the processor free. For `write_manifest`.
+
+    They grow at their ends, and this machine writes them: on a network's file system the bytes of another may come in any order.
+    """
+    found, over = collections.defaultdict[str, Digest](Digest), threading.Event()
+
+    def follow() -> None:
+        with contextlib.suppress(OSError):  # the folder got its name: all is written
+            while not over.wait(0.02):
+                grown = [(name, file) for name, file in files().items() if file.stat().st_size > found[name].size]
+                _map(lambda each: found[each[0]].read(each[1], over), grown, over)
+
+    thread = threading.Thread(target=follow, name="sha256", daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+
+
+def write_manifest(
+    folder: pathlib.Path, tree: Mapping[str, Any], *, hashed: Mapping[str, Digest] | None = None, show: bool = True, **facts: Any
+) -> dict[str, Any]:
     """`manifest.json`, the last file of a folder: size and SHA-256 of all others, and shape and dtype of the arrays in `tree`.
 
     By then every file is on the disk and not only in its cache. `facts` are further entries, plain JSON; the last one is the SHA-256
-    of all of them. Returns what was written. `show` is for a bar on the terminal.
+    of all of them. Returns what was written. `hashed` is what `hashed_meanwhile` did already. `show` is for a bar on the terminal.
     """
-    names, stop = _files(folder), threading.Event()
+    names, stop, begun = _files(folder), threading.Event(), hashed or {}
     size, quiet = sum((folder / name).stat().st_size for name in names), None if show else True
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="sha256", disable=quiet)
     with bar, concurrent.futures.ThreadPoolExecutor(4) as disk:
         synced = [disk.submit(sync, folder / name) for name in names]  # the disk writes while the processor hashes
-        found = _map(lambda name: _digest(folder / name, stop, advance=bar.update), names, stop)
+        found = _map(lambda name: begun.get(name, Digest()).read(folder / name, stop, advance=bar.update), names, stop)
         for each in synced:
             each.result()
     entries = dict(zip(names, found, strict=True))
@@ -153,7 +196,7 @@ def _differs(file: pathlib.Path, entry: Mapping[str, Any], stop: threading.Event
     """What of a file is not as listed, for people; empty if all is."""
     if (size := file.stat().st_size) != entry["size"]:
         return f"{size:,} bytes, {entry['size']:,} expected"
-    if (found := _digest(file, stop)["sha256"]) != entry["sha256"]:
+    if (found := Digest().read(file, stop)["sha256"]) != entry["sha256"]:
         return f"sha256 {found[:8]}…, {entry['sha256'][:8]}… expected"
     return ""
 
@@ -162,17 +205,7 @@ def _own_digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(file: pathlib.Path, stop: threading.Event, *, advance: Callable[[int], object] = lambda size: None) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    with file.open("rb") as stream:
-        while (block := stream.read(2**22)) and not stop.is_set():
-            digest.update(block)
-            size += len(block)
-            advance(len(block))
-    return {"size": size, "sha256": digest.hexdigest()}
-
-
-def _map(function: Callable[[str], Any], names: list[str], stop: threading.Event) -> list[Any]:
+def _map(function: Callable[[Any], Any], names: list[Any], stop: threading.Event) -> list[Any]:
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
             return list(pool.map(function, names))

@@ -14,13 +14,14 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from llama_eqx.checkpoint import restore
-from llama_eqx.checkpoint.manifest import sync, write_manifest
+from llama_eqx.checkpoint.manifest import hashed_meanwhile, sync, write_manifest
 from llama_eqx.checkpoint.restore import Restored
 from llama_eqx.config import Config
 from llama_eqx.crash import crash_point
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError, UserError
 
 FAILURES = 2  # saves in a row that may fail before a run is given up
+FILE_BYTES = 64 * 2**20  # about; of several files each is hashed by a core of its own
 
 
 class CheckpointConfig(Config):
@@ -189,12 +190,15 @@ class Checkpoints:
 
     def _commit(self, step: int, written: Callable[[], None], tree: Mapping[str, Any], facts: dict[str, Any], begun: float) -> str:
         """The background of a save: once all processes have written theirs, number 0 hashes everything and gives the folder its name."""
-        written()
         if jax.process_index() > 0:
+            written()
             return ""
+        own = f"{self._unfinished(step).name}*/*/ocdbt.process_0/d/*"
+        with hashed_meanwhile(lambda: {"/".join(path.parts[-4:]): path for path in self._folder.glob(own)}) as hashed:
+            written()
         crash_point("finalise")
         unfinished, folder = self._unfinished(step), self._folder / str(step)
-        files = write_manifest(unfinished, tree, show=False, **facts)["files"]
+        files = write_manifest(unfinished, tree, hashed=hashed, show=False, **facts)["files"]
         crash_point("rename")
         if folder.exists():  # it has no manifest
             restore.set_aside(folder)
@@ -249,6 +253,7 @@ def uncompressed() -> ocp.Context:
     """How arrays are filed: float weights hardly shrink, and without compression a local disk takes them several times faster."""
     context = ocp.Context()
     context.array.saving.use_compression = False
+    context.array.saving.ocdbt_target_data_file_size = FILE_BYTES
     return context
 
 

@@ -1,5 +1,6 @@
 """Turns of a conversation on one cache, against the whole conversation read anew."""
 
+import equinox as eqx
 import jax
 import pytest
 
@@ -18,7 +19,9 @@ TURNS = ["Who are you?", "Ça va, 世界?", "Go on"]
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    return build_model(tiny("model.dims.vocab=258", "model.context=256"), key=jax.random.key(0))
+    """With weights so large that a single token of the conversation tells."""
+    model = build_model(tiny("model.dims.vocab=258", "model.context=256"), key=jax.random.key(0))
+    return eqx.tree_at(lambda m: m.blocks, model, jax.tree.map(lambda leaf: 3 * leaf, model.blocks))
 
 
 def anew(model, messages, n):
