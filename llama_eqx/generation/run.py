@@ -137,6 +137,8 @@ def generate(config: GenerateConfig) -> None:
     assert config.checkpoint is not None
     if jax.distributed.is_initialized():
         _require_what_several_can(config)
+    if config.mesh is not None:
+        config.mesh.build()  # before a file is opened, for which JAX settles how many devices a CPU is
     format_of(config.checkpoint)  # for its error: what is wrong is said before weights are loaded
     tokenizer = find_tokenizer(located(config.checkpoint)[0])
     llama = open_pretrained(config.checkpoint).config

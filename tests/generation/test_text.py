@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import jax
@@ -215,6 +216,15 @@ def test_bad_settings(folders, monkeypatch, capsys, arguments, what):
     assert code == (3 if "quantize=int8" in arguments else 2)
     assert what in said
     assert len(said.splitlines()) <= 4
+
+
+def test_virtual_devices_are_there_before_files_are_opened(folders, tmp_path):
+    """In a process of its own, since this one has eight devices already."""
+    save_pretrained(load_pretrained(folders / "llama3"), tmp_path / "native", format="native")
+    find_tokenizer(folders / "llama3").save(tmp_path / "native" / "tokenizer")
+    arguments = [f"checkpoint={tmp_path / 'native'}", "prompt=The", "mesh=cpu-8", "mesh.fsdp=1", "mesh.tensor=8"]
+    done = subprocess.run([sys.executable, "-m", "llama_eqx.generate", *arguments], capture_output=True, text=True)
+    assert "heads=4 does not divide" in done.stderr
 
 
 def test_past_the_context(folders, monkeypatch, capsys):
