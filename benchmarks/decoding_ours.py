@@ -27,8 +27,11 @@ model = model if task.options.get("stacked") else for_decoding(model)
 prompts = [[int(i) for i in row] for row in task.rows()[0][:, : task.options["prompt"]]]
 
 
+settings = {"prefill_chunk": task.options["chunk"]} if task.options.get("chunk") else {}
+
+
 def generate(n: int) -> np.ndarray:
-    return np.asarray(generate_tokens(model, prompts, n).tokens)
+    return np.asarray(generate_tokens(model, prompts, n, **settings).tokens)
 
 
 task.measure_decoding(generate, jax=jax.__version__, device_kind=jax.devices()[0].device_kind, dtype=str(jnp.dtype(model.embed.dtype)))

@@ -1,36 +1,60 @@
 #!/usr/bin/env bash
-# The tests of the GPU's kernels, then training beside its peers: 1B in rows of 4,096 and an 8B's width in rows of 8,192, in bfloat16.
+# The tests of the GPU's kernels; training beside its peers, 1B in rows of 4,096 and an 8B's width in rows of 8,192; decoding, 8B and 1B, a row
+# and 128, with a prompt of 512 in 32 rows and of 4,096 in 4. All of it in bfloat16.
 #
 #     benchmarks/gpu.sh                 one GPU; the tables and all figures go to benchmarks/gpu/
+#     PARTS=decoding benchmarks/gpu.sh  one part: training or decoding
 #     SIZE=tiny benchmarks/gpu.sh       a small model on this machine's CPU, to try the script; nothing of it is a figure
 #
-# Needs the packages of '.[test,cuda]' and nothing from the network. LAYERS (12) of the 8B are what 80 GB hold of its state in float32.
+# Needs the packages of '.[test,cuda]' and nothing from the network. LAYERS (12) of the 8B are what 80 GB hold of its state in float32. Decoding
+# is measured against what the card can do, and with PEERS="pytorch, compiled" beside PyTorch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD
-OUT=${OUT:-benchmarks/gpu} SIZE=${SIZE:-full} LAYERS=${LAYERS:-12} ROUNDS=${ROUNDS:-3} PYTHON=${PYTHON:-python}
+SIZE=${SIZE:-full} LAYERS=${LAYERS:-12} ROUNDS=${ROUNDS:-3} PYTHON=${PYTHON:-python}
+PARTS=${PARTS:-training decoding} PEERS=${PEERS:-}
+if [ "$SIZE" = tiny ]; then OUT=${OUT:-$(mktemp -d)}; else OUT=${OUT:-benchmarks/gpu}; fi
 
-measure() { # name, overrides...
-  local name=$1; shift
+measure() { # module, name, options...
+  local module=$1 name=$2; shift 2
   echo; echo "== $name"
-  "$PYTHON" -m benchmarks.training "$@" --out "$OUT/$name.json"
+  "$PYTHON" -m "benchmarks.$module" "$@" --out "$OUT/$name.json"
+}
+
+full_training() {
+  "$PYTHON" -m pytest -q -n 0 tests/model/test_kernels.py
+  local common=(precision=mixed mesh=local remat=dots_attention --device gpu --rounds "$ROUNDS" --peers pytorch pytorch_compile bare_jax)
+  measure training 1b model=llama3_2_1b train.seq_len=4096 train.batch_size=4 train.unroll=16 "${common[@]}"
+  measure training 8b_width model=llama3_8b model.dims.layers="$LAYERS" train.seq_len=8192 train.batch_size=1 train.unroll="$LAYERS" "${common[@]}"
+}
+
+full_decoding() {
+  local common=(--device gpu --precision bfloat16 --rounds "$ROUNDS" --steps 3 --peers ${PEERS:+"$PEERS"})
+  measure decoding decoding --models 8b 1b --batches 1 128 --prompt 128 --new 256 "${common[@]}"
+  measure decoding prompts_of_512 --models 8b 1b --batches 32 --prompt 512 --new 16 "${common[@]}"
+  measure decoding prompts_of_4096 --models 8b 1b --batches 4 --prompt 4096 --new 16 "${common[@]}"
+}
+
+tiny_training() {
+  "$PYTHON" -m pytest -q -n 0 tests/model/test_kernels.py -k cudnn
+  local small=(model.dims.vocab=512 model.dims.layers=2 model.dims.embed=64 model.dims.heads=4 model.dims.kv_heads=2 model.dims.head_dim=16)
+  small+=(model.dims.mlp=176 model.context=256 train.batch_size=4 train.seq_len=256 train.unroll=2 remat=dots_attention)
+  measure training tiny "${small[@]}" --device cpu --loaded --rounds 1 --steps 2 --peers pytorch bare_jax
+}
+
+tiny_decoding() {
+  local common=(--models smoke --precision bfloat16 --loaded --rounds 1 --steps 2 --new 64)
+  measure decoding tiny_decoding --batches 1 4 --prompt 16 "${common[@]}" --peers pytorch
+  measure decoding tiny_prompts --batches 4 --prompt 64 --chunk 32 "${common[@]}" --peers
 }
 
 case $SIZE in
   full)
     nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit --format=csv
-    JAX_PLATFORMS=cuda "$PYTHON" -m pytest -q -n 0 tests/model/test_kernels.py
     export JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
-    common=(precision=mixed mesh=local remat=dots_attention --device gpu --rounds "$ROUNDS" --peers pytorch pytorch_compile bare_jax)
-    measure 1b model=llama3_2_1b train.seq_len=4096 train.batch_size=4 train.unroll=16 "${common[@]}"
-    measure 8b_width model=llama3_8b model.dims.layers="$LAYERS" train.seq_len=8192 train.batch_size=1 train.unroll="$LAYERS" "${common[@]}"
     ;;
-  tiny)
-    JAX_PLATFORMS=cpu "$PYTHON" -m pytest -q -n 0 tests/model/test_kernels.py -k cudnn
-    small=(model.dims.vocab=512 model.dims.layers=2 model.dims.embed=64 model.dims.heads=4 model.dims.kv_heads=2 model.dims.head_dim=16)
-    small+=(model.dims.mlp=176 model.context=256 train.batch_size=4 train.seq_len=256 train.unroll=2 remat=dots_attention)
-    JAX_PLATFORMS=cpu measure tiny "${small[@]}" --device cpu --loaded --rounds 1 --steps 2 --peers pytorch bare_jax
-    ;;
+  tiny) export JAX_PLATFORMS=cpu ;;
   *) echo "no size is called $SIZE: full or tiny" >&2; exit 2 ;;
 esac
+for part in $PARTS; do "${SIZE}_$part"; done
 echo; echo "all of it is in $OUT/"

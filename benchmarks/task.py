@@ -88,14 +88,10 @@ class Task:
                 found.append(time.perf_counter() - begun)
         first = statistics.median(seconds[1])
         step = (statistics.median(seconds[new]) - first) / (new - 1)
-        d = self.dims
-        per_layer = d["embed"] * d["head_dim"] * (2 * d["heads"] + 2 * d["kv_heads"]) + 3 * d["embed"] * d["mlp"]
-        weights = (d["layers"] * per_layer + d["vocab"] * d["embed"]) * (2 if self.precision == "bfloat16" else 4)
         answer = {
             "tokens_per_second": self.batch / step,
             "step_seconds": step,
             "first_seconds": first,
-            "weight_gb_per_second": weights / step / 1e9,
             "warmup_seconds": warmup,
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }

@@ -182,4 +182,6 @@ def _wanted(hint: Any, value: Any) -> str:
         return _wanted(inner, wrong[0]) if wrong else "wanted fewer or more of them"
     if literal := next((option for option in options if typing.get_origin(option) is typing.Literal), None):
         return nearest(str(value), map(str, typing.get_args(literal)))
+    if any(typing.get_origin(option) is tuple for option in options) and not isinstance(value, tuple):
+        return f"wanted a list, [{value}]"
     return f"wanted {hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace('typing.', '')}"

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
 from llama_eqx.config import Config, dump
 from llama_eqx.errors import ConfigError, DataError
@@ -161,6 +162,18 @@ def of_first(number: int) -> int:
 def any_process(here: bool) -> bool:
     """Whether it is so in any of the processes."""
     return bool(np.any(multihost_utils.process_allgather(np.asarray(here))))
+
+
+def on_host(tree: PyTree[jax.Array]) -> PyTree[np.ndarray]:
+    """The arrays as NumPy's, each of them whole in every process, also where the devices of several hold parts of it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def whole(array: jax.Array) -> np.ndarray:
+        there = array.is_fully_addressable or array.is_fully_replicated
+        return np.asarray(array) if there else multihost_utils.process_allgather(array, tiled=True)
+
+    return jax.tree.map(whole, tree)
 
 
 def require_same(text: str, what: str) -> None:

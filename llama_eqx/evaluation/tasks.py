@@ -1,6 +1,7 @@
 """Benchmarks of the lm-evaluation-harness (Gao et al., 2021, github.com/EleutherAI/lm-evaluation-harness), on a model of this package."""
 
 # pyright: reportMissingImports=false, reportCallIssue=false, reportArgumentType=false, reportTypedDictNotRequiredAccess=false
+import difflib
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ def run_tasks(opened: Opened, config: EvaluateConfig) -> TaskResults:
         raise ConfigError(
             "benchmarks are run by one process",
             where="tasks",
-            next="start a single process, JAX_NUM_PROCESSES=1 JAX_PROCESS_ID=0: mesh=local takes all devices of its machine",
+            next="start a single process: JAX_COORDINATOR_ADDRESS=localhost:1 JAX_NUM_PROCESSES=1 JAX_PROCESS_ID=0",
         )
     try:
         import lm_eval
@@ -40,7 +41,9 @@ def run_tasks(opened: Opened, config: EvaluateConfig) -> TaskResults:
     if not all(manager.match_tasks([name]) for name in names):  # the harness's own are thousands of files, which take a while to find
         manager = TaskManager(include_path=config.include_path)
     if unknown := [name for name in names if not manager.match_tasks([name])]:
-        raise ConfigError(f"no task is called {', '.join(unknown)}", where="tasks", next="include_path=FOLDER for YAML of your own")
+        near = difflib.get_close_matches(unknown[0], manager.all_tasks, 1)
+        advice = f"did you mean {near[0]}?" if near else "include_path=FOLDER for YAML of your own"
+        raise ConfigError(f"no task is called {', '.join(unknown)}", where="tasks", next=advice)
     found = lm_eval.simple_evaluate(
         HarnessModel(opened), tasks=names, task_manager=manager, num_fewshot=config.num_fewshot, limit=config.limit, log_samples=False
     )

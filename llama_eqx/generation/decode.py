@@ -14,6 +14,7 @@ from llama_eqx.generation.request import Rows, Rule, prepared
 from llama_eqx.generation.sampling import Sampling, draw
 from llama_eqx.model.cache import with_rows, with_slots
 from llama_eqx.model.llama import Llama
+from llama_eqx.processes import on_host
 
 FEWEST = 128  # slots of the smallest cache; it doubles when it is full, and a token reads no more than there is
 
@@ -69,7 +70,7 @@ def generate_tokens(
         prefill_chunk=prefill_chunk,
         shift=shift,
     )
-    return found(jax.device_get(_generate(model, rows, rule)))
+    return found(on_host(_generate(model, rows, rule)))
 
 
 def found(state: "State") -> Generation:

@@ -63,9 +63,7 @@ def prepared(
             raise ConfigError(f"{value} is less than {least}", where=name)
     if not 0 <= top_logprobs <= vocab:
         raise ConfigError(f"{top_logprobs} of {vocab} tokens cannot be told", where="top_logprobs")
-    for token in stop:
-        if not 0 <= token < vocab:
-            raise ConfigError(f"id {token} is outside of the vocabulary of {vocab}", where="stop")
+    require_stop(stop, vocab)
     prompts = fitting(model, prompts, max_new_tokens, shift)
     width = max(SHORTEST, 1 << (max(map(len, prompts)) - 1).bit_length())
     tokens, real = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
@@ -90,6 +88,13 @@ def prepared(
     )
     as_array = lambda x: None if x is None else jnp.asarray(x)  # noqa: E731
     return Rows(tokens=jnp.asarray(tokens), real=jnp.asarray(real), keys=keys, present=as_array(present)), rule
+
+
+def require_stop(stop: Sequence[int], vocab: int) -> None:
+    """Raises `ConfigError` for an id that is none."""
+    for token in stop:
+        if not 0 <= token < vocab:
+            raise ConfigError(f"id {token} is outside of the vocabulary of {vocab}", where="stop")
 
 
 def fitting(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, shift: bool) -> list[Sequence[int]]:

@@ -6,10 +6,11 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import equinox as eqx
 import jax
@@ -22,14 +23,18 @@ from llama_eqx.data.chat import chat_format
 from llama_eqx.data.tokenizer import Tokenizer, find_tokenizer
 from llama_eqx.errors import ConfigError, DataError, StorageError
 from llama_eqx.generation.chat import Chat
+from llama_eqx.generation.decode import Generation
 from llama_eqx.generation.layout import for_decoding, in_int8
+from llama_eqx.generation.prompts import Asked, read_prompts, reason
+from llama_eqx.generation.request import require_stop
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.search import search_beams
 from llama_eqx.generation.speculative import generate_speculatively
-from llama_eqx.generation.text import Continuation, following, generate_texts, prompt_tokens, stream_text
+from llama_eqx.generation.text import Continuation, following, generate_texts, prompt_tokens, require_strings, stream_text
 from llama_eqx.interop.pretrained import format_of, load_pretrained, located, open_pretrained
 from llama_eqx.interop.weights import abstract
 from llama_eqx.model.llama import Llama
+from llama_eqx.processes import DistributedConfig, is_first, watched
 from llama_eqx.sharding import Layout, MeshConfig, Rules
 
 # What has no part in a way of going on: beams are not drawn, and the tokens of a draft are judged several at a time.
@@ -39,6 +44,7 @@ UNFIT = {
     "beams": ("draft", "top_k", "min_p", *PENALTIES, "stop_strings", "top_logprobs"),
     "draft": ("samples", *PENALTIES, "stop_strings", "top_logprobs"),
 }
+DIGITS = 5  # of log-probabilities in JSON: float32 has no more of those that matter
 
 
 class GenerateConfig(Config):
@@ -81,6 +87,7 @@ class GenerateConfig(Config):
     cache_dtype: Literal["float32", "bfloat16", "float16"] | None
     prefill_chunk: int
     seed: int
+    distributed: DistributedConfig
 
     def check(self) -> None:
         if self.checkpoint is None:
@@ -104,6 +111,11 @@ class GenerateConfig(Config):
         for name, least in {"batch": 1, "samples": 1, "beams": 1}.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ConfigError(f"{value} is less than {least}", where=name)
+        if self.beams is not None and self.samples > self.beams:
+            raise ConfigError(f"{self.samples} samples of {self.beams} beams", where="samples", next=f"beams={self.samples}")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"{self.max_new_tokens} is less than 1", where="max_new_tokens")
+        require_strings(self.stop_strings)
         self.sampling()  # for its errors
 
     def sampling(self) -> Sampling:
@@ -117,38 +129,86 @@ class GenerateConfig(Config):
 def generate(config: GenerateConfig) -> None:
     """Prints the prompt and its continuation as it comes or, of a file, several samples or with `output`, a JSON object a line.
 
+    Several processes draw alike, each with its part of the model, and process 0 says and writes it.
+
     Raises `CheckpointError` for a checkpoint that cannot be read, `DataError` for prompts that cannot, `ConfigError` for settings out of
     range.
     """
     assert config.checkpoint is not None
-    format_of(config.checkpoint)  # for its error
+    if jax.distributed.is_initialized():
+        _require_what_several_can(config)
+    if config.mesh is not None:
+        config.mesh.build()  # before a file is opened, for which JAX settles how many devices a CPU is
+    format_of(config.checkpoint)  # for its error: what is wrong is said before weights are loaded
     tokenizer = find_tokenizer(located(config.checkpoint)[0])
+    llama = open_pretrained(config.checkpoint).config
+    require_stop(config.stop, *llama.dims.of("vocab"))
+    if config.draft is not None:
+        format_of(config.draft)
     if config.chat:
-        chat_format(tokenizer)  # for its error
+        chat_format(tokenizer)
         print(f"conversations in the format {tokenizer.chat!r}", file=sys.stderr)
         return converse(loaded(config, config.checkpoint, tokenizer), tokenizer, config)
-    asked = read_prompts(config, tokenizer)  # before weights are loaded
+    asked = read_prompts(config.prompt, config.prompts, tokenizer)
+    length = fitted_length(asked, config, llama.context)
+    if config.output is not None and is_first():
+        _open(config.output, "a").close()
     model = loaded(config, config.checkpoint, tokenizer)
-    length = fitted_length(model, config, [tokens for _, tokens in asked])
     plain = config.prompts is None and config.output is None and config.samples == 1 and not config.top_logprobs
     if plain and not (config.draft or config.beams):
         settings = {key: value for key, value in config.settings().items() if key != "samples"}
-        parts = stream_text(model, tokenizer, asked[0][1], length, config.sampling(), **settings)
+        parts = stream_text(model, tokenizer, asked[0].tokens, length, config.sampling(), **settings)
         begun = next(parts, "")  # settings that do not fit the model are said before the prompt is
-        for part in itertools.chain([tokenizer.decode(asked[0][1]), begun], parts):
-            print(part, end="", flush=True)
-        print()
+        for part in watched(itertools.chain([tokenizer.decode(asked[0].tokens), begun], parts), config.distributed.stall):
+            say(part, end="", flush=True)
+        say()
         return
-    try:
-        file = sys.stdout if config.output is None else open(config.output, "w", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise StorageError(f"cannot write: {error.strerror}", where=str(config.output), next="another place: output=FILE") from None
-    with contextlib.nullcontext() if config.output is None else file:
+    with contextlib.nullcontext(sys.stdout) if config.output is None else _open(config.output if is_first() else os.devnull, "w") as file:
         for line in _lines(model, tokenizer, config, asked, length):
-            text = tokenizer.decode(asked[0][1]) + line["text"] if plain else json.dumps(line, ensure_ascii=False)
-            print(text, file=file, flush=True)
+            text = tokenizer.decode(asked[0].tokens) + line["text"] if plain else json.dumps(line, ensure_ascii=False)
+            say(text, file=file, flush=True)
     if config.output:
-        print(f"{len(asked) * config.samples} texts in {config.output}", file=sys.stderr)
+        say(f"{len(asked) * config.samples} texts in {config.output}", file=sys.stderr)
+
+
+def _open(output: str, mode: Literal["a", "w"]) -> TextIO:
+    """Raises `StorageError`."""
+    try:
+        return open(output, mode, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write: {error.strerror}", where=output, next="another place: output=FILE") from None
+
+
+def fitted_length(asked: list[Asked], config: GenerateConfig, context: int) -> int:
+    """`max_new_tokens`, or fewer where the context leaves fewer; this is said.
+
+    Raises `ConfigError` naming the longest prompt when it fills the context.
+    """
+    longest = max(asked, key=lambda each: len(each.tokens))
+    room = context - len(longest.tokens)
+    if config.shift or room >= config.max_new_tokens:
+        return config.max_new_tokens
+    if room < 1:
+        what = f"{len(longest.tokens)} tokens and new ones pass the context of {context}"
+        raise ConfigError(what, where=longest.where, next="shorten the prompt, or shift=true leaves out its beginning")
+    say(f"{room} new tokens fill the context of {context}", file=sys.stderr)
+    return room
+
+
+def say(*values: Any, **settings: Any) -> None:
+    """Prints, in process 0 alone."""
+    if is_first():
+        print(*values, **settings)
+
+
+def _require_what_several_can(config: GenerateConfig) -> None:
+    """Raises `ConfigError` for what is done by a single process."""
+    if config.chat:
+        raise ConfigError("a chat is held by one process", where="chat", next="start a single one, or prompts=FILE.jsonl of conversations")
+    if config.mesh is None:
+        raise ConfigError(
+            "several processes continue text together, on a mesh of all their devices", where="mesh", next="mesh=local, or a single process"
+        )
 
 
 def converse(model: Llama, tokenizer: Tokenizer, config: GenerateConfig) -> None:
@@ -172,24 +232,35 @@ def converse(model: Llama, tokenizer: Tokenizer, config: GenerateConfig) -> None
         print()
 
 
-def _lines(model: Llama, tokenizer: Tokenizer, config: GenerateConfig, asked: list, length: int) -> Iterator[dict[str, Any]]:
+def _lines(model: Llama, tokenizer: Tokenizer, config: GenerateConfig, asked: list[Asked], length: int) -> Iterator[dict[str, Any]]:
     """What is written of each sample of each prompt. Progress goes to the terminal."""
     draft = None if config.draft is None else loaded(config, config.draft, tokenizer)
     settings: dict[str, Any] = {**config.settings()}
+    on_screen = config.output is None and sys.stdout.isatty()  # where the lines themselves show how far it is
+    hidden = True if len(asked) == 1 or on_screen or not is_first() else None  # None: where nobody looks
+    rates: list[float] = []
     if draft is not None:
-        settings["generate"] = lambda *args, **rest: generate_speculatively(args[0], draft, *args[1:], drafted=config.drafted, **rest)[0]
-    with tqdm.tqdm(total=len(asked), unit="prompt", disable=len(asked) == 1) as bar:
-        for begin in range(0, len(asked), config.batch):
+
+        def drafted(model: Llama, *args: Any, **rest: Any) -> Generation:
+            found, rate = generate_speculatively(model, draft, *args, drafted=config.drafted, **rest)
+            rates.append(rate)
+            return found
+
+        settings["generate"] = drafted
+    with tqdm.tqdm(total=len(asked), unit="prompt", disable=hidden) as bar:
+        for begin in watched(range(0, len(asked), config.batch), config.distributed.stall):
             part = asked[begin : begin + config.batch]
-            prompts = [tokens for _, tokens in part]
+            prompts = [each.tokens for each in part]
             if config.beams is None:
                 found = generate_texts(model, tokenizer, prompts, length, config.sampling(), first_row=begin, **settings)
                 said = [_said(tokenizer, continuation, i % config.samples) for i, continuation in enumerate(found)]
             else:
                 said = list(_searched(model, tokenizer, prompts, length, config))
             for i, line in enumerate(said):
-                yield {**part[i // config.samples][0], **line}
+                yield {**part[i // config.samples].given, **line}
             bar.update(len(part))
+    if rates:
+        say(f"{sum(rates) / len(rates):.2f} tokens of each reading of the model, with {config.drafted} drafted", file=sys.stderr)
 
 
 def _searched(
@@ -197,8 +268,6 @@ def _searched(
 ) -> Iterator[dict[str, Any]]:
     """The `samples` best hypotheses of each prompt."""
     assert config.beams is not None
-    if config.samples > config.beams:
-        raise ConfigError(f"{config.samples} samples of {config.beams} beams", where="samples", next=f"beams={config.samples}")
     found = search_beams(
         model,
         prompts,
@@ -213,14 +282,14 @@ def _searched(
     )
     for prompt, hypotheses in zip(prompts, found, strict=True):
         for i, (tokens, score) in enumerate(hypotheses[: config.samples]):
-            yield {"sample": i, "text": "".join(following(tokenizer, prompt, tokens)), "tokens": tokens, "score": score}
+            yield {"sample": i, "text": "".join(following(tokenizer, prompt, tokens)), "tokens": tokens, "score": round(score, DIGITS)}
 
 
 def _said(tokenizer: Tokenizer, continuation: Continuation, sample: int) -> dict[str, Any]:
     said = {"sample": sample, **continuation._asdict()}
-    top = said.pop("top")
+    said["logprobs"], top = [round(logprob, DIGITS) for logprob in continuation.logprobs], said.pop("top")
     if top and top[0]:
-        said["top_logprobs"] = [[[tokenizer.decode([i]), i, logprob] for i, logprob in place] for place in top]
+        said["top_logprobs"] = [[[tokenizer.decode([i]), i, round(logprob, DIGITS)] for i, logprob in place] for place in top]
     return said
 
 
@@ -229,6 +298,11 @@ def loaded(config: GenerateConfig, checkpoint: str, tokenizer: Tokenizer) -> Lla
 
     What `quantize` costs is printed. Raises `ConfigError` when sizes do not divide over the mesh.
     """
+    file = config.quantize_text or argparse.__file__
+    try:
+        text = "" if config.quantize is None else pathlib.Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read a text to measure: {reason(error)}", where=file, next="quantize_text=FILE") from None
     if config.mesh is None:
         model = load_pretrained(checkpoint, dtype=config.dtype)
     else:
@@ -238,15 +312,10 @@ def loaded(config: GenerateConfig, checkpoint: str, tokenizer: Tokenizer) -> Lla
     model = for_decoding(model)
     if config.quantize is None:
         return model
-    quantised = in_int8(model)
-    file = config.quantize_text or argparse.__file__
-    try:
-        ids = prompt_tokens(tokenizer, pathlib.Path(file).read_text(encoding="utf-8"))[: model.config.context]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read a text to measure: {error}", where=file, next="quantize_text=FILE") from None
+    quantised, ids = in_int8(model), prompt_tokens(tokenizer, text)[: model.config.context]
     before, after = perplexity(model, ids), perplexity(quantised, ids)
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 2**20  # noqa: E731
-    print(
+    say(
         f"int8: {size(model):.0f} MiB -> {size(quantised):.0f} MiB; perplexity of the first {len(ids)} tokens of {pathlib.Path(file).name} "
         f"{before:.4f} -> {after:.4f} ({after / before - 1:+.2%})",
         file=sys.stderr,
@@ -263,65 +332,3 @@ def _nats(model: Llama, ids: Int[Array, "1 seq"]) -> Float[Array, ""]:
 def perplexity(model: Llama, ids: list[int]) -> float:
     """Of the ids after the first, each given those before it."""
     return math.exp(float(_nats(model, jnp.asarray([ids]))))
-
-
-def read_prompts(config: GenerateConfig, tokenizer: Tokenizer) -> list[tuple[dict[str, Any], list[int]]]:
-    """What was asked, as it is repeated in the output, and its tokens.
-
-    Raises `DataError` naming the line: for JSON that is none, an empty prompt, and raw text among conversations.
-    """
-    if config.prompts is None:
-        assert config.prompt is not None
-        return [({"prompt": config.prompt}, prompt_tokens(tokenizer, config.prompt))]
-    try:
-        lines = pathlib.Path(config.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the prompts: {error}", where=config.prompts, next="prompts=FILE, .jsonl or a prompt a line") from None
-    plain = not config.prompts.endswith(".jsonl")
-    asked, kinds = [], {}
-    for number, line in enumerate(lines, 1):
-        where = f"{config.prompts}:{number}"
-        if not line.strip():
-            if plain and any(rest.strip() for rest in lines[number:]):
-                raise DataError("an empty prompt: there is nothing to continue", where=where, next="take the line out")
-            continue
-        given = {"prompt": line} if plain else _parsed(line, where)
-        kinds.setdefault("prompt" if "prompt" in given else "messages", number)
-        if len(kinds) == 2:
-            raise DataError(
-                f"raw text in line {kinds['prompt']} and a conversation in line {kinds['messages']}: they are continued differently",
-                where=config.prompts,
-                next="a file for each",
-            )
-        if "prompt" in given:
-            tokens = prompt_tokens(tokenizer, given["prompt"])
-        else:
-            try:
-                tokens, _ = chat_format(tokenizer).encode(given["messages"], tokenizer, generate=True)
-            except DataError as error:
-                raise DataError(error.what, where=f"{where}: {error.where}", next=error.next) from None
-        asked.append((given, tokens))
-    if not asked:
-        raise DataError("no prompts in this file", where=config.prompts, next='a prompt a line or, in .jsonl, {"prompt": "…"}')
-    return asked
-
-
-def _parsed(line: str, where: str) -> dict[str, Any]:
-    try:
-        given = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error}", where=where, next='{"prompt": "…"} or {"messages": […]}, an object a line') from None
-    if not isinstance(given, dict) or ("prompt" in given) == ("messages" in given):
-        raise DataError("neither a prompt nor messages, or both", where=where, next='{"prompt": "…"} or {"messages": […]}')
-    if "prompt" in given and not (isinstance(given["prompt"], str) and given["prompt"]):
-        raise DataError("an empty prompt, or one that is no text", where=where, next="take the line out")
-    return given
-
-
-def fitted_length(model: Llama, config: GenerateConfig, prompts: list[list[int]]) -> int:
-    """`max_new_tokens`, or fewer where the context leaves fewer; this is said."""
-    room = model.config.context - max(map(len, prompts))
-    if config.shift or not 0 < room < config.max_new_tokens:
-        return config.max_new_tokens
-    print(f"{room} new tokens fill the context of {model.config.context}", file=sys.stderr)
-    return room

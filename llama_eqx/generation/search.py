@@ -14,6 +14,7 @@ from llama_eqx.generation.request import Rows, Rule, prepared
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.model.cache import with_rows
 from llama_eqx.model.llama import Llama
+from llama_eqx.processes import on_host
 
 NEVER = -1e9  # added to the score of what must not be chosen
 
@@ -44,10 +45,12 @@ def search_beams(
     Raises `ConfigError` as `generate_tokens` does, and for numbers of beams that there are no tokens for.
     """
     vocab, stops = model.config.dims.of("vocab")[0], len(settings.get("stop", ()))
-    if not beams >= 1 or max(2, 1 + stops) * beams > vocab:
-        raise ConfigError(f"{beams} beams of a vocabulary of {vocab} with {stops} stop tokens", where="beams", next="beams=4")
+    least = max(2, 1 + stops) * beams
+    if beams < 1 or least > vocab:
+        what = f"{beams} is less than 1" if beams < 1 else f"{beams} beams choose among {least} tokens, and the vocabulary has {vocab}"
+        raise ConfigError(what, where="beams", next="beams=4")
     rows, rule = prepared(model, prompts, max_new_tokens, Sampling(), **settings)
-    state = jax.device_get(_search(model, rows, rule, beams, length_penalty, early_stopping))
+    state = on_host(_search(model, rows, rule, beams, length_penalty, early_stopping))
     cut = lambda tokens, length: tokens[:length].tolist()  # noqa: E731
     return [
         [Hypothesis(cut(*each[:2]), float(each[2])) for each in zip(*prompt, strict=True)]

@@ -15,6 +15,7 @@ from llama_eqx.generation.request import Rows, Rule, prepared
 from llama_eqx.generation.sampling import Sampling, draw
 from llama_eqx.model.cache import tokens_in, with_length
 from llama_eqx.model.llama import Llama
+from llama_eqx.processes import on_host
 
 
 class Speculation(NamedTuple):
@@ -52,7 +53,7 @@ def generate_speculatively(
         if settings.get(name, only) != only:
             raise ConfigError(f"with a draft model {name} is {only}", where=name, next=f"{name}={only}")
     rows, rule = prepared(model, prompts, max_new_tokens, sampling, **settings)
-    state = jax.device_get(_speculate(model, draft, rows, rule, drafted))
+    state = on_host(_speculate(model, draft, rows, rule, drafted))
     cut = lambda array: [row[:length].tolist() for row, length in zip(array, state.lengths, strict=True)]  # noqa: E731
     tokens = cut(state.new)
     new = Generation(tokens=tokens, logprobs=cut(state.logprobs), top=[[[]] * len(row) for row in tokens])

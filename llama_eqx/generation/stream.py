@@ -4,7 +4,6 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -14,6 +13,7 @@ from llama_eqx.generation.request import Rule, prepared
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.model.cache import slots_of, with_slots
 from llama_eqx.model.llama import Llama
+from llama_eqx.processes import on_host
 
 Ended = Callable[[list[list[int]]], list[bool]]
 
@@ -45,7 +45,7 @@ def streamed(
     """As `stream_tokens`, from a state with its first token, which is to stand in slot `filled` of the cache; returns the cache too."""
     said = 0
     while True:
-        so_far = jax.device_get(told(state))  # before the state is donated
+        so_far = on_host(told(state))  # before the state is donated
         new = found(so_far)
         if ended is not None:
             stopped = np.asarray(so_far.stopped) | np.asarray(ended(new.tokens))

@@ -117,11 +117,16 @@ def stops_at(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], strings: Se
 
     Raises `ConfigError` for an empty string.
     """
-    if "" in strings:
-        raise ConfigError("an empty stop string would end every text", where="stop_strings", next="leave it out")
+    require_strings(strings)
     return lambda rows: [
         any(string in "".join(following(tokenizer, prompt, row)) for string in strings) for prompt, row in zip(prompts, rows, strict=True)
     ]
+
+
+def require_strings(strings: Sequence[str]) -> None:
+    """Raises `ConfigError` for an empty one."""
+    if "" in strings:
+        raise ConfigError("an empty stop string would end every text", where="stop_strings", next="leave it out")
 
 
 def _continuation(

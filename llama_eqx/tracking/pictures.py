@@ -1,12 +1,15 @@
 """A picture of each thing that can be seen inside a model, as a matplotlib figure: for a notebook, `savefig`, or `wandb.Image`."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Num
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from llama_eqx.tracking.plot import GREY
 
@@ -14,14 +17,21 @@ GROWTH, SHARE = "viridis", "Blues"
 
 
 def plot_traces(seen: Mapping[str, Any], tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> dict[str, Figure]:
-    """By its name a picture of each thing that `trace` saw in its first row, whose ids are `tokens`; of attention in the last layer."""
-    words = [decode([i]) for i in tokens]
+    """By its name a picture of each thing that `trace` saw in its first row, whose ids are `tokens`; of attention in the last layer.
+
+    Special tokens, which `decode` leaves out, are shown by their ids.
+    """
+
+    def written(ids: Any) -> list[str]:
+        return [decode([int(i)]) or f"⟨{i}⟩" for i in ids]
+
+    words = written(tokens)
     draw: dict[str, Callable[[Any], Figure]] = {
         "residual": lambda x: plot_residual(x[:, 0], words),
         "logit_lens": lambda lens: plot_logit_lens(
-            lens.tokens[:, 0], lens.logprobs[:, 0], [[decode([int(i)]) for i in line] for line in lens.tokens[:, 0]], words
+            lens.tokens[:, 0], lens.logprobs[:, 0], [written(line) for line in lens.tokens[:, 0]], words
         ),
-        "attention_weights": lambda x: plot_attention(x[-1, 0], words, f"attention in layer {len(x) - 1}"),
+        "attention_weights": lambda x: plot_attention(x[-1, 0], words, f"attention in layer {len(x) - 1}, the last"),
         "attention_entropy": plot_attention_entropy,
     }
     return {name: draw[name](x) for name, x in seen.items() if name in draw}
@@ -34,7 +44,7 @@ def plot_residual(residual: Num[np.ndarray, "depth seq embed"], tokens: Sequence
     image = axes.imshow(np.log10(sizes), aspect="auto", cmap=GROWTH, origin="lower")
     bar = figure.colorbar(image, ax=axes, pad=0.01, format=lambda x, _: f"{10**x:.2g}")
     bar.set_label("root mean square")
-    _label(axes, "residual", len(sizes), tokens, sizes.shape[1], embedding=True)
+    _label(axes, "residual: how large what leaves each layer is", len(sizes), tokens, sizes.shape[1], embedding=True)
     return figure
 
 
@@ -50,35 +60,41 @@ def plot_logit_lens(
     """
     probabilities = np.exp(np.asarray(logprobs, np.float32))
     depth, seq = probabilities.shape
-    figure, axes = _axes((depth, seq), text, width=0.62)
+    shown = [[_shown(word, 7) for word in line] for line in words]
+    figure, axes = _axes((depth, seq), text, width=0.2 + 0.06 * max(len(word) for line in shown for word in line))
     image = axes.imshow(probabilities, aspect="auto", cmap=SHARE, vmin=0, vmax=1, origin="lower")
-    for layer, line in enumerate(words):
+    for layer, line in enumerate(shown):
         for position, word in enumerate(line):
             agrees = tokens[layer, position] == tokens[-1, position]
             color = "white" if probabilities[layer, position] > 0.6 else "black"
             weight = "bold" if agrees else None
-            axes.text(position, layer, _shown(word, 7), ha="center", va="center", fontsize=6.5, color=color, weight=weight)
+            axes.text(position, layer, word, ha="center", va="center", fontsize=8, color=color, weight=weight)
     figure.colorbar(image, ax=axes, pad=0.01).set_label("probability")
-    _label(axes, "logit lens: bold where a layer says what the last one says", depth, text, seq, embedding=True)
+    title = "logit lens: the most probable next token if the model ended here, bold where it is the last layer's"
+    _label(axes, title, depth, text, seq, embedding=True)
     return figure
 
 
 def plot_attention(weights: Num[np.ndarray, "heads seq seq"], tokens: Sequence[str] = (), title: str = "") -> Figure:
-    """What each token (down) of one row reads from which (across), head by head in one layer. The scale is that of the square root."""
+    """What each token (down) of one row reads from which (across), head by head in one layer. Colours are by the square root."""
     heads, seq, _ = weights.shape
     columns = min(heads, 4)
     rows = -(-heads // columns)
     side = 3.2 if tokens else 2.4
-    figure = Figure(figsize=(side * columns, side * rows + 0.4), dpi=130, layout="constrained")
-    for head in range(heads):
-        axes = figure.add_subplot(rows, columns, head + 1)
-        axes.imshow(np.sqrt(np.asarray(weights[head], np.float32)), cmap=SHARE, vmin=0, vmax=1)
+    figure = Figure(figsize=(side * columns + 0.6, side * rows + 0.6), dpi=130, layout="constrained")
+    panels = [figure.add_subplot(rows, columns, head + 1) for head in range(heads)]
+    for head, axes in enumerate(panels):
+        axes.imshow(np.asarray(weights[head], np.float32), cmap=SHARE, norm=PowerNorm(0.5, 0, 1))
         axes.set_title(f"head {head}", fontsize=9)
-        axes.tick_params(labelsize=6, length=2)
+        axes.tick_params(labelsize=6, length=2, colors=GREY)
         if tokens:
-            axes.set_xticks(range(seq), [_shown(token) for token in tokens], rotation=90, fontsize=5.5)
-            axes.set_yticks(range(seq), [_shown(token) for token in tokens], fontsize=5.5)
+            _write(axes, tokens, 6, rotation=90)
+            axes.set_yticks(range(seq), [_shown(token) for token in tokens], fontsize=6)
+    bar = figure.colorbar(panels[0].images[0], ax=panels, pad=0.01, aspect=15 * rows)
+    bar.set_label("share of what is read")
     figure.suptitle(title or "attention", fontsize=11)
+    figure.supylabel("token that reads", fontsize=9)
+    figure.supxlabel("token that is read", fontsize=9)
     return figure
 
 
@@ -90,10 +106,12 @@ def plot_attention_entropy(entropy: Num[np.ndarray, "layers batch heads seq"]) -
     most = np.log(np.arange(2, entropy.shape[-1] + 1))
     spread = np.mean(np.asarray(entropy, np.float32)[..., 1:] / most, axis=(1, 3))
     layers, heads = spread.shape
-    figure = Figure(figsize=(max(4.0, 0.55 * heads + 2), max(2.4, 0.4 * layers + 1.2)), dpi=130, layout="constrained")
+    numbered = spread.size <= 400
+    wide, high = (0.55, 0.4) if numbered else (0.25, 0.2)
+    figure = Figure(figsize=(max(5.0, wide * heads + 2), max(2.4, high * layers + 1.2)), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(spread, aspect="auto", cmap=GROWTH, vmin=0, vmax=1, origin="lower")
-    if spread.size <= 400:
+    if numbered:
         for layer, head in np.ndindex(spread.shape):
             color = "white" if spread[layer, head] < 0.6 else "black"
             axes.text(head, layer, f"{spread[layer, head]:.2f}", ha="center", va="center", fontsize=7, color=color)
@@ -101,8 +119,9 @@ def plot_attention_entropy(entropy: Num[np.ndarray, "layers batch heads seq"]) -
     axes.set_yticks(range(0, layers, max(1, layers // 16)))
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
-    axes.set_title("entropy of attention, of the most possible", loc="left", fontsize=10)
-    figure.colorbar(image, ax=axes, pad=0.02)
+    axes.set_title("attention entropy, as a share of the most there could be", loc="left", fontsize=10)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=[0, 0.5, 1])
+    bar.ax.set_yticklabels(["0: reads one token", "0.5", "1: reads all alike"], fontsize=7)
     return figure
 
 
@@ -140,15 +159,30 @@ def _label(axes: Axes, title: str, depth: int, tokens: Sequence[str], seq: int, 
     axes.set_yticks(range(0, depth, every), names[::every], fontsize=7)
     axes.set_ylabel("layer")
     if tokens:
-        axes.set_xticks(range(seq), [_shown(token) for token in tokens], rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+        _write(axes, tokens, 8, rotation=60)
+        axes.set_xlabel("token that was read")
     else:
         axes.set_xlabel("position")
     axes.set_title(title, loc="left", fontsize=10)
     axes.tick_params(length=2, colors=GREY)
 
 
+def _write(axes: Axes, tokens: Sequence[str], size: int, rotation: int) -> None:
+    """The tokens below their columns, upright those that are short."""
+    axes.set_xticks(range(len(tokens)), [_shown(token) for token in tokens], fontsize=size)
+    for label in axes.get_xticklabels():
+        if len(label.get_text()) > 2:
+            label.set(rotation=rotation, ha="right", va="center" if rotation == 90 else "top", rotation_mode="anchor")
+
+
 def _shown(token: str, longest: int = 12) -> str:
-    """A token with its spaces and line ends to be seen, and boxes for what cannot be printed."""
+    """A token with its spaces and line ends to be seen, and boxes for what the font does not have."""
     token = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
-    token = "".join(character if character.isprintable() else "□" for character in token)
+    token = "".join(character if ord(character) in _characters() else "□" for character in token)
     return token.replace("$", r"\$") if len(token) <= longest else token[: longest - 1].replace("$", r"\$") + "…"
+
+
+@functools.cache
+def _characters() -> frozenset[int]:
+    """The code points that matplotlib's font has."""
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())

@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from two_processes import PARALLEL, STEPS, evaluation, overrides
+from two_processes import PARALLEL, STEPS, evaluation, generated, overrides
 
 from llama_eqx import load_config
 from llama_eqx.data.dataset import open_data
@@ -26,6 +26,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 def test_two_processes_are_one_device(tmp_path):
     """All of it is one test: the processes run every rule one after another, and are dear to start."""
     folder, alone = tmp_path / "two", losses_of_one_device(tmp_path / "alone")
+    folder.mkdir()
+    (folder / "prompts.txt").write_text("Monday.\nThe lamp\nWind from the\n")
     said = run_two_processes(folder)
     for name in PARALLEL:
         found = losses(folder / name)
@@ -34,6 +36,7 @@ def test_two_processes_are_one_device(tmp_path):
     the_ledgers_are_those_of_one_process(folder)
     process_0_alone_writes(folder, said)
     they_evaluate_as_one_does(folder)
+    they_generate_as_one_does(folder)
     one_process_goes_on_where_two_ended(folder / "fsdp", alone)
 
 
@@ -99,6 +102,26 @@ def they_evaluate_as_one_does(folder):
     (alone,) = evaluate(load_config(*evaluation(folder), name="evaluate")).results.values()
     assert (both["tokens"], both["windows"]) == (alone.tokens, alone.windows)
     np.testing.assert_allclose([both["loss"], *both["loss_interval_95"]], [alone.loss, alone.low, alone.high], rtol=1e-5)
+
+
+def they_generate_as_one_does(folder):
+    """The same tokens, which process 0 alone prints and writes."""
+    both, second = (json.loads((folder / f"generated.{process}.json").read_text()) for process in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama_eqx.generation.decode.FEWEST", 32)
+        alone = generated(folder, "alone")
+    for name, (out, _) in alone.items():
+        assert both["said"][name][0] == out, name
+        assert out.startswith("It is a truth") or name == "drawn"
+    assert "6 texts in" in both["said"]["drawn"][1]
+    assert [*second["said"].values()] == [["", ""]] * len(alone)
+    lines, wanted = ([json.loads(line) for line in (folder / f"drawn.{who}.jsonl").read_text().splitlines()] for who in (0, "alone"))
+    assert [line["tokens"] for line in lines] == [line["tokens"] for line in wanted]
+    assert len(lines) == 6
+    assert not (folder / "drawn.1.jsonl").exists()
+    for refused in (both["refused"], second["refused"]):
+        assert refused[0] == "a chat is held by one process"
+        assert refused[1].startswith("several processes continue text together, on a mesh")
 
 
 def one_process_goes_on_where_two_ended(run_dir, alone):

@@ -1,8 +1,11 @@
-"""One of two processes with four devices each: `train` under every kind of parallelism, then `evaluate`. The test beside it starts them.
+"""One of two processes with four devices each: `train` under every kind of parallelism, `evaluate`, `generate`. The test beside it
+starts them.
 
 python two_processes.py FOLDER
 """
 
+import contextlib
+import io
 import json
 import pathlib
 import sys
@@ -33,6 +36,47 @@ def evaluation(folder):
     return f"checkpoint={folder}/tensor", "length=16", "stride=12"
 
 
+GENERATED = {
+    "streamed": ["prompt=It is a truth", "temperature=0", "max_new_tokens=20"],
+    "drawn": ["prompts={folder}/prompts.txt", "samples=2", "temperature=1", "seed=5", "output={folder}/drawn.{process}.jsonl"],
+    "searched": ["prompt=It is a truth", "beams=2", "temperature=0"],
+}
+
+
+def generation(name, folder, process):
+    options = (option.format(folder=folder, process=process) for option in GENERATED[name])
+    return f"checkpoint={folder}/tensor", "max_new_tokens=10", *options
+
+
+def generated(folder, process, *mesh):
+    """What `generate` says of each, on the terminal and beside it. The cache begins small, and grows in the midst of the first."""
+    from llama_eqx import load_config
+    from llama_eqx.generation import decode
+    from llama_eqx.generation.run import generate
+
+    said, decode.FEWEST = {}, 32
+    for name in GENERATED:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            generate(load_config(*generation(name, folder, process), *mesh, name="generate"))
+        said[name] = out.getvalue(), err.getvalue()
+    return said
+
+
+def refused(folder, *mesh):
+    """What two processes do not do."""
+    from llama_eqx import load_config
+    from llama_eqx.errors import ConfigError
+    from llama_eqx.generation.run import generate
+
+    said = []
+    for options in (["chat=true", *mesh], ["prompt=It is"]):
+        try:
+            generate(load_config(f"checkpoint={folder}/tensor", *options, name="generate"))
+        except ConfigError as error:
+            said.append(error.what)
+    return said
+
+
 def main(folder):
     import jax
 
@@ -49,6 +93,9 @@ def main(folder):
             train(load_config(*overrides(f"{folder}/{name}", *mesh, *options, *steps)))
         config = load_config(*evaluation(folder), *mesh, name="evaluate")
         pathlib.Path(folder, f"evaluated.{jax.process_index()}.json").write_text(json.dumps(saved(config, evaluate(config))["results"]))
+        mesh += ["mesh.fsdp=4", "mesh.tensor=2"]
+        found = {"said": generated(folder, jax.process_index(), *mesh), "refused": refused(folder, *mesh)}
+        pathlib.Path(folder, f"generated.{jax.process_index()}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

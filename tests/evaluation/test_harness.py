@@ -156,6 +156,7 @@ def run(monkeypatch, capsys, *arguments):
     ("said", "arguments"),
     [
         ("no task is called nonesuch", ["tasks=nonesuch"]),
+        ("did you mean choice?", ["tasks=choise", "include_path={tasks}"]),
         ("an answer of", ["tasks=choice", "include_path={tasks}", "length=4"]),
         ("leave no room", ["tasks=writing", "include_path={tasks}", "length=12"]),
         ("one of the two", ["tasks=choice", "data=test"]),

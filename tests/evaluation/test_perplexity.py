@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 
@@ -14,6 +15,7 @@ from llama_eqx import evaluate as verb
 from llama_eqx import load_config, load_pretrained, save_pretrained
 from llama_eqx.compose import run_verb
 from llama_eqx.errors import NonFiniteError
+from llama_eqx.evaluation import perplexity
 from llama_eqx.evaluation.perplexity import evaluate, half_width
 
 LENGTH = 16
@@ -134,11 +136,14 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
 
 def test_the_command_and_its_file(hf_model, corpus, monkeypatch, capsys, tmp_path):
     arguments = [f"checkpoint={hf_model}", "data=test", f"data.path={corpus}", f"length={LENGTH}", f"output={tmp_path / 'r.json'}"]
-    code, out, _ = run(monkeypatch, capsys, *arguments)
+    bar = perplexity.tqdm
+    monkeypatch.setattr(perplexity, "tqdm", lambda batches, **settings: bar(batches, **{**settings, "disable": False}))  # as in a terminal
+    code, out, err = run(monkeypatch, capsys, *arguments)
     saved = json.loads((tmp_path / "r.json").read_text())
     result = saved["results"]["all"]
     assert code == 0
     assert f"{result['loss']:.4f} nats per token" in out
+    assert re.search(rf"evaluating: 100%.* batches.*loss {result['loss']:.4f}", err)
     assert "16-" not in out
     assert (saved["length"], saved["stride"], result["interval_over"]) == (LENGTH, LENGTH, "windows")
     assert sum(document["tokens"] for document in result["documents"]) == result["tokens"]

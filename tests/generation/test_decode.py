@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama_eqx.errors import ConfigError
-from llama_eqx.generation import decode, request
+from llama_eqx.generation import decode, request, stream
 from llama_eqx.generation.decode import generate_tokens
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.stream import stream_tokens
@@ -221,10 +221,10 @@ def test_shift_leaves_out_the_beginning(model):
 
 @pytest.mark.parametrize("every", [1, 5, 100])
 def test_streamed_equals_at_once(model, greedy, every):
-    stream, parts, stop = stream_tokens(model, PROMPTS, NEW, every=every, stop=greedy.tokens[0][3:4]), [], greedy.tokens[0][3]
+    coming, parts, stop = stream_tokens(model, PROMPTS, NEW, every=every, stop=greedy.tokens[0][3:4]), [], greedy.tokens[0][3]
     while True:
         try:
-            parts.append(next(stream))
+            parts.append(next(coming))
         except StopIteration as end:
             whole = end.value
             break
@@ -233,7 +233,15 @@ def test_streamed_equals_at_once(model, greedy, every):
     assert max(len(tokens) for part in parts for tokens in part) == min(every, NEW - 1)
 
 
+def test_the_cache_is_handed_on_in_place(model, greedy):
+    """It is donated from one call to the next, and never there twice; the model stays."""
+    rows, rule = request.prepared(model, PROMPTS, NEW, Sampling(), stop=greedy.tokens[0][3:4])
+    state = stream._begin(model, rows, rule)
+    stream._advance((model, rule, jax.numpy.asarray(2)), state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(model))
+
+
 def test_rows_that_the_caller_ends(model, greedy):
-    stream = stream_tokens(model, PROMPTS, NEW, every=2, ended=lambda rows: [len(row) >= 4 for row in rows])
-    parts = list(stream)
+    parts = list(stream_tokens(model, PROMPTS, NEW, every=2, ended=lambda rows: [len(row) >= 4 for row in rows]))
     assert [[token for part in parts for token in part[row]] for row in range(4)] == [row[:5] for row in greedy.tokens]

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import jax
@@ -55,12 +56,16 @@ def folders(tiny, tmp_path_factory):
     return folder
 
 
-def printed(monkeypatch, capsys, *arguments):
+def printed(monkeypatch, capsys, *arguments, said=None):
+    """What comes on the terminal; into the list `said` goes what is said beside it."""
     monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         run_verb("generate", generate.main)
     assert not ended.value.code
-    return capsys.readouterr().out
+    out, err = capsys.readouterr()
+    if said is not None:
+        said += err.splitlines()
+    return out
 
 
 def lines(text):
@@ -199,12 +204,27 @@ def test_bad_files_of_prompts(folders, tmp_path, monkeypatch, capsys, content, w
         (["prompt="], "an empty prompt"),
         (["beams=2", "samples=3"], "3 samples of 2 beams"),
         (["mesh=cpu-8", "mesh.fsdp=1", "mesh.tensor=8"], "heads=4 does not divide"),
+        (["max_new_tokens=0"], "0 is less than 1"),
+        (["prompt=" + "a b c d " * 300], "pass the context of"),
+        (["quantize=int8", "quantize_text=no/such/file"], "No such file or directory"),
     ],
 )
 def test_bad_settings(folders, monkeypatch, capsys, arguments, what):
+    """All is said before weights are loaded."""
+    monkeypatch.setattr("llama_eqx.generation.run.load_pretrained", lambda *given, **settings: pytest.fail("loaded the weights"))
     code, said = failed(monkeypatch, capsys, f"checkpoint={folders / 'llama3'}", "prompt=The", *arguments)
-    assert code == 2
+    assert code == (3 if "quantize=int8" in arguments else 2)
     assert what in said
+    assert len(said.splitlines()) <= 4
+
+
+def test_virtual_devices_are_there_before_files_are_opened(folders, tmp_path):
+    """In a process of its own, since this one has eight devices already."""
+    save_pretrained(load_pretrained(folders / "llama3"), tmp_path / "native", format="native")
+    find_tokenizer(folders / "llama3").save(tmp_path / "native" / "tokenizer")
+    arguments = [f"checkpoint={tmp_path / 'native'}", "prompt=The", "mesh=cpu-8", "mesh.fsdp=1", "mesh.tensor=8"]
+    done = subprocess.run([sys.executable, "-m", "llama_eqx.generate", *arguments], capture_output=True, text=True)
+    assert "heads=4 does not divide" in done.stderr
 
 
 def test_past_the_context(folders, monkeypatch, capsys):
@@ -246,7 +266,8 @@ def test_a_draft_and_beams(folders, monkeypatch, capsys):
     folder = folders / "llama3"
     arguments = [f"checkpoint={folder}", "prompt=The fox", "max_new_tokens=12", "temperature=0"]
     plain = printed(monkeypatch, capsys, *arguments)
-    assert printed(monkeypatch, capsys, *arguments, f"draft={folder}", "drafted=2") == plain
+    drafted = printed(monkeypatch, capsys, *arguments, f"draft={folder}", "drafted=2", said=(notes := []))
+    assert (drafted, notes) == (plain, ["3.00 tokens of each reading of the model, with 2 drafted"])
     assert printed(monkeypatch, capsys, *arguments, "beams=1") == plain
     best, second = lines(printed(monkeypatch, capsys, *arguments, "beams=3", "samples=2"))
     assert best["score"] > second["score"]

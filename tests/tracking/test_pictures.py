@@ -5,7 +5,14 @@ import io
 import numpy as np
 import pytest
 
-from llama_eqx.tracking.pictures import plot_attention, plot_attention_entropy, plot_logit_lens, plot_loss_by_position, plot_residual
+from llama_eqx.tracking.pictures import (
+    plot_attention,
+    plot_attention_entropy,
+    plot_logit_lens,
+    plot_loss_by_position,
+    plot_residual,
+    plot_traces,
+)
 
 
 def saved(figure):
@@ -27,11 +34,16 @@ def test_entropy_is_shown_as_a_share_of_the_most():
 
 def test_the_residual_by_layer_and_position():
     axes = saved(
-        plot_residual(np.full((3, 5, 16), 10.0) * np.array([1, 10, 100])[:, None, None], ["a", "b\n", "$c$", " d", "long enough to cut"])
+        plot_residual(np.full((3, 5, 16), 10.0) * np.array([1, 10, 100])[:, None, None], ["a", "b\n", "$c$", " 世", "long enough to cut"])
     )
     np.testing.assert_allclose(axes.images[0].get_array(), np.array([[1], [2], [3]]) * np.ones(5))
     assert [label.get_text() for label in axes.get_yticklabels()] == ["embedding", "0", "1"]
-    assert [label.get_text() for label in axes.get_xticklabels()][:2] == ["a", "b⏎"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b⏎", r"\$c\$", "·□", "long·enough…"]
+
+
+def test_special_tokens_are_shown_by_their_ids():
+    figures = plot_traces({"residual": np.ones((2, 1, 2, 4))}, [7, 8], lambda ids: "" if ids == [7] else "x")
+    assert [label.get_text() for label in saved(figures["residual"]).get_xticklabels()] == ["⟨7⟩", "x"]
 
 
 def test_the_lens_is_bold_where_a_layer_agrees_with_the_last():
@@ -45,8 +57,8 @@ def test_a_panel_for_each_head(tokens):
     weights = np.tril(np.ones((6, 3, 3))) / np.arange(1, 4)[:, None]
     figure = plot_attention(weights, tokens)
     saved(figure)
-    assert [axes.get_title() for axes in figure.axes] == [f"head {head}" for head in range(6)]
-    np.testing.assert_allclose(figure.axes[5].images[0].get_array() ** 2, weights[5], rtol=1e-6)
+    assert [axes.get_title() for axes in figure.axes[:6]] == [f"head {head}" for head in range(6)]
+    np.testing.assert_allclose(figure.axes[5].images[0].get_array(), weights[5], rtol=1e-6)
 
 
 def test_loss_by_position_has_a_line_for_each_name():

@@ -1,0 +1,75 @@
+"""Prompts as people give them: one, or a file of them."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from llama_eqx.data.chat import chat_format
+from llama_eqx.data.tokenizer import Tokenizer
+from llama_eqx.errors import DataError
+from llama_eqx.generation.text import prompt_tokens
+
+
+class Asked(NamedTuple):
+    """What was asked, as it is repeated in the output, its tokens, and where it stands."""
+
+    given: dict[str, Any]
+    tokens: list[int]
+    where: str
+
+
+def read_prompts(prompt: str | None, file: str | None, tokenizer: Tokenizer) -> list[Asked]:
+    """`prompt`, or those of `file`: one a line or, if its name ends with .jsonl, an object a line with a `prompt` or `messages`.
+
+    Raises `DataError` naming the line: for JSON that is none, an empty prompt, and raw text among conversations.
+    """
+    if file is None:
+        assert prompt is not None
+        return [Asked({"prompt": prompt}, prompt_tokens(tokenizer, prompt), "prompt")]
+    try:
+        lines = pathlib.Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the prompts: {reason(error)}", where=file, next="prompts=FILE, .jsonl or a prompt a line") from None
+    plain = not file.endswith(".jsonl")
+    asked, kinds = [], {}
+    for number, line in enumerate(lines, 1):
+        where = f"{file}:{number}"
+        if not line.strip():
+            if plain and any(rest.strip() for rest in lines[number:]):
+                raise DataError("an empty prompt: there is nothing to continue", where=where, next="take the line out")
+            continue
+        given = {"prompt": line} if plain else _parsed(line, where)
+        kinds.setdefault("prompt" if "prompt" in given else "messages", number)
+        if len(kinds) == 2:
+            raise DataError(
+                f"raw text in line {kinds['prompt']} and a conversation in line {kinds['messages']}: they are continued differently",
+                where=file,
+                next="a file for each",
+            )
+        if "prompt" in given:
+            tokens = prompt_tokens(tokenizer, given["prompt"])
+        else:
+            try:
+                tokens, _ = chat_format(tokenizer).encode(given["messages"], tokenizer, generate=True)
+            except DataError as error:
+                raise DataError(error.what, where=f"{where}: {error.where}", next=error.next) from None
+        asked.append(Asked(given, tokens, where))
+    if not asked:
+        raise DataError("no prompts in this file", where=file, next='a prompt a line or, in .jsonl, {"prompt": "…"}')
+    return asked
+
+
+def reason(error: OSError | UnicodeDecodeError) -> str:
+    return str(error.strerror if isinstance(error, OSError) else error)
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        given = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"not JSON: {error}", where=where, next='{"prompt": "…"} or {"messages": […]}, an object a line') from None
+    if not isinstance(given, dict) or ("prompt" in given) == ("messages" in given):
+        raise DataError("neither a prompt nor messages, or both", where=where, next='{"prompt": "…"} or {"messages": […]}')
+    if "prompt" in given and not (isinstance(given["prompt"], str) and given["prompt"]):
+        raise DataError("an empty prompt, or one that is no text", where=where, next="take the line out")
+    return given
