@@ -48,7 +48,7 @@ validation  {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f}
 curve       {result.run_dir / "loss.png"}
 checkpoint  {result.checkpoint}{exported}{filed}
 resume      {command} train.steps={2 * config.train.steps}
-sample      python -m llama_eqx.generate checkpoint={run_dir} prompt={shlex.quote(prompt)}""")
+sample      python -m llama_eqx.generate checkpoint={config.checkpoint.store or run_dir} prompt={shlex.quote(prompt)}""")
     if config.tracking.wandb.mode != "disabled":
         print(f"view        wandb leet {run_dir}/wandb")
 

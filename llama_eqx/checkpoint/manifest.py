@@ -10,14 +10,13 @@ import pathlib
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
+from llama_eqx.checkpoint.store import MANIFEST, Place, checksums, content, put
 from llama_eqx.crash import crash_point
 from llama_eqx.errors import CheckpointError, StorageError
-
-MANIFEST = "manifest.json"
 
 
 class Damage(NamedTuple):
@@ -65,20 +64,20 @@ def appearing(path: pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.
 
 
 class Digest:
-    """The SHA-256 of a file as far as it was read: `read` goes on where it was left, until `stop` is set."""
+    """The SHA-256 of a file as far as it was read: `read` goes on where it was left, until `stop` is set. Or its MD5, as a store's."""
 
-    def __init__(self) -> None:
-        self.sha256, self.size = hashlib.sha256(), 0
+    def __init__(self, kind: Literal["sha256", "md5"] = "sha256") -> None:
+        self.kind, self.hash, self.size = kind, hashlib.new(kind, usedforsecurity=False), 0
 
     def read(self, file: pathlib.Path, stop: threading.Event, *, advance: Callable[[int], object] = lambda size: None) -> dict[str, Any]:
-        """Size and SHA-256, as in a manifest."""
+        """Size and hash, as in a manifest."""
         with file.open("rb", buffering=0) as stream:
             stream.seek(self.size)
             while not stop.is_set() and (block := stream.read(2**20)):
-                self.sha256.update(block)
+                self.hash.update(block)
                 self.size += len(block)
                 advance(len(block))
-        return {"size": self.size, "sha256": self.sha256.hexdigest()}
+        return {"size": self.size, self.kind: self.hash.hexdigest()}
 
 
 @contextlib.contextmanager
@@ -105,14 +104,33 @@ def hashed_meanwhile(files: Callable[[], Mapping[str, pathlib.Path]]) -> Iterato
 
 
 def write_manifest(
-    folder: pathlib.Path, tree: Mapping[str, Any], *, hashed: Mapping[str, Digest] | None = None, show: bool = True, **facts: Any
+    folder: Place, tree: Mapping[str, Any], *, hashed: Mapping[str, Digest] | None = None, show: bool = True, **facts: Any
 ) -> dict[str, Any]:
     """`manifest.json`, the last file of a folder: size and SHA-256 of all others, and shape and dtype of the arrays in `tree`.
 
     By then every file is on the disk and not only in its cache. `facts` are further entries, plain JSON; the last one is the SHA-256
     of all of them. Returns what was written. `hashed` is what `hashed_meanwhile` did already. `show` is for a bar on the terminal.
+    In a store it lists the store's own checksums.
     """
-    names, stop, begun = _files(folder), threading.Event(), hashed or {}
+    arrays = {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in tree.items()}
+    said = {
+        **facts,
+        "tree": arrays,
+        "files": _written(folder, hashed or {}, show) if isinstance(folder, pathlib.Path) else checksums(folder),
+    }
+    said["sha256"] = _own_digest(said)
+    text = json.dumps(said, indent=1) + "\n"
+    if isinstance(folder, pathlib.Path):
+        _name_manifest(folder, text)
+    else:
+        crash_point("manifest")
+        put(folder, {MANIFEST: text.encode()})
+    return said
+
+
+def _written(folder: pathlib.Path, begun: Mapping[str, Digest], show: bool) -> dict[str, dict[str, Any]]:
+    """Brings every file to the disk and hashes it."""
+    names, stop = _files(folder), threading.Event()
     size, quiet = sum((folder / name).stat().st_size for name in names), None if show else True
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="sha256", disable=quiet)
     with bar, concurrent.futures.ThreadPoolExecutor(4) as disk:
@@ -120,53 +138,58 @@ def write_manifest(
         found = _map(lambda name: begun.get(name, Digest()).read(folder / name, stop, advance=bar.update), names, stop)
         for each in synced:
             each.result()
-    entries = dict(zip(names, found, strict=True))
-    arrays = {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in tree.items()}
-    content = {**facts, "tree": arrays, "files": entries}
-    content["sha256"] = _own_digest(content)
+    for directory in sorted({folder, *((folder / name).parent for name in names)}):
+        sync(directory)
+    return dict(zip(names, found, strict=True))
+
+
+def _name_manifest(folder: pathlib.Path, text: str) -> None:
     unfinished = folder / f".{MANIFEST}.unfinished"
     with unfinished.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=1) + "\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     crash_point("manifest")
     unfinished.replace(folder / MANIFEST)
-    for directory in sorted({folder, *((folder / name).parent for name in names)}):
-        sync(directory)
-    return content
+    sync(folder)
 
 
-def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+def read_manifest(folder: Place) -> dict[str, Any]:
     """Raises `CheckpointError` when there is none, it is damaged or no manifest."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = json.loads(content(folder, MANIFEST))
         if found["sha256"] != _own_digest({name: value for name, value in found.items() if name != "sha256"}):
             raise ValueError("its SHA-256 is not the one that it ends with")
         for name, entry in found["files"].items():
             if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts:
                 raise ValueError(f"{name} lies outside of the folder")
-            _ = int(entry["size"]), str(entry["sha256"])
+            _ = int(entry["size"]), str(entry.get("sha256") or entry["md5"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"no manifest can be read: {type(error).__name__}: {error}", where=str(folder / MANIFEST)) from error
     return found
 
 
-def find_damage(
-    folder: pathlib.Path, part: tuple[int, int] = (0, 1), stop: threading.Event | None = None, without: str | None = None
-) -> Damage:
+def find_damage(folder: Place, part: tuple[int, int] = (0, 1), stop: threading.Event | None = None, without: str | None = None) -> Damage:
     """What in a folder is not as its manifest says. `part`: (i, n) looks at every n-th file from the i-th on, to share the work.
     `without` names a folder within that is not looked at.
 
-    Files are hashed side by side, at some 1.3 GB/s a core, until `stop` is set.
+    Files are hashed side by side, at some 1.3 GB/s a core, until `stop` is set. Objects of a store are not read: it says what they are.
     """
     stop = threading.Event() if stop is None else stop
     listed = read_manifest(folder)["files"]
     listed = {name: entry for name, entry in listed.items() if pathlib.PurePath(name).parts[0] != without}
     names = sorted(listed)[part[0] :: part[1]]
-    present = [name for name in names if os.path.isfile(folder / name)]  # False, too, for what cannot be a name
-    differ = _map(lambda name: _differs(folder / name, listed[name], stop), present, stop)
+    if isinstance(folder, pathlib.Path):
+        present = [name for name in names if os.path.isfile(folder / name)]  # False, too, for what cannot be a name
+        differ = _map(lambda name: _differs(folder / name, listed[name], stop), present, stop)
+        there = _files(folder)
+    else:
+        stored = checksums(folder)
+        present = [name for name in names if name in stored]
+        differ = [_difference(stored[name], listed[name]) for name in present]
+        there = [name for name in stored if name != MANIFEST]
     damaged = {name: differs for name, differs in zip(present, differ, strict=True) if differs}
-    extra = {name for name in _files(folder) if pathlib.PurePath(name).parts[0] != without} - {*listed}
+    extra = {name for name in there if pathlib.PurePath(name).parts[0] != without} - {*listed}
     return Damage(damaged, tuple(sorted({*names} - {*present})), tuple(sorted(extra)))
 
 
@@ -195,10 +218,15 @@ def _files(folder: pathlib.Path) -> list[str]:
 def _differs(file: pathlib.Path, entry: Mapping[str, Any], stop: threading.Event) -> str:
     """What of a file is not as listed, for people; empty if all is."""
     if (size := file.stat().st_size) != entry["size"]:
-        return f"{size:,} bytes, {entry['size']:,} expected"
-    if (found := Digest().read(file, stop)["sha256"]) != entry["sha256"]:
-        return f"sha256 {found[:8]}…, {entry['sha256'][:8]}… expected"
-    return ""
+        return _difference({"size": size}, entry)
+    return _difference(Digest("md5" if "md5" in entry else "sha256").read(file, stop), entry)
+
+
+def _difference(found: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    if found["size"] != entry["size"]:
+        return f"{found['size']:,} bytes, {entry['size']:,} expected"
+    kind = "md5" if "md5" in entry else "sha256"  # md5: of a store, or of a copy of what is there
+    return "" if found[kind] == entry[kind] else f"{kind} {found[kind][:8]}…, {entry[kind][:8]}… expected"
 
 
 def _own_digest(content: Mapping[str, Any]) -> str:

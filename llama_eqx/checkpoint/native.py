@@ -20,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from llama_eqx.checkpoint import restore
 from llama_eqx.checkpoint.manifest import appearing, write_manifest
 from llama_eqx.checkpoint.save import uncompressed
+from llama_eqx.checkpoint.store import Place, content
 from llama_eqx.config import dump, load
 from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.model.llama import Llama, LlamaConfig
@@ -112,7 +113,7 @@ def _opened(path: pathlib.Path, step: int | None) -> tuple[LlamaConfig, pathlib.
     saved = restore.steps(path / CHECKPOINTS)
     if not saved:
         what, advice = "no checkpoint has been saved yet", "let the run reach its first save: see checkpoint.every"
-        if found := [each.name for each in (path / CHECKPOINTS).glob("*") if each.name.isdecimal()]:
+        if found := [str(each) for each in restore.numbered(path / CHECKPOINTS)]:
             what, advice = (
                 f"no manifest says that checkpoint {' or '.join(found)} was saved to its end",
                 "copy the folder again, with its manifest.json",
@@ -186,14 +187,14 @@ def write_config(config: Any, folder: pathlib.Path) -> None:
     unfinished.replace(folder / CONFIG)
 
 
-def read_config(folder: pathlib.Path) -> dict[str, Any]:
+def read_config(folder: Place) -> dict[str, Any]:
     """The plain tree in `config.yaml`: data, of which nothing is resolved or called.
 
     Raises `CheckpointError` when it is missing, is no YAML, or holds an interpolation, which could read the environment.
     """
     path = folder / CONFIG
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(content(folder, CONFIG).decode())
     except OSError as error:
         raise CheckpointError(
             f"this is no run directory: it has no {CONFIG}" if folder.is_dir() else "there is no such folder",

@@ -2,8 +2,6 @@
 
 import functools
 import math
-import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from llama_eqx.checkpoint.manifest import MANIFEST, find_damage, read_manifest
+from llama_eqx.checkpoint.store import Place, children, move
 from llama_eqx.crash import crash_point
 from llama_eqx.errors import CheckpointError
 from llama_eqx.processes import any_process, of_first, once
@@ -35,24 +34,24 @@ class Restored(NamedTuple):
     facts: dict[str, Any]
 
 
-def steps(folder: pathlib.Path) -> list[int]:
+def steps(folder: Place) -> list[int]:
     """The steps saved in full in a folder of checkpoints, oldest first; a save that is under way or broke off is not among them.
 
     Each has a manifest of its own, or the folder above has one for all.
     """
-    above = (folder.parent / MANIFEST).is_file()
-    return [step for step in _numbered(folder) if above or (folder / str(step) / MANIFEST).is_file()]
+    above = MANIFEST in children(folder.parent)
+    return [step for step in numbered(folder) if above or MANIFEST in children(folder / str(step))]
 
 
-def newest(folder: pathlib.Path, parts: Mapping[str, PyTree], step: int | None, say: Callable[[str], None]) -> Restored | None:
+def newest(folder: Place, parts: Mapping[str, PyTree], step: int | None, say: Callable[[str], None]) -> Restored | None:
     """The newest checkpoint in `folder` that is as it was written, or that of `step`; see `Checkpoints.restore`."""
-    numbered = _numbered(folder)
-    if step is not None and step not in numbered:
+    present = numbered(folder)
+    if step is not None and step not in present:
         raise CheckpointError(
             f"step {step} is not saved", where=str(folder), next=f"saved steps: {', '.join(map(str, steps(folder))) or 'none'}"
         )
     lost: list[str] = []
-    candidates = numbered if step is None else [step]
+    candidates = present if step is None else [step]
     for i in range(of_first(len(candidates)) - 1, -1, -1):
         path = folder / str(of_first(candidates[i] if i < len(candidates) else -1))
         facts, damage = {}, ""
@@ -75,23 +74,22 @@ def newest(folder: pathlib.Path, parts: Mapping[str, PyTree], step: int | None, 
     raise CheckpointError("\n".join(["no checkpoint is as it was written", *lost]), where=str(folder), next=NONE_LEFT)
 
 
-def set_aside(*paths: pathlib.Path) -> None:
+def set_aside(*paths: Place) -> None:
     """Renames damaged checkpoints to `<step>.damaged`, so that their steps can be saved again."""
     for path in paths:
         aside = path.with_name(f"{path.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        move(path, aside)
 
 
-def manifest_of(path: pathlib.Path) -> dict[str, Any]:
+def manifest_of(path: Place) -> dict[str, Any]:
     """Raises `Damaged` when the checkpoint at `path` has none that can be read."""
     try:
         return read_manifest(path)
     except CheckpointError as error:
-        raise Damaged(f"{MANIFEST}: {error.what}" if (path / MANIFEST).exists() else f"{MANIFEST}: missing", where=str(path)) from error
+        raise Damaged(f"{MANIFEST}: {error.what}" if MANIFEST in children(path) else f"{MANIFEST}: missing", where=str(path)) from error
 
 
-def metrics_of(path: pathlib.Path) -> dict[str, float]:
+def metrics_of(path: Place) -> dict[str, float]:
     """The metrics that the checkpoint at `path` was saved with; none when its manifest cannot be read."""
     try:
         return manifest_of(path).get("metrics", {})
@@ -99,7 +97,7 @@ def metrics_of(path: pathlib.Path) -> dict[str, float]:
         return {}
 
 
-def verified(path: pathlib.Path, part: tuple[int, int] = (0, 1), facts: dict[str, Any] | None = None) -> dict[str, Any]:
+def verified(path: Place, part: tuple[int, int] = (0, 1), facts: dict[str, Any] | None = None) -> dict[str, Any]:
     """The manifest of the checkpoint at `path`, whose files (of that part) are as it says. Raises `Damaged` naming those that are not."""
     facts = manifest_of(path) if facts is None else facts
     if lines := find_damage(path, part).lines():
@@ -107,7 +105,7 @@ def verified(path: pathlib.Path, part: tuple[int, int] = (0, 1), facts: dict[str
     return facts
 
 
-def filed(path: pathlib.Path, part: str) -> dict[str, jax.ShapeDtypeStruct]:
+def filed(path: Place, part: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of each array in one part of the checkpoint at `path`, by name ("blocks.attention.q_proj").
 
     Raises `CheckpointError` when there is no such part, or it cannot be read.
@@ -121,7 +119,7 @@ def filed(path: pathlib.Path, part: str) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _named(tree).items()}
 
 
-def read(path: pathlib.Path, parts: Mapping[str, PyTree], *, dtype: DTypeLike | None = None) -> dict[str, Any]:
+def read(path: Place, parts: Mapping[str, PyTree], *, dtype: DTypeLike | None = None) -> dict[str, Any]:
     """The parts of the checkpoint at `path`, bit for bit, in the structure and shardings of the abstract trees given.
 
     With `dtype`, every array is cast to it while it is read, so that memory never holds both.
@@ -138,7 +136,7 @@ def read(path: pathlib.Path, parts: Mapping[str, PyTree], *, dtype: DTypeLike | 
         raise unreadable(path, error) from error
 
 
-def _few_at_a_time(path: pathlib.Path, parts: Mapping[str, PyTree]) -> ocp.Context:
+def _few_at_a_time(path: Place, parts: Mapping[str, PyTree]) -> ocp.Context:
     """Arrays on their way from the disk to devices take the host's memory: those of `IN_FLIGHT` bytes at once, or one that is larger."""
     found = ocp.checkpointables_metadata(str(path)).metadata
     sizes = [IN_FLIGHT]
@@ -150,14 +148,14 @@ def _few_at_a_time(path: pathlib.Path, parts: Mapping[str, PyTree]) -> ocp.Conte
     return context
 
 
-def check(path: pathlib.Path, parts: Mapping[str, PyTree]) -> None:
+def check(path: Place, parts: Mapping[str, PyTree]) -> None:
     """Raises `CheckpointError` listing every array in the checkpoint that is missing, left over, or of another shape or dtype."""
     # Orbax would cast a dtype that differs without a word.
     found = {f"{part}.{name}": _said(leaf) for part in parts for name, leaf in filed(path, part).items()}
     _compare(path, parts, found)
 
 
-def compare(path: pathlib.Path, tree: Mapping[str, Any], parts: Mapping[str, PyTree]) -> None:
+def compare(path: Place, tree: Mapping[str, Any], parts: Mapping[str, PyTree]) -> None:
     """`check`, by the tree in a manifest."""
     _compare(path, parts, {name: f"{leaf['dtype']}[{','.join(map(str, leaf['shape']))}]" for name, leaf in tree.items()})
 
@@ -167,7 +165,7 @@ def described(parts: Mapping[str, PyTree]) -> dict[str, jax.ShapeDtypeStruct]:
     return {f"{part}.{name}": _filed_as(leaf) for part, tree in parts.items() for name, leaf in _named(tree).items()}
 
 
-def _compare(path: pathlib.Path, parts: Mapping[str, PyTree], found: Mapping[str, str]) -> None:
+def _compare(path: Place, parts: Mapping[str, PyTree], found: Mapping[str, str]) -> None:
     wanted = {name: _said(leaf) for name, leaf in described(parts).items()}
     pairs = [(name, wanted.get(name, "nothing"), found.get(name, "nothing")) for name in sorted(wanted.keys() | found.keys())]
     if rows := [row for row in pairs if row[1] != row[2]]:
@@ -179,7 +177,7 @@ def _compare(path: pathlib.Path, parts: Mapping[str, PyTree], found: Mapping[str
         )
 
 
-def read_each(path: pathlib.Path, part: str) -> Iterator[tuple[str, jax.Array]]:
+def read_each(path: Place, part: str) -> Iterator[tuple[str, jax.Array]]:
     """Every array in one part of the checkpoint at `path`, by name, one in memory at a time.
 
     Raises `CheckpointError` when there is no such part, or it cannot be read.
@@ -201,7 +199,7 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def unreadable(path: pathlib.Path, error: Exception) -> CheckpointError:
+def unreadable(path: Place, error: Exception) -> CheckpointError:
     """Orbax says hundreds of lines; the first one is for people."""
     others = [step for step in steps(path.parent) if str(step) != path.name]
     return CheckpointError(
@@ -215,8 +213,9 @@ def _named(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _numbered(folder: pathlib.Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+def numbered(folder: Place) -> list[int]:
+    """The steps that have a folder, saved in full or not, oldest first."""
+    return sorted(int(name) for name in children(folder) if name.isdecimal())
 
 
 def _filed_as(leaf: Any) -> jax.ShapeDtypeStruct:

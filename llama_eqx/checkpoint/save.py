@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import pathlib
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from llama_eqx.checkpoint import restore
 from llama_eqx.checkpoint.manifest import hashed_meanwhile, sync, write_manifest
 from llama_eqx.checkpoint.restore import Restored
+from llama_eqx.checkpoint.store import SCHEME, Place, is_remote, place, put, records, remove
 from llama_eqx.config import Config
 from llama_eqx.crash import crash_point
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError, UserError
@@ -28,6 +30,8 @@ class CheckpointConfig(Config):
     """A save every `every` steps (0: only the last step). What stays on disk: the newest `keep`; with `keep_every`, the steps that it
     divides; the `keep_best` at which the metric `best_by` was lowest, of the steps that were both saved and evaluated.
 
+    `store`, gs://BUCKET/FOLDER, holds the checkpoints in place of the run directory, and with them all that a run needs to go on elsewhere.
+
     A run that is told to stop has `grace` seconds to save itself. `export` is the format in which the trained model is written once
     more, into `export` in the run directory.
     """
@@ -37,6 +41,7 @@ class CheckpointConfig(Config):
     keep_every: int | None
     keep_best: int
     best_by: str
+    store: str | None
     grace: float
     export: Literal["hf", "meta", "native"] | None
 
@@ -49,6 +54,8 @@ class CheckpointConfig(Config):
             raise ConfigError(f"{self.keep_every} is not a number of steps", where="keep_every", next="null keeps none for its number")
         if self.keep_best < 0:
             raise ConfigError(f"{self.keep_best} is not a number of checkpoints", where="keep_best", next="0 keeps none for its metric")
+        if self.store is not None and not re.fullmatch(rf"{SCHEME}[\w.-]+(/[^/]+)*", self.store):
+            raise ConfigError(f"{self.store} is no folder in an object store", where="store", next=f"{SCHEME}BUCKET/FOLDER, or null")
         if self.grace <= 0:
             raise ConfigError(f"{self.grace} s are not enough to save anything", where="grace")
 
@@ -67,21 +74,30 @@ class Checkpoints:
 
     A step is saved when its folder has its name, which it gets when its manifest is written. A context manager: leaving it waits for
     the save under way. The training loop decides when to save. Every process calls every method. `say` is told of what happened.
+
+    In a store a step has its name from the beginning, and is saved when its manifest is there; the records of the run are put there before.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], config: CheckpointConfig, say: Callable[[str], None] = print):
-        """Makes the folder, and clears away what a killed process left half written.
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        config: CheckpointConfig,
+        say: Callable[[str], None] = print,
+        run_dir: pathlib.Path | None = None,
+    ):
+        """Makes the folder, and clears away what a killed process left half written. `run_dir` has the records that go into a store.
 
         Raises `StorageError` when it cannot be written to.
         """
-        self._folder = pathlib.Path(folder).resolve()
+        self._folder, self._run_dir = place(folder), run_dir
         self._config, self.say = config, say
         self._pending: tuple[int, concurrent.futures.Future[str]] | None = None
         self._begun: int | None = None  # the newest save, unless it failed
         self._failures = 0
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            if not is_remote(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritable("checkpoints cannot be written", error) from error
         self._clear()
@@ -93,6 +109,8 @@ class Checkpoints:
 
     def require_room(self, parts: PyTree) -> None:
         """Raises `StorageError` when the disk has no room for one checkpoint of these (possibly abstract) arrays."""
+        if is_remote(self._folder):
+            return
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts))
         if (free := shutil.disk_usage(self._folder).free) < size:
             raise self._unwritable("a checkpoint has no room", OSError(f"it needs {_said(size)}, and {_said(free)} are free"))
@@ -123,7 +141,8 @@ class Checkpoints:
         crash_point("save")
         said = {"step": step, "metrics": dict(metrics or {}), **(facts or {})}
         self._begun = step
-        self._pending = step, self._thread.submit(self._commit, step, response.result, restore.described(parts), said, begun)
+        known = records(self._run_dir) if self._run_dir is not None and is_remote(self._folder) else {}
+        self._pending = step, self._thread.submit(self._commit, step, response.result, restore.described(parts), said, known, begun)
 
     def poll(self) -> None:
         """To be called often: says when a save is over.
@@ -188,29 +207,44 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _commit(self, step: int, written: Callable[[], None], tree: Mapping[str, Any], facts: dict[str, Any], begun: float) -> str:
+    def _commit(
+        self,
+        step: int,
+        written: Callable[[], None],
+        tree: Mapping[str, Any],
+        facts: dict[str, Any],
+        known: Mapping[str, bytes],
+        begun: float,
+    ) -> str:
         """The background of a save: once all processes have written theirs, number 0 hashes everything and gives the folder its name."""
         if jax.process_index() > 0:
             written()
             return ""
-        own = f"{self._unfinished(step).name}*/*/ocdbt.process_0/d/*"
-        with hashed_meanwhile(lambda: {"/".join(path.parts[-4:]): path for path in self._folder.glob(own)}) as hashed:
+        unfinished, folder, above = self._unfinished(step), self._folder / str(step), self._folder
+        if not isinstance(above, pathlib.Path):
             written()
-        crash_point("finalise")
-        unfinished, folder = self._unfinished(step), self._folder / str(step)
-        files = write_manifest(unfinished, tree, hashed=hashed, show=False, **facts)["files"]
-        crash_point("rename")
-        if folder.exists():  # it has no manifest
-            restore.set_aside(folder)
-        unfinished.rename(folder)
-        sync(self._folder)
+            crash_point("finalise")
+            put(above.parent, known)
+            files = write_manifest(folder, tree, **facts)["files"]
+        else:
+            own = f"{unfinished.name}*/*/ocdbt.process_0/d/*"
+            with hashed_meanwhile(lambda: {"/".join(path.parts[-4:]): path for path in above.glob(own)}) as hashed:
+                written()
+            crash_point("finalise")
+            files = write_manifest(unfinished, tree, hashed=hashed, show=False, **facts)["files"]
+            crash_point("rename")
+            if folder.exists():  # it has no manifest
+                restore.set_aside(folder)
+            unfinished.rename(folder)
+            sync(above)
         size, seconds = sum(entry["size"] for entry in files.values()), time.perf_counter() - begun
         saved = self._saved()
         for other in {*saved} - self._config.kept(saved):
-            removed = self._folder / f"{other}.removed"
-            (self._folder / str(other)).rename(removed)
+            removed = self._folder / str(other)
+            if not is_remote(removed):
+                removed = removed.rename(self._folder / f"{other}.removed")
             crash_point("remove")
-            shutil.rmtree(removed, ignore_errors=True)
+            remove(removed)
         return f"saved step {step}: {len(files)} files, {_said(size)} in {seconds:.1f} s"
 
     def _saved(self) -> dict[int, dict[str, float]]:
@@ -220,6 +254,10 @@ class Checkpoints:
     def _clear(self) -> None:
         if jax.process_index() > 0:
             return
+        if not isinstance(self._folder, pathlib.Path):
+            for step in {*restore.numbered(self._folder)} - {*restore.steps(self._folder)}:
+                remove(self._folder / str(step))
+            return
         for unfinished in [path for mark in ("unfinished*", "removed") for path in self._folder.glob(f"*.{mark}")]:
             for _ in range(20):  # threads of a save that broke off in this process may write on for a moment
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -227,8 +265,8 @@ class Checkpoints:
                     break
                 time.sleep(0.05)
 
-    def _unfinished(self, step: int) -> pathlib.Path:
-        return self._folder / f"{step}.unfinished"
+    def _unfinished(self, step: int) -> Place:
+        return self._folder / (f"{step}" if is_remote(self._folder) else f"{step}.unfinished")
 
     def _failed(self, step: int, error: Exception, *, last: bool = False) -> None:
         self._clear()

@@ -13,9 +13,11 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from llama_eqx.checkpoint.fetch import copy_of
 from llama_eqx.checkpoint.manifest import MANIFEST, verify
 from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, load_native, open_native
 from llama_eqx.checkpoint.restore import steps
+from llama_eqx.checkpoint.store import SCHEME
 from llama_eqx.errors import CheckpointError
 from llama_eqx.interop import huggingface, meta
 from llama_eqx.interop.files import carried
@@ -76,8 +78,8 @@ def format_of(path: str | pathlib.Path) -> Format:
 
 
 def located(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
-    """The folder that `path` means, and the step if it is `RUN_DIR/checkpoints/<step>`."""
-    path = pathlib.Path(path)
+    """The folder that `path` means, and the step if it is `RUN_DIR/checkpoints/<step>`. What lies in a store is copied to this disk."""
+    path = copy_of(str(path)) if str(path).startswith(SCHEME) else pathlib.Path(path)
     if path.parent.name == CHECKPOINTS and path.name.isdecimal():
         return path.parents[1], int(path.name)
     return path, None

@@ -15,7 +15,7 @@ from llama_eqx.interop.files import CARRIED, carried, refuse_code
 from llama_eqx.interop.pretrained import format_of, load_pretrained, open_pretrained
 from llama_eqx.interop.weights import Weights, abstract
 from llama_eqx.model.llama import LlamaConfig
-from llama_eqx.training.run import RunConfig
+from llama_eqx.training.run import RunConfig, home
 from llama_eqx.training.state import TrainState, first_state
 
 # What may differ between a model and the weights that it starts from: none of it changes what the weights compute.
@@ -81,7 +81,9 @@ def export(config: RunConfig) -> pathlib.Path | None:
         return None
     target = pathlib.Path(config.run_dir, "export")
     if jax.process_index() == 0:
-        job = ConvertConfig(from_=config.run_dir, to=str(target), format=config.checkpoint.export, dtype=None, shards=None)
+        job = ConvertConfig(
+            from_=config.checkpoint.store or config.run_dir, to=str(target), format=config.checkpoint.export, dtype=None, shards=None
+        )
         for note in convert(job, replace=True, files=_beside_tokenizer(config)):
             print(f"note: {note}")
     if jax.process_count() > 1:
@@ -90,7 +92,7 @@ def export(config: RunConfig) -> pathlib.Path | None:
 
 
 def _starts_elsewhere(config: RunConfig) -> bool:
-    return config.init_from is not None and not steps(pathlib.Path(config.run_dir, CHECKPOINTS))
+    return config.init_from is not None and not steps(home(config) / CHECKPOINTS)
 
 
 def _beside_tokenizer(config: RunConfig) -> dict[str, pathlib.Path]:

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import jax
 
 from llama_eqx.checkpoint.fingerprint import fingerprint
+from llama_eqx.checkpoint.native import CHECKPOINTS
 from llama_eqx.checkpoint.save import Checkpoints
+from llama_eqx.checkpoint.store import Place
 from llama_eqx.config import dump
 from llama_eqx.crash import crash_point
 from llama_eqx.data.dataset import held_out
@@ -30,7 +32,7 @@ from llama_eqx.training.profile import Profile
 from llama_eqx.training.program import jitted_step
 from llama_eqx.training.replay import explained_by_a_bundle, write_bundle
 from llama_eqx.training.reporter import Reporter, is_logged
-from llama_eqx.training.run import RunConfig, check_shared, claim, origin, warnings
+from llama_eqx.training.run import RunConfig, check_shared, claim, file_tokenizer, home, origin, warnings
 from llama_eqx.training.setup import fresh_state, set_up
 from llama_eqx.training.state import TrainState, abstract
 from llama_eqx.training.traces import make_draw
@@ -48,7 +50,7 @@ class Result(NamedTuple):
     sample: str
     speed: dict[str, float]
     run_dir: pathlib.Path
-    checkpoint: pathlib.Path
+    checkpoint: Place
     export: pathlib.Path | None
 
 
@@ -74,9 +76,11 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     weights = open_start(config)
     require_same(data.fingerprint, "tokens")
     changed = once(lambda: claim(config, data.fingerprint)) or []
-    check_shared(run_dir)
-    once(lambda: tokenizer.save(run_dir / "tokenizer"))
-    source = origin(run_dir, tokenizer.fingerprint, data.fingerprint)
+    if config.checkpoint.store is None:
+        check_shared(run_dir)
+    once(lambda: file_tokenizer(config, tokenizer))
+    source = once(lambda: origin(run_dir, tokenizer.fingerprint, data.fingerprint)) or {}
+    saved = home(config) / CHECKPOINTS
 
     step_fn = jitted_step(program, config)
     evaluate_on, draw = make_evaluate(program.score), make_draw(setup)
@@ -90,7 +94,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     def is_due(step: int) -> bool:
         return step % config.train.eval_every == 0 or step == steps
 
-    with Checkpoints(run_dir / "checkpoints", config.checkpoint) as checkpoints:
+    with Checkpoints(saved, config.checkpoint, run_dir=run_dir) as checkpoints:
         checkpoints.require_room(program.shapes)
         target = abstract(program.shapes, program.shardings)
         restored = checkpoints.restore(target.model, target.training)
@@ -172,7 +176,8 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 return write_bundle(setup, state.model, reporter.reported)
 
             with explained_by_a_bundle(bundle), preemption.training(keep):
-                if begin and is_due(begin) and not of_first(is_logged(run_dir, begin, "val/loss")):  # it was stopped while it evaluated
+                logged = of_first(jax.process_index() > 0 or is_logged(run_dir, begin, "val/loss"))
+                if begin and is_due(begin) and not logged:  # it was stopped while it evaluated
                     measure()
                 for step in watched(range(begin + 1, steps + 1), config.distributed.stall):
                     batch, progress = next(batches)
@@ -199,7 +204,9 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                     preemption.check(step)
             checkpoints.finish()
             tracker.say(f"final state {fingerprint(state)}: the same command ends with the same")
-            tracker.checkpoint(run_dir / "checkpoints" / str(max(begin, steps)))
+            last = saved / str(max(begin, steps))
+            if isinstance(last, pathlib.Path):
+                tracker.checkpoint(run_dir / CHECKPOINTS / last.name)
 
             if evaluation is None:  # a finished run, asked again
                 evaluation = evaluate(state.model, data.val)
@@ -208,4 +215,4 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     from llama_eqx.tracking.plot import plot_loss  # here: matplotlib would make every start a third of a second longer
 
     once(lambda: plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png"))
-    return Result(evaluation, sample, reporter.typical(), run_dir, run_dir / "checkpoints" / str(max(begin, steps)), export(config))
+    return Result(evaluation, sample, reporter.typical(), run_dir, last, export(config))

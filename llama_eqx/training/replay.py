@@ -27,7 +27,7 @@ from llama_eqx.sharding import parameter_names
 from llama_eqx.training.ends import open_start
 from llama_eqx.training.loss import Loss
 from llama_eqx.training.program import jitted_step
-from llama_eqx.training.run import RunConfig
+from llama_eqx.training.run import RunConfig, home
 from llama_eqx.training.setup import Setup, fresh_state, set_up
 from llama_eqx.training.state import TrainState, abstract
 from llama_eqx.training.step import make_gradient
@@ -51,7 +51,7 @@ def write_bundle(setup: Setup, model: Llama, step: int) -> pathlib.Path:
     its gradient cease to be finite. Every process calls it.
     """
     run_dir = pathlib.Path(setup.config.run_dir)
-    saved = steps(run_dir / CHECKPOINTS)
+    saved = steps(home(setup.config) / CHECKPOINTS)
     bundle = {
         "step": step,
         **_drawn(setup, step),
@@ -213,7 +213,7 @@ def _state(setup: Setup, run_dir: pathlib.Path, checkpoint: int | None) -> Train
     if checkpoint is None:
         return fresh_state(setup, open_start(setup.config))
     target = abstract(setup.program.shapes, setup.program.shardings)
-    with Checkpoints(run_dir / CHECKPOINTS, setup.config.checkpoint) as checkpoints:
+    with Checkpoints(home(setup.config) / CHECKPOINTS, setup.config.checkpoint) as checkpoints:
         restored = checkpoints.restore(target.model, target.training, checkpoint)
     assert restored is not None
     return TrainState(model=restored.model, **restored.training)

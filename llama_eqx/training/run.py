@@ -8,9 +8,10 @@ import socket
 import time
 from typing import Any, Literal
 
-from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, read_config, write_config
+from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, TOKENIZER, read_config, write_config
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.checkpoint.save import CheckpointConfig
+from llama_eqx.checkpoint.store import Place, bring, children, is_remote, place, put, records
 from llama_eqx.config import Config, differences, dump, known_to_both, nearest
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig
@@ -102,6 +103,8 @@ class RunConfig(Config):
                 where="checkpoint.best_by",
                 next=nearest(self.checkpoint.best_by, measured),
             )
+        if self.checkpoint.store is not None and self.tracking.wandb.artifact:
+            raise ConfigError("W&B takes checkpoints of a run directory, and not of a store", where="tracking.wandb.artifact")
         if self.train.seq_len > self.model.context:
             raise ConfigError(
                 f"train.seq_len={self.train.seq_len} is longer than the model's context of {self.model.context}",
@@ -136,6 +139,11 @@ FREE = (
     "train.sample_tokens",
     "train.traces",
 )
+
+
+def home(config: RunConfig) -> Place:
+    """Where the run's checkpoints are, with its config and records: the run directory, or a folder of the same shape in a store."""
+    return place(config.checkpoint.store or config.run_dir)
 
 
 SHARED_WITHIN = 30  # seconds; a network's file system may be slow to show a new file
@@ -183,26 +191,33 @@ def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
 
 
 def claim(config: RunConfig, fingerprint: str) -> list[str]:
-    """Writes `config.yaml` and the data's fingerprint into the run directory, or compares them with those of the run to be resumed.
+    """Writes `config.yaml` and the data's fingerprint into the run directory, or compares them with those of the run to be resumed. What
+    a run left in a store is brought here.
 
     The result says what has changed since, if it bears on the numbers.
 
     Raises `CheckpointError` listing every difference that would make it another run, `StorageError` when it cannot be written.
     """
-    run_dir = pathlib.Path(config.run_dir)
-    new = {**dump(config), "data_fingerprint": fingerprint}
-    found = differences(read_config(run_dir), new) if (run_dir / CONFIG).exists() else []
+    run_dir, there = pathlib.Path(config.run_dir), home(config)
+    new, found = {**dump(config), "data_fingerprint": fingerprint}, []
     # Which activations are dropped depends on the microbatch.
     free = [key for key in FREE if key != "train.microbatch_size" or not config.model.dropout]
-    if changed := [str(difference) for difference in found if not difference.within(free)]:
-        raise CheckpointError(
-            "this run directory holds another run:\n" + "\n".join(changed),
-            where=str(run_dir / CONFIG),
-            kept="the run there is untouched",
-            next="give another run_dir, or the settings of the run there",
-        )
+    for folder in (run_dir, there) if is_remote(there) else (run_dir,):
+        if CONFIG not in children(folder):
+            continue
+        found = differences(read_config(folder), new)
+        moved = ["checkpoint.store"] if folder is run_dir else []  # the checkpoints would be left behind
+        if changed := [str(difference) for difference in found if not difference.within(free) or difference.within(moved)]:
+            raise CheckpointError(
+                "this run directory holds another run:\n" + "\n".join(changed),
+                where=str(folder / CONFIG),
+                kept="the run there is untouched",
+                next="give another run_dir, or the settings of the run there" if folder is run_dir else "give another checkpoint.store",
+            )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if is_remote(there):
+            bring(there, run_dir)
         write_config(new, run_dir)
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", where=config.run_dir, next="another place: run_dir=FOLDER") from error
@@ -210,10 +225,18 @@ def claim(config: RunConfig, fingerprint: str) -> list[str]:
     return [f"{difference}; {stretched}" for difference in found if difference.key == "train.steps"]
 
 
+def file_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Into the run directory and, with the config, into the store: nothing is trained that could not be saved there."""
+    folder = pathlib.Path(config.run_dir, TOKENIZER)
+    tokenizer.save(folder)
+    if is_remote(there := home(config)):
+        put(there, records(folder.parent) | {f"{TOKENIZER}/{file.name}": file.read_bytes() for file in folder.iterdir()})
+
+
 def finished(config: RunConfig) -> bool:
     """Whether the run of this config is over, so that to start it again would only evaluate it again."""
     run_dir = pathlib.Path(config.run_dir)
-    if steps(run_dir / CHECKPOINTS)[-1:] != [config.train.steps]:
+    if steps(home(config) / CHECKPOINTS)[-1:] != [config.train.steps]:
         return False
     with contextlib.suppress(UserError):
         return is_over(config, read_config(run_dir), read_metrics(run_dir / "metrics.jsonl"))

@@ -388,7 +388,7 @@ def test_a_file_is_hashed_while_it_grows(tmp_path):
         with growing.open("ab") as stream:
             stream.write(b"and ended")
     (tmp_path / "other").write_bytes(b"found only at the end")
-    sha256 = hashed["growing"].sha256
+    sha256 = hashed["growing"].hash
     entries = write_manifest(tmp_path, {}, hashed=hashed, show=False)["files"]
     assert sha256.hexdigest() == entries["growing"]["sha256"]  # it went on from where it was
     assert entries["growing"] == {"size": 16, "sha256": hashlib.sha256(b"begun, and ended").hexdigest()}

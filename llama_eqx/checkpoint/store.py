@@ -1,0 +1,129 @@
+"""Object stores: `gs://BUCKET/FOLDER` in place of a folder on a disk.
+
+A store renames nothing at once and has no fsync, but an object is there in whole or not at all: what is written last says that the
+rest is there. It knows the checksum of every object, so that none is read to be verified.
+"""
+
+import base64
+import contextlib
+import importlib.util
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from llama_eqx.errors import ConfigError, StorageError, UserError
+
+Place = pathlib.Path | epath.Path
+SCHEME = "gs://"
+MANIFEST = "manifest.json"
+RECORDS = ("config.yaml", "study.json", "provenance.jsonl", "metrics.jsonl")  # of a run directory, without which none goes on elsewhere
+
+
+def place(path: str | os.PathLike[str]) -> Place:
+    """A folder, on a disk or in a store. Raises `ConfigError` where the library for the store is missing."""
+    if not os.fspath(path).startswith(SCHEME):
+        return pathlib.Path(path).resolve()
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ConfigError("Google's object store needs gcsfs", where=os.fspath(path), next="pip install 'llama_eqx[gcs]'")
+    return epath.Path(path)
+
+
+def is_remote(folder: Place) -> bool:
+    return not isinstance(folder, pathlib.Path)
+
+
+@contextlib.contextmanager
+def asked(folder: Place) -> Iterator[Any]:
+    """A store, asked anew. Raises `StorageError` for whatever it answers instead: that is never taken for a file that is missing."""
+    import fsspec
+
+    store = fsspec.filesystem("gcs", finalize_on_close=True)  # the one of epath, and so of Orbax
+    store.invalidate_cache()
+    try:
+        yield store
+    except (UserError, FileNotFoundError):
+        raise
+    except Exception as error:  # each library has its own
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise StorageError(
+            f"the object store says: {said}",
+            where=str(folder),
+            next="look at the bucket's name and your rights (gcloud auth application-default login)",
+        ) from error
+
+
+def children(folder: Place) -> list[str]:
+    """The names in a folder, none if there is no such folder."""
+    if isinstance(folder, pathlib.Path):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return os.listdir(folder)
+        return []
+    with asked(folder) as store, contextlib.suppress(FileNotFoundError):
+        return [name.rstrip("/").rpartition("/")[2] for name in store.ls(str(folder), detail=False)]
+    return []
+
+
+def checksums(folder: Place) -> dict[str, dict[str, Any]]:
+    """Size and MD5 of every object in a folder of a store, by its name there, as the store knows them."""
+    with asked(folder) as store:
+        root = store._strip_protocol(str(folder))
+        found = store.find(root, detail=True)
+    if missing := [name for name, info in found.items() if "md5Hash" not in info]:
+        raise StorageError(f"the store has no MD5 of {missing[0]}: it was put together of parts", where=str(folder))
+    digests = {name: base64.b64decode(info["md5Hash"]).hex() for name, info in found.items()}
+    return {name.removeprefix(f"{root}/"): {"size": info["size"], "md5": digests[name]} for name, info in found.items()}
+
+
+def remove(folder: Place) -> None:
+    """Removes a folder, as far as that is possible; in a store first what says that it is whole."""
+    if isinstance(folder, pathlib.Path):
+        return shutil.rmtree(folder, ignore_errors=True)
+    for path in (folder / MANIFEST, folder):
+        with contextlib.suppress(FileNotFoundError), asked(folder) as store:
+            store.rm(str(path), recursive=True)
+
+
+def move(folder: Place, to: Place) -> None:
+    """Renames a folder, in place of what was at `to`. A store copies it."""
+    remove(to)
+    if isinstance(folder, pathlib.Path):
+        folder.rename(to)
+        return
+    with asked(folder) as store:
+        store.copy(str(folder), str(to), recursive=True)
+    remove(folder)
+
+
+def content(folder: Place, name: str) -> bytes:
+    """That of a file. Raises `FileNotFoundError` when there is none."""
+    if isinstance(folder, pathlib.Path):
+        return (folder / name).read_bytes()
+    with asked(folder) as store:
+        return store.cat_file(f"{folder}/{name}")
+
+
+def put(folder: Place, files: Mapping[str, bytes]) -> None:
+    """Puts files into a folder of a store, one after another, each in whole or not at all."""
+    with asked(folder) as store:
+        try:
+            for name, file in files.items():
+                store.pipe_file(f"{folder}/{name}", file)
+        except FileNotFoundError as error:
+            raise OSError(f"there is no bucket {str(folder).removeprefix(SCHEME).partition('/')[0]}") from error
+
+
+def records(run_dir: pathlib.Path) -> dict[str, bytes]:
+    """The records of a run, as they are now."""
+    return {name: (run_dir / name).read_bytes() for name in RECORDS if (run_dir / name).is_file()}
+
+
+def bring(folder: Place, run_dir: pathlib.Path) -> None:
+    """Puts the records that a run left in a store into its run directory: those of the checkpoints there, wherever they were made."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for name in {*RECORDS} & {*children(folder)}:
+        (unfinished := run_dir / f".{name}.unfinished").write_bytes(content(folder, name))
+        unfinished.replace(run_dir / name)
