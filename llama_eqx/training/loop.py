@@ -94,7 +94,8 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     def is_due(step: int) -> bool:
         return step % config.train.eval_every == 0 or step == steps
 
-    with Checkpoints(saved, config.checkpoint, run_dir=run_dir) as checkpoints:
+    told: list[str] = []  # there is nobody yet to say it
+    with Checkpoints(saved, config.checkpoint, told.append, run_dir) as checkpoints:
         checkpoints.require_room(program.shapes)
         target = abstract(program.shapes, program.shardings)
         restored = checkpoints.restore(target.model, target.training)
@@ -117,6 +118,8 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 tracker.say(f"starts from the weights in {config.init_from}")
                 for note in weights.notes:
                     tracker.say(f"note: {note}")
+            for line in told:
+                tracker.say(line)
             if restored:
                 files = len(restored.facts["files"])
                 tracker.say(

@@ -77,12 +77,12 @@ def test_the_checkpoint_generates(finished):
     assert [len(row) for row in generation.tokens] == [4, 4]
 
 
-def test_an_interrupted_run_ends_the_same(finished, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_the_same(finished, tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "b"
     log = tracker.Tracker.log
 
     def interrupted(self, step, metrics):
-        if step == 5:
+        if step == 8:
             raise KeyboardInterrupt
         log(self, step, metrics)
 
@@ -90,8 +90,12 @@ def test_an_interrupted_run_ends_the_same(finished, tmp_path, monkeypatch):
         patch.setattr(tracker.Tracker, "log", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(config(run_dir))
-    assert records(run_dir)[-1]["step"] == 4
+    assert records(run_dir)[-1]["step"] == 7
+    (run_dir / "checkpoints/6/model/manifest.ocdbt").write_bytes(b"not what was written")
     train(config(run_dir))
+    said = capsys.readouterr().err
+    assert "warning: step 6 is damaged: model/manifest.ocdbt: " in said
+    assert "; step 3 is used\nresumed from step 3 of 8" in said
     assert records(run_dir) == records(finished.run_dir)
     for a, b in zip(leaves(run_dir), leaves(finished.run_dir), strict=True):
         np.testing.assert_array_equal(a, b)
