@@ -25,9 +25,10 @@ sys.path.insert(0, str(HERE.parents[1]))
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.tracking.jsonl import read_metrics
 
-# Steps of about a tenth of a second, and a checkpoint of 10 MB every 20 of them.
+# Steps of a tenth of a second or two on a busy core, and a checkpoint of 10 MB every 20 of them.
 SIZES = {"layers": 4, "embed": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "mlp": 352}
 OURS = {f"model.dims.{axis}": size for axis, size in SIZES.items()} | {
+    "train.batch_size": 2,
     "train.seq_len": 128,
     "train.eval_every": 250,
     "checkpoint.every": 20,
