@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llama_eqx.config import Config
@@ -61,7 +62,9 @@ class MeshConfig(Config):
         if unused or math.prod(grid.values()) != len(found):
             wanted = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
             raise ConfigError(f"{wanted} does not make {len(found)} devices", where="mesh", next=_nearest_grid(sizes, len(found)))
-        return jax.make_mesh(tuple(grid.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(grid), devices=found)
+        # An axis may be a part of a torus' side, such as tensor=2 of 8 x 8 chips: jax.make_mesh refuses that but on v5e.
+        places = create_device_mesh(tuple(grid.values()), found, allow_split_physical_axes=True)
+        return Mesh(places, MESH_AXES, axis_types=(AxisType.Auto,) * len(grid))
 
     def check(self) -> None:
         sizes = [getattr(self, axis) for axis in MESH_AXES]

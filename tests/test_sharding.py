@@ -162,6 +162,8 @@ def test_a_mesh_of_what_is_here():
     assert load_config("mesh=cpu-8").mesh.build().size == 8
 
 
+# Ways of tensor that are no side of the slice (8 x 8 and 4 x 4 x 8 chips), which jax.make_mesh refuses.
+PARTS_OF_A_SIDE = {"v6e-64": (2, 4), "v5p-256": (2,)}
 TPU_MESHES = sorted(path.stem for path in (conf_dir() / "mesh").glob("v*.yaml"))
 
 
@@ -176,7 +178,7 @@ def test_a_slice_has_the_chips_of_its_topology(name):
 
 
 def test_the_tpu_compiler_knows_every_slice():
-    """Where libtpu is installed: each topology has the devices of its mesh, and each generation's compiler takes its options."""
+    """Where libtpu is installed: each topology is of its mesh's size and takes its shapes; each generation's compiler takes its options."""
     pytest.importorskip("libtpu")
     done = subprocess.run([sys.executable, __file__, *TPU_MESHES], env=TPU_COMPILER, capture_output=True, text=True, check=False)
     assert done.stdout.split() == TPU_MESHES, done.stderr
@@ -196,6 +198,11 @@ def open_topologies(names):
             compiled.add(generation)
             x = jax.ShapeDtypeStruct((mesh.size, 128), jnp.float32, sharding=jax.NamedSharding(mesh, P("fsdp")))
             jax.jit(lambda x: x @ x.T).lower(x).compile(config.compiler_options)
+        for size in PARTS_OF_A_SIDE.get(name, ()):
+            split = load_config(f"mesh={name}", f"mesh.tensor={size}").mesh.build(mesh.devices.flatten().tolist()).devices
+            group = [chip.coords for chip in split[0, 0, 0]]
+            box = [max(places) - min(places) + 1 for places in zip(*group, strict=True)]
+            assert math.prod(box) == len(group) == size, f"{name}: {group} are not neighbours"
         print(name, flush=True)
 
 
