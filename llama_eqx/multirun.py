@@ -64,8 +64,10 @@ def run_jobs(
     here = None
     if cluster == "local":
         # An executor of submitit's hides GPUs that were not asked for. Threads that wait for each other's cores are slower than few.
+        # A step on a CPU takes all of its memory anew: in huge pages that is cheaper by a tenth to a quarter of the step.
         share = str(max(1, (os.cpu_count() or 1) // at_once)) if at_once > 1 else None
         here = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"), "NPROC": os.environ.get("NPROC", share)}
+        here["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     executor = submitit.AutoExecutor(folder, cluster=cluster)
     executor.update_parameters(**parameters)
     waiting, running, ended = list(jobs), dict[Any, tuple[Job, float]](), dict[int, int | str]()

@@ -30,8 +30,10 @@ def main(config: Any, overrides: list[str]) -> None:
     if jax.process_index() > 0:
         return  # process 0 says it
 
-    evaluation, speed, exported = result.evaluation, "", ""
-    filed = f"\nkept        {keep(config)}" if config.study is not None else ""
+    evaluation, speed, exported, kept = result.evaluation, "", "", ""
+    if config.study is not None:
+        filed, older = keep(config)
+        kept = f"\nkept        {filed}" + (f"; the run with other settings that was there is {older.name} now" if older else "")
     if result.speed:
         rate, waited = result.speed["perf/tokens_per_second"], result.speed["data/starved_fraction"]
         speed = f"\nspeed       {rate:,.0f} tokens/s, {waited:.2%} of the time waiting for data"
@@ -46,7 +48,7 @@ def main(config: Any, overrides: list[str]) -> None:
 
 validation  {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte, on {evaluation.tokens:,} tokens{speed}
 curve       {result.run_dir / "loss.png"}
-checkpoint  {result.checkpoint}{exported}{filed}
+checkpoint  {result.checkpoint}{exported}{kept}
 resume      {command} train.steps={2 * config.train.steps}
 sample      python -m llama_eqx.generate checkpoint={config.checkpoint.store or run_dir} prompt={shlex.quote(prompt)}""")
     if config.tracking.wandb.mode != "disabled":

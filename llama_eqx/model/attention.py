@@ -11,6 +11,7 @@ from llama_eqx.dims import Dims
 from llama_eqx.model.cache import KVCache
 from llama_eqx.model.init import InitConfig
 from llama_eqx.model.kernel import attend
+from llama_eqx.model.kernel.tokenwise import tokenwise
 from llama_eqx.model.rotary import Rotation
 from llama_eqx.tag import tag
 
@@ -79,12 +80,14 @@ class GroupedQueryAttention(RotaryAttention):
     v_proj: Float[Array, "embed kv_heads head_dim"]
     o_proj: Float[Array, "heads head_dim embed"]
 
-    def qkv(self, x: Float[Array, "batch seq embed"]) -> tuple[Array, Array, Array]:
-        q, k, v = (jnp.einsum("bsd,dnh->bsnh", x, weight) for weight in (self.q_proj, self.k_proj, self.v_proj))
+    @tokenwise
+    def qkv(self, x: Float[Array, "*tokens embed"]) -> tuple[Array, Array, Array]:
+        q, k, v = (jnp.einsum("...d,dnh->...nh", x, weight) for weight in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v
 
-    def out(self, y: Float[Array, "batch seq heads head_dim"]) -> Float[Array, "batch seq embed"]:
-        return jnp.einsum("bsnh,nhd->bsd", y, self.o_proj)
+    @tokenwise
+    def out(self, y: Float[Array, "*tokens heads head_dim"]) -> Float[Array, "*tokens embed"]:
+        return jnp.einsum("...nh,nhd->...d", y, self.o_proj)
 
     def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None) -> KVCache:
         _, kv_heads, head_dim = self.k_proj.shape

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from llama_eqx.config import Config
 from llama_eqx.dims import Dims
 from llama_eqx.model.init import InitConfig
+from llama_eqx.model.kernel.tokenwise import tokenwise
 from llama_eqx.tag import tag
 
 Activation = Literal["silu", "gelu", "relu", "squared_relu", "sigmoid", "identity"]
@@ -35,7 +36,8 @@ class GatedFeedForward(FeedForward):
     down_proj: Float[Array, "mlp embed"]
     activation: Callable[[Array], Array] = eqx.field(static=True)
 
-    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    @tokenwise
+    def __call__(self, x: Float[Array, "*tokens embed"]) -> Float[Array, "*tokens embed"]:
         gate, up = tag(x @ self.gate_proj, "gate"), tag(x @ self.up_proj, "up")
         return tag((self.activation(gate) * up) @ self.down_proj, "down")
 
@@ -59,7 +61,8 @@ class PlainFeedForward(FeedForward):
     down_proj: Float[Array, "mlp embed"]
     activation: Callable[[Array], Array] = eqx.field(static=True)
 
-    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    @tokenwise
+    def __call__(self, x: Float[Array, "*tokens embed"]) -> Float[Array, "*tokens embed"]:
         return tag(self.activation(tag(x @ self.up_proj, "up")) @ self.down_proj, "down")
 
 

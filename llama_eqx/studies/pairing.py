@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -72,16 +73,22 @@ def kept_at(config: RunConfig) -> pathlib.Path:
     return folder(config.study.question) / "runs" / f"{config.study.path}.jsonl.gz"
 
 
-def keep(config: RunConfig) -> pathlib.Path:
-    """Files a finished run under `experiments/`: a line with its config, `study.json` and provenance, then its metrics as they are."""
-    run_dir, path = pathlib.Path(config.run_dir), kept_at(config)
+def keep(config: RunConfig) -> tuple[pathlib.Path, pathlib.Path | None]:
+    """Files a finished run under `experiments/`: a line with its config, `study.json` and provenance, then its metrics as they are.
+
+    Where it is, and where a run with other settings is now that was there before.
+    """
+    run_dir, path, older = pathlib.Path(config.run_dir), kept_at(config), None
+    if path.exists() and not is_kept(config):
+        places = (path.with_name(f"{path.name}.old{n}") for n in itertools.count(1))
+        older = path.rename(next(place for place in places if not place.exists()))
     settings = {key: value for key, value in read_config(run_dir).items() if key != "run_dir"}  # a place of one machine
     first: dict[str, Any] = {"config": settings, "study": json.loads((run_dir / STUDY).read_text(encoding="utf-8"))}
     first["provenance"] = [json.loads(line) for line in (run_dir / "provenance.jsonl").read_text(encoding="utf-8").splitlines()]
     content = json.dumps(first).encode() + b"\n" + (run_dir / "metrics.jsonl").read_bytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(content, mtime=0))
-    return path
+    return path, older
 
 
 def is_kept(config: RunConfig) -> bool:

@@ -136,7 +136,7 @@ def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
     write_config({"seed": 0, "study": {"arm": "silu"}}, tmp_path / "run")
     (tmp_path / "run" / "provenance.jsonl").write_text(json.dumps({"step": 0, "commit": "abc"}) + "\n")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "val/loss": "NaN"}\n')
-    assert keep(config) == kept_at(config)
+    assert keep(config) == (kept_at(config), None)
     run = read_kept(folder / "runs/tune/1m/silu" / kept_at(config).name)
     assert np.isnan(run.metrics[0]["val/loss"])
     assert run.study == json.loads((tmp_path / "run" / STUDY).read_text())
@@ -147,8 +147,12 @@ def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
     write_config(dump(config), tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1000, "val/loss": 3.0}\n')
-    keep(config)
+    half = kept_at(config).read_bytes()
+    _, older = keep(config)
+    assert older is not None
+    assert older.read_bytes() == half
     assert is_kept(config)
+    assert keep(config) == (kept_at(config), None)  # the same once more
     assert is_kept(asked)  # whose width is yet to be matched
     assert str(tmp_path) not in gzip.decompress(kept_at(config).read_bytes()).decode()
     assert not is_kept(dataclasses.replace(config, seed=9))

@@ -19,6 +19,7 @@ from llama_eqx.model.kernel.cudnn import unfit_for_cudnn
 from llama_eqx.model.kernel.plain import plain
 from llama_eqx.model.kernel.shards import Blocks, Spec, on_shards
 from llama_eqx.model.kernel.splash import unfit_for_splash
+from llama_eqx.model.kernel.tokenwise import one_row
 
 Name = Literal["plain", "blocked", "splash", "cudnn"]
 SHORT = 128  # tokens up to which every score at once is as fast
@@ -100,7 +101,7 @@ class KernelConfig(Config):
             return on_shards(name, blocks, mesh, spec, q, k, v, start, segment_ids)
 
         def wrapped(*args: Any) -> Any:
-            with _attending(kernel):
+            with _attending(kernel), one_row(platform == "cpu" and mesh.size == 1):
                 return block(*args)
 
         return wrapped

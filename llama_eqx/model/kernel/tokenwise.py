@@ -1,0 +1,39 @@
+"""Layers that treat every token alone, and how they are computed."""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+_ONE_ROW: contextvars.ContextVar[bool] = contextvars.ContextVar("one_row", default=False)
+
+
+def tokenwise(method: Callable) -> Callable:
+    """A method of an array whose result at a token, of the axes batch and seq, depends on that token only.
+
+    XLA for CPUs copies what it multiplies for the gradient of a weight unless the products are of matrices: a batch is one row there.
+    """
+
+    @functools.wraps(method)
+    def wrapped(self: Any, x: Array) -> Any:
+        if not _ONE_ROW.get():
+            return method(self, x)
+        batch, seq, *rest = x.shape
+        results = method(self, x.reshape(batch * seq, *rest))
+        return jax.tree.map(lambda y: y.reshape(batch, seq, *y.shape[1:]), results)
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def one_row(holds: bool) -> Iterator[None]:
+    """While a model is traced within, what is tokenwise is computed as one row, if it `holds`."""
+    token = _ONE_ROW.set(holds)
+    try:
+        yield
+    finally:
+        _ONE_ROW.reset(token)
