@@ -1,6 +1,7 @@
 """The training step compiled ahead of time, for devices that need not be here."""
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -55,7 +56,7 @@ def build_mesh(config: MeshConfig) -> Mesh:
 def compile_step(config: RunConfig, program: Program, layout: Layout) -> Compiled:
     """The very step that the loop runs, compiled on abstract values.
 
-    Raises `TooBig`; `ConfigError` when the compiler does not know an option.
+    Raises `TooBig`; `ConfigError` when the compiler does not know an option, `UserError` when what it made cannot be read.
     """
     state = abstract(program.shapes, program.shardings)
     batch = abstract_batch(layout, config.train.batch_size, config.train.seq_len)
@@ -69,7 +70,7 @@ def compile_step(config: RunConfig, program: Program, layout: Layout) -> Compile
     memory: Any = compiled.memory_analysis()
     everything = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
-        text=compiled.as_text() or "",
+        text=program_text(compiled),
         peak=memory.peak_memory_in_bytes if config.mesh.topology else everything,  # others do not say what of it exists at a time
         arguments=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
@@ -77,6 +78,18 @@ def compile_step(config: RunConfig, program: Program, layout: Layout) -> Compile
         lower_seconds=middle - begin,
         compile_seconds=time.perf_counter() - middle,
     )
+
+
+def program_text(compiled: Any) -> str:
+    """Raises `UserError` for a program by a libtpu whose instructions this JAX does not know."""
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"the step is compiled, but JAX cannot read the program: {str(error).splitlines()[0]}",
+            where=f"jax {jax.__version__} with libtpu {importlib.metadata.version('libtpu')}",
+            next=f"pip install 'jax[tpu]=={jax.__version__}' brings the libtpu that this JAX goes with",
+        ) from error
 
 
 def abstract_batch(layout: Layout, size: int, length: int) -> Batch:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from llama_eqx import load_config
-from llama_eqx.planning.compile import build_mesh, compile_step, too_big
+from llama_eqx.errors import UserError
+from llama_eqx.planning.compile import build_mesh, compile_step, program_text, too_big
 from llama_eqx.planning.memory import memory_by_part, trace
 from llama_eqx.sharding import Layout
 from llama_eqx.training.program import make_program
@@ -97,3 +98,20 @@ def test_what_the_compiler_says(message, needs, may):
 def test_a_message_without_numbers():
     error = too_big("RESOURCE_EXHAUSTED: no idea")
     assert (error.needs, error.may) == (None, None)
+
+
+def test_a_program_that_jax_cannot_read(monkeypatch):
+    """What jaxlib 0.10.2 says of programs by libtpu 0.0.52 with asynchronous collectives of several arrays."""
+
+    class Compiled:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError(
+                "INTERNAL: RET_CHECK failure: async-update instruction should have 1 operands but sees 3\nat …"
+            )
+
+    monkeypatch.setattr("importlib.metadata.version", {"libtpu": "0.0.52"}.__getitem__)
+    with pytest.raises(UserError) as found:
+        program_text(Compiled())
+    assert "sees 3\nwhere: jax" in str(found.value)
+    assert "libtpu 0.0.52" in str(found.value)
+    assert f"jax[tpu]=={jax.__version__}" in str(found.value)
