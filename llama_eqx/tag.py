@@ -37,6 +37,11 @@ def tag(x: Array, name: str) -> Array:
     return checkpoint_name(x, name)
 
 
+def probed() -> bool:
+    """Whether a probe sees the model that is traced."""
+    return _PROBE.get() is not None
+
+
 def scan_layers(fold: Callable, carry: Any, layers: Any, unroll: int) -> Any:
     """Runs `jax.lax.scan` over the layers and returns the final carry. An active probe also collects, per layer, what was tagged."""
     probe = _PROBE.get()

@@ -11,6 +11,7 @@ from llama_eqx import load_config
 from llama_eqx.model.init import named
 from llama_eqx.model.kernel.tokenwise import one_row
 from llama_eqx.sharding import Layout
+from llama_eqx.tracing import trace
 from llama_eqx.training.loss import policy_view
 
 SMALL = ["model.dims.vocab=64", "model.dims.layers=2", "model.dims.embed=32", "model.dims.mlp=48", "model.dims.head_dim=8"]
@@ -57,3 +58,11 @@ def test_one_row_is_rows(feed_forward):
     np.testing.assert_allclose(row, rows, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(row_gradient), jax.tree.leaves(rows_gradient), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4 * np.abs(b).max())
+
+
+def test_a_probe_sees_rows():
+    config = load_config("model=llama3_1m", *SMALL)
+    layout = Layout(config.mesh.build(jax.devices()[:1]), config.sharding)
+    model = policy_view(config.precision, config.remat, layout, config.kernel)(config.model.build(key=named(jax.random.key(0), "init")))
+    seen = trace(model, jnp.zeros((3, 16), jnp.int32), ["gate", "down", "q"])
+    assert [seen[name].shape for name in ("gate", "down", "q")] == [(2, 3, 16, 48), (2, 3, 16, 32), (2, 3, 16, 4, 8)]
