@@ -143,14 +143,15 @@ def _kept(config: RunConfig, layout: Layout) -> dict[str, float]:
     traced = jax.make_jaxpr(residuals)(program.shapes.model, abstract_batch(layout, ROWS, config.train.seq_len))
     jaxpr = getattr(traced, "jaxpr", traced)
     found: dict[str, float] = dict.fromkeys(("whole", "split", "host", "fixed"), 0.0)
+    rows = {ROWS, ROWS * config.train.seq_len}  # of what is tokenwise, batch and sequence are one axis on a CPU
     for var in dict.fromkeys(var for var in jaxpr.outvars if not hasattr(var, "val") and var not in jaxpr.invars):
         shape = var.aval.shape
         if "host" in str(getattr(var.aval, "memory_space", "")).lower():
             kind = "host"
-        elif ROWS not in shape:
+        elif not rows & {*shape}:
             kind = "fixed"
-        else:  # an axis after those of layers, batch and sequence
-            kind = "split" if {dims.heads, dims.kv_heads, dims.mlp} & set(shape[2:]) - {config.train.seq_len} else "whole"
+        else:  # an axis that is not of the batch or the sequence, nor that of layers, which is the first
+            kind = "split" if {dims.heads, dims.kv_heads, dims.mlp} & ({*shape[1:]} - rows - {config.train.seq_len}) else "whole"
         if dims.vocab not in shape[-1:]:
             found[kind] += math.prod(shape) * var.aval.dtype.itemsize
     return found

@@ -20,8 +20,11 @@ def address():
 
 
 @pytest.fixture
-def gathered(address):
-    """What `meet` gives or raises in each of the processes whose configs are given by number."""
+def gathered(address, monkeypatch):
+    """What `meet` gives or raises in each of the processes whose configs are given by number.
+
+    Their threads are over before a test's own `end` is taken back: what they end with the real one is the process of the tests.
+    """
     lines = []
     yield lambda *args, **kwargs: lines.append(gather(address, *args, **kwargs)) or lines[-1]
     opened = [found for each in lines for found in each.values() if isinstance(found, Lines)]
