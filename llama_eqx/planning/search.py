@@ -165,12 +165,12 @@ def search(variant: Variant, overrides: Sequence[str], remats: Sequence[str], pa
     tried: list[tuple[Candidate, Plan]] = []
     with tqdm(ranked[:MOST], desc="compiling", unit="candidate", disable=None, leave=False) as bar:
         for candidate in bar:
-            fitting = [entry.seconds for entry, plan in tried if plan.estimate]
+            fitting = [entry.seconds for entry, plan in tried if plan.estimate and plan.fits]
             if len(fitting) >= enough or candidate.seconds > HOPELESS * min(fitting, default=math.inf):
                 break
             bar.set_postfix_str(" ".join(candidate.overrides))
             tried.append((candidate, make_plan(candidate.config)))
-    timed = [(plan.estimate.step / plan.tokens, candidate, plan) for candidate, plan in tried if plan.estimate]
+    timed = [(plan.estimate.step / plan.tokens, candidate, plan) for candidate, plan in tried if plan.estimate and plan.fits]
     if not timed:
         raise UserError(f"none of the {len(tried)} settings that were compiled fits", where="mesh", next="more devices")
     _, best, plan = min(timed, key=lambda each: each[0])
@@ -185,7 +185,7 @@ def write(path: pathlib.Path, overrides: Sequence[str], plan: Plan, tried: Seque
     """
 
     def line(plan: Plan) -> str:
-        if plan.estimate is None:
+        if plan.estimate is None or not plan.fits:
             return "does not fit"
         share = plan.mfu(plan.flops.causal) or 0
         return f"{(plan.needs or 0) / GIB:.2f} GiB, {plan.tokens / plan.devices:,.0f} tokens per device, MFU {share:.1%} causal (estimate)"
