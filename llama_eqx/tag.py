@@ -50,7 +50,7 @@ def scan_layers(fold: Callable, carry: Any, layers: Any, unroll: int) -> Any:
 
     def watched(carry: Any, layer: Any) -> tuple[Any, Any]:
         seen = {name: [] for name in probe.names}
-        with _set(_SEEN, seen):
+        with setting(_SEEN, seen):
             carry, _ = fold(carry, layer)
         return carry, probe.layer(seen)
 
@@ -61,12 +61,13 @@ def scan_layers(fold: Callable, carry: Any, layers: Any, unroll: int) -> Any:
 @contextlib.contextmanager
 def probing(probe: Probe) -> Iterator[None]:
     """The models that are traced within are seen by `probe`. What it sees ends with the function that is traced."""
-    with _set(_PROBE, probe), _set(_SEEN, probe.outside):
+    with setting(_PROBE, probe), setting(_SEEN, probe.outside):
         yield
 
 
 @contextlib.contextmanager
-def _set(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
+def setting(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
+    """The variable has the value within."""
     token = variable.set(value)
     try:
         yield

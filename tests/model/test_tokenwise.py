@@ -9,8 +9,9 @@ from jax.extend.core import jaxprs_in_params
 
 from llama_eqx import load_config
 from llama_eqx.model.init import named
-from llama_eqx.model.kernel.tokenwise import one_row
+from llama_eqx.model.kernel.tokenwise import ONE_ROW
 from llama_eqx.sharding import Layout
+from llama_eqx.tag import setting
 from llama_eqx.tracing import trace
 from llama_eqx.training.loss import policy_view
 
@@ -51,7 +52,7 @@ def test_one_row_is_rows(feed_forward):
     tokens = jax.random.randint(jax.random.key(1), (3, 16), 0, 64)
 
     def loss(model, holds):
-        with one_row(holds):
+        with setting(ONE_ROW, holds):
             return jnp.square(model.hidden(tokens)[0]).sum() + jnp.square(model(tokens)[0]).mean()
 
     (row, row_gradient), (rows, rows_gradient) = (eqx.filter_value_and_grad(loss)(model, holds) for holds in (True, False))

@@ -4,9 +4,8 @@ The model calls `attend` and knows no more. The kernel comes from outside, throu
 without one it is the plain one. This package is the only place in the model that may know of a platform or of a mesh.
 """
 
-import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -19,7 +18,8 @@ from llama_eqx.model.kernel.cudnn import unfit_for_cudnn
 from llama_eqx.model.kernel.plain import plain
 from llama_eqx.model.kernel.shards import Blocks, Spec, on_shards
 from llama_eqx.model.kernel.splash import unfit_for_splash
-from llama_eqx.model.kernel.tokenwise import one_row
+from llama_eqx.model.kernel.tokenwise import ONE_ROW
+from llama_eqx.tag import setting
 
 Name = Literal["plain", "blocked", "splash", "cudnn"]
 SHORT = 128  # tokens up to which every score at once is as fast
@@ -101,16 +101,7 @@ class KernelConfig(Config):
             return on_shards(name, blocks, mesh, spec, q, k, v, start, segment_ids)
 
         def wrapped(*args: Any) -> Any:
-            with _attending(kernel), one_row(platform == "cpu" and mesh.size == 1):
+            with setting(_KERNEL, kernel), setting(ONE_ROW, platform == "cpu" and mesh.size == 1):
                 return block(*args)
 
         return wrapped
-
-
-@contextlib.contextmanager
-def _attending(kernel: Callable) -> Iterator[None]:
-    token = _KERNEL.set(kernel)
-    try:
-        yield
-    finally:
-        _KERNEL.reset(token)

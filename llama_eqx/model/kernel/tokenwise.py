@@ -1,9 +1,8 @@
 """Layers that treat every token alone, and how they are computed."""
 
-import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from jaxtyping import Array
 
 from llama_eqx.tag import probed
 
-_ONE_ROW: contextvars.ContextVar[bool] = contextvars.ContextVar("one_row", default=False)
+ONE_ROW: contextvars.ContextVar[bool] = contextvars.ContextVar("one_row", default=False)
 
 
 def tokenwise(method: Callable) -> Callable:
@@ -22,20 +21,10 @@ def tokenwise(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def wrapped(self: Any, x: Array) -> Any:
-        if not _ONE_ROW.get() or probed():  # a probe is to see batch and seq
+        if not ONE_ROW.get() or probed():  # a probe is to see batch and seq
             return method(self, x)
         batch, seq, *rest = x.shape
         results = method(self, x.reshape(batch * seq, *rest))
         return jax.tree.map(lambda y: y.reshape(batch, seq, *y.shape[1:]), results)
 
     return wrapped
-
-
-@contextlib.contextmanager
-def one_row(holds: bool) -> Iterator[None]:
-    """While a model is traced within, what is tokenwise is computed as one row, if it `holds`."""
-    token = _ONE_ROW.set(holds)
-    try:
-        yield
-    finally:
-        _ONE_ROW.reset(token)
