@@ -68,16 +68,26 @@ def compile_step(config: RunConfig, program: Program, layout: Layout) -> Compile
     with _refused(), _uncached() if config.mesh.topology else contextlib.nullcontext():
         compiled = lowered.compile(compiler_options=dict(config.mesh.compiler_options))  # pyright: ignore[reportArgumentType]
     memory: Any = compiled.memory_analysis()
-    everything = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    host = memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes
     return Compiled(
         text=program_text(compiled),
-        peak=memory.peak_memory_in_bytes if config.mesh.topology else everything,  # others do not say what of it exists at a time
+        peak=device_peak(memory, host) if config.mesh.topology else device_total(memory),  # others do not say what exists at a time
         arguments=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
-        host=memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
+        host=host,
         lower_seconds=middle - begin,
         compile_seconds=time.perf_counter() - middle,
     )
+
+
+def device_total(memory: Any) -> int:
+    """Bytes on a device, as if all of it existed at the same time."""
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def device_peak(memory: Any, host: int) -> int:
+    """The peak of a TPU, or no less than it: with bytes on the `host` the compiler's own number is a peak of both, so the total it is."""
+    return device_total(memory) if host else memory.peak_memory_in_bytes
 
 
 def program_text(compiled: Any) -> str:

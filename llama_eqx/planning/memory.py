@@ -61,7 +61,7 @@ def memory_by_part(config: RunConfig, program: Program, layout: Layout, traced: 
     parameters = _held(model, program.shardings.model)
     tensor, sequence = layout.mesh.shape["tensor"], layout.mesh.shape["sequence"]
     compute = jnp.dtype(config.precision.compute).itemsize
-    rows = (config.train.microbatch_size or config.train.batch_size) / _rows_ways(layout)
+    rows = rows_of_device(config, layout)
     part = rows / sequence
     # The compiler casts once for all layers, gathers two layers at a time, and holds embedding and head whole, and their gradients.
     whole = config.train.microbatch_size in (None, config.train.batch_size)  # otherwise gradients are added to those so far
@@ -157,9 +157,10 @@ def _kept(config: RunConfig, layout: Layout) -> dict[str, float]:
     return found
 
 
-def _rows_ways(layout: Layout) -> int:
-    """Over how many devices the rows of a batch are split."""
-    return math.prod(layout.mesh.shape[axis] for axis in layout.rules.axes.get("batch", ()))
+def rows_of_device(config: RunConfig, layout: Layout) -> float:
+    """Rows of a microbatch on each device."""
+    ways = math.prod(layout.mesh.shape[axis] for axis in layout.rules.axes.get("batch", ()))
+    return (config.train.microbatch_size or config.train.batch_size) / ways
 
 
 def _held(tree: Any, shardings: Any) -> int:

@@ -48,7 +48,14 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.compiled is not None and not (self.needs and self.may and self.needs > self.may)
+        return self.compiled is not None and not (self.needs and self.may and self.needs > self.may) and self.host_excess == 0
+
+    @property
+    def host_excess(self) -> float:
+        """Bytes per device that the step puts into its host's memory and that are not there."""
+        if self.compiled is None or self.device_kind not in CHIPS:
+            return 0.0
+        return max(0.0, self.compiled.host - CHIPS[self.device_kind].host)
 
     @property
     def tokens(self) -> int:
@@ -197,6 +204,9 @@ def shrink(plan: Plan, variant: Callable[..., RunConfig]) -> str:
 
 
 def _fits(plan: Plan) -> str:
+    if plan.compiled and plan.host_excess:
+        host = plan.compiled.host
+        return f"no: puts {_size(host)} per device into the memory of its host, which has {_size(host - plan.host_excess)} for each"
     if plan.needs is None or plan.may is None:
         return "yes" if plan.fits else "no"
     spare = plan.may - plan.needs

@@ -16,7 +16,7 @@ from llama_eqx.errors import ConfigError, StorageError, UserError
 from llama_eqx.planning.chips import GIB, HOST_LINK, Torus
 from llama_eqx.planning.compile import build_mesh
 from llama_eqx.planning.estimate import collective_seconds
-from llama_eqx.planning.memory import Trace, memory_by_part, trace
+from llama_eqx.planning.memory import Trace, memory_by_part, rows_of_device, trace
 from llama_eqx.planning.plan import Plan, make_plan
 from llama_eqx.sharding import MESH_AXES, Layout
 from llama_eqx.training.program import Program, make_program
@@ -73,7 +73,8 @@ def candidates(variant: Variant, remats: Sequence[str], fixed: Sequence[str]) ->
             settings = dataclasses.replace(shaped, **rows.parts, remat=remat[option])
             memory = memory_by_part(settings, program, layout, traced[option]).total
             smallest = min(smallest, memory)
-            if memory < MARGIN * torus.chip.memory:
+            host = rows_of_device(settings, layout) * traced[option].host
+            if memory < MARGIN * torus.chip.memory and host < MARGIN * torus.chip.host:
                 seconds = predicted_seconds(settings, program, layout, torus, traced[option])
                 found.append(Candidate(settings, shape.overrides + option + rows.overrides, memory, seconds))
     if not found:
@@ -130,8 +131,8 @@ def _fixed(keys: Sequence[str], *names: str) -> bool:
 def predicted_seconds(config: RunConfig, program: Program, layout: Layout, torus: Torus, traced: Trace) -> float:
     """A guess, per token and device, good enough to tell what is worth compiling."""
     chip, shape = torus.chip, layout.mesh.shape
-    ways, dims = shape["data"] * shape["fsdp"], config.model.dims
-    rows = (config.train.microbatch_size or config.train.batch_size) / ways
+    dims = config.model.dims
+    rows = rows_of_device(config, layout)
     tokens = rows * config.train.seq_len / shape["sequence"]
     compute = rows * traced.flops / (shape["tensor"] * shape["sequence"]) / (PRODUCTS * chip.peak)
     host = 2 * rows * traced.host / HOST_LINK  # there and back

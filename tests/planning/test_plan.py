@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from llama_eqx import compose, load_config
 from llama_eqx.errors import UserError
 from llama_eqx.plan import main
 from llama_eqx.planning import compile as compiling
+from llama_eqx.planning.chips import CHIPS
 from llama_eqx.planning.compile import TooBig
 from llama_eqx.planning.estimate import Estimate, Traffic
 from llama_eqx.planning.plan import figures, make_plan, report, shrink
@@ -68,6 +70,23 @@ def test_too_big(monkeypatch):
 
     advice = shrink(plan, lambda *more: config("mesh=cpu-8", *more))
     assert advice.startswith(("activations take most", "the state of the model takes most", "logits take most"))
+
+
+def test_the_hosts_bytes_are_not_the_devices():
+    # What libtpu 0.0.42 says, in MiB, of a scan that keeps eight arrays of 32 MiB on the device, and of one that offloads them.
+    sizes = ("argument_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes", "temp_size_in_bytes", "peak_memory_in_bytes")
+    kept, offloaded = (SimpleNamespace(**dict(zip(sizes, mib, strict=True))) for mib in ((160, 128, 0, 320, 512), (160, 128, 0, 129, 544)))
+    assert compiling.device_peak(kept, host=0) == 512
+    assert compiling.device_peak(offloaded, host=256) == 417
+
+
+def test_too_big_for_the_host(plan):
+    there = int(CHIPS["TPU v5"].host)  # bytes for each of its chips
+    slice_ = dataclasses.replace(plan, device_kind="TPU v5")
+    for size in (there, there + 2**30):
+        offloaded = dataclasses.replace(slice_, compiled=plan.compiled._replace(host=size))
+        assert offloaded.fits is figures(offloaded)["fits"] is (size == there)
+    assert "no: puts 105.31 GiB per device into the memory of its host, which has 104.31 GiB for each" in report(offloaded)
 
 
 @pytest.mark.parametrize(

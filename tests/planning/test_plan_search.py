@@ -28,8 +28,8 @@ def variant(*overrides):
 def slice_of_eight(monkeypatch):
     """Eight virtual devices that pass for a slice of v5e, with as much memory as a test wants."""
 
-    def memory(size):
-        chip = CHIPS["TPU v5 lite"]._replace(memory=size)
+    def memory(size, host=2**40):
+        chip = CHIPS["TPU v5 lite"]._replace(memory=size, host=host)
         torus = Torus(chip, np.array(list(itertools.product(range(2), range(4)))), (False, False))
         monkeypatch.setattr(module, "build_mesh", lambda config: config.build(jax.devices()))
         monkeypatch.setattr(module.Torus, "of", lambda devices: torus)
@@ -67,6 +67,17 @@ def test_what_the_user_says_stays(slice_of_eight):
     assert {candidate.config.mesh.tensor for candidate in ranked} == {2}
     assert {candidate.config.remat.policy for candidate in ranked} == {"full"}
     assert {candidate.config.train.microbatch_size for candidate in ranked} == {4, 8, 16, 32}
+
+
+def test_what_is_put_on_the_host_fits_there(slice_of_eight):
+    def most_rows(host):
+        slice_of_eight(2**30, host)
+        ranked = [candidate for candidate in candidates(variant, ["offload"], []) if candidate.config.mesh.tensor == 1]
+        return max(candidate.config.train.batch_size for candidate in ranked)
+
+    kept = 4 * 512 * 256 * 4  # bytes of a row: four layers of 512 tokens of 256 float32
+    assert most_rows(2**40) > 32
+    assert most_rows(5 * kept) == 32  # of 8, 16, 24, 32 and 48: four rows on each of eight devices
 
 
 def test_nothing_fits(slice_of_eight):
