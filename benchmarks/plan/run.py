@@ -25,10 +25,14 @@ def sizes(layers: int, embed: int, heads: int, head_dim: int, mlp: int) -> list[
 
 
 def row(model: str, mesh: str, tokens_per_chip: int, chips: int, length: int, *more: str) -> list[str]:
+    kind, size = mesh.split("-")
+    # Over a whole torus with a ring along each of three axes, the compiler makes a reduction of a gather: the weights are kept twice there.
+    twice = ["mesh.data=2"] if kind in ("v4", "v5p") and int(size) >= 128 else []
     return [
         f"model={model}",
         f"mesh={mesh}",
         *FAST,
+        *twice,
         f"train.seq_len={length}",
         f"train.batch_size={tokens_per_chip * chips // length}",
         *more,

@@ -54,6 +54,11 @@ class Torus(NamedTuple):
         whole = chip.ring == 16 or all(size % 4 == 0 for size in sizes)
         return Torus(chip, places, tuple(whole and size >= chip.ring for size in sizes))
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is a three-dimensional torus, with a ring along every axis."""
+        return len(self.rings) == 3 and all(self.rings)
+
     def bandwidth(self, group: Int[np.ndarray, " members"]) -> float:
         """Bytes/s that a member of a group can take in while all of them send: on each axis that the group spans both links of a ring, or
         the one link that the end of a line has."""

@@ -145,8 +145,10 @@ def predicted_seconds(config: RunConfig, program: Program, layout: Layout, torus
 
     model = program.shapes.model
     weights = 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.blocks)) / shape["tensor"]
-    gathers = 2 * seconds("all-gather", weights, "fsdp")
-    reductions = seconds("reduce-scatter", weights, "fsdp") + seconds("all-reduce", weights / shape["fsdp"], "data")
+    gathers, waits = 2 * seconds("all-gather", weights, "fsdp"), 0.0
+    if shape["fsdp"] == layout.mesh.size and torus.closed:  # a gather over all of it is compiled to a reduction, which waits
+        gathers, waits = 0.0, 2 * seconds("all-reduce", weights, "fsdp")
+    reductions = waits + seconds("reduce-scatter", weights, "fsdp") + seconds("all-reduce", weights / shape["fsdp"], "data")
     activations = 4 * dims.layers * seconds("all-reduce", 2 * tokens * dims.embed, "tensor")
     return (max(compute, gathers, host) + reductions + activations) * shape["tensor"] / tokens
 

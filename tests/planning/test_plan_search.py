@@ -28,9 +28,9 @@ def variant(*overrides):
 def slice_of_eight(monkeypatch):
     """Eight virtual devices that pass for a slice of v5e, with as much memory as a test wants."""
 
-    def memory(size, host=2**40):
+    def memory(size, host=2**40, shape=(2, 4), ring=False):
         chip = CHIPS["TPU v5 lite"]._replace(memory=size, host=host)
-        torus = Torus(chip, np.array(list(itertools.product(range(2), range(4)))), (False, False))
+        torus = Torus(chip, np.array(list(itertools.product(*map(range, shape)))), (ring,) * len(shape))
         monkeypatch.setattr(module, "build_mesh", lambda config: config.build(jax.devices()))
         monkeypatch.setattr(module.Torus, "of", lambda devices: torus)
 
@@ -78,6 +78,17 @@ def test_what_is_put_on_the_host_fits_there(slice_of_eight):
     kept = 4 * 512 * 256 * 4  # bytes of a row: four layers of 512 tokens of 256 float32
     assert most_rows(2**40) > 32
     assert most_rows(5 * kept) == 32  # of 8, 16, 24, 32 and 48: four rows on each of eight devices
+
+
+def test_a_gather_over_a_whole_torus_waits(slice_of_eight):
+    def seconds(ring):
+        slice_of_eight(2**30, shape=(2, 2, 2), ring=ring)
+        ranked = candidates(variant, ["full"], ["train.batch_size", "train.microbatch_size"])
+        return {candidate.overrides[0]: candidate.seconds for candidate in ranked}
+
+    line, ring = seconds(False), seconds(True)
+    assert line["remat=full"] < line["mesh.data=2"]
+    assert ring["mesh.data=2"] < ring["remat=full"]  # which is all of fsdp
 
 
 def test_nothing_fits(slice_of_eight):

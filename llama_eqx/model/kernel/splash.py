@@ -1,10 +1,9 @@
-"""Splash attention, JAX's fused kernel for TPUs with masks by block."""
+"""Splash attention, JAX's fused kernel for TPUs with masks by block. Its module is slow to import: only what uses it does."""
 
 import math
 from typing import Any
 
 import jax
-from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array
 
 LANES = 128  # rows and blocks are whole vector registers
@@ -15,6 +14,8 @@ def make_splash(heads: int, seq: int, slots: int, shards: int, q_block: int, kv_
 
     The mask is computed in the kernel and not stored.
     """
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
     q, kv = _largest(seq // shards, q_block), _largest(slots, kv_block)
     sizes = splash_attention.BlockSizes(
         block_q=q,
@@ -40,6 +41,8 @@ def make_splash(heads: int, seq: int, slots: int, shards: int, q_block: int, kv_
 
 def splash(kernel: Any, q: Array, k: Array, v: Array, segment_ids: tuple[Array, Array] | None) -> Array:
     """As `attend` from slot 0, with a kernel for its shape."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
     q = q * (1 / math.sqrt(q.shape[-1]))  # the kernel does not scale
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     ids = None if segment_ids is None else splash_attention.SegmentIds(*segment_ids)
