@@ -191,7 +191,9 @@ def write(path: pathlib.Path, overrides: Sequence[str], plan: Plan, tried: Seque
         if plan.estimate is None or not plan.fits:
             return "does not fit"
         share = plan.mfu(plan.flops.causal) or 0
-        return f"{(plan.needs or 0) / GIB:.2f} GiB, {plan.tokens / plan.devices:,.0f} tokens per device, MFU {share:.1%} causal (estimate)"
+        host = plan.compiled.host / GIB if plan.compiled else 0
+        memory = f"{(plan.needs or 0) / GIB:.2f} GiB" + (f" and {host:.2f} on the host" if host else "")
+        return f"{memory}, {plan.tokens / plan.devices:,.0f} tokens per device, MFU {share:.1%} causal (estimate)"
 
     libtpu = importlib.metadata.version("libtpu")
     lines = [
