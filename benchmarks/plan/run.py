@@ -35,6 +35,7 @@ def row(model: str, mesh: str, tokens_per_chip: int, chips: int, length: int, *m
         *twice,
         f"train.seq_len={length}",
         f"train.batch_size={tokens_per_chip * chips // length}",
+        "train.microbatch_size=null",  # whatever a plan in conf/ says
         *more,
     ]
 
