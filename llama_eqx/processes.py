@@ -67,7 +67,7 @@ def together(config: Any) -> Iterator[tuple[Any, int]]:
             yield config, 0
         return
     if jax.distributed.is_initialized():
-        raise ConfigError("a sweep over several processes needs new ones for every job", where="-m", next="hydra/launcher=submitit_slurm")
+        raise ConfigError("a sweep over several processes needs new ones for every job", where="-m", next="hydra/launcher=slurm")
     settings = config.distributed
     with meet(place, settings.timeout, dump(config), settings.heartbeat) as lines:
         jax.distributed.initialize(
