@@ -1,6 +1,7 @@
-"""How costs grow: `python -m benchmarks.growth [compile context resume start] [--out benchmarks/results/growth.json]`.
+"""How costs grow: `python -m benchmarks.growth [compile again context resume start] [--out benchmarks/results/growth.json]`.
 
     compile   seconds to trace and compile the training step, by layers, which are one scan
+    again     the same in a new process that finds the program in the compile cache
     context   training tokens a second, by the tokens of a row, with as many tokens a batch
     resume    seconds from the command to the first new step, by the steps that the run has behind it
     start     seconds from opening an index to its first batch of packed rows, by the tokens of the corpus (sparse files)
@@ -46,6 +47,15 @@ def compiling(layers: int, folder: str) -> float:
     return trained(layers, 128, 256)["compile_seconds"]
 
 
+def again(layers: int, folder: str) -> float:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
+    try:
+        compiling(layers, folder)
+        return compiling(layers, folder)
+    finally:
+        del os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
 def context(seq: int, folder: str) -> float:
     return trained(4, seq, 4096)["tokens_per_second"]
 
@@ -71,6 +81,7 @@ def starting(tokens: int, folder: str) -> float:
 
 CURVES = {
     "compile": (compiling, [1, 2, 4, 8, 16, 32], "layers", "seconds to compile a step"),
+    "again": (again, [1, 32], "layers", "seconds to compile it again"),
     "context": (context, [128, 256, 512, 1024, 2048, 4096], "tokens of a row", "training tokens/s"),
     "resume": (resuming, [10, 100, 1000, 10_000], "steps behind it", "seconds to the first new step"),
     "start": (starting, [10**7, 10**8, 10**9, 10**10], "tokens of the corpus", "seconds to the first batch"),
