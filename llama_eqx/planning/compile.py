@@ -86,8 +86,9 @@ def device_total(memory: Any) -> int:
 
 
 def device_peak(memory: Any, host: int) -> int:
-    """The peak of a TPU, or no less than it: with bytes on the `host` the compiler's own number is a peak of both, so the total it is."""
-    return device_total(memory) if host else memory.peak_memory_in_bytes
+    """The peak of a TPU, or no less than it: with bytes on the `host` the compiler's own number is the peak of both together."""
+    peak = memory.peak_memory_in_bytes
+    return min(peak, device_total(memory)) if host else peak
 
 
 def program_text(compiled: Any) -> str:

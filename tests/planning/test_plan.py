@@ -78,6 +78,8 @@ def test_the_hosts_bytes_are_not_the_devices():
     kept, offloaded = (SimpleNamespace(**dict(zip(sizes, mib, strict=True))) for mib in ((160, 128, 0, 320, 512), (160, 128, 0, 129, 544)))
     assert compiling.device_peak(kept, host=0) == 512
     assert compiling.device_peak(offloaded, host=256) == 417
+    offloaded.peak_memory_in_bytes = 400  # of both, when what is on the device is not there at the same time
+    assert compiling.device_peak(offloaded, host=256) == 400
 
 
 def test_too_big_for_the_host(plan):
