@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from benchmarks.plan.run import FOLDER, done
+from benchmarks.plan.run import FOLDER, GROUPS, done
 
 GIB = 2**30
 MEASURED = {"22B on v4-128": (0.567, "v4"), "16B on v5e-256": (0.611, "v5e"), "32B on v5p-128": (0.7147, "v5p")}
@@ -73,7 +73,7 @@ def plot(rows: Sequence[dict], what: str, path: str) -> None:
     names = [row["name"] for row in rows]
     left.bar(names, [(row["peak_bytes_per_device"] or 0) / GIB for row in rows], color="tab:gray")
     left.axhline(rows[0]["memory_bytes_per_device"] / GIB, color="tab:red", linestyle="--", linewidth=1)
-    left.set(xlabel=what, ylabel="GiB per chip (compiler; dashed: what it has)")
+    left.set(xlabel=what, ylabel="GiB per chip (dashed: the limit)")
     for key, label in (("mfu_causal_estimate", "causal"), ("mfu_palm_estimate", "PaLM")):
         known = [(row["name"], 100 * row[key]) for row in rows if row[key]]
         right.plot(*zip(*known, strict=True), marker="o", label=label)
@@ -93,12 +93,13 @@ def main() -> None:
     for name, title, write in (
         ("calibration", "## The estimator held against published runs", calibration),
         ("presets", "## A mesh for every size of model", presets),
-        ("chips", "## More chips: llama2_7b on v4, 8,192 tokens per chip, remat=full", lambda rows: series(rows, "slice")),
-        ("context", "## Longer rows: llama3_1_8b on v5p-128, remat=full", lambda rows: series(rows, "tokens per row")),
+        ("chips", "## More chips: llama2_7b on v4, 8,192 tokens per chip, remat=full, from v4-128 on mesh.data=2", lambda rows: series(rows, "slice")),
+        ("context", "## Longer rows: llama3_1_8b on v5p-128, remat=full, mesh.data=2", lambda rows: series(rows, "tokens per row")),
         ("depth", "## Time to compile, by depth", depth),
     ):
-        if rows := groups.get(name):
-            text += [title, write(rows)]
+        if rows := sorted(groups.get(name, []), key=lambda row: [*GROUPS[row["group"]]].index(row["name"])):
+            libtpu = ", ".join(sorted({row["versions"]["libtpu"] for row in rows}))
+            text += [title, f"Compiled with libtpu {libtpu}.", write(rows)]
             if name in ("chips", "context"):
                 plot(rows, {"chips": "slice", "context": "tokens per row"}[name], f"{name}.png")
                 text.append(f"![memory and estimated MFU]({name}.png)")
