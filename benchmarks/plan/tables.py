@@ -12,6 +12,7 @@ PREFACE = """# Plans
 
 Made by `python -m benchmarks.plan.run` and `python -m benchmarks.plan.tables` from `results.jsonl`, which has each figure and the overrides
 of each row. Nothing here ran on a TPU: memory is the compiler's own number, times and MFU are **estimates** ([how](../../docs/plan.md)).
+Slices of 4 x 4 x 4 chips and more have `mesh.data=2`.
 """
 
 
@@ -93,8 +94,8 @@ def main() -> None:
     for name, title, write in (
         ("calibration", "## The estimator held against published runs", calibration),
         ("presets", "## A mesh for every size of model", presets),
-        ("chips", "## More chips: llama2_7b on v4, 8,192 tokens per chip, remat=full, from v4-128 on mesh.data=2", lambda rows: series(rows, "slice")),
-        ("context", "## Longer rows: llama3_1_8b on v5p-128, remat=full, mesh.data=2", lambda rows: series(rows, "tokens per row")),
+        ("chips", "## More chips: llama2_7b on v4, 8,192 tokens per chip, remat=full", lambda rows: series(rows, "slice")),
+        ("context", "## Longer rows: llama3_1_8b on v5p-128, remat=full", lambda rows: series(rows, "tokens per row")),
         ("depth", "## Time to compile, by depth", depth),
     ):
         if rows := sorted(groups.get(name, []), key=lambda row: [*GROUPS[row["group"]]].index(row["name"])):
