@@ -12,7 +12,7 @@ PREFACE = """# Plans
 
 Made by `python -m benchmarks.plan.run` and `python -m benchmarks.plan.tables` from `results.jsonl`, which has each figure and the overrides
 of each row. Nothing here ran on a TPU: memory is the compiler's own number, times and MFU are **estimates** ([how](../../docs/plan.md)).
-Slices of 4 x 4 x 4 chips and more have `mesh.data=2`.
+But for the first table, v4 and v5p slices of 4 x 4 x 4 chips and more have `mesh.data=2`.
 """
 
 
