@@ -112,6 +112,7 @@ def main() -> None:
             lines.append(f"| {unit} | {point:,} {by} | {statistics.median(values):,.2f} | {min(values):,.2f} to {max(values):,.2f} |")
     if arguments.out:
         draw(found, arguments.out.with_suffix(".png"))
+        lines.append(f"\n![how costs grow]({arguments.out.stem}.png)")
     write(arguments.out, {"found": found}, "\n".join(lines), busy)
 
 
@@ -125,6 +126,8 @@ def draw(found: dict[str, dict[int, list[float]]], path: pathlib.Path) -> None:
         axes.plot(list(points), medians, marker="o")
         axes.fill_between(list(points), [min(values) for values in points.values()], [max(values) for values in points.values()], alpha=0.2)
         axes.set(xscale="log", xlabel=by, title=unit)
+        axes.set_xticks(list(points), [f"{point:,}" if point < 10**6 else f"{point:.0e}" for point in points], rotation=45)
+        axes.set_xticks([], minor=True)
         axes.set_ylim(bottom=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
