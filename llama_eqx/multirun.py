@@ -88,7 +88,8 @@ def run_jobs(
                 left = f"{len(ended) + len(skipped)} of {len(jobs) + len(skipped)} over"
                 say(f"job {job.number} {_said(code)} after {time.monotonic() - begun:,.0f} s: {left}")
     except (KeyboardInterrupt, SystemExit) as stop:
-        say(f"told to stop: waits for what runs to save itself ({_listed([job for job, _ in running.values()]) or 'nothing'})")
+        does = "waits for what runs to save itself" if cluster == "local" else "cancels what runs, which saves itself"
+        say(f"told to stop: {does} ({_listed([job for job, _ in running.values()]) or 'nothing'})")
         _stop(list(running), cluster)
         if isinstance(stop, SystemExit):
             raise
