@@ -3,16 +3,17 @@
 # and 128, with a prompt of 512 in 32 rows and of 4,096 in 4. All of it in bfloat16.
 #
 #     benchmarks/gpu.sh                 one GPU; the tables and all figures go to benchmarks/gpu/
-#     PARTS=decoding benchmarks/gpu.sh  one part: training or decoding
+#     PARTS=decoding benchmarks/gpu.sh  some of: tests training decoding
 #     SIZE=tiny benchmarks/gpu.sh       a small model on this machine's CPU, to try the script; nothing of it is a figure
 #
-# Needs the packages of '.[test,cuda]' and nothing from the network. LAYERS (12) of the 8B are what 80 GB hold of its state in float32. Decoding
-# is measured against what the card can do, and with PEERS="pytorch, compiled" beside PyTorch.
+# Needs the packages of '.[test,cuda]' and nothing from the network. What 80 GB hold beside a compiled PyTorch: LAYERS (8) of the 8B, a row of
+# it (ROWS_8B) and 4 of the 1B (ROWS_1B); without PEERS, 3 and 8. ROUNDS=1 takes some 5 minutes. Decoding is measured against what the card can
+# do, and with DECODING_PEERS="pytorch, compiled" beside PyTorch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD
-SIZE=${SIZE:-full} LAYERS=${LAYERS:-12} ROUNDS=${ROUNDS:-3} PYTHON=${PYTHON:-python}
-PARTS=${PARTS:-training decoding} PEERS=${PEERS:-}
+SIZE=${SIZE:-full} LAYERS=${LAYERS:-8} ROWS_1B=${ROWS_1B:-4} ROWS_8B=${ROWS_8B:-1} ROUNDS=${ROUNDS:-3} PYTHON=${PYTHON:-python}
+PARTS=${PARTS:-tests training decoding} PEERS=${PEERS-pytorch pytorch_compile bare_jax} DECODING_PEERS=${DECODING_PEERS:-}
 if [ "$SIZE" = tiny ]; then OUT=${OUT:-$(mktemp -d)}; else OUT=${OUT:-benchmarks/gpu}; fi
 
 measure() { # module, name, options...
@@ -21,22 +22,25 @@ measure() { # module, name, options...
   "$PYTHON" -m "benchmarks.$module" "$@" --out "$OUT/$name.json"
 }
 
+full_tests() { "$PYTHON" -m pytest -q -n 0 tests/model/test_kernels.py -k "not several and not splash"; }
+
 full_training() {
-  "$PYTHON" -m pytest -q -n 0 tests/model/test_kernels.py
-  local common=(precision=mixed mesh=local remat=dots_attention --device gpu --rounds "$ROUNDS" --peers pytorch pytorch_compile bare_jax)
-  measure training 1b model=llama3_2_1b train.seq_len=4096 train.batch_size=4 train.unroll=16 "${common[@]}"
-  measure training 8b_width model=llama3_8b model.dims.layers="$LAYERS" train.seq_len=8192 train.batch_size=1 train.unroll="$LAYERS" "${common[@]}"
+  local common=(precision=mixed mesh=h100x1 loss.chunk=8192 --device gpu --rounds "$ROUNDS" --peers $PEERS)
+  measure training 1b model=llama3_2_1b train.seq_len=4096 train.batch_size="$ROWS_1B" train.unroll=16 "${common[@]}"
+  measure training 8b_width model=llama3_8b model.dims.layers="$LAYERS" train.seq_len=8192 train.batch_size="$ROWS_8B" train.unroll="$LAYERS" \
+    remat=dots_attention "${common[@]}"
 }
 
 full_decoding() {
-  local common=(--device gpu --precision bfloat16 --rounds "$ROUNDS" --steps 3 --peers ${PEERS:+"$PEERS"})
+  local common=(--device gpu --precision bfloat16 --rounds "$ROUNDS" --steps 3 --peers ${DECODING_PEERS:+"$DECODING_PEERS"})
   measure decoding decoding --models 8b 1b --batches 1 128 --prompt 128 --new 256 "${common[@]}"
   measure decoding prompts_of_512 --models 8b 1b --batches 32 --prompt 512 --new 16 "${common[@]}"
   measure decoding prompts_of_4096 --models 8b 1b --batches 4 --prompt 4096 --new 16 "${common[@]}"
 }
 
+tiny_tests() { "$PYTHON" -m pytest -q -n 0 tests/model/test_kernels.py -k cudnn; }
+
 tiny_training() {
-  "$PYTHON" -m pytest -q -n 0 tests/model/test_kernels.py -k cudnn
   local small=(model.dims.vocab=512 model.dims.layers=2 model.dims.embed=64 model.dims.heads=4 model.dims.kv_heads=2 model.dims.head_dim=16)
   small+=(model.dims.mlp=176 model.context=256 train.batch_size=4 train.seq_len=256 train.unroll=2 remat=dots_attention)
   measure training tiny "${small[@]}" --device cpu --loaded --rounds 1 --steps 2 --peers pytorch bare_jax

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -47,16 +47,21 @@ class Task:
         rng = np.random.default_rng(0)
         return [rng.integers(0, self.dims["vocab"], (self.batch, self.seq + 1)) for _ in range(8)]
 
-    def measure(self, step: Callable[[int], float], **said: Any) -> None:
-        """Times `step(i)`, which does a step on rows i % 8 and returns its loss once that is known, and prints the answer.
+    def measure(self, step: Callable[[int], SupportsFloat], **said: Any) -> None:
+        """Times `step(i)`, which does a step on rows i % 8 and returns its loss, and prints the answer.
 
-        What the first step takes longer than the others is compilation.
+        A loss is read one step late, as training loops do: a GPU never waits to be told what comes next. What the first step takes longer
+        than the others is compilation.
         """
-        losses, seconds = [], []
+        losses, seconds, last = [], [], None
         for i in range(self.warmup + self.steps):
             begun = time.perf_counter()
-            losses.append(step(i))
+            loss = step(i)
+            if last is not None:
+                losses.append(float(last))
+            last = loss
             seconds.append(time.perf_counter() - begun)
+        losses.append(float(loss))
         first, seconds = seconds[0], seconds[self.warmup :]
         answer = {
             "tokens_per_second": self.batch * self.seq / statistics.median(seconds),

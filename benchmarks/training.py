@@ -64,6 +64,7 @@ def main() -> None:
         "threads": arguments.threads,
         "steps": arguments.steps,
     }
+    jax.config.update("jax_platforms", "cpu")  # this process leaves a GPU's memory to those that it starts
     flops = flops_per_token(eqx.filter_eval_shape(lambda key: config.model.build(key=key), jax.random.key(0)), task["seq"])
 
     sides = ["llama_eqx", *arguments.peers]

@@ -106,7 +106,7 @@ rows = [jnp.asarray(array, jnp.int32) for array in task.rows()]
 def step(i):
     global state
     state, loss = update(state, rows[i % 8])
-    return float(loss)
+    return loss
 
 
 task.measure(step, jax=jax.__version__)

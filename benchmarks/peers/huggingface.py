@@ -43,7 +43,7 @@ def step(i):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.item()
+    return loss.detach()
 
 
 task.measure(step, torch=torch.__version__, transformers=transformers.__version__)
