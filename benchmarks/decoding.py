@@ -23,6 +23,9 @@ from llama_eqx.flops import PEAK_FLOPS
 MODELS = {
     "smoke": {"vocab": 256, "layers": 2, "embed": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 176},
     "27m": {"vocab": 8192, "layers": 8, "embed": 512, "heads": 8, "kv_heads": 4, "head_dim": 64, "mlp": 1408},
+    # As many parameters as 27m, with keys and values for every head and for one: what experiments/attention compares.
+    "27m_multi_head": {"vocab": 8192, "layers": 8, "embed": 512, "heads": 8, "kv_heads": 8, "head_dim": 64, "mlp": 1237},
+    "27m_multi_query": {"vocab": 8192, "layers": 8, "embed": 512, "heads": 8, "kv_heads": 1, "head_dim": 64, "mlp": 1536},
     "110m": {"vocab": 32000, "layers": 12, "embed": 768, "heads": 12, "kv_heads": 12, "head_dim": 64, "mlp": 2048},
     "1b": {"vocab": 128256, "layers": 16, "embed": 2048, "heads": 32, "kv_heads": 8, "head_dim": 64, "mlp": 8192},
     "8b": {"vocab": 128256, "layers": 32, "embed": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "mlp": 14336},

@@ -68,6 +68,8 @@ def run_jobs(
         share = str(max(1, (os.cpu_count() or 1) // at_once)) if at_once > 1 else None
         here = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"), "NPROC": os.environ.get("NPROC", share)}
         here["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+        # The first job on a GPU would take three quarters of its memory.
+        here["XLA_PYTHON_CLIENT_PREALLOCATE"] = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false" if at_once > 1 else None)
     executor = submitit.AutoExecutor(folder, cluster=cluster)
     executor.update_parameters(**parameters)
     waiting, running, ended = list(jobs), dict[Any, tuple[Job, float]](), dict[int, int | str]()

@@ -26,7 +26,7 @@ JOBS = {
     "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     "crashes": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
     "preempted": "raise SystemExit(75)",
-    "fine too": "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'), 'of', os.environ.get('NPROC'))",
+    "fine too": "import os; print(*map(os.environ.get, ('CUDA_VISIBLE_DEVICES', 'NPROC', 'XLA_PYTHON_CLIENT_PREALLOCATE')))",
 }
 
 
@@ -50,7 +50,7 @@ def test_jobs_that_fail_leave_the_others_to_finish(tmp_path, monkeypatch):
         "job 3: SIGSEGV; job 4: exit code 75, preempted)"
     )
     assert "done" in (tmp_path / "fine" / "console.txt").read_text()
-    assert "\n3 of 1\n" in (tmp_path / "fine too" / "console.txt").read_text()  # of five cores, for three at a time
+    assert "\n3 1 false\n" in (tmp_path / "fine too" / "console.txt").read_text()  # one of five cores, and of a GPU what it needs
 
 
 def test_when_all_that_is_missing_was_preempted_it_is_worth_starting_again(tmp_path):

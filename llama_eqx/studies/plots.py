@@ -60,11 +60,11 @@ def forest(found: Sequence[Finding], margin: float) -> Figure:
 def sensitivity(losses: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
     """The loss of each arm over the peak learning rate: a line through the means, a dot for each tuning seed."""
     made, axes = figure()
-    for (arm, of), color in zip(losses.items(), _colors(len(losses)), strict=True):
+    for (arm, of), line in zip(losses.items(), _lines(len(losses)), strict=True):
         rates = sorted(of)
-        axes.plot(rates, [statistics.fmean(of[rate]) for rate in rates], color=color, linewidth=1.8, label=arm)
+        axes.plot(rates, [statistics.fmean(of[rate]) for rate in rates], linewidth=1.8, label=arm, **line)
         for rate in rates:
-            axes.plot([rate] * len(of[rate]), of[rate], "o", color=color, markersize=4, alpha=0.6, mew=0)
+            axes.plot([rate] * len(of[rate]), of[rate], "o", color=line["color"], markersize=4, alpha=0.6, mew=0)
     rates = sorted({rate for of in losses.values() for rate in of})
     axes.set_xscale("log")
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
@@ -97,8 +97,8 @@ def doses(name: str, points: Sequence[tuple[float, Finding]], margin: float) -> 
 def buckets(losses: Mapping[str, Mapping[int, float]]) -> Figure:
     """Mean loss of each arm by the position in the row."""
     made, axes = figure()
-    for (arm, of), color in zip(losses.items(), _colors(len(losses)), strict=True):
-        axes.plot(sorted(of), [of[place] for place in sorted(of)], "o-", color=color, linewidth=1.5, markersize=4, label=arm)
+    for (arm, of), line in zip(losses.items(), _lines(len(losses)), strict=True):
+        axes.plot(sorted(of), [of[place] for place in sorted(of)], marker="o", linewidth=1.5, markersize=4, label=arm, **line)
     axes.set_xlabel("position in the row (tokens, the first of each bucket)")
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False, fontsize=8, ncols=2)
@@ -117,7 +117,7 @@ def curves(runs: Mapping[str, Run], metric: str, label: str, *, log: bool = Fals
     if not any(run.series(metric)[0][skipped:] for run in runs.values()):
         return None
     made, axes = figure()
-    for (name, run), color, size in zip(runs.items(), _colors(len(runs)), unit, strict=True):
+    for (name, run), line, size in zip(runs.items(), _lines(len(runs)), unit, strict=True):
         steps, values = (series[skipped:] for series in run.series(metric))
         points = [(size * step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
         if not points:
@@ -125,8 +125,8 @@ def curves(runs: Mapping[str, Run], metric: str, label: str, *, log: bool = Fals
         steps, values = zip(*points, strict=True)
         radius = len(values) // 60
         if radius:
-            axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.7)
-        axes.plot(steps, smoothed(values, radius), color=color, linewidth=1.6, label=name, marker="o" if len(values) < 8 else None)
+            axes.plot(steps, values, alpha=0.3, linewidth=0.7, **line)
+        axes.plot(steps, smoothed(values, radius), linewidth=1.6, label=name, marker="o" if len(values) < 8 else None, **line)
     if log:
         axes.set_yscale("log")
     axes.locator_params("x", integer=True)
@@ -138,5 +138,6 @@ def curves(runs: Mapping[str, Run], metric: str, label: str, *, log: bool = Fals
     return made
 
 
-def _colors(count: int) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(count)]
+def _lines(count: int) -> list[dict[str, str]]:
+    """Where colors come a second time lines are dashed, and then dotted."""
+    return [{"color": COLORS[i % len(COLORS)], "linestyle": ("-", "--", ":")[i // len(COLORS) % 3]} for i in range(count)]

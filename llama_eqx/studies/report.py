@@ -103,7 +103,7 @@ def final(config: ReportConfig, question: str) -> Report:
     said = {"hash": registration.hash(), "margin": registration.margin, "alpha": registration.alpha, "rule": registration.rule}
     page.table(["registered", ""], list(said.items()))
     page.text(f"Stopping: {registration.stopping} Exclusion: {registration.exclusion}")
-    page.verbatim("\n".join(sorted({str(origin.get("commit")) for run in runs for origin in run.provenance})))
+    page.table(["seeds", "on", "commit", "Python", "JAX"], _origins(runs))
     files = page.write(_output(config, folder(question)), f"report_{config.rung}")
     return Report(files, words)
 
@@ -192,6 +192,17 @@ def _row(finding: Finding) -> list[str]:
     name = finding.name if finding.role == "contrast" else f"{finding.name} ({finding.role})"
     numbers = [f"{p:.4f}" for p in (finding.sign_flip_p, finding.t_p, finding.p, finding.equivalence_p)]
     return [name, str(len(finding.differences)), f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", *numbers, finding.verdict]
+
+
+def _origins(runs: Sequence[Run]) -> list[list[str]]:
+    """A row for each device, commit and version that runs were made with, and which seeds."""
+    found: dict[tuple[str, ...], set[int]] = {}
+    for run in runs:
+        for origin in run.provenance:
+            versions = origin.get("versions", {})
+            key = origin.get("computed", {}).get("kind"), str(origin.get("commit"))[:12], versions.get("python"), versions.get("jax")
+            found.setdefault(tuple(map(str, key)), set()).add(run.seed)
+    return [[", ".join(map(str, sorted(seeds))), *key] for key, seeds in sorted(found.items(), key=lambda item: sorted(item[1]))]
 
 
 def _arm(arm: str, runs: Sequence[Run], metric: str) -> list[str]:

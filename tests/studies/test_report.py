@@ -22,7 +22,7 @@ from llama_eqx.errors import ConfigError, DataError
 from llama_eqx.studies.plots import VERDICTS
 from llama_eqx.studies.registration import load_registration, registered, tuned
 from llama_eqx.studies.report import report
-from llama_eqx.studies.runs import kept
+from llama_eqx.studies.runs import check, complete, kept
 from llama_eqx.studies.statistics import interval
 from llama_eqx.studies.verdict import findings, in_words
 
@@ -121,6 +121,7 @@ def test_the_files(experiment):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     assert {"differences.png", "dose.png", "positions.png"} <= {path.name for path in folder.iterdir()}
     assert "| first | 8 |" in markdown
+    assert "| 0, 1, 2, 3, 4 | cpu | abc | 3.11.7 | 0.10.2 |\n| 5, 6, 7 | H100 | abc | 3.11.7 | 0.10.2 |" in markdown
     assert page.count("<svg") == 3
     assert not re.search(r"""(src|href)=["'](?!#)""", page.replace("xlink:", ""))
     used, given = set(re.findall(r'(?:url\(|href=")#([^)"]+)', page)), re.findall(r' id="([^"]+)"', page)
@@ -194,9 +195,21 @@ def test_it_is_said_how_many_runs_are_there(path):
     there = {stage: len(list((path.parent / "runs" / stage / "1m").rglob("*.jsonl.gz"))) for stage in registered}
     said = f"{there['tune']} of {registered['tune']} | {there['final']} of {registered['final']} |"
     assert re.search(rf"\[{path.parent.name}\]\(.*?\) \| {re.escape(said)}", (ROOT / "experiments/README.md").read_text())
-    if (own := path.with_name("README.md")).exists():
-        for stage, name in (("tune", "tuning"), ("final", "final")):
-            assert f"| {name} | {there[stage]} | {registered[stage]} |" in own.read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/report_1m.md")), ids=lambda path: path.parent.name)
+def test_the_verdict_that_is_told_is_that_of_the_runs(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    question = path.parent.name
+    registration, runs = load_registration(question), kept(question, "final", "1m")
+    check(runs, registration)
+    complete(runs, registration)
+    words = in_words(findings(runs, registration), registration)
+    assert words in path.read_text()
+    told = re.findall(r"([+-]\d\.\d{4}) (\[[+-]\d\.\d{4}, [+-]\d\.\d{4}\])", path.with_name("README.md").read_text())
+    assert told
+    for mean, limits in told:
+        assert f"{mean} nats per token {limits}" in words
 
 
 def test_the_registration_in_the_guide(tmp_path, monkeypatch):
