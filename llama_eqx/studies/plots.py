@@ -5,6 +5,7 @@ import math
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -138,6 +139,6 @@ def curves(runs: Mapping[str, Run], metric: str, label: str, *, log: bool = Fals
     return made
 
 
-def _lines(count: int) -> list[dict[str, str]]:
+def _lines(count: int) -> list[dict[str, Any]]:
     """Where colors come a second time lines are dashed, and then dotted."""
     return [{"color": COLORS[i % len(COLORS)], "linestyle": ("-", "--", ":")[i // len(COLORS) % 3]} for i in range(count)]
