@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import stats
 from test_loop import config
@@ -17,6 +18,7 @@ from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.training.guard import all_finite, require_finite
 from llama_eqx.training.loop import train
 from llama_eqx.training.loss import LossConfig
+from llama_eqx.training.optimizer import AdamWConfig
 from llama_eqx.training.setup import set_up
 from llama_eqx.training.state import abstract
 
@@ -89,6 +91,28 @@ def test_the_history_survives_a_restart(tmp_path):
     with Checkpoints(tmp_path, load_config().checkpoint) as checkpoints:
         found = checkpoints.restore(*(abstract(tree, jax.tree.map(lambda _: place, tree)) for tree in empty))
     assert spikes + judged(curve(77), found.training["history"])[0] == expected(curve())
+
+
+def test_what_is_not_finite_of_an_update_stays_out_of_the_state(tmp_path, monkeypatch):
+    """The gradient is finite and one entry of each direction is not: the others are applied, and the step counts as withheld."""
+    build = AdamWConfig.build
+
+    def spoilt(self):
+        optimizer = build(self)
+
+        def update(gradient, state, model):
+            direction, state = optimizer.update(gradient, state, model)
+            return jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan), direction), state
+
+        return optax.GradientTransformation(optimizer.init, update)
+
+    monkeypatch.setattr(AdamWConfig, "build", spoilt)
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        train(config(tmp_path / "run", "train.eval_every=1", "checkpoint.every=1"))
+    records = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in record]
+    assert [record["optim/withheld"] for record in records] == [1, 1, 1]
+    assert all(np.isfinite(record["optim/grad_norm"]) and np.isnan(record["optim/update_norm"]) for record in records)
+    assert records[2]["train/loss"] < records[0]["train/loss"]  # by the entries that were applied
 
 
 def test_a_gradient_a_thousand_times_as_large_is_withheld(tmp_path, monkeypatch):
