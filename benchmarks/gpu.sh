@@ -6,9 +6,9 @@
 #     PARTS=decoding benchmarks/gpu.sh  some of: tests training decoding
 #     SIZE=tiny benchmarks/gpu.sh       a small model on this machine's CPU, to try the script; nothing of it is a figure
 #
-# Needs the packages of '.[test,cuda]' and nothing from the network. What 80 GB hold beside a compiled PyTorch: LAYERS (8) of the 8B, a row of
-# it (ROWS_8B) and 4 of the 1B (ROWS_1B); without PEERS, 3 and 8. ROUNDS=1 takes some 5 minutes. Decoding is measured against what the card can
-# do, and with DECODING_PEERS="pytorch, compiled" beside PyTorch.
+# Needs the packages of '.[test,cuda]' and nothing from the network. LAYERS (8) of the 8B, ROWS_8B (1) and ROWS_1B (4) are for 80 GB;
+# alone, with PEERS= ROWS_8B=3 ROWS_1B=8, ours fills them. Decoding is measured against what the card can do, and with
+# DECODING_PEERS="pytorch, compiled" beside PyTorch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD

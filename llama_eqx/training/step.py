@@ -86,9 +86,13 @@ def make_step(
         if guard is not None and history is not None:
             spike, history = guard.judged(mean, norm, history)
             good, spikes = good & ~spike, {"optim/spike": spike.astype(jnp.float32)}
+
         # Optax may promote what it keeps; a state has the dtypes that it began with. Were `good` to wait for the norm of the update, every
-        # update would be written to memory and read again, which costs a step of a billion parameters on a GPU some 2%.
-        keep = lambda new, old: jnp.where(good & jnp.isfinite(new), new.astype(old.dtype), old)  # noqa: E731
+        # update would be written to memory, read for its norm and read again: on a GPU 48 bytes of traffic a parameter instead of 38.
+        def keep(new: Array, old: Array) -> Array:
+            new = new.astype(old.dtype)
+            return jnp.where(good & jnp.isfinite(new), new, old)
+
         kept: Any = jax.tree.map(keep, (model, opt_state), (state.model, state.opt_state))
 
         new = layout.place(TrainState(state.step + 1, kept[0], kept[1], history))
