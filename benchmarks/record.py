@@ -76,9 +76,13 @@ def write(out: pathlib.Path | None, found: dict[str, Any], table: str, load: flo
     if out is None:
         return
     facts = circumstances(load, device)
-    machine = facts["machine"]
-    said = f"{facts['date']}, {machine['cores']} cores of {machine['processor']}, {load:.2f} of a core busy before, "
-    said += ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts | found, indent=1) + "\n")
-    out.with_suffix(".md").write_text(f"{said}\n\n{table}\n")
+    out.with_suffix(".md").write_text(f"{told(facts)}\n\n{table}\n")
+
+
+def told(facts: dict[str, Any]) -> str:
+    """`circumstances` as one line."""
+    machine = facts["machine"]
+    said = f"{facts['date']}, {machine['cores']} cores of {machine['processor']}, {machine['busy_before']:.2f} of a core busy before, "
+    return said + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())

@@ -12,6 +12,8 @@ import pathlib
 import subprocess
 import sys
 
+from benchmarks.record import told
+
 ROOT = pathlib.Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 OUT = "{out}"  # the file that a part writes its figures to; without it they are the lines that it prints
@@ -44,18 +46,20 @@ def measure(part: str, more: list[str]) -> bool:
 
 
 def in_words(said: str) -> str:
-    """Lines of JSON as a table with a column for every key that holds a number or a text; other lines as they are."""
-    records, rest = [], []
+    """Lines of JSON as a table with a column for every key that holds a number or a text; the conditions, and other lines, as they are."""
+    records, rest, conditions = [], [], []
     for line in said.splitlines():
-        if line.startswith("{"):
-            record = json.loads(line)
+        record = json.loads(line) if line.startswith("{") else {}
+        if record.get("name") == "conditions":
+            conditions += [told(record), ""]
+        elif record:
             records.append({key: value for key, value in record.items() if isinstance(value, int | float | str)})
         else:
             rest.append(line)
     keys = list(dict.fromkeys(key for record in records for key in record))
     rows = [[str(record.get(key, "")) for key in keys] for record in records]
     table = [f"| {' | '.join(row)} |" for row in ([keys, ["---"] * len(keys), *rows] if rows else [])]
-    return "\n".join([*table, *([""] if table and rest else []), *(["```", *rest, "```"] if rest else [])]) + "\n"
+    return "\n".join([*conditions, *table, *([""] if table and rest else []), *(["```", *rest, "```"] if rest else [])]) + "\n"
 
 
 def main() -> None:
