@@ -1,7 +1,8 @@
-"""How costs grow: `python -m benchmarks.growth [compile again context resume start] [--out benchmarks/results/growth.json]`.
+"""How costs grow: `python -m benchmarks.growth [compile again warm context resume start] [--out benchmarks/results/growth.json]`.
 
     compile   seconds to trace and compile the training step, by layers, which are one scan
     again     the same in a new process that finds the program in the compile cache
+    warm      that as a share of the first time, for a step of a real size: llama2_7b's, split over 8 virtual devices, by layers
     context   training tokens a second, by the tokens of a row, with as many tokens a batch
     resume    seconds from the command to the first new step, by the steps that the run has behind it
     start     seconds from opening an index to its first batch of packed rows, by the tokens of the corpus (sparse files)
@@ -56,6 +57,17 @@ def again(layers: int, folder: str) -> float:
         del os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
+def warm(layers: int, folder: str) -> float:
+    cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled-{time.time_ns()}"}
+    overrides = ["model=llama2_7b", f"model.dims.layers={layers}", "mesh=cpu-8", "train.batch_size=8", f"run_dir={folder}/plan"]
+    seconds = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-m", "llama_eqx.plan", *overrides], check=True, capture_output=True, env={**os.environ, **cache})
+        compiler = json.loads(pathlib.Path(folder, "plan", "plan.json").read_text())["compiler"]
+        seconds.append(compiler["lower_seconds"] + compiler["compile_seconds"])
+    return seconds[1] / seconds[0]
+
+
 def context(seq: int, folder: str) -> float:
     return trained(4, seq, 4096)["tokens_per_second"]
 
@@ -82,6 +94,7 @@ def starting(tokens: int, folder: str) -> float:
 CURVES = {
     "compile": (compiling, [1, 2, 4, 8, 16, 32], "layers", "seconds to compile a step"),
     "again": (again, [1, 32], "layers", "seconds to compile it again"),
+    "warm": (warm, [8, 32, 80], "layers of llama2_7b", "compiling again, of the first time"),
     "context": (context, [128, 256, 512, 1024, 2048, 4096], "tokens of a row", "training tokens/s"),
     "resume": (resuming, [10, 100, 1000, 10_000], "steps behind it", "seconds to the first new step"),
     "start": (starting, [10**7, 10**8, 10**9, 10**10], "tokens of the corpus", "seconds to the first batch"),

@@ -75,7 +75,7 @@ PRESETS = {
     "llama3_70b": row("llama3_70b", "v5p-256", 8192, 128, 8192, "remat=full"),
     "llama3_1_405b": ["model=llama3_1_405b", "mesh=v5p-1024"],
     "llama3_2_1b": ["model=llama3_2_1b", "mesh=v5e-16"],
-    "llama3_2_3b": row("llama3_2_3b", "v6e-16", 8192, 16, 8192, "remat=full"),
+    "llama3_2_3b": row("llama3_2_3b", "v6e-16", 24576, 16, 8192, "remat=names", "kernel.fused_backward=false"),
 }
 
 # The same settings on more and more chips, and on longer and longer rows.

@@ -11,7 +11,7 @@ from jaxtyping import Int
 class Chip(NamedTuple):
     """`peak` in dense bfloat16 FLOP/s, `clock` in Hz, `hbm` in bytes/s, `memory` in bytes as the compiler allows them, `link` in bytes/s
     of one link in one direction, `ring` the least length at which an axis of a slice closes into a ring, `host` its part of the memory of
-    the machine that it sits in, in bytes.
+    the machine that it sits in, in bytes, `overlaps` whether its compiler runs gathers beside computation (docs/log.md).
 
     Peaks and speeds: "How to Scale Your Model", the chapter on TPUs (jax-ml.github.io/scaling-book). The clock is the peak over what the
     matrix units do in a cycle. Hosts: Google Cloud's machines of four chips (ct4p, ct5p, ct5lp, ct6e).
@@ -24,16 +24,17 @@ class Chip(NamedTuple):
     link: float
     ring: int
     host: float
+    overlaps: bool
 
 
 GIB = 2**30
 HOST_LINK = 1.6e10  # bytes/s between a chip and its host's memory
 
 CHIPS = {
-    "TPU v4": Chip(275e12, 275e12 / (8 * 128 * 128 * 2), 1.23e12, 30.75 * GIB, 4.5e10, 4, 407e9 / 4),
-    "TPU v5": Chip(459e12, 459e12 / (8 * 128 * 128 * 2), 2.77e12, 95.73 * GIB, 9e10, 4, 448e9 / 4),
-    "TPU v5 lite": Chip(197e12, 197e12 / (4 * 128 * 128 * 2), 8.1e11, 15.75 * GIB, 4.5e10, 16, 192e9 / 4),
-    "TPU v6 lite": Chip(918e12, 918e12 / (4 * 256 * 256 * 2), 1.64e12, 31.24 * GIB, 9e10, 16, 720e9 / 4),
+    "TPU v4": Chip(275e12, 275e12 / (8 * 128 * 128 * 2), 1.23e12, 30.75 * GIB, 4.5e10, 4, 407e9 / 4, True),
+    "TPU v5": Chip(459e12, 459e12 / (8 * 128 * 128 * 2), 2.77e12, 95.73 * GIB, 9e10, 4, 448e9 / 4, False),
+    "TPU v5 lite": Chip(197e12, 197e12 / (4 * 128 * 128 * 2), 8.1e11, 15.75 * GIB, 4.5e10, 16, 192e9 / 4, True),
+    "TPU v6 lite": Chip(918e12, 918e12 / (4 * 256 * 256 * 2), 1.64e12, 31.24 * GIB, 9e10, 16, 720e9 / 4, False),
 }
 
 

@@ -146,6 +146,8 @@ def predicted_seconds(config: RunConfig, program: Program, layout: Layout, torus
     model = program.shapes.model
     weights = 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.blocks)) / shape["tensor"]
     gathers, waits = 2 * seconds("all-gather", weights, "fsdp"), 0.0
+    if not chip.overlaps:
+        gathers, waits = 0.0, gathers
     if shape["fsdp"] == layout.mesh.size and torus.closed:  # a gather over all of it is compiled to a reduction, which waits
         gathers, waits = 0.0, 2 * seconds("all-reduce", weights, "fsdp")
     reductions = waits + seconds("reduce-scatter", weights, "fsdp") + seconds("all-reduce", weights / shape["fsdp"], "data")

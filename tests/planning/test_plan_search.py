@@ -28,8 +28,8 @@ def variant(*overrides):
 def slice_of_eight(monkeypatch):
     """Eight virtual devices that pass for a slice of v5e, with as much memory as a test wants."""
 
-    def memory(size, host=2**40, shape=(2, 4), ring=False):
-        chip = CHIPS["TPU v5 lite"]._replace(memory=size, host=host)
+    def memory(size, host=2**40, shape=(2, 4), ring=False, overlaps=True):
+        chip = CHIPS["TPU v5 lite"]._replace(memory=size, host=host, overlaps=overlaps)
         torus = Torus(chip, np.array(list(itertools.product(*map(range, shape)))), (ring,) * len(shape))
         monkeypatch.setattr(module, "build_mesh", lambda config: config.build(jax.devices()))
         monkeypatch.setattr(module.Torus, "of", lambda devices: torus)
@@ -67,6 +67,19 @@ def test_what_the_user_says_stays(slice_of_eight):
     assert {candidate.config.mesh.tensor for candidate in ranked} == {2}
     assert {candidate.config.remat.policy for candidate in ranked} == {"full"}
     assert {candidate.config.train.microbatch_size for candidate in ranked} == {4, 8, 16, 32}
+
+
+def test_where_gathers_wait_they_are_added(slice_of_eight):
+    def seconds(overlaps):
+        slice_of_eight(2**40, overlaps=overlaps)
+        ranked = candidates(variant, ["full"], ["mesh"])
+        return {candidate.config.train.microbatch_size // 8: candidate.seconds for candidate in ranked}
+
+    beside, waiting = seconds(True), seconds(False)
+    lost = {rows: rows * (waiting[rows] - beside[rows]) for rows in beside}
+    hidden = [rows for rows in sorted(lost) if lost[rows] == pytest.approx(max(lost.values()))]
+    assert hidden == [24, 32]  # which compute for long enough to hide a whole gather, so that the loss is one gather, whatever the rows
+    assert lost[1] > 0
 
 
 def test_what_is_put_on_the_host_fits_there(slice_of_eight):

@@ -192,16 +192,16 @@ def test_a_registration_that_contradicts_itself(change, said, experiment):
 def test_it_is_said_how_many_runs_are_there(path):
     found = load_registration(path.parent.name)
     registered = {"tune": len(found.tune_arms) * len(found.rates) * len(found.tune_seeds), "final": len(found.arms) * len(found.seeds)}
-    there = {stage: len(list((path.parent / "runs" / stage / "1m").rglob("*.jsonl.gz"))) for stage in registered}
+    there = {stage: len(list((path.parent / "runs" / stage).rglob("*.jsonl.gz"))) for stage in registered}
     said = f"{there['tune']} of {registered['tune']} | {there['final']} of {registered['final']} |"
     assert re.search(rf"\[{path.parent.name}\]\(.*?\) \| {re.escape(said)}", (ROOT / "experiments/README.md").read_text())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/report_1m.md")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/report_*.md")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_verdict_that_is_told_is_that_of_the_runs(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    question = path.parent.name
-    registration, runs = load_registration(question), kept(question, "final", "1m")
+    question, rung = path.parent.name, path.stem.removeprefix("report_")
+    registration, runs = load_registration(question), kept(question, "final", rung)
     check(runs, registration)
     complete(runs, registration)
     words = in_words(findings(runs, registration), registration)
