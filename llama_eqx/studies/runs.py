@@ -73,8 +73,13 @@ def kept(question: str, stage: str, rung: str) -> list[Run]:
     where = folder(question) / "runs" / stage / rung
     if runs := [read_kept(path) for path in sorted(where.rglob("*.jsonl.gz"))]:
         return runs
-    command = f"python -m llama_eqx.train -m experiment={question}" + " stage=tune" * (stage == "tune")
-    raise DataError(f"no run of {question} has been kept", where=str(where), next=command)
+    others = sorted(path.parent.parent.name for path in where.parent.glob("*/*/*.jsonl.gz"))
+    command = (
+        f"python -m llama_eqx.report experiment={question} rung={others[0]}"
+        if others
+        else f"python -m llama_eqx.train -m experiment={question}"
+    )
+    raise DataError(f"no run of {question} has been kept at {rung}", where=str(where), next=command + " stage=tune" * (stage == "tune"))
 
 
 def check(runs: Sequence[Run], registration: Registration) -> None:

@@ -74,6 +74,15 @@ def test_diverged_runs_count(experiment):
     assert found["second"].verdict == "undecided"
 
 
+@pytest.mark.parametrize(
+    ("stage", "next"), [("final", "llama_eqx.report experiment=known rung=1m"), ("tune", "train -m experiment=known stage=tune")]
+)
+def test_where_there_is_no_run_it_is_said_where_there_are(stage, next, experiment):
+    with pytest.raises(DataError, match="no run of known has been kept at 10m") as refused:
+        kept("known", stage, "10m")
+    assert refused.value.next.endswith(next)
+
+
 def test_without_controls_nothing_is_claimed_of_them(experiment):
     registration = load_registration("known")
     assert "There is no positive control:" in in_words([], registration)
