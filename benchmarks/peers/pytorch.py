@@ -65,7 +65,8 @@ device = "cuda" if task.device == "gpu" else "cpu"
 torch.set_num_threads(task.threads)
 torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
 torch.manual_seed(0)
-model = Llama(task).to(device)
+with torch.device(device):
+    model = Llama(task)
 if task.precision == "bfloat16":
     cos, sin = model.cos, model.sin
     model = model.to(torch.bfloat16)

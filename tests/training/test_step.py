@@ -13,6 +13,7 @@ from llama_eqx.errors import ConfigError
 from llama_eqx.precision import cast
 from llama_eqx.sharding import MESH_AXES, Layout
 from llama_eqx.training.loss import policy_view
+from llama_eqx.training.program import jitted_step, make_program
 from llama_eqx.training.state import TrainState
 from llama_eqx.training.step import make_step, split
 
@@ -101,3 +102,19 @@ def test_microbatches_that_do_not_divide_are_refused(microbatch_size, said):
     with pytest.raises(ConfigError) as error:
         split(batch(), microbatch_size, layout("fsdp", 2, 2, 1, 1))
     assert said in error.value.next
+
+
+def test_the_host_is_back_before_the_device_is_done():
+    """Else the device would wait in every step for the host's next call."""
+    sizes = ["model.dims.vocab=4096", "train.batch_size=8", "train.seq_len=128"]
+    config = load_config(*sizes)
+    where = Layout(config.mesh.build(), config.sharding)
+    program = make_program(config, where)
+    step, key = jitted_step(program, config), jax.random.key(0)
+    state = jax.jit(program.initial, out_shardings=program.shardings)(key)
+    rows = jnp.zeros((8, 128), jnp.int32)
+    rows = jax.device_put(Batch(rows, rows, jnp.ones((8, 128))), where.sharding(("batch", "seq"), rows.shape))
+    state, metrics = step((rows, key), state)  # compiles
+    jax.block_until_ready((state, metrics))
+    _, metrics = step((rows, key), state)
+    assert not metrics["train/loss"].is_ready()  # pyright: ignore[reportAttributeAccessIssue]
