@@ -117,4 +117,4 @@ def test_the_host_is_back_before_the_device_is_done():
     state, metrics = step((rows, key), state)  # compiles
     jax.block_until_ready((state, metrics))
     _, metrics = step((rows, key), state)
-    assert not metrics["train/loss"].is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+    assert not metrics["train/loss"].is_ready()
