@@ -155,9 +155,11 @@ class _Reader:
                     fused.append((_plain(instruction.shape), finish))
                 else:
                     done[name] = finish
-            elif op == "copy-start" and "S(5)" in instruction.shape:
-                host = done[name] = max(now, host) + max(buffers(instruction.shape)) / HOST_LINK
-            elif op == "copy-done":
+            elif (moved := _moved_by_host(instruction)) is not None:
+                seconds = moved / HOST_LINK
+                traffic["host-copy", True] = traffic.get(("host-copy", True), Traffic()).plus(Traffic(1, moved, seconds))
+                host = done[name] = max(now, host) + seconds
+            elif op in ("copy-done", "dynamic-slice-done", "dynamic-update-slice-done"):
                 now = max(now, done.get(instruction.operands[0], 0.0))
             elif (cycles := instruction.number("estimated_cycles")) is not None:
                 now, compute = now + cycles / chip.clock, compute + cycles / chip.clock
@@ -224,6 +226,18 @@ class _Reader:
             size = sum(sizes) * (len(group) if kind == "reduce-scatter" else 1)
         bandwidth, hops = self.torus.bandwidth(group), self.torus.hops(group)
         return size, collective_seconds(kind, size, len(group), bandwidth, self.torus.chip.link, hops)
+
+
+def _moved_by_host(instruction: Instruction) -> int | None:
+    """The bytes that an instruction begins to move between the device and its host's memory, which is space 5; None for another one.
+
+    A slice is moved into or out of what all turns of a loop keep there: `((all, slice, indices…), all, …)`, `((all, indices…), slice, …)`.
+    """
+    if "S(5)" not in instruction.shape:
+        return None
+    arrays = buffers(instruction.shape)
+    which = {"copy-start": 0, "dynamic-update-slice-start": 1, "dynamic-slice-start": -2}.get(instruction.op)
+    return None if which is None else arrays[which]
 
 
 def _starts(instruction: Instruction) -> bool:

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from llama_eqx.planning.chips import CHIPS, Torus
+from llama_eqx.planning.chips import CHIPS, HOST_LINK, Torus
 from llama_eqx.planning.estimate import HOP_SECONDS, KERNEL_EFFICIENCY, LINK_EFFICIENCY, collective_seconds, estimate, kernel_seconds
 from llama_eqx.planning.hlo import parse
 
@@ -80,6 +80,30 @@ def test_a_gather_spread_over_fusions():
     slow = estimate(text.replace('"1000000"', '"1000"'), SLICE)
     np.testing.assert_allclose(slow.step, 32 * (GATHER + REDUCE) + KERNEL + 5000 / CLOCK, rtol=1e-6)
     assert found.traffic["all-gather", True].count == 32
+
+
+STACK, SLICE_OF_IT = "bf16[32,4096,4096]{2,1,0:T(8,128)(2,1)S(5)}", "bf16[1,4096,4096]{2,1,0:T(8,128)(2,1)}"
+INDICES = "s32[]{:T(128)}, s32[]{:T(128)}, /*index=4*/s32[]{:T(128)}"
+TO_AND_FROM_THE_HOST = {
+    "copy": (f"({SLICE_OF_IT[:-1]}S(5)}}, {SLICE_OF_IT}, u32[]{{:S(2)}})", "copy-start(%x)"),
+    "dynamic-update-slice": (
+        f"(({STACK}, {SLICE_OF_IT}, {INDICES}), {STACK}, u32[]{{:S(2)}})",
+        "dynamic-update-slice-start(%stack, %x, %next, %one, %one)",
+    ),
+    "dynamic-slice": (f"(({STACK}, {INDICES}), {SLICE_OF_IT}, u32[]{{:S(2)}})", "dynamic-slice-start(%stack, %next, %one, %one)"),
+}
+
+
+@pytest.mark.parametrize("op", TO_AND_FROM_THE_HOST)
+def test_what_the_host_keeps_takes_its_time(op):
+    """In each turn a layer's 32 MiB move to or from the host, beside a product that is shorter than that."""
+    shape, call = TO_AND_FROM_THE_HOST[op]
+    line = next(line for line in TEXT.splitlines() if "%product = " in line)
+    text = TEXT.replace(line, f"  %away = {shape} {call}\n{line}\n  %back = {SLICE_OF_IT} {op}-done(%away)")
+    found, moved = estimate(text, SLICE), 4096 * 4096 * 2
+    assert moved / HOST_LINK > 1e6 / CLOCK
+    assert (found.traffic["host-copy", True].count, found.traffic["host-copy", True].bytes) == (32, 32 * moved)
+    np.testing.assert_allclose(found.step - estimate(TEXT, SLICE).step, 32 * (moved / HOST_LINK - 1e6 / CLOCK), rtol=1e-6)
 
 
 def test_what_cannot_be_read_is_said():
