@@ -135,7 +135,7 @@ def predicted_seconds(config: RunConfig, program: Program, layout: Layout, torus
     rows = rows_of_device(config, layout)
     tokens = rows * config.train.seq_len / shape["sequence"]
     compute = rows * traced.flops / (shape["tensor"] * shape["sequence"]) / (PRODUCTS * chip.peak)
-    host = 2 * rows * traced.host / HOST_LINK  # there and back
+    host = rows * traced.host / HOST_LINK  # each way: there beside the forward pass, a third of the computation, and back beside the rest
 
     def seconds(kind: str, size: float, axis: str) -> float:
         places = np.arange(layout.mesh.size).reshape(tuple(shape.values()))
@@ -152,7 +152,8 @@ def predicted_seconds(config: RunConfig, program: Program, layout: Layout, torus
         gathers, waits = 0.0, 2 * seconds("all-reduce", weights, "fsdp")
     reductions = waits + seconds("reduce-scatter", weights, "fsdp") + seconds("all-reduce", weights / shape["fsdp"], "data")
     activations = 4 * dims.layers * seconds("all-reduce", 2 * tokens * dims.embed, "tensor")
-    return (max(compute, gathers, host) + reductions + activations) * shape["tensor"] / tokens
+    passes = max(compute / 3, gathers / 2, host) + max(2 * compute / 3, gathers / 2, host)
+    return (passes + reductions + activations) * shape["tensor"] / tokens
 
 
 def search(variant: Variant, overrides: Sequence[str], remats: Sequence[str], path: pathlib.Path, enough: int = MOST) -> Plan:

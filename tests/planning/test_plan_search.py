@@ -93,6 +93,19 @@ def test_what_is_put_on_the_host_fits_there(slice_of_eight):
     assert most_rows(5 * kept) == 32  # of 8, 16, 24, 32 and 48: four rows on each of eight devices
 
 
+def test_what_goes_to_the_host_goes_beside_the_forward_pass(slice_of_eight, monkeypatch):
+    """Which is a third of the computation: a link that needs 0.4 of it each way is waited for on the way there, and not on the way back."""
+
+    def seconds(link):
+        monkeypatch.setattr(module, "HOST_LINK", link)
+        slice_of_eight(2**30, 2**40)
+        return candidates(variant, ["offload"], ["mesh", "sharding", "train.batch_size", "train.microbatch_size"])[0].seconds
+
+    monkeypatch.setattr(module, "collective_seconds", lambda *_: 0.0)
+    compute, kept = seconds(1e30), 4 * 256 * 4  # of a token: four layers of 256 float32
+    np.testing.assert_allclose(seconds(kept / (0.4 * compute)) - compute, (0.4 - 1 / 3) * compute, rtol=1e-6)
+
+
 def test_a_gather_over_a_whole_torus_waits(slice_of_eight):
     def seconds(ring):
         slice_of_eight(2**30, shape=(2, 2, 2), ring=ring)
