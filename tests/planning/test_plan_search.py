@@ -152,7 +152,13 @@ def test_the_best_is_written_and_train_takes_it(slice_of_eight, monkeypatch, tmp
     assert plan.config == compiled[2]
     again = lambda *more: load_config(*overrides, *more, name="plan", plan=False)  # noqa: E731
     compiled.clear()
-    assert search(again, overrides, REMATS, tmp_path / "few" / "x.yaml", enough=1).config == compiled[1]  # the first that fits is the last
+    few = tmp_path / "few" / "x.yaml"
+    assert search(again, overrides, REMATS, few, enough=1).config == compiled[2]  # the first that fits, with the other backward pass
+    assert [config.kernel.fused_backward for config in compiled] == [True, True, False]
+    assert dataclasses.replace(compiled[2], kernel=compiled[1].kernel) == compiled[1]
+    assert few.read_text().count("  - kernel.fused_backward=") == 1
+    compiled.clear()
+    search(again, [*overrides, "kernel.fused_backward=true"], REMATS, few, enough=1)
     assert len(compiled) == 2
 
     text = path.read_text()
