@@ -50,14 +50,16 @@ class Task:
     def measure(self, step: Callable[[int], SupportsFloat], **said: Any) -> None:
         """Times `step(i)`, which does a step on rows i % 8 and returns its loss, and prints the answer.
 
-        A loss is read one step late, as training loops do: a GPU never waits to be told what comes next. What the first step takes longer
-        than the others is compilation.
+        A loss is read one step late, as training loops do: a GPU never waits to be told what comes next. The first step is waited for, and
+        what it takes longer than the others is compilation.
         """
         losses, seconds, last = [], [], None
         for i in range(self.warmup + self.steps):
             begun = time.perf_counter()
             loss = step(i)
-            if last is not None:
+            if last is None:
+                float(loss)
+            else:
                 losses.append(float(last))
             last = loss
             seconds.append(time.perf_counter() - begun)

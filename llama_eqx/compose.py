@@ -131,6 +131,7 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
     """
     # What says float32 is to be that: left to itself, JAX multiplies with TF32 on a GPU and with bfloat16 on a TPU.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of a GPU's memory: 0.75 by itself, and conf/mesh plans for more
     arguments = sys.argv[1:]
     if taken := planned(name, arguments)[: -len(arguments) or None]:
         batch = "; the recipe's learning rate is for the recipe's batch" * any(each.startswith("train.batch_size") for each in taken)

@@ -111,8 +111,9 @@ def leave(code: int) -> None:
 
 
 def watched(steps: Iterable[T], stall: int | None) -> Iterator[T]:
-    """`steps`, the first of which may take its time: it compiles. When a later one takes more than `stall` seconds, with what is
-    evaluated and saved after it, this process and all others say where they are and end with code 75.
+    """`steps`, the first of which may take its time: it compiles, and what it has begun is waited for in the second. When a later one
+    takes more than `stall` seconds, with what is evaluated and saved after it, this process and all others say where they are and end with
+    code 75.
 
     Outside of `together`, for users of the library, it only passes them on.
     """

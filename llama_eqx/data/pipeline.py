@@ -157,11 +157,13 @@ class Ahead(Iterator[T]):
     """`items`, made by a thread while up to `room` of them wait to be taken; for a `with` statement. An exception of theirs is raised where
     they are taken.
 
-    `waited` are the seconds that whoever takes them has waited for items that were not made yet.
+    `waited` are the seconds that whoever takes them has waited for items that were not made yet, with nothing else to do: `settle`, which
+    waits for the device where steps are computed, comes before.
     """
 
     def __init__(self, items: Iterator[T], room: int = 2):
         self.waited = 0.0
+        self.settle: Callable[[], None] = lambda: None
         self._items, self._free, self._closed = items, threading.Semaphore(room), threading.Event()
         self._made: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._make, name="batches", daemon=True)
@@ -177,6 +179,7 @@ class Ahead(Iterator[T]):
         try:
             item, error = self._made.get_nowait()
         except queue.Empty:
+            self.settle()
             begun = time.perf_counter()
             item, error = self._made.get()
             self.waited += time.perf_counter() - begun

@@ -23,7 +23,9 @@ PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products of a score's size in
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind in a step: `bytes` of their full buffers on a device, `seconds` if nothing overlapped."""
+    """Collectives of one kind in a step, or copies to and from the host: `bytes` of their full buffers on a device, `seconds` if nothing
+    overlapped.
+    """
 
     count: int = 0
     bytes: int = 0
@@ -35,7 +37,8 @@ class Traffic:
 
 class Estimate(NamedTuple):
     """Seconds of one step: `step` = `compute` + `exposed` (waiting for collectives and the host's memory). `kernels` is the part of
-    `compute` that is in Pallas kernels. `traffic` is by kind and whether asynchronous.
+    `compute` that is in Pallas kernels. `traffic` is by kind, `host-copy` among them, and whether
+    asynchronous.
 
     `doubts` says what could not be read and counts as nothing.
     """

@@ -135,7 +135,7 @@ def predicted_seconds(config: RunConfig, program: Program, layout: Layout, torus
     rows = rows_of_device(config, layout)
     tokens = rows * config.train.seq_len / shape["sequence"]
     compute = rows * traced.flops / (shape["tensor"] * shape["sequence"]) / (PRODUCTS * chip.peak)
-    host = rows * traced.host / HOST_LINK  # each way: there beside the forward pass, a third of the computation, and back beside the rest
+    host = rows * traced.host / HOST_LINK  # each way: beside the forward pass, a third of what is computed once, and beside the rest
 
     def seconds(kind: str, size: float, axis: str) -> float:
         places = np.arange(layout.mesh.size).reshape(tuple(shape.values()))
@@ -178,13 +178,14 @@ def search(variant: Variant, overrides: Sequence[str], remats: Sequence[str], pa
                 break
             bar.set_postfix_str(" ".join(candidate.overrides))
             tried.append((candidate, make_plan(candidate.config)))
-    if not any(plan.estimate and plan.fits for _, plan in tried):
-        raise UserError(f"none of the {len(tried)} settings that were compiled fits", where="mesh", next="more devices")
-    if backward:
-        best, _ = fastest(tried)
-        changed = (*best.overrides, *backward)
-        other = best._replace(config=variant(*base, *changed), overrides=changed)
-        tried.append((other, make_plan(other.config)))
+        if not any(plan.estimate and plan.fits for _, plan in tried):
+            raise UserError(f"none of the {len(tried)} settings that were compiled fits", where="mesh", next="more devices")
+        if backward:
+            best, _ = fastest(tried)
+            changed = (*best.overrides, *backward)
+            bar.set_postfix_str(" ".join(changed))
+            other = best._replace(config=variant(*base, *changed), overrides=changed)
+            tried.append((other, make_plan(other.config)))
     best, plan = fastest(tried)
     mine = {override.partition("=")[0] for override in best.overrides}
     write(path, [*(o for o in base if o.partition("=")[0] not in mine), *said, *best.overrides], plan, tried)

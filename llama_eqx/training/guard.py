@@ -21,7 +21,7 @@ class History(eqx.Module):
 
 class GuardConfig(Config):
     """An update is withheld when loss or gradient is not finite, and what of an update itself is not. A run is given up after
-    `max_withheld` of these in a row.
+    `max_withheld` of these in a row, the last kind counted where `train.meters` has `update_norm`.
 
     With `spike`, an update that is finite is withheld too if its loss, or the logarithm of its gradient's norm, lies more than so many
     standard deviations above the median of the last `window`. The deviation is estimated by the median absolute one, which spikes hardly

@@ -137,7 +137,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 devices=layout.mesh.size,
                 waited=lambda: batches.waited,
             )
-            checkpoints.say = tracker.say
+            checkpoints.say, batches.settle = tracker.say, reporter.settle
             evaluation, measured, progress = None, {}, past
             done, save_every = begin, config.checkpoint.every or steps
 
@@ -184,7 +184,9 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                     measure()
                 for step in watched(range(begin + 1, steps + 1), config.distributed.stall):
                     batch, progress = next(batches)
-                    profile.begin(step)
+                    if profile.begins_with(step):
+                        with reporter.pause():
+                            profile.begin()
                     with preemption.idle() if step == begin + 1 else contextlib.nullcontext():  # it compiles
                         crash_point("compile")
                         state, metrics = step_fn((batch, key), state)

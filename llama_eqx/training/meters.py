@@ -11,7 +11,9 @@ Meter = Callable[[PyTree, PyTree, PyTree], Float32[Array, ""]]
 
 
 def update_norm(model: PyTree, gradient: PyTree, update: PyTree) -> Float32[Array, ""]:
-    """Global. XLA for GPUs writes the update to memory for it and reads it again: 12 bytes of traffic a parameter on top of 26."""
+    """The norm over all parameters. XLA for GPUs writes the update to memory for it, and reads update and parameters once more: 12 bytes a
+    parameter on top of 26.
+    """
     return optax.tree.norm(update)
 
 

@@ -40,13 +40,15 @@ class Profile:
         if self._steps:
             jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def begin(self, step: int) -> None:
-        """To be called before each step."""
-        if self._steps and step == self._steps[0]:
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # calls of Python would fill the trace, and slow the steps
-            jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
-            self._begun = time.perf_counter()
+    def begins_with(self, step: int) -> bool:
+        return self._steps is not None and step == self._steps[0]
+
+    def begin(self) -> None:
+        """Begins the trace. The device is to be done with the step before."""
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # calls of Python would fill the trace, and slow the steps
+        jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
+        self._begun = time.perf_counter()
 
     def ends_with(self, step: int) -> bool:
         return self._begun is not None and self._steps is not None and step == self._steps[1]

@@ -67,8 +67,8 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
 def jitted_step(program: Program, config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:
     """The step as a run executes it, with the compiler options of its mesh; it takes over the memory of the state.
 
-    A call returns before the device is done. `eqx.filter_jit` would wait for it, to tell of errors that a program raises by itself, and the
-    device for the host's next call.
+    A call returns before the device is done. `eqx.filter_jit` would wait for the device at the end of each, to tell of errors that a
+    program raises by itself, and the device would then idle until the host's next call.
     """
     options: Any = {"compiler_options": config.mesh.compiler_options}
     return jax.jit(program.step, donate_argnums=1, **options)

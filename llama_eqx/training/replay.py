@@ -97,7 +97,8 @@ def replay(config: ReplayConfig) -> str:
     step_fn = jitted_step(setup.program, setup.config)
     begin = checkpoint or 0
     for number in range(begin + 1, step):
-        state, _ = step_fn((_batch(setup, number), setup.key), state)
+        state, metrics = step_fn((_batch(setup, number), setup.key), state)
+        jax.block_until_ready(metrics)  # or the batches of all steps would lie on the device
     found = {**_drawn(setup, step), **examine(setup, state.model, step)}
     same = [found[name] == bundle[name] for name in ("rows", "key")]
     same += [math.isfinite(float(found[name])) == math.isfinite(float(bundle[name])) for name in ("loss", "gradient_norm")]

@@ -98,6 +98,11 @@ class Reporter:
                 next="a lower learning rate (schedule.peak) or longer warm-up (schedule.warmup_steps)",
             )
 
+    def settle(self) -> None:
+        """Waits until the device is done with every step that was begun."""
+        if self._late is not None:
+            jax.block_until_ready(self._late[1])
+
     def typical(self) -> dict[str, float]:
         """The median of each measure of speed over the records of this start, without the first, which is compilation."""
         return {name: statistics.median(speed[name] for speed in self._speeds[1:]) for name in self._speeds[0]} if self._speeds[1:] else {}

@@ -62,7 +62,7 @@ def make_step(
 
     The gradient is that of the mean over the batch's targets, added up over microbatches if there are any.
     When loss or gradient is not finite, or a spike to the `guard`, the update is withheld on the device. Of an update of a finite gradient
-    whatever is not finite is withheld. In all of these cases `optim/withheld` is 1; in the last one only if `meters` has `update_norm`.
+    whatever is not finite is withheld. `optim/withheld` is then 1, in the last case only if `meters` has `update_norm`.
     Metrics: `train/loss` in nats per token, `optim/lr`, `optim/grad_norm` (global, before clipping), `optim/withheld`, the `meters`
     and, with a guard that looks for them, `optim/spike`, 1 for a spike.
     """
@@ -87,7 +87,7 @@ def make_step(
             good, spikes = good & ~spike, {"optim/spike": spike.astype(jnp.float32)}
 
         # Optax may promote what it keeps; a state has the dtypes that it began with. `good` does not wait for what is measured of the
-        # update, so that no update has to be written to memory first.
+        # update: no update has to be written to memory for it (for `update_norm` it is).
         def keep(new: Array, old: Array) -> Array:
             new = new.astype(old.dtype)
             return jnp.where(good & jnp.isfinite(new), new, old)

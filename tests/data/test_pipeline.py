@@ -188,6 +188,26 @@ def test_only_what_was_not_made_yet_is_waited_for():
                 next(taken)
 
 
+def test_the_device_is_waited_for_before_an_item_is():
+    """What is made while the device computes has kept nobody waiting."""
+    allowed = threading.Event()
+
+    def items():
+        assert allowed.wait(60)
+        yield 1
+
+    def settle():
+        allowed.set()
+        while taken._made.empty():
+            threading.Event().wait(0.001)
+
+    with Ahead(items()) as taken:
+        taken.settle = settle
+        threading.Timer(2, allowed.set).start()
+        assert next(taken) == 1
+        assert taken.waited < 1
+
+
 def test_an_error_arrives_where_the_batch_is_taken():
     def items():
         yield 1

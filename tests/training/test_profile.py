@@ -15,7 +15,9 @@ from test_loop import config
 
 from llama_eqx.compose import compose, quoted
 from llama_eqx.errors import ConfigError
+from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.training.loop import train
+from llama_eqx.training.profile import Profile
 
 
 def said(*overrides):
@@ -39,6 +41,13 @@ def test_a_trace_is_summarised(tmp_path):
     assert 0 < sum(shares) <= 100.5
     (trace,) = (tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz")
     assert str(trace) in lines[-1]
+
+
+def test_a_trace_begins_when_the_step_before_is_done(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Profile, "begin", lambda self: seen.append(read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"]))
+    train(config(tmp_path / "run", "profile.steps=[3,3]"))
+    assert seen == [2]
 
 
 def test_steps_that_are_not_reached_are_mentioned(tmp_path):
