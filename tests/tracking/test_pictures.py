@@ -36,7 +36,7 @@ def test_the_residual_by_layer_and_position():
     axes = saved(
         plot_residual(np.full((3, 5, 16), 10.0) * np.array([1, 10, 100])[:, None, None], ["a", "b\n", "$c$", " 世", "long enough to cut"])
     )
-    np.testing.assert_allclose(axes.images[0].get_array(), np.array([[1], [2], [3]]) * np.ones(5))
+    np.testing.assert_allclose(axes.images[0].get_array(), np.array([[1], [2], [3]]) * np.ones(5), rtol=1e-6)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["embedding", "0", "1"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b⏎", r"\$c\$", "·□", "long·enough…"]
 
