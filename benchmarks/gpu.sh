@@ -8,8 +8,8 @@
 #
 # Needs the packages of '.[test,cuda]' and nothing from the network. ROWS_1B and ROWS_8B are numbers of rows, of which each makes a table;
 # a side that runs out of memory says so and is left out of it. Alone, with PEERS= ROWS_1B=10 ROWS_8B=5 REMAT_8B=dots_attention, ours
-# fills 80 GB. The 8B has LAYERS (8) of its layers. No norm of the update is measured (train.meters=[]), as PyTorch's side measures none. Decoding is measured against what
-# the card can do, and with DECODING_PEERS="pytorch, compiled" beside PyTorch.
+# fills 80 GB. The 8B has LAYERS (8) of its layers. No norm of the update is measured (train.meters=[]), as PyTorch's side measures none.
+# Decoding is measured against what the card can do, and with DECODING_PEERS="pytorch, compiled" beside PyTorch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD

@@ -93,8 +93,9 @@ def test_the_history_survives_a_restart(tmp_path):
     assert spikes + judged(curve(77), found.training["history"])[0] == expected(curve())
 
 
-def test_what_is_not_finite_of_an_update_stays_out_of_the_state(tmp_path, monkeypatch):
-    """The gradient is finite and one entry of each direction is not: the others are applied, and the step counts as withheld."""
+@pytest.fixture
+def spoilt_directions(monkeypatch):
+    """The gradient is finite, and one entry of each direction is not."""
     build = AdamWConfig.build
 
     def spoilt(self):
@@ -107,12 +108,23 @@ def test_what_is_not_finite_of_an_update_stays_out_of_the_state(tmp_path, monkey
         return optax.GradientTransformation(optimizer.init, update)
 
     monkeypatch.setattr(AdamWConfig, "build", spoilt)
+
+
+def test_what_is_not_finite_of_an_update_stays_out_of_the_state(tmp_path, spoilt_directions):
+    """The other entries are applied, and the step counts as withheld."""
     with pytest.raises(NonFiniteError, match="3 steps in a row"):
         train(config(tmp_path / "run", "train.eval_every=1", "checkpoint.every=1"))
     records = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in record]
     assert [record["optim/withheld"] for record in records] == [1, 1, 1]
     assert all(np.isfinite(record["optim/grad_norm"]) and np.isnan(record["optim/update_norm"]) for record in records)
     assert records[2]["train/loss"] < records[0]["train/loss"]  # by the entries that were applied
+
+
+def test_it_stays_out_without_being_counted_where_no_norm_of_the_update_is_measured(tmp_path, spoilt_directions):
+    train(config(tmp_path / "run", "train.meters=[]", "train.log_every=1"))
+    records = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in record]
+    assert all(np.isfinite(record["train/loss"]) and record["optim/withheld"] == 0 for record in records)
+    assert records[-1]["train/loss"] < records[0]["train/loss"]
 
 
 def test_a_gradient_a_thousand_times_as_large_is_withheld(tmp_path, monkeypatch):
