@@ -172,6 +172,22 @@ finally:
     assert done.stdout.strip() == "[]"
 
 
+def test_what_a_verb_imports_is_not_looked_through_for_garbage():
+    code = """
+import gc, sys
+from llama_eqx.compose import run_verb
+searches = []
+gc.callbacks.append(lambda phase, _: searches.append(phase))
+def job(config, overrides):
+    import llama_eqx.training.loop
+    print(searches.count("stop"))
+sys.argv = ["train"]
+run_verb("train", job, log=False)
+"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60).stdout
+    assert int(said) < 50  # left alone, Python looks 400 times
+
+
 def test_a_config_in_python():
     config = load_config("model=llama3_2_1b", "train.steps=7")
     assert (config.model.dims.layers, config.train.steps) == (16, 7)
