@@ -110,7 +110,7 @@ def main() -> None:
     arguments = parser.parse_args()
     busy = idle(arguments.loaded)
     found: dict[str, dict[int, list[float]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # W&B's process outlives a killed run, and writes there
         for what in arguments.what:
             measure, points, _, _ = CURVES[what]
             found[what] = {point: [] for point in points}
