@@ -1,4 +1,4 @@
-"""What checkpoints cost: `python benchmarks/checkpoint.py [MB] [FOLDER]` prints a table and writes benchmarks/checkpoint.json.
+"""What checkpoints cost: `python -m benchmarks.checkpoint [--mb 500] [--folder FOLDER] [--out benchmarks/results/checkpoint.json]`.
 
 Every figure is a median, all in one process, and each rate stands beside the plain one that it is to be held against: the stall of the
 training loop beside a copy of the same bytes in memory, a save beside writing the same bytes to the same disk with fsync, in nine
@@ -6,16 +6,15 @@ interleaved rounds; a restore beside reading the same files, five times each. A 
 removed after that.
 """
 
-import json
+import argparse
 import os
 import pathlib
-import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -23,13 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.record import idle, write
 from llama_eqx import load_config
 from llama_eqx.checkpoint import restore
 from llama_eqx.checkpoint.save import Checkpoints
 
 ROUNDS, REPEATS = 9, 5
 LEAVES = 24
-RESULT = pathlib.Path(__file__).with_suffix(".json")
 
 
 def median(measure: Callable[[], float]) -> float:
@@ -50,7 +49,8 @@ def forget(folder: pathlib.Path) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def main(megabytes: int, folder: pathlib.Path) -> None:
+def measured(megabytes: int, folder: pathlib.Path) -> tuple[dict[str, Any], str]:
+    """The figures, and a table of them."""
     key = jax.random.key(0)
     rows = megabytes * 10**6 // 4 // LEAVES // 1024
     tree = {f"w{i}": jax.random.normal(jax.random.fold_in(key, i), (rows, 1024)) for i in range(LEAVES)}
@@ -126,9 +126,9 @@ def main(megabytes: int, folder: pathlib.Path) -> None:
     over_copy = statistics.median(a / b for a, b in zip(stalls, copies, strict=True))
     over_disk = sorted(a / b for a, b in zip(disks, saves, strict=True))
     rate = lambda spent: size / spent / 1e9  # noqa: E731
+    found = {kind: {name: rate(spent) for name, spent in times.items()} for kind, times in found.items()}
     result = {
         "bytes": size,
-        "cpu": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
         "copy_s": copy,
         "stall_s": stall,
         "stall_over_copy": over_copy,
@@ -136,20 +136,31 @@ def main(megabytes: int, folder: pathlib.Path) -> None:
         "save_gb_s": rate(save),
         "save_over_disk": statistics.median(over_disk),
         "save_over_disk_by_round": over_disk,
-        "restore_gb_s": {kind: {name: rate(spent) for name, spent in times.items()} for kind, times in found.items()},
-        "jax": jax.__version__,
+        "restore_gb_s": found,
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{size / 1e9:.2f} GB in {LEAVES} arrays, {result['cpu']}")
-    print(f"stall of the loop   {stall:7.3f} s   copy of the bytes  {copy:7.3f} s   ratio {over_copy:.2f}")
-    ratio = f"ratio {statistics.median(over_disk):.2f}, {over_disk[0]:.2f} to {over_disk[-1]:.2f}"
-    print(f"save, committed     {rate(save):7.3f} GB/s  disk with fsync  {rate(disk):7.3f} GB/s  {ratio}")
-    for kind, times in found.items():
-        said = "  ".join(f"{name} {rate(spent):.3f}" for name, spent in times.items())
-        print(f"restore {kind}, GB/s: {said}")
+    lines = [f"| {size / 1e9:.2f} GB in {LEAVES} arrays | | of the plain way |", "|---|---|---|"]
+    lines.append(f"| the loop stands still for | {stall:.3f} s | {over_copy:.2f} of a copy in memory |")
+    by_round = f"{statistics.median(over_disk):.2f} of the disk with fsync; by round {over_disk[0]:.2f} to {over_disk[-1]:.2f}"
+    lines.append(f"| a save, until it is committed | {rate(save):.2f} GB/s | {by_round} |")
+    for kind, rates in found.items():
+        for name, what in (("verified", "a restore, verified"), ("orbax", "the arrays alone")):
+            of_files = f"{rates[name] / rates['files']:.2f} of reading the files ({rates['files']:.2f} GB/s)"
+            lines.append(f"| {what}, from the {'disk' if kind == 'cold' else 'cache'} | {rates[name]:.2f} GB/s | {of_files} |")
+    return result, "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mb", type=int, default=500)
+    parser.add_argument("--folder", type=pathlib.Path, help="on the disk that is meant")
+    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--loaded", action="store_true", help="run on a busy machine too: to try the script, not for numbers")
+    arguments = parser.parse_args()
+    load = idle(arguments.loaded)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        result, table = measured(arguments.mb, pathlib.Path(folder))
+    write(arguments.out, result, table, load)
 
 
 if __name__ == "__main__":
-    megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 500
-    with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as folder:
-        main(megabytes, pathlib.Path(folder))
+    main()

@@ -1,7 +1,8 @@
 """The whole suite: `python -m benchmarks.run [part…] [--tokenizer KIND=FILE …]` measures and writes it up in benchmarks/results/README.md.
 
-Parts: machine startup training decoding filled growth batches starvation checkpoint prepare. `prepare` needs tokenizer files, such as
-sentencepiece=llama2/tokenizer.model. A part is a module of its own with more to choose from: `python -m benchmarks.training --help`.
+Parts: machine startup training decoding filled growth batches start memory starvation checkpoint prepare. The last needs tokenizer
+files, such as sentencepiece=llama2/tokenizer.model. A part is a module of its own with more to choose from:
+`python -m benchmarks.training --help`.
 Every part refuses a busy machine; one that fails is told of, and the others go on. Plans for slices have a command of their own,
 `python -m benchmarks.plan.run`, as they take hours.
 """
@@ -25,8 +26,10 @@ PARTS = {
     "filled": ["benchmarks.filled", "--out", OUT],
     "growth": ["benchmarks.growth", "--out", OUT],
     "batches": ["benchmarks.data.pipeline", "speed"],
+    "start": ["benchmarks.data.pipeline", "start"],
+    "memory": ["benchmarks.data.pipeline", "memory"],
     "starvation": ["benchmarks.data.pipeline", "starvation"],
-    "checkpoint": ["benchmarks.checkpoint"],
+    "checkpoint": ["benchmarks.checkpoint", "--out", OUT],
     "prepare": ["benchmarks.data.prepare"],
 }
 

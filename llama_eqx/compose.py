@@ -1,4 +1,4 @@
-"""From YAML and the command line to a config. With the verbs, the only importer of Hydra."""
+"""From YAML and the command line to a config. The only importer of Hydra, but for the launcher."""
 
 import contextlib
 import dataclasses

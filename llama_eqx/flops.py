@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from llama_eqx.sharding import axis_names, parameter_names
+from llama_eqx.sharding import axis_names, matrix, parameter_names
 
 # Dense bfloat16 FLOP/s of one chip by JAX's device_kind, from the vendors' datasheets; kinds that are not here have no MFU.
 PEAK_FLOPS = {
@@ -35,7 +35,7 @@ def flops_per_token(model: Any, seq_len: int) -> Flops:
     sizes = {
         name: math.prod(leaf.shape)
         for name, axes, leaf in zip(parameter_names(model), axis_names(model), jax.tree.leaves(model), strict=True)
-        if len([axis for axis in axes if axis != "layers"]) > 1
+        if matrix(axes).columns
     }
     if model.lm_head is not None:
         sizes.pop("embed")

@@ -14,7 +14,9 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class PrecisionConfig(Config):
-    """`params` is the dtype of parameters and optimizer state, `compute` that of weights and activations inside the loss."""
+    """`params` is the dtype of parameters and optimizer state (Adafactor's is float32 always), `compute` that of weights and activations
+    inside the loss.
+    """
 
     params: Dtype
     compute: Dtype

@@ -6,7 +6,7 @@ import itertools
 import math
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -213,6 +213,27 @@ def axis_names(tree: Any) -> list[Axes]:
     Raises `TypeError` when a model's array has another rank than its annotation.
     """
     return list(_axis_names(tree, None, (), sizes={}, strict=True))
+
+
+class Matrix(NamedTuple):
+    """Which axes of a parameter are the rows (its inputs) and the columns (its outputs) of a matrix; a vector has no columns.
+
+    All other axes number matrices that have nothing to do with each other, such as those of the layers.
+    """
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
+def matrix(axes: tuple[str, ...]) -> Matrix:
+    """From the names of a parameter's axes. Heads and their dimension are one axis of a matrix: "embed heads head_dim" is embed × rest."""
+    groups: list[tuple[int, ...]] = []
+    for i, axis in enumerate(axes):
+        if axis == "head_dim" and groups:
+            groups[-1] += (i,)
+        elif axis != "layers":
+            groups.append((i,))
+    return Matrix(*groups[-2:]) if len(groups) > 1 else Matrix(groups[0] if groups else (), ())
 
 
 def parameter_names(tree: Any) -> list[str]:

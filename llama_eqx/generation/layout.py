@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Integer
 
-from llama_eqx.model.attention import GroupedQueryAttention, RotaryAttention
+from llama_eqx.model.attention import QKV, GroupedQueryAttention, RotaryAttention
 from llama_eqx.model.cache import KVCache
 from llama_eqx.model.feed_forward import FeedForward, GatedFeedForward
 from llama_eqx.model.llama import Llama
@@ -107,7 +107,7 @@ class PackedAttention(RotaryAttention):
         packed = jnp.concatenate([q, k[:, :, None], v[:, :, None]], axis=2)
         return PackedAttention(qkv_proj=packed.transpose(1, 2, 3, 0), o_proj=attention.o_proj.reshape(-1, q.shape[0]).T)
 
-    def qkv(self, x: Float[Array, "batch seq embed"]) -> tuple[Array, Array, Array]:
+    def qkv(self, x: Float[Array, "batch seq embed"]) -> QKV:
         qkv = product(x, self.qkv_proj)
         return qkv[..., :-2, :].reshape(*x.shape[:2], -1, qkv.shape[-1]), qkv[..., -2, :], qkv[..., -1, :]
 

@@ -36,15 +36,14 @@ class AttentionConfig(Config):
     def build(self, dims: Dims, init: InitConfig, *, key: PRNGKeyArray) -> Attention: ...
 
 
+QKV = tuple[Float[Array, "*tokens heads head_dim"], Float[Array, "*tokens kv_heads head_dim"], Float[Array, "*tokens kv_heads head_dim"]]
+
+
 class RotaryAttention(Attention):
     """Softmax attention of rotated queries and keys, for weights in any layout."""
 
     @abc.abstractmethod
-    def qkv(
-        self, x: Float[Array, "batch seq embed"]
-    ) -> tuple[
-        Float[Array, "batch seq heads head_dim"], Float[Array, "batch seq kv_heads head_dim"], Float[Array, "batch seq kv_heads head_dim"]
-    ]:
+    def qkv(self, x: Float[Array, "*tokens embed"]) -> QKV:
         """Queries, keys and values of each token, not yet rotated."""
 
     @abc.abstractmethod
@@ -81,7 +80,7 @@ class GroupedQueryAttention(RotaryAttention):
     o_proj: Float[Array, "heads head_dim embed"]
 
     @tokenwise
-    def qkv(self, x: Float[Array, "*tokens embed"]) -> tuple[Array, Array, Array]:
+    def qkv(self, x: Float[Array, "*tokens embed"]) -> QKV:
         q, k, v = (jnp.einsum("...d,dnh->...nh", x, weight) for weight in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v
 

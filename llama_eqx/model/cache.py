@@ -17,9 +17,9 @@ class KVCache(eqx.Module):
     What lies in slots past `length` is never seen. Appending past the last slot would overwrite it silently: see `require_room`.
     """
 
-    keys: Float[Array, "batch cache kv_heads head_dim"]
-    values: Float[Array, "batch cache kv_heads head_dim"]
-    segment_ids: Int[Array, "batch cache"]
+    keys: Float[Array, "batch slots kv_heads head_dim"]
+    values: Float[Array, "batch slots kv_heads head_dim"]
+    segment_ids: Int[Array, "batch slots"]
     length: Int[Array, ""]
 
     def append(

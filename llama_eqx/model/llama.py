@@ -26,6 +26,9 @@ class Llama(eqx.Module):
 
     `blocks` is one block whose arrays have a leading axis "layers": it is folded over by a scan, so a deep model compiles as fast as
     a shallow one. `lm_head` is None when the embedding table serves as the head too.
+
+    Policies and decoding put stand-ins in these places, and the same forward runs through them: in the loss a `precision.Lookup` for
+    `embed` and a `wrapped.Wrapped` for `blocks`; for decoding a tuple of blocks and a `generation.layout.Head`.
     """
 
     embed: Float[Array, "vocab embed"]

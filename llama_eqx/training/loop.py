@@ -176,7 +176,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
 
             def bundle() -> pathlib.Path:
                 checkpoints.wait()  # it is the one to replay from
-                return write_bundle(setup, state.model, reporter.reported)
+                return write_bundle(setup, state.model, reporter.reported, reporter.metrics)
 
             with explained_by_a_bundle(bundle), preemption.training(keep):
                 logged = of_first(jax.process_index() > 0 or is_logged(run_dir, begin, "val/loss"))

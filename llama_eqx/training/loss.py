@@ -66,7 +66,7 @@ def policy_view(
     """
 
     def view(model: Llama) -> Llama:
-        model = layout.gathered(precision.apply(model))  # cast first: half the bytes to gather
+        model = layout.gathered(precision.apply(model))  # cast first: half the bytes of norm and head to gather
         layers = model.config.dims.layers
         alone = layers < 2 * unroll or layers % unroll > 0  # some layers are outside of any loop, where XLA would undo remat
 

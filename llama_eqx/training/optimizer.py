@@ -11,7 +11,7 @@ from jaxtyping import Array, Float32, Int
 
 from llama_eqx.config import Config
 from llama_eqx.errors import ConfigError
-from llama_eqx.sharding import axis_names
+from llama_eqx.sharding import Matrix, axis_names, matrix
 
 
 class OptimizerConfig(Config):
@@ -122,27 +122,6 @@ class AdafactorState(NamedTuple):
 
     steps: Int[Array, ""]
     second: Any
-
-
-class Matrix(NamedTuple):
-    """Which axes of a parameter are the rows (its inputs) and the columns (its outputs) of a matrix; a vector has no columns.
-
-    All other axes number matrices that have nothing to do with each other, such as those of the layers.
-    """
-
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-
-
-def matrix(axes: tuple[str, ...]) -> Matrix:
-    """From the names of a parameter's axes. Heads and their dimension are one axis of a matrix: "embed heads head_dim" is embed × rest."""
-    groups: list[tuple[int, ...]] = []
-    for i, axis in enumerate(axes):
-        if axis == "head_dim" and groups:
-            groups[-1] += (i,)
-        elif axis != "layers":
-            groups.append((i,))
-    return Matrix(*groups[-2:]) if len(groups) > 1 else Matrix(groups[0] if groups else (), ())
 
 
 def matrices(model: Any) -> Any:

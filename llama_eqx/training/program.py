@@ -9,6 +9,7 @@ from jaxtyping import PRNGKeyArray
 
 from llama_eqx.batch import Batch
 from llama_eqx.data.cache import cache_dir
+from llama_eqx.model.kernel.shards import ways
 from llama_eqx.sharding import Layout, check_shapes
 from llama_eqx.training.evaluation import Score, make_score
 from llama_eqx.training.loss import Loss, policy_view
@@ -43,12 +44,19 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
     remarks = layout.check({"batch": train.batch_size, "seq": train.seq_len, **vars(config.model.dims)})
     microbatches(train.batch_size, train.microbatch_size or train.batch_size, layout)
     kernel = config.kernel.choose(
-        platform, dtype=config.precision.compute, seq=train.seq_len, slots=train.seq_len, head_dim=config.model.dims.head_dim
+        platform,
+        dtype=config.precision.compute,
+        seq=train.seq_len,
+        slots=train.seq_len,
+        head_dim=config.model.dims.head_dim,
+        shards=ways(layout.mesh, layout.spec(("batch", "seq"), (train.batch_size, train.seq_len))[1]),
     )
     if kernel.reason:
         remarks.append(f"attention is computed by {kernel.name}, {kernel.reason}")
     if platform == "cpu" and getattr(config.remat, "offloaded", ()):
         remarks.append("a CPU has one memory: what remat is to offload stays in it")
+    if kernel.name == "cudnn" and "attention" in getattr(config.remat, "offloaded", ()):
+        remarks.append("cuDNN's attention is computed again in the backward pass: what it keeps has no names, and cannot be moved by one")
     optimizer = config.optimizer.build()
 
     def initial(key: PRNGKeyArray) -> TrainState:

@@ -46,9 +46,11 @@ class ReplayConfig(Config):
             raise ConfigError("bundle is not given", where="bundle", next="bundle=RUN_DIR/replay/step-1234.json")
 
 
-def write_bundle(setup: Setup, model: Llama, step: int) -> pathlib.Path:
-    """Writes `replay/step-<step>.json` into the run directory: the rows of the batch by their numbers, the key, and where `model` and
-    its gradient cease to be finite. Every process calls it.
+def write_bundle(setup: Setup, model: Llama, step: int, metrics: dict[str, float]) -> pathlib.Path:
+    """Writes `replay/step-<step>.json` into the run directory: the rows of the batch by their numbers, the key, loss and gradient norm as
+    the run had them in its `metrics`, and where `model` and its gradient cease to be finite. Every process calls it.
+
+    The step after it has begun already, and `model` has its update if that was finite; `replay` starts from before the step.
     """
     run_dir = pathlib.Path(setup.config.run_dir)
     saved = steps(home(setup.config) / CHECKPOINTS)
@@ -57,6 +59,8 @@ def write_bundle(setup: Setup, model: Llama, step: int) -> pathlib.Path:
         **_drawn(setup, step),
         "checkpoint": saved[-1] if saved else None,
         **examine(setup, model, step),
+        "loss": _said(metrics["train/loss"]),
+        "gradient_norm": _said(metrics["optim/grad_norm"]),
     }
     path = run_dir / FOLDER / f"step-{step}.json"
 

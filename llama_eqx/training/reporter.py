@@ -53,6 +53,7 @@ class Reporter:
         self._epochs, self._waited, self._max_withheld = epochs, waited, max_withheld
         self._late: tuple[int, Metrics, Progress, tuple[float, float] | None] | None = None
         self._steps, self.withheld, self.reported = 0, 0, 0
+        self.metrics: dict[str, float] = {}  # of the step that was reported last
         self._speeds: list[dict[str, float]] = []
         self._begun, self._waited_before = time.perf_counter(), waited()
 
@@ -72,10 +73,13 @@ class Reporter:
         step, metrics, progress, ready = self._late
         self._late, self.reported = None, step
         fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._steps += 1
-        if step % self._log_every == 0 or step in (1, self._last_step):
-            drawn = {"tokens": progress.tokens, LEDGER: progress.ledger} | self._epochs(step)
-            self._tracker.log(step, fetched | drawn | self._speed(*ready or self._now()))
+        self._steps, self.metrics = self._steps + 1, fetched
+        logged = step % self._log_every == 0 or step in (1, self._last_step)
+        if logged or not self._speeds:  # of any start, the first step compiles: its time goes into no other's speed
+            speed = self._speed(*ready or self._now())
+            if logged:
+                drawn = {"tokens": progress.tokens, LEDGER: progress.ledger} | self._epochs(step)
+                self._tracker.log(step, fetched | drawn | speed)
         self._tell_withheld(step, fetched)
 
     def _tell_withheld(self, step: int, fetched: dict[str, float]) -> None:
@@ -104,7 +108,7 @@ class Reporter:
             jax.block_until_ready(self._late[1])
 
     def typical(self) -> dict[str, float]:
-        """The median of each measure of speed over the records of this start, without the first, which is compilation."""
+        """The median of each measure of speed over the records of this start, without the first step, which is compilation."""
         return {name: statistics.median(speed[name] for speed in self._speeds[1:]) for name in self._speeds[0]} if self._speeds[1:] else {}
 
     @contextlib.contextmanager

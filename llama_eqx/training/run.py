@@ -178,12 +178,17 @@ def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
 def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
     """What is allowed but seldom meant."""
     unused = config.model.dims.of("vocab")[0] - tokenizer.vocab
-    said = [f"{unused} token ids of the model are not in the tokenizer, and will not be trained"] if unused else []
+    said = [f"{unused} token ids of the model are not in the tokenizer: they will only be made less likely"] if unused else []
     tokens = config.model.tokens
     if tokens.eos and (tokenizer.bos != tokens.bos or tokenizer.eos not in tokens.eos):
         said.append(
             f"texts begin and end with the tokenizer's ids {tokenizer.bos} and {tokenizer.eos}, in the model's config they are "
             f"{tokens.bos} and {', '.join(map(str, tokens.eos))}: see model.tokens"
+        )
+    if config.precision.params == "bfloat16":
+        said.append(
+            "precision.params=bfloat16: of a weight an update below a 256th of it is lost (train.meters=[update_norm,dead_updates] counts "
+            "them); precision=mixed keeps float32"
         )
     if config.schedule.warmup_steps >= config.train.steps:
         said.append(f"the warm-up of {config.schedule.warmup_steps} steps is not over after {config.train.steps}")
@@ -201,7 +206,8 @@ def claim(config: RunConfig, fingerprint: str) -> list[str]:
     run_dir, there = pathlib.Path(config.run_dir), home(config)
     new, found = {**dump(config), "data_fingerprint": fingerprint}, []
     # Which activations are dropped depends on the microbatch.
-    free = [key for key in FREE if key != "train.microbatch_size" or not config.model.dropout]
+    dropout = config.model.dropout or getattr(config.model.block, "dropout", 0)
+    free = [key for key in FREE if key != "train.microbatch_size" or not dropout]
     for folder in (run_dir, there) if is_remote(there) else (run_dir,):
         if CONFIG not in children(folder):
             continue

@@ -75,7 +75,7 @@ def make_step(
         mean = sums.cross_entropy / weight
         gradient = jax.tree.map(lambda leaf: (leaf / weight).astype(leaf.dtype), gradient)
         gradient = layout.place(gradient)  # unconstrained, a gradient can lose an axis of its parameter's sharding
-        norm = optax.tree.norm(gradient)
+        norm = optax.tree.norm(optax.tree.cast(gradient, jnp.float32))
         lr = rate(state.step)
 
         direction, opt_state = optimizer.update(gradient, state.opt_state, state.model)  # pyright: ignore[reportArgumentType]

@@ -196,6 +196,8 @@ def test_auto_takes_what_the_platform_has(platform, dtype, seq, head_dim, name, 
 def test_a_kernel_that_cannot_be_used_says_why():
     with pytest.raises(ConfigError, match="it is for TPUs"):
         load_config("kernel.name=splash").kernel.choose("cpu", dtype=F32, seq=512, slots=512, head_dim=64)
+    with pytest.raises(ConfigError, match="192 queries on a device"):  # 384 would do
+        load_config("kernel.name=splash").kernel.choose("tpu", dtype=F32, seq=384, slots=384, head_dim=64, shards=2)
     with pytest.raises(ConfigError, match="16-bit"):
         load_config("kernel.name=cudnn").kernel.choose("gpu", dtype=F32, seq=512, slots=512, head_dim=64)
     with pytest.raises(ConfigError, match="multiple of 128"):

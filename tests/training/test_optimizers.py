@@ -114,6 +114,7 @@ def test_state_lives_where_its_parameter_does(option, tiny):
         (("layers", "heads", "head_dim", "embed"), Matrix((1, 2), (3,))),
         (("vocab", "embed"), Matrix((0,), (1,))),
         (("layers", "embed"), Matrix((1,), ())),
+        (("layers", "heads", "head_dim"), Matrix((1, 2), ())),  # a bias of the queries
         (("layers",), Matrix((), ())),  # a scalar in every layer
         (("layers", "experts", "embed", "mlp"), Matrix((2,), (3,))),
     ],

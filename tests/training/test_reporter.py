@@ -66,3 +66,25 @@ def test_the_time_of_a_step_ends_with_it(monkeypatch):
             with reporter.pause():
                 clock[0] += 10
     assert rates == {1: 8.0, 5: 8.0, 9: 8.0}
+
+
+def test_compilation_counts_for_the_first_step_of_a_start_alone(monkeypatch):
+    """A run goes on at its seventh step, which takes a minute and is not logged; the others take a second."""
+    clock, rates = [0.0], {}
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    class Rates(Tracker):
+        def __init__(self):
+            pass
+
+        def log(self, step, metrics):
+            rates[step] = metrics["perf/tokens_per_second"]
+
+    reporter = reporting(Rates(), log_every=5, last_step=20)
+    for step in range(7, 16):
+        clock[0] += 60 if step == 7 else 1
+        metrics = {name: jax.block_until_ready(jnp.float32(0)) for name in ("train/loss", "optim/grad_norm", "optim/withheld")}
+        reporter.add(step, metrics, Progress(step=step, ledger=0, tokens=8 * step))
+    reporter.flush()
+    assert rates == {10: 8.0, 15: 8.0}
+    assert reporter.typical()["perf/tokens_per_second"] == 8

@@ -1,7 +1,7 @@
 """Attention proper, softmax(q k^T / sqrt(head_dim)) v, and which kernel computes it.
 
 The model calls `attend` and knows no more. The kernel comes from outside, through `KernelConfig.block`, and holds while a block is traced;
-without one it is the plain one. This package is the only place in the model that may know of a platform or of a mesh.
+without one it is the plain one. This package is the only place in the model that may know of a mesh, and with `rotary` of a platform.
 """
 
 import contextvars
@@ -16,7 +16,7 @@ from llama_eqx.config import Config
 from llama_eqx.errors import ConfigError
 from llama_eqx.model.kernel.cudnn import unfit_for_cudnn
 from llama_eqx.model.kernel.plain import plain
-from llama_eqx.model.kernel.shards import Blocks, Spec, on_shards
+from llama_eqx.model.kernel.shards import Blocks, Spec, on_shards, ways
 from llama_eqx.model.kernel.splash import unfit_for_splash
 from llama_eqx.model.kernel.tokenwise import ONE_ROW
 from llama_eqx.tag import setting
@@ -69,13 +69,13 @@ class KernelConfig(Config):
             if value is not None and (value < 128 or value % 128):
                 raise ConfigError(f"{value} is not a multiple of 128", where=field)
 
-    def choose(self, platform: str, *, dtype: Any, seq: int, slots: int, head_dim: int, start: Any = 0) -> Choice:
-        """The kernel for `seq` queries and `slots` keys on a platform as JAX calls it.
+    def choose(self, platform: str, *, dtype: Any, seq: int, slots: int, head_dim: int, start: Any = 0, shards: int = 1) -> Choice:
+        """The kernel for `seq` queries, which `shards` devices share, and `slots` keys on a platform as JAX calls it.
 
         Raises `ConfigError` when the kernel that is asked for by name cannot do it.
         """
         unfit = {
-            "splash": "it is for TPUs" if platform != "tpu" else unfit_for_splash(seq, slots, start),
+            "splash": "it is for TPUs" if platform != "tpu" else unfit_for_splash(seq // shards, slots, start),
             "cudnn": "it is for NVIDIA GPUs" if platform != "gpu" else unfit_for_cudnn(jnp.dtype(dtype), seq, slots, head_dim),
         }
         if reason := unfit.get(self.name):
@@ -93,7 +93,8 @@ class KernelConfig(Config):
 
         def kernel(q: Array, k: Array, v: Array, start: Any, segment_ids: Any) -> Array:
             seq, slots, head_dim = q.shape[1], k.shape[1], q.shape[3]
-            name, _ = self.choose(platform, dtype=q.dtype, seq=seq, slots=slots, head_dim=head_dim, start=start)
+            shards = ways(mesh, spec(("batch", "seq"), q.shape[:2])[1])
+            name, _ = self.choose(platform, dtype=q.dtype, seq=seq, slots=slots, head_dim=head_dim, start=start, shards=shards)
             if name == "plain":  # what XLA partitions by itself
                 return plain(q, k, v, start, segment_ids)
             own = 512 if name == "splash" else 256

@@ -6,14 +6,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Float32, Int
 
 from llama_eqx.tag import tag
 
 MASKED = -1e30
 
 
-def blocked(q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, Array] | None, q_block: int, kv_block: int) -> Array:
+Queries = Float[Array, "q_blocks batch kv_heads group q_block head_dim"]
+Keys = Float[Array, "kv_blocks batch kv_heads kv_block head_dim"]
+Segments = tuple[Int[Array, "q_blocks batch q_block"], Int[Array, "kv_blocks batch kv_block"]]
+
+
+def blocked(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch slots kv_heads head_dim"],
+    v: Float[Array, "batch slots kv_heads head_dim"],
+    start: Any,
+    segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None,
+    q_block: int,
+    kv_block: int,
+) -> Float[Array, "batch seq heads head_dim"]:
     """As `attend`, computing only the blocks that a causal mask leaves (FlashAttention-2, Dao, 2023, arXiv 2307.08691).
 
     The backward pass computes the scores again, block by block, from the logarithms of the softmax's denominators.
@@ -22,7 +35,6 @@ def blocked(q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, 
     slots, kv_heads = k.shape[1:3]
     (q_blocks, q_block), (kv_blocks, kv_block) = _blocks(seq, q_block), _blocks(slots, kv_block)
 
-    # Queries as (q_blocks, batch, kv_heads, group, q_block, head_dim), keys as (kv_blocks, batch, kv_heads, kv_block, head_dim).
     # What fills the last blocks up is after every real query, so that none sees it.
     q = _padded(q, q_blocks * q_block).reshape(batch, q_blocks, q_block, kv_heads, heads // kv_heads, head_dim).transpose(1, 0, 3, 4, 2, 5)
     k, v = (
@@ -36,11 +48,11 @@ def blocked(q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, 
 
 
 @jax.custom_vjp
-def _attention(q: Array, k: Array, v: Array, start: Array, segment_ids: tuple[Array, Array] | None) -> Array:
+def _attention(q: Queries, k: Keys, v: Keys, start: Int[Array, ""], segment_ids: Segments | None) -> Queries:
     return _forward(q, k, v, start, segment_ids)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, start: Array, segment_ids: tuple[Array, Array] | None) -> tuple[Array, tuple]:
+def _forward(q: Queries, k: Keys, v: Keys, start: Int[Array, ""], segment_ids: Segments | None) -> tuple[Queries, tuple]:
     def of_queries(i: Array) -> tuple[Array, Array]:
         def keys(j: Array, running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             out, top, total = running
@@ -60,7 +72,7 @@ def _forward(q: Array, k: Array, v: Array, start: Array, segment_ids: tuple[Arra
     return out, (q, k, v, start, segment_ids, out, logsumexp)
 
 
-def _backward(kept: tuple, d_out: Array) -> tuple:
+def _backward(kept: tuple, d_out: Queries) -> tuple:
     q, k, v, start, segment_ids, out, logsumexp = kept
     scale = 1 / math.sqrt(q.shape[-1])
 
@@ -88,8 +100,15 @@ _attention.defvjp(_forward, _backward)
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _scores(q: Array, k: Array, i: Array, j: Array, start: Array, segment_ids: tuple[Array, Array] | None) -> Array:
-    """Of query block i with key block j, "batch kv_heads group q_block kv_block"."""
+def _scores(
+    q: Float[Array, "batch kv_heads group q_block head_dim"],
+    k: Float[Array, "batch kv_heads kv_block head_dim"],
+    i: Int[Array, ""],
+    j: Int[Array, ""],
+    start: Int[Array, ""],
+    segment_ids: Segments | None,
+) -> Float32[Array, "batch kv_heads group q_block kv_block"]:
+    """Of query block i with key block j."""
     scores = _einsum("bkgqh,bksh->bkgqs", q, k) / math.sqrt(q.shape[-1])
     query = start + i * q.shape[3] + jnp.arange(q.shape[3])
     seen = j * k.shape[2] + jnp.arange(k.shape[2])[None, :] <= query[:, None]
@@ -98,7 +117,7 @@ def _scores(q: Array, k: Array, i: Array, j: Array, start: Array, segment_ids: t
     return jnp.where(seen, scores, MASKED)
 
 
-def _visible_blocks(q: Array, k: Array, i: Array, start: Array) -> Array:
+def _visible_blocks(q: Queries, k: Keys, i: Int[Array, ""], start: Int[Array, ""]) -> Int[Array, ""]:
     """How many key blocks the last query of block i sees something of."""
     return jnp.minimum((start + (i + 1) * q.shape[4] - 1) // k.shape[3] + 1, k.shape[0])
 

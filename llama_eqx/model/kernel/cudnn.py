@@ -2,12 +2,9 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from llama_eqx.model.kernel.plain import visible
-from llama_eqx.tag import tag
+from llama_eqx.model.kernel.plain import plain
 
 
 def cudnn(q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, Array] | None) -> Array:
@@ -15,11 +12,7 @@ def cudnn(q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, Ar
 
     Its residuals are those of a primitive that JAX does not let be named; `llama_eqx.remat` knows them by that primitive.
     """
-    if segment_ids is None and isinstance(start, int) and start == 0:
-        return tag(jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn"), "attention")
-    seen = visible(start, q.shape[1], k.shape[1], segment_ids)
-    seen = jnp.broadcast_to(seen, (q.shape[0], *seen.shape[-2:]))[:, None]
-    return tag(jax.nn.dot_product_attention(q, k, v, mask=seen, implementation="cudnn"), "attention")
+    return plain(q, k, v, start, segment_ids, "cudnn")
 
 
 def unfit_for_cudnn(dtype: Any, seq: int, slots: int, head_dim: int) -> str:

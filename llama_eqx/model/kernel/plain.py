@@ -1,24 +1,31 @@
 """Every score at once: the reference for the other kernels, and the fastest for short rows. Memory grows with seq × slots."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from llama_eqx.tag import tag
 
 
-def plain(q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, Array] | None) -> Array:
+def plain(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch slots kv_heads head_dim"],
+    v: Float[Array, "batch slots kv_heads head_dim"],
+    start: Any,
+    segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None,
+    implementation: Literal["xla", "cudnn"] = "xla",
+) -> Float[Array, "batch seq heads head_dim"]:
     """As `attend`."""
     if segment_ids is None and isinstance(start, int) and start == 0:
-        return tag(jax.nn.dot_product_attention(q, k, v, is_causal=True), "attention")
+        return tag(jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation), "attention")
     seen = visible(start, q.shape[1], k.shape[1], segment_ids)
     seen = jnp.broadcast_to(seen, (q.shape[0], *seen.shape[-2:]))[:, None]
-    return tag(jax.nn.dot_product_attention(q, k, v, mask=seen), "attention")
+    return tag(jax.nn.dot_product_attention(q, k, v, mask=seen, implementation=implementation), "attention")
 
 
-def visible(start: Any, seq: int, slots: int, segment_ids: tuple[Array, Array] | None) -> Array:
-    """True where a query sees a slot, "seq slots" or "batch seq slots"."""
+def visible(start: Any, seq: int, slots: int, segment_ids: tuple[Array, Array] | None) -> Bool[Array, "*batch seq slots"]:
+    """True where a query sees a slot; without segments the same for every row."""
     seen = jnp.arange(slots)[None, :] <= start + jnp.arange(seq)[:, None]
     return seen if segment_ids is None else seen & (segment_ids[0][:, :, None] == segment_ids[1][:, None, :])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from llama_eqx.model.kernel.blocked import blocked
 from llama_eqx.model.kernel.cudnn import cudnn
@@ -25,20 +25,28 @@ class Blocks(NamedTuple):
 
 
 def on_shards(
-    name: str, blocks: Blocks, mesh: Mesh, spec: Spec, q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, Array] | None
-) -> Array:
+    name: str,
+    blocks: Blocks,
+    mesh: Mesh,
+    spec: Spec,
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch slots kv_heads head_dim"],
+    v: Float[Array, "batch slots kv_heads head_dim"],
+    start: Any,
+    segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None,
+) -> Float[Array, "batch seq heads head_dim"]:
     """As `attend`, by a kernel that XLA could not partition. Slots are whole on every device; queries may be split."""
     batch, seq, heads, _ = spec(("batch", "seq", "heads", "head_dim"), q.shape)
     kv_heads = spec(("batch", "slots", "kv_heads", "head_dim"), k.shape)[2]
     if heads != kv_heads:  # key heads that do not divide: as many copies as it takes
-        k, v = (_repeated(x, q.shape[2], _ways(mesh, heads)) for x in (k, v))
+        k, v = (_repeated(x, q.shape[2], ways(mesh, heads)) for x in (k, v))
     # Axes of one device go with the batch: gradients would be summed over axes that are not named.
     batch = (*_axes(batch), *(axis for axis, size in mesh.shape.items() if size == 1))
     q_spec, kv_spec = PartitionSpec(batch, seq, heads, None), PartitionSpec(batch, None, heads, None)
 
     kernel, kernel_spec = None, None
     if name == "splash":
-        shards, local_heads = _ways(mesh, seq), q.shape[2] // _ways(mesh, heads)
+        shards, local_heads = ways(mesh, seq), q.shape[2] // ways(mesh, heads)
         interpret = mesh.devices.flat[0].platform != "tpu"
         kernel = make_splash(local_heads, q.shape[1], k.shape[1], shards, *blocks, interpret)
         kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, seq)))
@@ -58,7 +66,7 @@ def on_shards(
     return mapped(kernel, q, k, v, jnp.asarray(start, jnp.int32), segment_ids)
 
 
-def _ways(mesh: Mesh, part: Any) -> int:
+def ways(mesh: Mesh, part: Any) -> int:
     """Into how many the mesh splits an axis, of which `part` is what a PartitionSpec says."""
     return math.prod(mesh.shape[axis] for axis in _axes(part))
 

@@ -40,7 +40,9 @@ def make_splash(heads: int, seq: int, slots: int, shards: int, q_block: int, kv_
 
 
 def splash(kernel: Any, q: Array, k: Array, v: Array, segment_ids: tuple[Array, Array] | None) -> Array:
-    """As `attend` from slot 0, with a kernel for its shape."""
+    """As `attend` from slot 0, with a kernel for its shape. Queries are scaled in their own dtype, which rounds those of 16 bits once more
+    unless sqrt(head_dim) is a power of two.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     q = q * (1 / math.sqrt(q.shape[-1]))  # the kernel does not scale
@@ -74,12 +76,12 @@ _of_16_bits.defvjp(_forward, _backward)
 
 
 def unfit_for_splash(seq: int, slots: int, start: Any) -> str:
-    """Why splash attention cannot compute it, or nothing."""
+    """Why splash attention cannot compute it for `seq` queries on each device, or nothing."""
     if not (isinstance(start, int) and start == 0):
         return "it begins in slot 0"
-    return f"{seq} queries and {slots} keys are not multiples of {LANES}" if seq % LANES or slots % LANES else ""
+    return f"{seq} queries on a device and {slots} keys are not multiples of {LANES}" if seq % LANES or slots % LANES else ""
 
 
 def _largest(length: int, limit: int) -> int:
     """The largest multiple of a register up to `limit` that divides `length`."""
-    return max(size for size in range(LANES, max(min(length, limit), LANES) + 1, LANES) if length % size == 0 or size == LANES)
+    return max(size for size in range(LANES, max(min(length, limit), LANES) + 1, LANES) if length % size == 0)
