@@ -45,8 +45,10 @@ def test_numbers_are_fetched_when_the_next_step_has_begun(monkeypatch):
     assert happened == [begun[0], begun[1], *reported(1), begun[2], *reported(2), *reported(3), "evaluation"]
 
 
-def test_the_time_of_a_step_ends_with_it(monkeypatch):
-    """Here a step is computed while it is begun, a second each, as on some CPUs; an evaluation follows the last, and takes ten."""
+def rates_of(monkeypatch, steps, seconds, pauses=()):
+    """Tokens a second by logged step, of a reporter of `steps` that are computed while they are begun, as on some CPUs, each for so many
+    `seconds`; after `pauses` there is an evaluation of ten. The reporter comes too.
+    """
     clock, rates = [0.0], {}
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
 
@@ -57,34 +59,25 @@ def test_the_time_of_a_step_ends_with_it(monkeypatch):
         def log(self, step, metrics):
             rates[step] = metrics["perf/tokens_per_second"]
 
-    reporter = reporting(Rates(), log_every=5, last_step=9)
-    for step in range(1, 10):
-        clock[0] += 1
+    reporter = reporting(Rates(), log_every=5, last_step=steps[-1])
+    for step in steps:
+        clock[0] += seconds(step)
         metrics = {name: jax.block_until_ready(jnp.float32(0)) for name in ("train/loss", "optim/grad_norm", "optim/withheld")}
         reporter.add(step, metrics, Progress(step=step, ledger=0, tokens=8 * step))
-        if step in (6, 9):
+        if step in pauses:
             with reporter.pause():
                 clock[0] += 10
+    reporter.flush()
+    return rates, reporter
+
+
+def test_the_time_of_a_step_ends_with_it(monkeypatch):
+    rates, _ = rates_of(monkeypatch, range(1, 10), lambda step: 1, pauses=(6, 9))
     assert rates == {1: 8.0, 5: 8.0, 9: 8.0}
 
 
 def test_compilation_counts_for_the_first_step_of_a_start_alone(monkeypatch):
-    """A run goes on at its seventh step, which takes a minute and is not logged; the others take a second."""
-    clock, rates = [0.0], {}
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-
-    class Rates(Tracker):
-        def __init__(self):
-            pass
-
-        def log(self, step, metrics):
-            rates[step] = metrics["perf/tokens_per_second"]
-
-    reporter = reporting(Rates(), log_every=5, last_step=20)
-    for step in range(7, 16):
-        clock[0] += 60 if step == 7 else 1
-        metrics = {name: jax.block_until_ready(jnp.float32(0)) for name in ("train/loss", "optim/grad_norm", "optim/withheld")}
-        reporter.add(step, metrics, Progress(step=step, ledger=0, tokens=8 * step))
-    reporter.flush()
+    """A run goes on at its seventh step, which takes a minute and is not logged."""
+    rates, reporter = rates_of(monkeypatch, range(7, 16), lambda step: 60 if step == 7 else 1)
     assert rates == {10: 8.0, 15: 8.0}
     assert reporter.typical()["perf/tokens_per_second"] == 8
