@@ -78,8 +78,12 @@ PRESETS = {
     "llama3_2_3b": row("llama3_2_3b", "v6e-16", 24576, 16, 8192, "remat=names", "kernel.fused_backward=false"),
 }
 
-# The same settings on more and more chips, and on longer and longer rows.
-CHIPS = {f"v4-{2 * chips}": row("llama2_7b", f"v4-{2 * chips}", 8192, chips, 4096, "remat=full") for chips in (4, 8, 16, 32, 64, 128, 256)}
+# The same settings on more and more chips, and on longer and longer rows. The options are those of the plan that v4-32 has in conf/plan/.
+OPTIONS = [
+    "+mesh.compiler_options.xla_tpu_scheduler_percent_shared_memory_limit=100",
+    "+mesh.compiler_options.xla_tpu_enable_collective_pipeliner=false",
+]
+CHIPS = {f"v4-{2 * n}": row("llama2_7b", f"v4-{2 * n}", 8192, n, 4096, "remat=full", *OPTIONS) for n in (4, 8, 16, 32, 64, 128, 256)}
 CONTEXT = {
     f"{length // 1024}k": row("llama3_1_8b", "v5p-128", 16384, 64, length, "remat=full", *split)
     for length, split in {

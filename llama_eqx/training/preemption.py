@@ -109,7 +109,9 @@ class Preemption:
             self._signal = number
             again = "; once more ends at once, without it" if number == signal.SIGINT else ""
             _say(f"{_name(number)}: the last finished step is being saved{again}")
-            self._timer = threading.Timer(self._grace, self._end, (number, f"not saved within {self._grace:g} s (checkpoint.grace)"))
+            self._timer = threading.Timer(
+                self._grace, self._end, (number, f"not over after {self._grace:g} s (checkpoint.grace); what was saved is whole")
+            )
             self._timer.daemon = True
             self._timer.start()
             threading.Thread(target=self._leave, args=(number,), name="leaving", daemon=True).start()

@@ -88,7 +88,7 @@ def test_before_the_first_step():
 def test_when_the_grace_is_over():
     code, out, err = told("busy", signal.SIGTERM, grace=0.5)
     assert (code, out) == (75, "")
-    assert "not saved within 0.5 s (checkpoint.grace)" in err
+    assert "not over after 0.5 s (checkpoint.grace)" in err
 
 
 def test_the_second_interrupt_ends_at_once_and_the_first_says_so():
