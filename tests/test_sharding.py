@@ -45,7 +45,7 @@ def optimised():
 
 def layout(option="fsdp_tensor", shape=(2, 2, 1, 2)):
     mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-    return Layout(mesh, load_config(f"sharding={option}").sharding)
+    return Layout(mesh, load_config(*f"sharding={option}".split()).sharding)
 
 
 def test_axis_names_are_read_from_annotations(tiny):
@@ -270,6 +270,13 @@ def test_what_a_step_moves_and_what_it_leaves_where_it_is(option, shape, kernel)
     if option == "sequence":  # keys and values of the whole row, and their gradients
         assert {kind for kind, _ in activations} == {"all-gather", "all-reduce"}, moved
         assert {tuple(sorted(dims)) for _, dims in activations} == {tuple(sorted((rows, 96, 8, 16)))}, moved
+
+
+@pytest.mark.parametrize(("rule", "width"), [("", 64), (" +sharding.axes.residual=[tensor]", 16)])
+def test_what_a_layer_keeps_is_split_by_tensor_where_the_rules_say_so(rule, width):
+    compiled, _, _ = compiled_step(f"fsdp_tensor{rule}", (1, 2, 1, 4), "remat=full", "kernel.name=blocked")
+    kept = re.findall(r"f32\[2,8,96,(\d+)\]", compiled.as_text())  # of 2 layers and the rows of a device
+    assert set(kept) == {str(width)}
 
 
 def test_the_check_sees_activations_that_are_reduced(monkeypatch):

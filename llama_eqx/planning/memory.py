@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from llama_eqx.model.kernel.shards import ways
 from llama_eqx.planning.compile import abstract_batch
 from llama_eqx.remat import RematConfig
 from llama_eqx.sharding import Layout
@@ -60,6 +61,7 @@ def memory_by_part(config: RunConfig, program: Program, layout: Layout, traced: 
     model, dims = program.shapes.model, config.model.dims
     parameters = _held(model, program.shardings.model)
     tensor, sequence = layout.mesh.shape["tensor"], layout.mesh.shape["sequence"]
+    residual = ways(layout.mesh, layout.spec(("residual",), dims.of("embed"))[0])
     compute = jnp.dtype(config.precision.compute).itemsize
     rows = rows_of_device(config, layout)
     part = rows / sequence
@@ -76,7 +78,7 @@ def memory_by_part(config: RunConfig, program: Program, layout: Layout, traced: 
         optimizer=_held(program.shapes.opt_state, program.shardings.opt_state),
         gradients=parameters if whole else 2 * parameters,
         copies=int(cast + traced.fixed / layout.mesh.size),
-        activations=int(part * (traced.whole + traced.split / tensor)),
+        activations=int(part * (traced.whole / residual + traced.split / tensor)),
         block=int(part * (traced.block_whole + traced.block_split / tensor) + 2 * layer * gathered),
         logits=int(tokens * vocab * (4 + compute) + 2 * outside * gathered),
     )

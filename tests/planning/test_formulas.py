@@ -66,6 +66,8 @@ def test_tensor_parallelism_splits_heads_and_feed_forward():
     half, _, _ = parts(settings("remat=none", "sharding=fsdp_tensor", "mesh.tensor=2"))
     assert half.parameters == pytest.approx(whole.parameters, rel=0.05)  # of 2 x 4 devices as of 8
     assert half.activations > whole.activations  # rows are split over 4 devices then, and the residual is whole on both
+    split, _, _ = parts(settings("remat=none", "sharding=fsdp_tensor", "mesh.tensor=2", "+sharding.axes.residual=[tensor]"))
+    assert split.activations == pytest.approx(whole.activations, rel=0.05)
 
 
 def test_microbatches_keep_less_and_a_second_gradient():

@@ -35,7 +35,8 @@ def rows():
 def our_losses(config, rows, *, remat="none", sharding="fsdp", mesh=(1, 1, 1, 1), kernel=None, unroll=1, microbatch_size=None):
     devices = jax.devices()[: math.prod(mesh)]
     layout = Layout(
-        jax.make_mesh(mesh, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices), load_config(f"sharding={sharding}").sharding
+        jax.make_mesh(mesh, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices),
+        load_config(*f"sharding={sharding}".split()).sharding,
     )
     view = policy_view(PrecisionConfig(params="float32", compute="float32"), load_config(f"remat={remat}").remat, layout, kernel, unroll)
     optimizer, loss = config.optimizer.build(), config.loss.build(view, layout)
@@ -131,6 +132,7 @@ def test_policies_do_not_change_the_curve(settings, config, rows, ours):
         ("fsdp", (1, 8, 1, 1)),
         ("tensor", (2, 1, 1, 4)),  # with key heads that do not divide
         ("sequence", (1, 2, 2, 2)),
+        ("fsdp_tensor +sharding.axes.residual=[tensor]", (2, 2, 1, 2)),
         pytest.param("fsdp_tensor", (2, 2, 1, 2), marks=pytest.mark.slow),
         pytest.param("sequence", (1, 2, 4, 1), marks=pytest.mark.slow),
     ],
