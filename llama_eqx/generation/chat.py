@@ -33,7 +33,7 @@ class Chat:
     ):
         self.model, self.tokenizer, self.sampling, self.max_new_tokens = model, tokenizer, sampling, max_new_tokens
         self.stop_strings: Sequence[str] = settings.pop("stop_strings", ())
-        self.settings = {**settings, "stop": (*tokenizer.stop, *settings.get("stop", ()))}
+        self.settings = {**settings, "stop": (*tokenizer.stop, *settings.get("stop", ())), "vocab": tokenizer.vocab}
         self.format = chat_format(tokenizer)
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self.turn, self.reused = 0, 0

@@ -45,13 +45,15 @@ def generate_tokens(
     cache_dtype: DTypeLike | None = None,
     prefill_chunk: int = 512,
     shift: bool = False,
+    vocab: int | None = None,
 ) -> Generation:
     """Continues every prompt by up to `max_new_tokens`, until it draws a token of `stop`.
 
     `samples` rows come of each prompt, side by side. Row r of the prompts draws token t of sample s with a key of
     (seed, first_row + r, s, t) alone: many prompts may be split over calls that say where each begins, and draw the same.
     `cache_dtype` is that of the weights unless given. Prompts go through the model `prefill_chunk` tokens at a time. With `shift` the
-    beginning of a prompt is left out that would pass the context.
+    beginning of a prompt is left out that would pass the context. With `vocab` only ids below it are drawn: a model may have more than its
+    tokenizer.
 
     Raises `ConfigError` before anything is compiled: for an empty prompt, an id outside of the vocabulary, a length past the context
     and settings out of range.
@@ -69,6 +71,7 @@ def generate_tokens(
         cache_dtype=cache_dtype,
         prefill_chunk=prefill_chunk,
         shift=shift,
+        vocab=vocab,
     )
     return found(on_host(_generate(model, rows, rule)))
 
@@ -208,10 +211,10 @@ def _drawn(model: Llama, state: State, rule: Rule, hidden: Float[Array, "batch 1
     """The state with the token that follows `hidden`; what a row that has stopped draws does not count."""
     logits, t = model.head(hidden)[:, 0], state.t
     keys = None if state.keys is None else jax.vmap(lambda key: jax.random.fold_in(key, t))(state.keys)
-    token = draw(constrained(logits, rule.constraints, state.history), keys)
+    token = draw(constrained(rule.known(logits), rule.constraints, state.history), keys)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     logprob = jnp.take_along_axis(logits, token[:, None], axis=-1) - total
-    top, top_ids = jax.lax.top_k(logits, rule.top_logprobs)
+    top, top_ids = jax.lax.top_k(rule.known(logits), rule.top_logprobs)
     return State(
         cache=state.cache,
         keys=state.keys,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation.constraints import Constraint
@@ -36,6 +36,12 @@ class Rule(eqx.Module):
     top_logprobs: int = eqx.field(static=True)
     cache_dtype: str | None = eqx.field(static=True)
     prefill_chunk: int = eqx.field(static=True)
+    vocab: int = eqx.field(static=True)
+
+    def known(self, logits: Float[Array, "*rows vocab"]) -> Float[Array, "*rows vocab"]:
+        """With the ids that are not the tokenizer's at -inf."""
+        size = logits.shape[-1]
+        return logits if self.vocab == size else jnp.where(jnp.arange(size) < self.vocab, logits, -jnp.inf)
 
 
 def prepared(
@@ -52,22 +58,24 @@ def prepared(
     cache_dtype: DTypeLike | None = None,
     prefill_chunk: int = 512,
     shift: bool = False,
+    vocab: int | None = None,
 ) -> tuple[Rows, Rule]:
     """What `generate_tokens` is asked for, as arrays.
 
     Raises `ConfigError` as it says.
     """
-    (vocab,) = model.config.dims.of("vocab")
+    (size,) = model.config.dims.of("vocab")
+    known = size if vocab is None else min(vocab, size)
     for name, value, least in [("max_new_tokens", max_new_tokens, 1), ("samples", samples, 1), ("prefill_chunk", prefill_chunk, 1)]:
         if value < least:
             raise ConfigError(f"{value} is less than {least}", where=name)
-    if not 0 <= top_logprobs <= vocab:
-        raise ConfigError(f"{top_logprobs} of {vocab} tokens cannot be told", where="top_logprobs")
-    require_stop(stop, vocab)
+    if not 0 <= top_logprobs <= known:
+        raise ConfigError(f"{top_logprobs} of {known} tokens cannot be told", where="top_logprobs")
+    require_stop(stop, size)
     prompts = fitting(model, prompts, max_new_tokens, shift)
     width = max(SHORTEST, 1 << (max(map(len, prompts)) - 1).bit_length())
     tokens, real = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
-    present = np.zeros((len(prompts), vocab), bool) if sampling.penalties else None
+    present = np.zeros((len(prompts), size), bool) if sampling.penalties else None
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :], real[row, width - len(prompt) :] = prompt, True
         if present is not None:
@@ -85,6 +93,7 @@ def prepared(
         top_logprobs=top_logprobs,
         cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype).name,
         prefill_chunk=prefill_chunk,
+        vocab=known,
     )
     as_array = lambda x: None if x is None else jnp.asarray(x)  # noqa: E731
     return Rows(tokens=jnp.asarray(tokens), real=jnp.asarray(real), keys=keys, present=as_array(present)), rule

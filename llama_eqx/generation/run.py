@@ -279,6 +279,7 @@ def _searched(
         cache_dtype=config.cache_dtype,
         prefill_chunk=config.prefill_chunk,
         shift=config.shift,
+        vocab=tokenizer.vocab,
     )
     for prompt, hypotheses in zip(prompts, found, strict=True):
         for i, (tokens, score) in enumerate(hypotheses[: config.samples]):

@@ -40,16 +40,15 @@ def search_beams(
 
     Scores are log-probabilities over length ** `length_penalty`. A prompt is done when no running beam can pass the worst finished one:
     judged at its present length or, with "never", at the best it could come to; with True when there are `beams` finished ones.
-    `settings` are those of `generate_tokens` that do not concern draws: stop, cache_dtype, prefill_chunk, shift.
+    `settings` are those of `generate_tokens` that do not concern draws: stop, cache_dtype, prefill_chunk, shift, vocab.
 
     Raises `ConfigError` as `generate_tokens` does, and for numbers of beams that there are no tokens for.
     """
-    vocab, stops = model.config.dims.of("vocab")[0], len(settings.get("stop", ()))
-    least = max(2, 1 + stops) * beams
-    if beams < 1 or least > vocab:
-        what = f"{beams} is less than 1" if beams < 1 else f"{beams} beams choose among {least} tokens, and the vocabulary has {vocab}"
-        raise ConfigError(what, where="beams", next="beams=4")
     rows, rule = prepared(model, prompts, max_new_tokens, Sampling(), **settings)
+    least = max(2, 1 + len(rule.stop)) * beams
+    if beams < 1 or least > rule.vocab:
+        what = f"{beams} is less than 1" if beams < 1 else f"{beams} beams choose among {least} tokens, and the vocabulary has {rule.vocab}"
+        raise ConfigError(what, where="beams", next="beams=4")
     state = on_host(_search(model, rows, rule, beams, length_penalty, early_stopping))
     cut = lambda tokens, length: tokens[:length].tolist()  # noqa: E731
     return [
@@ -113,7 +112,7 @@ def _chosen(
 ) -> Beams:
     """The state one token further."""
     t, prompts = state.t, len(state.running)
-    logprobs = jax.nn.log_softmax(model.head(hidden)[:, 0]).reshape(prompts, beams, -1) + state.running_scores[:, :, None]
+    logprobs = rule.known(jax.nn.log_softmax(model.head(hidden)[:, 0])).reshape(prompts, beams, -1) + state.running_scores[:, :, None]
     # As many candidates as leave `beams` to go on with, should all stop tokens of the best be among them.
     keep = max(2, 1 + len(rule.stop)) * beams
     scores, index = jax.lax.top_k(logprobs.reshape(prompts, -1), keep)

@@ -79,7 +79,7 @@ def _speculate(model: Llama, draft: Llama, rows: Rows, rule: Rule, drafted: int)
     (hidden, cache), (_, draft_cache) = prefilled(model, rows, rule, slots), prefilled(draft, rows, rule, slots)
     keys = None if rows.keys is None else _folded(rows.keys, 0)
     logits = model.head(hidden[:, None])[:, 0]
-    token = draw(constrained(logits, rule.constraints, None), keys)
+    token = draw(constrained(rule.known(logits), rule.constraints, None), keys)
     room = jnp.zeros((batch, new + drafted), jnp.int32)
     state = Drafts(
         cache=(cache, draft_cache),
@@ -114,7 +114,7 @@ def _round(
     def propose(carry: tuple, i: Array) -> tuple:
         token, cache = carry
         hidden, cache = draft.hidden(token[:, None], positions=position + i, cache=cache)
-        logits = constrained(draft.head(hidden)[:, 0], rule.constraints, None)
+        logits = constrained(rule.known(draft.head(hidden)[:, 0]), rule.constraints, None)
         token = draw(logits, None if round_keys is None else _folded(round_keys, i))
         return (token, cache), (token, jax.nn.softmax(logits, axis=-1))
 
@@ -125,7 +125,7 @@ def _round(
     read = jnp.concatenate([last[:, None], proposed], axis=1)
     hidden, cache = model.hidden(read, positions=position + jnp.arange(drafted + 1), cache=cache)
     logits = model.head(hidden)
-    allowed = jax.vmap(lambda x: constrained(x, rule.constraints, None), in_axes=1, out_axes=1)(logits)
+    allowed = jax.vmap(lambda x: constrained(rule.known(x), rule.constraints, None), in_axes=1, out_axes=1)(logits)
 
     if round_keys is None:
         own = jnp.argmax(allowed, axis=-1).astype(jnp.int32)

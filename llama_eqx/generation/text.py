@@ -36,9 +36,8 @@ def continued(model: Llama, tokenizer: Tokenizer, prompt: list[int], max_new_tok
     Raises `ConfigError` for an empty prompt and one that fills the context.
     """
     room = model.config.context - len(prompt)
-    new = generate_tokens(
-        model, [prompt], min(max_new_tokens, room) if room > 0 else max_new_tokens, sampling, stop=tokenizer.stop, seed=seed
-    )
+    length = min(max_new_tokens, room) if room > 0 else max_new_tokens
+    new = generate_tokens(model, [prompt], length, sampling, stop=tokenizer.stop, seed=seed, vocab=tokenizer.vocab)
     return tokenizer.decode([*prompt, *new.tokens[0]])
 
 
@@ -57,7 +56,7 @@ def generate_texts(
 
     A row ends at a stop token of the tokenizer or of `stop`, or where its text first has one of `stop_strings`.
     """
-    settings["stop"] = stop = (*tokenizer.stop, *settings.get("stop", ()))
+    settings |= {"stop": (stop := (*tokenizer.stop, *settings.get("stop", ()))), "vocab": tokenizer.vocab}
     if stop_strings:
         ended = stops_at(tokenizer, [prompt for prompt in prompts for _ in range(settings.get("samples", 1))], stop_strings)
         new = _last(stream_tokens(model, prompts, max_new_tokens, sampling, ended=ended, **settings))
@@ -81,7 +80,7 @@ def stream_text(
     **settings: Any,
 ) -> Iterator[str]:
     """The text of one prompt's continuation as it comes, in whole characters, up to its end as in `generate_texts`."""
-    settings["stop"] = (*tokenizer.stop, *settings.get("stop", ()))
+    settings |= {"stop": (*tokenizer.stop, *settings.get("stop", ())), "vocab": tokenizer.vocab}
     ended = stops_at(tokenizer, [prompt], stop_strings) if stop_strings else None
     tokens = (token for part in stream_tokens(model, [prompt], max_new_tokens, sampling, ended=ended, **settings) for token in part[0])
     yield from up_to(stop_strings, following(tokenizer, prompt, tokens))

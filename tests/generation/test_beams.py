@@ -49,6 +49,12 @@ def test_one_beam_is_greedy(model):
     assert [row[0].tokens for row in search_beams(model, PROMPTS, NEW, 3)] != greedy
 
 
+def test_ids_that_are_not_the_tokenizers(model):
+    assert all(max(each.tokens) < 11 for row in search_beams(model, PROMPTS, NEW, 3, vocab=11) for each in row)
+    with pytest.raises(ConfigError, match="the vocabulary has 11"):
+        search_beams(model, PROMPTS, NEW, 6, vocab=11)
+
+
 @pytest.mark.parametrize(("beams", "what"), [(0, "0 is less than 1"), (31, "31 beams choose among 62 tokens, and the vocabulary has 61")])
 def test_beams_without_tokens(model, beams, what):
     with pytest.raises(ConfigError, match=what):

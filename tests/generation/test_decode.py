@@ -27,12 +27,13 @@ def greedy(model):
     return generate_tokens(model, PROMPTS, NEW)
 
 
-def continued(reference, prompts):
+def continued(reference, prompts, **settings):
     """Greedy continuations by transformers, the prompts padded on the left."""
     width = max(map(len, prompts))
     tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return reference.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=NEW, pad_token_id=0)[:, width:].tolist()
+    settings |= {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0}
+    return reference.generate(tokens, attention_mask=mask, **settings)[:, width:].tolist()
 
 
 def test_equals_transformers_in_a_padded_batch(greedy, reference):
@@ -147,6 +148,7 @@ def test_cache_in_another_dtype_compiles_once(model, greedy, monkeypatch):
         ({"prefill_chunk": 0}, "prefill_chunk", "0 is less than 1"),
         ({"top_logprobs": -1}, "top_logprobs", "-1"),
         ({"top_logprobs": 62}, "top_logprobs", "62 of 61"),
+        ({"top_logprobs": 12, "vocab": 11}, "top_logprobs", "12 of 11"),
         ({"stop": (1, 61)}, "stop", "61"),
     ],
 )
@@ -212,6 +214,19 @@ def test_top_logprobs(model, greedy):
             np.testing.assert_allclose(dict(place)[token], logprob, atol=1e-6)
     first = generate_tokens(model, PROMPTS, NEW, top_logprobs=1)
     assert [[place[0][0] for place in row] for row in first.top] == greedy.tokens
+
+
+def test_ids_that_are_not_the_tokenizers(model, reference):
+    """They are neither drawn nor told; what is told stays the model's own probability. As in transformers when they are suppressed."""
+    new = generate_tokens(model, PROMPTS, NEW, WARM, top_logprobs=11, vocab=11)
+    for tokens, logprobs, top in zip(*new, strict=True):
+        assert max(tokens) < 11
+        assert all({i for i, _ in place} == set(range(11)) for place in top)
+        np.testing.assert_allclose([dict(place)[token] for token, place in zip(tokens, top, strict=True)], logprobs, atol=1e-6)
+    theirs = continued(reference, PROMPTS, suppress_tokens=list(range(11, 61)))
+    ours = generate_tokens(model, PROMPTS, NEW, vocab=11, stop=[2]).tokens  # there an end of the text, after which comes padding
+    assert [row + [0] * (NEW - len(row)) for row in ours] == theirs
+    assert generate_tokens(model, PROMPTS, NEW, vocab=99).tokens == generate_tokens(model, PROMPTS, NEW).tokens
 
 
 def test_shift_leaves_out_the_beginning(model):

@@ -35,6 +35,9 @@ def test_greedy_is_that_of_the_model(model, draft, drafted):
     assert generate_speculatively(model, draft, PROMPTS, NEW, drafted=drafted, stop=stop).generation.tokens == (
         generate_tokens(model, PROMPTS, NEW, stop=stop).tokens
     )
+    known = generate_speculatively(model, draft, PROMPTS, NEW, drafted=drafted, vocab=11)
+    assert known.generation.tokens == generate_tokens(model, PROMPTS, NEW, vocab=11).tokens
+    assert max(map(max, known.generation.tokens)) < 11
 
 
 def test_a_draft_by_the_model_itself_is_kept(model):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from llama_eqx import build_model, generate, generate_tokens, load_pretrained, save_pretrained
 from llama_eqx.compose import run_verb
 from llama_eqx.data.chat import chat_format
-from llama_eqx.data.tokenizer import TiktokenTokenizer, find_tokenizer
+from llama_eqx.data.tokenizer import BytesTokenizer, TiktokenTokenizer, find_tokenizer
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
+from llama_eqx.generation.sampling import Sampling
+from llama_eqx.generation.text import continued as continued_text
 from llama_eqx.generation.text import following, up_to
 
 TEXT = "The quick brown fox, aged 1234, jumps over the lazy dog.\n" * 20
@@ -137,6 +140,20 @@ def test_a_file_of_prompts(folders, tmp_path, monkeypatch, capsys):
     assert [line["text"] for line in alone] == [line["text"] for line in found[:2]]
     split = lines(printed(monkeypatch, capsys, *common, f"prompts={file}", "mesh=cpu-8"))
     assert [line["tokens"] for line in split] == [line["tokens"] for line in found]
+
+
+def test_a_model_with_more_ids_than_its_tokenizer(tiny, tmp_path, monkeypatch, capsys):
+    """The most probable ids are not the tokenizer's: none is drawn, in any way of going on, nor told."""
+    model = build_model(tiny("model.dims.vocab=512", "model.tied=false"), key=jax.random.key(1))
+    model = eqx.tree_at(lambda m: m.lm_head, model, model.lm_head * jax.numpy.where(jax.numpy.arange(512) < 258, 1, 1e3))
+    save_pretrained(model, tmp_path / "run", format="native")
+    BytesTokenizer().save(tmp_path / "run" / "tokenizer")
+    arguments = [f"checkpoint={tmp_path / 'run'}", "max_new_tokens=8"]
+    for more in (["top_logprobs=3"], ["stop_strings=[never]"], ["beams=2"], [f"draft={tmp_path / 'run'}"]):
+        assert printed(monkeypatch, capsys, *arguments, "prompt=The", *more)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n"))
+    assert printed(monkeypatch, capsys, *arguments, "chat=true")
+    assert continued_text(model, BytesTokenizer(), [256, 65], 8, Sampling()).startswith("A")
 
 
 def test_stop_strings(folders, tmp_path, monkeypatch, capsys):
