@@ -15,7 +15,7 @@ from llama_eqx.generation.decode import first, prefill, slots_for
 from llama_eqx.generation.request import SHORTEST, Rows, prepared
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.stream import streamed
-from llama_eqx.generation.text import following, stops_at, up_to
+from llama_eqx.generation.text import following, stops_at, up_to, without_end
 from llama_eqx.model.cache import slots_of, with_length, with_slots
 from llama_eqx.model.llama import Llama
 
@@ -94,8 +94,8 @@ class Chat:
             new, self._cache = yield from _flat(streamed(self.model, state, rule, len(ids), 8, ended))
             drawn.extend(new.tokens[0])
 
-        yield from up_to(self.stop_strings, following(self.tokenizer, ids, source := arriving()))
-        for _ in source:  # what was drawn past a stop string
+        yield from up_to(self.stop_strings, following(self.tokenizer, ids, without_end(source := arriving(), self.settings["stop"])))
+        for _ in source:  # what was drawn past the end
             pass
         self._ids = [*ids, *drawn[:-1]]
 

@@ -30,7 +30,7 @@ from llama_eqx.generation.request import require_stop
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.search import search_beams
 from llama_eqx.generation.speculative import generate_speculatively
-from llama_eqx.generation.text import Continuation, following, generate_texts, prompt_tokens, require_strings, stream_text
+from llama_eqx.generation.text import Continuation, following, generate_texts, prompt_tokens, require_strings, stream_text, without_end
 from llama_eqx.interop.pretrained import format_of, load_pretrained, located, open_pretrained
 from llama_eqx.interop.weights import abstract
 from llama_eqx.model.llama import Llama
@@ -268,6 +268,7 @@ def _searched(
 ) -> Iterator[dict[str, Any]]:
     """The `samples` best hypotheses of each prompt."""
     assert config.beams is not None
+    stop = (*tokenizer.stop, *config.stop)
     found = search_beams(
         model,
         prompts,
@@ -275,7 +276,7 @@ def _searched(
         config.beams,
         length_penalty=config.length_penalty,
         early_stopping="never" if config.early_stopping == "never" else config.early_stopping is True,
-        stop=(*tokenizer.stop, *config.stop),
+        stop=stop,
         cache_dtype=config.cache_dtype,
         prefill_chunk=config.prefill_chunk,
         shift=config.shift,
@@ -283,7 +284,8 @@ def _searched(
     )
     for prompt, hypotheses in zip(prompts, found, strict=True):
         for i, (tokens, score) in enumerate(hypotheses[: config.samples]):
-            yield {"sample": i, "text": "".join(following(tokenizer, prompt, tokens)), "tokens": tokens, "score": round(score, DIGITS)}
+            text = "".join(following(tokenizer, prompt, without_end(tokens, stop)))
+            yield {"sample": i, "text": text, "tokens": tokens, "score": round(score, DIGITS)}
 
 
 def _said(tokenizer: Tokenizer, continuation: Continuation, sample: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From text to text: prompts, continuations and where they end."""
 
+import bisect
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,11 +12,13 @@ from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.stream import stream_tokens
 from llama_eqx.model.llama import Llama
 
+TAIL = 8  # ids of a prompt that are looked at for how a text goes on: more than the bytes of a character
+
 
 class Continuation(NamedTuple):
     """The text that follows a prompt, its tokens with their log-probabilities (see `Generation`), and why it ends: stop or length.
 
-    What ends it, a stop token or a stop string, is not part of the text.
+    What ends it, a stop token or a stop string, is not part of the text; a stop token is one of the tokens.
     """
 
     text: str
@@ -38,7 +41,7 @@ def continued(model: Llama, tokenizer: Tokenizer, prompt: list[int], max_new_tok
     room = model.config.context - len(prompt)
     length = min(max_new_tokens, room) if room > 0 else max_new_tokens
     new = generate_tokens(model, [prompt], length, sampling, stop=tokenizer.stop, seed=seed, vocab=tokenizer.vocab)
-    return tokenizer.decode([*prompt, *new.tokens[0]])
+    return tokenizer.decode([*prompt, *without_end(new.tokens[0], tokenizer.stop)])
 
 
 def generate_texts(
@@ -80,17 +83,24 @@ def stream_text(
     **settings: Any,
 ) -> Iterator[str]:
     """The text of one prompt's continuation as it comes, in whole characters, up to its end as in `generate_texts`."""
-    settings |= {"stop": (*tokenizer.stop, *settings.get("stop", ())), "vocab": tokenizer.vocab}
+    settings |= {"stop": (stop := (*tokenizer.stop, *settings.get("stop", ()))), "vocab": tokenizer.vocab}
     ended = stops_at(tokenizer, [prompt], stop_strings) if stop_strings else None
     tokens = (token for part in stream_tokens(model, [prompt], max_new_tokens, sampling, ended=ended, **settings) for token in part[0])
-    yield from up_to(stop_strings, following(tokenizer, prompt, tokens))
+    yield from up_to(stop_strings, following(tokenizer, prompt, without_end(tokens, stop)))
+
+
+def without_end(tokens: Iterable[int], stop: Sequence[int]) -> Iterator[int]:
+    """The tokens before the first of `stop`, which may have a text."""
+    return itertools.takewhile(lambda token: token not in stop, tokens)
 
 
 def following(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
     """The text of `tokens` in parts, as they come, written as it is after the prompt."""
-    before = tokenizer.decode(prompt[-1:])  # how a token is written depends on whether it is the first
+    # How a token is written depends on whether it is the first, and that of a byte on the bytes before: so the last character is needed.
+    tails = ((tail := prompt[-n:], tokenizer.decode(tail)) for n in range(1, TAIL + 1))
+    tail, before = next((each for each in tails if each[1] and "\ufffd" not in each[1]), (prompt[-1:], tokenizer.decode(prompt[-1:])))
     left = len(before)
-    for part in tokenizer.stream(itertools.chain(prompt[-1:], tokens)):
+    for part in tokenizer.stream(itertools.chain(tail, tokens)):
         yield part[left:]
         left = max(left - len(part), 0)
 
@@ -117,9 +127,18 @@ def stops_at(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], strings: Se
     Raises `ConfigError` for an empty string.
     """
     require_strings(strings)
-    return lambda rows: [
-        any(string in "".join(following(tokenizer, prompt, row)) for string in strings) for prompt, row in zip(prompts, rows, strict=True)
-    ]
+    longest, read, texts, found = max(map(len, strings)), [0] * len(prompts), [""] * len(prompts), [False] * len(prompts)
+
+    def ended(rows: list[list[int]]) -> list[bool]:
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            ids, begin = [*prompt, *row], len(prompt) + read[i]
+            text = texts[i] + "".join(following(tokenizer, ids[max(begin - TAIL, 0) : begin], ids[begin:]))
+            found[i] |= any(string in text for string in strings)
+            if not text.endswith("\ufffd"):  # else its last character may be complete the next time
+                read[i], texts[i] = len(row), text[-longest:]
+        return [*found]
+
+    return ended
 
 
 def require_strings(strings: Sequence[str]) -> None:
@@ -137,11 +156,11 @@ def _continuation(
     logprobs: list[float],
     top: list[list[tuple[int, float]]],
 ) -> Continuation:
-    text = "".join(following(tokenizer, prompt, tokens))
+    text = "".join(following(tokenizer, prompt, without_end(tokens, stop)))
     cut = "".join(up_to(strings, [text]))
     if cut != text:  # drawn in the same call as the last that counts
         has = lambda n: any(string in "".join(following(tokenizer, prompt, tokens[:n])) for string in strings)  # noqa: E731
-        n = next(n for n in range(1, len(tokens) + 1) if has(n))
+        n = bisect.bisect_left(range(len(tokens)), True, key=has)
         tokens, logprobs, top = tokens[:n], logprobs[:n], top[:n]
     return Continuation(cut, tokens, logprobs, top, "stop" if cut != text or tokens[-1] in stop else "length")
 

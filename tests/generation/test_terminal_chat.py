@@ -90,6 +90,15 @@ def test_an_answer_that_is_broken_off(model):
     assert "".join(chat.say(TURNS[2])) == anew(model, [*before, {"role": "user", "content": TURNS[2]}], 12)
 
 
+def test_a_stop_token_with_a_text_is_not_said(model):
+    whole = "".join(Chat(model, TOKENIZER, Sampling(temperature=4.0), 12).say(TURNS[0]))
+    before = max(map(whole.index, whole))
+    assert before > 2
+    chat = Chat(model, TOKENIZER, Sampling(temperature=4.0), 12, stop=[ord(whole[before])])
+    assert "".join(chat.say(TURNS[0])) == whole[:before] == chat.messages[-1]["content"]
+    assert_what_is_kept_is_what_was_said(chat)
+
+
 def test_the_oldest_turns_are_forgotten(model, capsys):
     chat = Chat(model, TOKENIZER, Sampling(), 12, system="Be brief.")
     for turn in range(6):

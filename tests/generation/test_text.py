@@ -19,11 +19,13 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from llama_eqx import build_model, generate, generate_tokens, load_pretrained, save_pretrained
 from llama_eqx.compose import run_verb
 from llama_eqx.data.chat import chat_format
-from llama_eqx.data.tokenizer import BytesTokenizer, TiktokenTokenizer, find_tokenizer
+from llama_eqx.data.tokenizer import BytesTokenizer, HuggingFaceTokenizer, TiktokenTokenizer, find_tokenizer
+from llama_eqx.data.tokenizer.export import tokenizer_json
+from llama_eqx.data.tokenizer.sentencepiece import LLAMA_SETTINGS
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
 from llama_eqx.generation.sampling import Sampling
+from llama_eqx.generation.text import _continuation, following, stops_at, up_to
 from llama_eqx.generation.text import continued as continued_text
-from llama_eqx.generation.text import following, up_to
 
 TEXT = "The quick brown fox, aged 1234, jumps over the lazy dog.\n" * 20
 PROMPT = "The fox <|eot_id|>"
@@ -40,15 +42,8 @@ def folders(tiny, tmp_path_factory):
     for name, vocab in {"llama2": 300, "llama3": 280 + 256}.items():
         model = build_model(tiny(f"model.dims.vocab={vocab}"), key=jax.random.key(1))
         save_pretrained(model, folder / name, format="hf")
-    SentencePieceTrainer.train(
-        input=str(folder / "text.txt"),
-        model_prefix=str(folder / "llama2" / "tokenizer"),
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        minloglevel=2,
-    )
+    prefix = str(folder / "llama2" / "tokenizer")
+    SentencePieceTrainer.train(input=str(folder / "text.txt"), model_prefix=prefix, vocab_size=300, **LLAMA_SETTINGS)
     ranks = bpe_train(TEXT, 280, PATTERN, visualise=None)
     file = folder / "tokenizer.model"
     file.write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items()))
@@ -112,7 +107,14 @@ def test_a_hugging_face_folder_is_continued_as_by_transformers(name, folders, mo
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, new[5]]}))
     shorter = continued(folder, ids)
     assert len(shorter) < 12
-    assert printed(monkeypatch, capsys, *arguments) == text([*ids, *shorter]) + "\n"
+    said = text([*ids, *shorter[:-1]])  # what ends it has a text, which is not said
+    assert said != text([*ids, *shorter])
+    assert printed(monkeypatch, capsys, *arguments) == said + "\n"
+    (line,) = lines(printed(monkeypatch, capsys, *arguments, "top_logprobs=1"))
+    assert (line["tokens"], said.endswith(line["text"]), line["end"]) == (shorter, True, "stop")
+    assert printed(monkeypatch, capsys, *arguments, "beams=1") == said + "\n"
+    tokenizer = find_tokenizer(folder)
+    assert continued_text(load_pretrained(folder), tokenizer, ids, 12, Sampling()) == said
 
 
 @pytest.mark.parametrize("format", ["meta", "native"])
@@ -168,6 +170,40 @@ def test_stop_strings(folders, tmp_path, monkeypatch, capsys):
     (line,) = lines(printed(monkeypatch, capsys, *arguments, stops, "top_logprobs=1"))
     assert (line["text"], line["end"]) == (cut, "stop")
     assert len(line["tokens"]) == len(line["logprobs"]) == len(line["top_logprobs"]) < 40
+
+
+class Counting(BytesTokenizer):
+    decoded = 0
+
+    def _decode(self, ids):
+        self.decoded += len(ids)
+        return super()._decode(ids)
+
+
+def test_what_is_looked_through_for_a_stop_string():
+    """It is found as soon as it is there, over calls and within characters, and of a long text only what is new is decoded."""
+    prompt, row, tokenizer = list(b"so "), list(("naïve 你好, " * 200 + "the end: more").encode()), Counting()
+    strings = ("好, the e", "never")
+    ended = stops_at(tokenizer, [prompt], strings)
+    for n in range(1, len(row) + 7, 7):
+        text = bytes(row[:n]).decode(errors="replace")
+        assert ended([row[:n]]) == [strings[0] in text]
+    assert tokenizer.decoded < 8 * len(row)
+    tokenizer.decoded = 0
+    found = _continuation(tokenizer, prompt, strings, (), row, [0.0] * len(row), [[]] * len(row))
+    assert bytes(found.tokens).decode().endswith(strings[0])
+    assert tokenizer.decoded < 8 * len(row) * len(row).bit_length()
+
+
+def test_a_character_at_the_edge_of_the_prompt(folders):
+    """Llama 2's tokenizer.json decodes a run of bytes as a whole, and each as U+FFFD where the whole is not valid."""
+    pieces = find_tokenizer(folders / "llama2")
+    tokenizer = HuggingFaceTokenizer(tokenizer_json(pieces).encode())
+    for prompt, rest in [("fox 你", "好"), ("😀", "😀 fox"), ("fox", " dog"), ("fox ", " dog")]:
+        for each in (pieces, tokenizer):
+            ids, whole = each.encode(prompt), each.encode(prompt + rest)
+            assert whole[: len(ids)] == ids
+            assert "".join(following(each, [1, *ids], whole[len(ids) :])) == rest
 
 
 @pytest.mark.parametrize("strings", [("end",), ("n", "xyz"), ("ab", "bca")])
