@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_eqx.data.chat import chat_format
 from llama_eqx.data.tokenizer import Tokenizer
+from llama_eqx.errors import ConfigError
 from llama_eqx.generation.decode import first, prefill, slots_for
 from llama_eqx.generation.request import SHORTEST, Rows, prepared
 from llama_eqx.generation.sampling import Sampling
@@ -44,7 +45,7 @@ class Chat:
 
         Where the conversation fills the context its oldest turns are forgotten.
 
-        Raises `ConfigError` when `text` alone does.
+        Raises `ConfigError` when `text` alone does, `DataError` when the tokenizer does not know it; then nothing is forgotten.
         """
         self.messages.append({"role": "user", "content": text})
         answer = ""
@@ -59,18 +60,24 @@ class Chat:
 
     def _fitting(self) -> list[int]:
         """The ids of the conversation, of as many turns as leave a quarter of the context for what is new, or all that it will be."""
-        room = min(self.max_new_tokens, self.model.config.context // 4)
-        first_turn = 1 if self.messages[0]["role"] == "system" else 0
+        context, kept = self.model.config.context, list(self.messages)
+        room = min(self.max_new_tokens, context // 4)
+        first_turn = 1 if kept[0]["role"] == "system" else 0
         while True:
-            ids, _ = self.format.encode(self.messages, self.tokenizer, generate=True)
-            if len(ids) + room <= self.model.config.context or len(self.messages) < first_turn + 3:
-                return ids
+            ids, _ = self.format.encode(kept, self.tokenizer, generate=True)
+            if len(ids) + room <= context or len(kept) < first_turn + 3:
+                break
+            del kept[first_turn : first_turn + 2]
+        if len(ids) >= context:
+            what = f"the {len(ids)} tokens of this message{' and the system message' * first_turn} fill the context of {context}"
+            raise ConfigError(what, where="chat", next="say it in fewer words; the conversation is as it was before")
+        for _ in range(len(kept), len(self.messages), 2):
             print("(the oldest turn is forgotten: the conversation fills the context)", file=sys.stderr)
-            del self.messages[first_turn : first_turn + 2]
+        self.messages = kept
+        return ids
 
     def _answer(self, ids: list[int]) -> Iterator[str]:
-        context = self.model.config.context
-        n = max(min(self.max_new_tokens, context - len(ids)), 1)
+        n = min(self.max_new_tokens, self.model.config.context - len(ids))
         rows, rule = prepared(self.model, [ids], n, self.sampling, first_row=self.turn, **self.settings)
         same = next((i for i, (a, b) in enumerate(zip(ids[:-1], self._ids, strict=False)) if a != b), min(len(ids) - 1, len(self._ids)))
         width = max(SHORTEST, 1 << (len(ids) - same - 1).bit_length())

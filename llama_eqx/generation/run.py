@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from llama_eqx.config import Config
 from llama_eqx.data.chat import chat_format
 from llama_eqx.data.tokenizer import Tokenizer, find_tokenizer
-from llama_eqx.errors import ConfigError, DataError, StorageError
+from llama_eqx.errors import ConfigError, DataError, StorageError, UserError
 from llama_eqx.generation.chat import Chat
 from llama_eqx.generation.decode import Generation
 from llama_eqx.generation.layout import for_decoding, in_int8
@@ -40,10 +41,11 @@ from llama_eqx.sharding import Layout, MeshConfig, Rules
 # What has no part in a way of going on: beams are not drawn, and the tokens of a draft are judged several at a time.
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 UNFIT = {
-    "chat": ("beams", "draft", "samples", "output", "top_logprobs"),
+    "chat": ("beams", "draft", "samples", "output", "top_logprobs", "shift"),
     "beams": ("draft", "top_k", "min_p", *PENALTIES, "stop_strings", "top_logprobs"),
     "draft": ("samples", *PENALTIES, "stop_strings", "top_logprobs"),
 }
+UNSAID = {"samples": 1, "top_logprobs": 0, "stop_strings": (), "shift": False}  # what these have who say nothing; the others None
 DIGITS = 5  # of log-probabilities in JSON: float32 has no more of those that matter
 
 
@@ -104,17 +106,15 @@ class GenerateConfig(Config):
         if self.early_stopping not in (True, False, "never"):
             raise ConfigError(f"{self.early_stopping!r} is no rule for an end", where="early_stopping", next="false, true or never")
         for way, unfit in UNFIT.items():
-            given = [name for name in unfit if getattr(self, name) not in (None, 0, 1, ())]
+            given = [name for name in unfit if getattr(self, name) != UNSAID.get(name)]
             if getattr(self, way) and given:
                 what = f"{way} and {', '.join(given)} do not go together"
                 raise ConfigError(what, where=given[0], next=f"leave out {' and '.join(given)}, or {way}")
-        for name, least in {"batch": 1, "samples": 1, "beams": 1}.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ConfigError(f"{value} is less than {least}", where=name)
+        for name in ("batch", "samples", "beams", "drafted", "max_new_tokens", "prefill_chunk"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{value} is less than 1", where=name)
         if self.beams is not None and self.samples > self.beams:
             raise ConfigError(f"{self.samples} samples of {self.beams} beams", where="samples", next=f"beams={self.samples}")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"{self.max_new_tokens} is less than 1", where="max_new_tokens")
         require_strings(self.stop_strings)
         self.sampling()  # for its errors
 
@@ -212,9 +212,14 @@ def _require_what_several_can(config: GenerateConfig) -> None:
 
 
 def converse(model: Llama, tokenizer: Tokenizer, config: GenerateConfig) -> None:
-    """A chat in the terminal, up to the end of its input. An interrupt breaks off the answer, and a second one the chat."""
+    """A chat in the terminal, up to the end of its input. An interrupt breaks off the answer, and a second one the chat.
+
+    A line that cannot be answered is said to be one, and the chat goes on.
+    """
     settings = {key: value for key, value in config.settings().items() if key not in ("samples", "top_logprobs", "shift")}
     chat = Chat(model, tokenizer, config.sampling(), config.max_new_tokens, system=config.system, **settings)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # the tokenizer refuses a line that is not UTF-8, and not Python the whole input
     if sys.stdin.isatty():
         print("Ctrl-C breaks off an answer, Ctrl-D ends the chat.", file=sys.stderr)
     while True:
@@ -229,6 +234,9 @@ def converse(model: Llama, tokenizer: Tokenizer, config: GenerateConfig) -> None
                 print(part, end="", flush=True)
         except KeyboardInterrupt:
             print(" (broken off)", end="")
+        except UserError as error:
+            print(error, file=sys.stderr)
+            continue
         print()
 
 

@@ -106,8 +106,12 @@ def test_the_oldest_turns_are_forgotten(model, capsys):
     assert chat.messages[0]["content"] == "Be brief."
     assert len(chat.messages) < 13
     assert "forgotten" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="context of 256"):
+    before = list(chat.messages)
+    with pytest.raises(ConfigError, match="this message and the system message fill the context of 256") as error:
         "".join(chat.say("x" * 300))
+    assert "shift" not in str(error.value)  # a chat has none
+    assert chat.messages == before
+    assert "forgotten" not in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_a_format(model):

@@ -249,11 +249,15 @@ def test_bad_files_of_prompts(folders, tmp_path, monkeypatch, capsys, content, w
         (["batch=0"], "0 is less than 1"),
         (["beams=0"], "0 is less than 1"),
         (["chat=true"], "prompt and chat do not go together"),
+        (["prompt=null", "chat=true", "shift=true"], "chat and shift do not go together"),
         (["system=Be brief."], "a system message is for chat=true"),
         (["beams=4", "stop_strings=[a]"], "beams and stop_strings do not go together"),
         (["beams=4", "draft=somewhere"], "beams and draft do not go together"),
-        (["beams=4", "repetition_penalty=1.2", "top_k=5"], "beams and top_k, repetition_penalty do not go together"),
+        (["beams=4", "repetition_penalty=1.2", "top_k=1"], "beams and top_k, repetition_penalty do not go together"),
         (["draft=somewhere", "top_logprobs=2"], "draft and top_logprobs do not go together"),
+        (["draft=somewhere", "presence_penalty=0"], "draft and presence_penalty do not go together"),
+        (["draft=somewhere", "drafted=0"], "0 is less than 1"),
+        (["prefill_chunk=0"], "0 is less than 1"),
         (["prompt="], "an empty prompt"),
         (["beams=2", "samples=3"], "3 samples of 2 beams"),
         (["mesh=cpu-8", "mesh.fsdp=1", "mesh.tensor=8"], "heads=4 does not divide"),
@@ -290,11 +294,14 @@ def test_past_the_context(folders, monkeypatch, capsys):
 
 
 def test_a_chat_in_the_terminal(folders, monkeypatch, capsys):
-    """Two turns of Llama 3's format: the second answer is that to the whole conversation."""
+    """Two turns of Llama 3's format: the second answer is that to the whole conversation. Between them lines that have no answer."""
     folder = folders / "llama3"
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n\nReally?\n"))
+    typed = b"Who are you?\n\n" + b"a b c d " * 300 + b"\nna\xefve\nReally?\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     arguments = [f"checkpoint={folder}", "max_new_tokens=8", "temperature=0"]
-    first, second = printed(monkeypatch, capsys, *arguments, "chat=true", "system=Be brief.").split("\n")[:2]
+    first, second, end = printed(monkeypatch, capsys, *arguments, "chat=true", "system=Be brief.", said=(notes := [])).split("\n")
+    assert end == ""
+    assert ["fill the context" in notes[1], "not valid Unicode" in notes[4]] == [True, True], notes
     tokenizer, model = find_tokenizer(folder), load_pretrained(folder)
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
     for answer in (first, second):
