@@ -21,13 +21,15 @@ class Asked(NamedTuple):
 def read_prompts(prompt: str | None, file: str | None, tokenizer: Tokenizer) -> list[Asked]:
     """`prompt`, or those of `file`: one a line or, if its name ends with .jsonl, an object a line with a `prompt` or `messages`.
 
-    Raises `DataError` naming the line: for JSON that is none, an empty prompt, and raw text among conversations.
+    Raises `DataError` naming the line: for JSON that is none, an empty prompt, raw text among conversations, and what the tokenizer does
+    not know.
     """
     if file is None:
         assert prompt is not None
-        return [Asked({"prompt": prompt}, prompt_tokens(tokenizer, prompt), "prompt")]
+        given = {"prompt": prompt}
+        return [Asked(given, _tokens(given, tokenizer, "prompt"), "prompt")]
     try:
-        lines = pathlib.Path(file).read_text(encoding="utf-8").splitlines()
+        lines = pathlib.Path(file).read_text(encoding="utf-8-sig").split("\n")  # and not where splitlines sees further ends
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the prompts: {reason(error)}", where=file, next="prompts=FILE, .jsonl or a prompt a line") from None
     plain = not file.endswith(".jsonl")
@@ -46,14 +48,7 @@ def read_prompts(prompt: str | None, file: str | None, tokenizer: Tokenizer) -> 
                 where=file,
                 next="a file for each",
             )
-        if "prompt" in given:
-            tokens = prompt_tokens(tokenizer, given["prompt"])
-        else:
-            try:
-                tokens, _ = chat_format(tokenizer).encode(given["messages"], tokenizer, generate=True)
-            except DataError as error:
-                raise DataError(error.what, where=f"{where}: {error.where}", next=error.next) from None
-        asked.append(Asked(given, tokens, where))
+        asked.append(Asked(given, _tokens(given, tokenizer, where), where))
     if not asked:
         raise DataError("no prompts in this file", where=file, next='a prompt a line or, in .jsonl, {"prompt": "…"}')
     return asked
@@ -63,10 +58,19 @@ def reason(error: OSError | UnicodeDecodeError) -> str:
     return str(error.strerror if isinstance(error, OSError) else error)
 
 
+def _tokens(given: dict[str, Any], tokenizer: Tokenizer, where: str) -> list[int]:
+    try:
+        if "prompt" in given:
+            return prompt_tokens(tokenizer, given["prompt"])
+        return chat_format(tokenizer).encode(given["messages"], tokenizer, generate=True)[0]
+    except DataError as error:
+        raise DataError(error.what, where=": ".join(filter(None, (where, error.where))), next=error.next) from None
+
+
 def _parsed(line: str, where: str) -> dict[str, Any]:
     try:
         given = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}", where=where, next='{"prompt": "…"} or {"messages": […]}, an object a line') from None
     if not isinstance(given, dict) or ("prompt" in given) == ("messages" in given):
         raise DataError("neither a prompt nor messages, or both", where=where, next='{"prompt": "…"} or {"messages": […]}')

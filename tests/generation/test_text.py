@@ -19,10 +19,12 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from llama_eqx import build_model, generate, generate_tokens, load_pretrained, save_pretrained
 from llama_eqx.compose import run_verb
 from llama_eqx.data.chat import chat_format
-from llama_eqx.data.tokenizer import BytesTokenizer, HuggingFaceTokenizer, TiktokenTokenizer, find_tokenizer
+from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer, HuggingFaceTokenizer, TiktokenTokenizer, find_tokenizer
 from llama_eqx.data.tokenizer.export import tokenizer_json
 from llama_eqx.data.tokenizer.sentencepiece import LLAMA_SETTINGS
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
+from llama_eqx.errors import DataError
+from llama_eqx.generation.prompts import read_prompts
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.text import _continuation, following, stops_at, up_to
 from llama_eqx.generation.text import continued as continued_text
@@ -216,12 +218,34 @@ def test_text_up_to_a_string_in_any_parts(strings):
     assert list(up_to((), ["a", "b"])) == ["a", "b"]
 
 
+def test_what_ends_a_line_of_prompts(tmp_path):
+    """A line feed does, and none of what Python's splitlines takes for an end beside it; a BOM is no part of the text."""
+    texts = ["a\u2028b", "c\x85d", "e\x0cf"]
+    plain, objects = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    plain.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(texts).encode())
+    objects.write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in texts).encode())
+    for file in (plain, objects):
+        asked = read_prompts(None, str(file), BytesTokenizer())
+        assert [each.given["prompt"] for each in asked] == texts
+        assert [each.where for each in asked] == [f"{file}:{number}" for number in (1, 2, 3)]
+
+
+def test_a_prompt_with_a_character_that_the_tokenizer_does_not_know(tmp_path):
+    (file := tmp_path / "p.txt").write_text("ab\nabc\n")
+    for given, where in (((None, str(file)), f"{file}:2"), (("abc", None), "prompt")):
+        with pytest.raises(DataError, match="the character 'c'") as error:
+            read_prompts(*given, CharsTokenizer(b"ab"))
+        assert error.value.where == where
+
+
 @pytest.mark.parametrize(
     ("content", "where", "what"),
     [
         ('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}', "p.jsonl", "raw text in line 1 and a conversation in line 2"),
         ('{"prompt": ""}', "p.jsonl:1", "empty prompt"),
         ("{", "p.jsonl:1", "not JSON"),
+        ("[" * 3000, "p.jsonl:1", "not JSON"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "p.jsonl:1", "not valid Unicode"),
         ("[]", "p.jsonl:1", "neither a prompt nor messages"),
         ('{"messages": [{"role": "assistant", "content": "b"}]}', "p.jsonl:1: messages[0].role", "'assistant' at the beginning"),
         ("\n", "p.jsonl", "no prompts"),
