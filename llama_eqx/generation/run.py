@@ -307,13 +307,11 @@ def _said(tokenizer: Tokenizer, continuation: Continuation, sample: int) -> dict
 def loaded(config: GenerateConfig, checkpoint: str, tokenizer: Tokenizer) -> Llama:
     """A model laid out for decoding, on the first device or on those of `mesh`, each of which reads its own part.
 
-    What `quantize` costs is printed. Raises `ConfigError` when sizes do not divide over the mesh.
+    What `quantize` costs is printed. Raises `ConfigError` when sizes do not divide over the mesh, `DataError` for a text on which the cost
+    cannot be measured.
     """
-    file = config.quantize_text or argparse.__file__
-    try:
-        text = "" if config.quantize is None else pathlib.Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read a text to measure: {reason(error)}", where=file, next="quantize_text=FILE") from None
+    file = pathlib.Path(config.quantize_text or argparse.__file__)
+    ids = [] if config.quantize is None else _to_measure(file, tokenizer)
     if config.mesh is None:
         model = load_pretrained(checkpoint, dtype=config.dtype)
     else:
@@ -323,15 +321,26 @@ def loaded(config: GenerateConfig, checkpoint: str, tokenizer: Tokenizer) -> Lla
     model = for_decoding(model)
     if config.quantize is None:
         return model
-    quantised, ids = in_int8(model), prompt_tokens(tokenizer, text)[: model.config.context]
+    quantised, ids = in_int8(model), ids[: model.config.context]
     before, after = perplexity(model, ids), perplexity(quantised, ids)
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 2**20  # noqa: E731
     say(
-        f"int8: {size(model):.0f} MiB -> {size(quantised):.0f} MiB; perplexity of the first {len(ids)} tokens of {pathlib.Path(file).name} "
+        f"int8: {size(model):.0f} MiB -> {size(quantised):.0f} MiB; perplexity of the first {len(ids)} tokens of {file.name} "
         f"{before:.4f} -> {after:.4f} ({after / before - 1:+.2%})",
         file=sys.stderr,
     )
     return quantised
+
+
+def _to_measure(file: pathlib.Path, tokenizer: Tokenizer) -> list[int]:
+    try:
+        ids = prompt_tokens(tokenizer, file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, DataError) as error:
+        what = error.what if isinstance(error, DataError) else reason(error)
+        raise DataError(f"cannot read a text to measure: {what}", where=str(file), next="quantize_text=FILE") from None
+    if len(ids) < 2:
+        raise DataError(f"nothing to measure: {len(ids)} tokens, and none to predict", where=str(file), next="quantize_text=FILE")
+    return ids
 
 
 @eqx.filter_jit

@@ -1,5 +1,6 @@
 """Text from Hugging Face folders, against transformers in the same folder."""
 
+import argparse
 import base64
 import io
 import json
@@ -16,7 +17,7 @@ import torch
 import transformers
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from llama_eqx import build_model, generate, generate_tokens, load_pretrained, save_pretrained
+from llama_eqx import build_model, generate, generate_tokens, load_config, load_pretrained, save_pretrained
 from llama_eqx.compose import run_verb
 from llama_eqx.data.chat import chat_format
 from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer, HuggingFaceTokenizer, TiktokenTokenizer, find_tokenizer
@@ -25,6 +26,7 @@ from llama_eqx.data.tokenizer.sentencepiece import LLAMA_SETTINGS
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
 from llama_eqx.errors import DataError
 from llama_eqx.generation.prompts import read_prompts
+from llama_eqx.generation.run import loaded
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.text import _continuation, following, stops_at, up_to
 from llama_eqx.generation.text import continued as continued_text
@@ -288,6 +290,7 @@ def test_bad_files_of_prompts(folders, tmp_path, monkeypatch, capsys, content, w
         (["max_new_tokens=0"], "0 is less than 1"),
         (["prompt=" + "a b c d " * 300], "pass the context of"),
         (["quantize=int8", "quantize_text=no/such/file"], "No such file or directory"),
+        (["quantize=int8", "quantize_text=/dev/null"], "nothing to measure: 1 tokens"),
     ],
 )
 def test_bad_settings(folders, monkeypatch, capsys, arguments, what):
@@ -355,6 +358,15 @@ def test_a_draft_and_beams(folders, monkeypatch, capsys):
     assert printed(monkeypatch, capsys, *arguments, "beams=1") == plain
     best, second = lines(printed(monkeypatch, capsys, *arguments, "beams=3", "samples=2"))
     assert best["score"] > second["score"]
+
+
+def test_a_text_to_measure_that_the_tokenizer_does_not_know(monkeypatch):
+    """As that of Python's library, of whose characters a corpus need not have all."""
+    monkeypatch.setattr("llama_eqx.generation.run.load_pretrained", lambda *given, **settings: pytest.fail("loaded the weights"))
+    config = load_config("checkpoint=anywhere", "prompt=ab", "quantize=int8", name="generate")
+    with pytest.raises(DataError, match="cannot read a text to measure: the character") as error:
+        loaded(config, "anywhere", CharsTokenizer(b"ab"))
+    assert (error.value.where, error.value.next) == (argparse.__file__, "quantize_text=FILE")
 
 
 def test_eight_bits(folders, tmp_path, monkeypatch, capsys):
