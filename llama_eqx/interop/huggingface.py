@@ -286,7 +286,11 @@ def _family(config: Mapping[str, Any]) -> Literal["sentencepiece", "tiktoken"] |
 def _rope(config: Mapping[str, Any], wrong: list[str]) -> dict[str, Any]:
     """The rotary settings under the names of `rope_parameters`, from there or from the older keys; adds to `wrong`."""
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get(key) or {})}
+    given = config.get(key) or {}
+    if not isinstance(given, dict):
+        wrong.append(f"{key} is {given!r}, wanted an object")
+        given = {}
+    rope = {"rope_theta": config.get("rope_theta", 10000.0), **given}
     kind = rope.setdefault("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         wrong.append(f"{key}.rope_type is {kind!r}, and only 'default' and 'llama3' can be read")
