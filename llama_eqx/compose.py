@@ -242,9 +242,10 @@ class Log(logging.FileHandler):
 
 
 def _guarded(job: Callable[[], None]) -> int:
-    """The exit code of `job`, with whatever ended it said in a block."""
+    """The exit code of `job`, with whatever ended it said in a block; 141, as the shell's, when nobody reads any more what it prints."""
     try:
         job()
+        sys.stdout.flush()
     except UserError as error:
         print(error, file=sys.stderr)
         return error.code
@@ -255,6 +256,8 @@ def _guarded(job: Callable[[], None]) -> int:
         print(_explained(error, "train", sys.argv[1:]), file=sys.stderr)
         return ConfigError.code
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            return 141
         if error.errno not in STORAGE:
             return _unexpected(error)
         where = str(error.filename or "")
@@ -271,6 +274,18 @@ def _guarded(job: Callable[[], None]) -> int:
             return 1
         return _unexpected(error)
     return 0
+
+
+def _unread() -> bool:
+    """Whether the reader of what is printed has left, as `| head` does. What is yet to be printed goes nowhere then."""
+    found = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()  # what could not be written is still held
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            found = True
+    return found
 
 
 def _unexpected(error: Exception) -> int:

@@ -8,7 +8,7 @@ class UserError(Exception):
     """What happened, where, what was kept, and what to type next.
 
     `code` is the exit code of a verb: 1 unexpected, 2 config, 3 data, 4 checkpoint unusable, 5 non-finite numbers, 6 storage,
-    75 and 130 stopped by a signal.
+    75 and 130 stopped by a signal; 141 is for a reader of the output who left.
     """
 
     code = 1

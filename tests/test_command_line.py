@@ -1,5 +1,6 @@
 """What a user types, and what they are told when it is wrong: one block and an exit code, never a traceback."""
 
+import os
 import pathlib
 import pickle
 import shlex
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from llama_eqx import generate, load_config, train
-from llama_eqx.compose import compose, quoted, run_verb
+from llama_eqx.compose import _guarded, compose, quoted, run_verb
 
 TEXT = pathlib.Path(__file__).parent / "golden" / "text.md"
 
@@ -122,6 +123,27 @@ def test_what_is_unexpected_exits_with_1(monkeypatch, capsys, tmp_path):
     assert code == 1
     assert "surprise" in err
     assert "RuntimeError" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("name", "flush"), [("stdout", True), ("stdout", False), ("stderr", True)])
+def test_a_reader_who_leaves(name, flush, monkeypatch):
+    """As `| head` does: nothing is said, and what is printed afterwards goes nowhere."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, name, stream)
+        code = _guarded(lambda: print("a", file=stream, flush=flush))
+        print("b", file=stream, flush=True)
+        monkeypatch.undo()
+    assert code == 141
+
+
+def test_another_pipe_that_breaks_is_unexpected(capsys):
+    def job():
+        raise BrokenPipeError("of a worker")
+
+    assert _guarded(job) == 1
+    assert "unexpected BrokenPipeError: of a worker" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
