@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -205,9 +206,11 @@ def verify(
     if found.damaged or found.missing:
         lines = [f"damaged: {name} ({differs})" for name, differs in found.damaged.items()] + [f"missing: {name}" for name in found.missing]
         lines += [f"not in the manifest: {name}" for name in found.extra]
-        raise CheckpointError(
-            "files are not as they were written\n" + "\n".join(lines), where=str(folder), next="copy these files again, or convert again"
-        )
+        advice = "copy these files again, or convert again"
+        edited = not found.missing and all(name.endswith((".json", ".jinja")) for name in found.damaged)  # by people, maybe
+        if edited and read_manifest(folder).get("format") in ("hf", "meta"):  # a run and a native folder are nothing without it
+            advice += f"; if you changed them: {shlex.join(['rm', str(folder / MANIFEST)])}, and nothing is checked from then on"
+        raise CheckpointError("files are not as they were written\n" + "\n".join(lines), where=str(folder), next=advice)
     return found.extra
 
 

@@ -12,6 +12,7 @@ import pathlib
 import pickle
 import re
 import runpy
+import shlex
 import shutil
 import socket
 import struct
@@ -275,7 +276,25 @@ def test_every_flipped_bit_is_noticed(tmp_path, folder, format):
             use()
         said = [line.partition(" (") for line in error.value.what.splitlines()[1:]]  # what differs is said behind each name
         assert {name for name, *_ in said} == {f"damaged: {name_of(file)}" for file in (largest, *files[:2])}
+        assert "if you changed" not in error.value.next
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("format", ["hf", "meta", "native"])
+def test_a_file_that_its_owner_edited(tmp_path, folder, format):
+    """How to keep the change is said where the folder can be read without its manifest."""
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    (folder / "manifest.json").unlink()
+    copy = tmp_path / "a copy"
+    convert(ConvertConfig(from_=str(folder), to=str(copy), format=format, dtype=None, shards=None))
+    (copy / "generation_config.json").write_text('{"eos_token_id": 3}')
+    with pytest.raises(CheckpointError, match=r"damaged: generation_config\.json") as error:
+        load_pretrained(copy)
+    advice = re.search("if you changed them: (.*), and nothing is checked", error.value.next)
+    assert (advice is None) is (format == "native")
+    if advice:
+        subprocess.run(shlex.split(advice[1]), check=True)
+        load_pretrained(copy)
 
 
 def test_a_repository_with_code_of_its_own(folder):
