@@ -1,6 +1,7 @@
 """`python -m llama_eqx.evaluate`: says how well a model predicts text, or does at benchmarks."""
 
 import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -38,7 +39,7 @@ def main(config: Any, overrides: list[str]) -> None:
 def write(output: str, text: str) -> None:
     """Raises `StorageError`."""
     try:
-        with pathlib.Path(output).open("w" if text else "a", encoding="utf-8") as file:
+        with pathlib.Path(os.path.expanduser(output)).open("w" if text else "a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", where=output, next="another place: output=FILE") from None

@@ -39,7 +39,7 @@ def appearing(path: pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.
 
     Raises `StorageError` when there is something at `path` (an empty folder is nothing) unless it may be replaced, or the disk fails.
     """
-    path = pathlib.Path(os.path.abspath(path))
+    path = pathlib.Path(os.path.abspath(os.path.expanduser(path)))
     unfinished, old = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.old")
     try:
         if os.path.lexists(path) and not replace and (not path.is_dir() or any(path.iterdir())):

@@ -1,6 +1,7 @@
 """Prompts as people give them: one, or a file of them."""
 
 import json
+import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ def read_prompts(prompt: str | None, file: str | None, tokenizer: Tokenizer) -> 
         given = {"prompt": prompt}
         return [Asked(given, _tokens(given, tokenizer, "prompt"), "prompt")]
     try:
-        lines = pathlib.Path(file).read_text(encoding="utf-8-sig").split("\n")  # and not where splitlines sees further ends
+        lines = pathlib.Path(os.path.expanduser(file)).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the prompts: {reason(error)}", where=file, next="prompts=FILE, .jsonl or a prompt a line") from None
     plain = not file.endswith(".jsonl")

@@ -174,7 +174,7 @@ def generate(config: GenerateConfig) -> None:
 def _open(output: str, mode: Literal["a", "w"]) -> TextIO:
     """Raises `StorageError`."""
     try:
-        return open(output, mode, encoding="utf-8")
+        return open(os.path.expanduser(output), mode, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", where=output, next="another place: output=FILE") from None
 
@@ -310,7 +310,7 @@ def loaded(config: GenerateConfig, checkpoint: str, tokenizer: Tokenizer) -> Lla
     What `quantize` costs is printed. Raises `ConfigError` when sizes do not divide over the mesh, `DataError` for a text on which the cost
     cannot be measured.
     """
-    file = pathlib.Path(config.quantize_text or argparse.__file__)
+    file = pathlib.Path(os.path.expanduser(config.quantize_text or argparse.__file__))
     ids = [] if config.quantize is None else _to_measure(file, tokenizer)
     if config.mesh is None:
         model = load_pretrained(checkpoint, dtype=config.dtype)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import os
 import pathlib
 import threading
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ def format_of(path: str | pathlib.Path) -> Format:
 
 def located(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
     """The folder that `path` means, and the step if it is `RUN_DIR/checkpoints/<step>`. What lies in a store is copied to this disk."""
-    path = copy_of(str(path)) if str(path).startswith(SCHEME) else pathlib.Path(path)
+    path = copy_of(str(path)) if str(path).startswith(SCHEME) else pathlib.Path(os.path.expanduser(path))
     if path.parent.name == CHECKPOINTS and path.name.isdecimal():
         return path.parents[1], int(path.name)
     return path, None

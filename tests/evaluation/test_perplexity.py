@@ -135,7 +135,8 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
 
 
 def test_the_command_and_its_file(hf_model, corpus, monkeypatch, capsys, tmp_path):
-    arguments = [f"checkpoint={hf_model}", "data=test", f"data.path={corpus}", f"length={LENGTH}", f"output={tmp_path / 'r.json'}"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = [f"checkpoint={hf_model}", "data=test", f"data.path={corpus}", f"length={LENGTH}", "output=~/r.json"]
     bar = perplexity.tqdm
     monkeypatch.setattr(perplexity, "tqdm", lambda batches, **settings: bar(batches, **{**settings, "disable": False}))  # as in a terminal
     code, out, err = run(monkeypatch, capsys, *arguments)

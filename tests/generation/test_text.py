@@ -136,9 +136,10 @@ def test_other_formats_are_continued_alike(format, folders, tmp_path, monkeypatc
 def test_a_file_of_prompts(folders, tmp_path, monkeypatch, capsys):
     """Each sample is what the prompt alone gives, whatever the batch; a mesh changes nothing."""
     folder, file = folders / "llama3", tmp_path / "prompts.txt"
+    monkeypatch.setenv("HOME", str(tmp_path))
     file.write_text("The fox\nover\nA lazy dog\n")
     common = [f"checkpoint={folder}", "max_new_tokens=6", "temperature=1", "samples=2"]
-    printed(monkeypatch, capsys, *common, f"prompts={file}", f"output={tmp_path / 'a.jsonl'}", "batch=2", "top_logprobs=2")
+    printed(monkeypatch, capsys, *common, "prompts=~/prompts.txt", "output=~/a.jsonl", "batch=2", "top_logprobs=2")
     found = lines((tmp_path / "a.jsonl").read_text())
     assert [(line["prompt"], line["sample"]) for line in found] == [(p, i) for p in ("The fox", "over", "A lazy dog") for i in (0, 1)]
     assert all(len(place) == 2 for line in found for place in line["top_logprobs"])
@@ -373,7 +374,8 @@ def test_eight_bits(folders, tmp_path, monkeypatch, capsys):
     """The perplexities that are printed are those of the model in transformers, as it is and rounded by another quantiser."""
     folder, text = folders / "llama3", tmp_path / "text.txt"
     text.write_text(TEXT[:100])  # fewer tokens than the context
-    monkeypatch.setattr(sys, "argv", ["generate", f"checkpoint={folder}", "prompt=The fox", "quantize=int8", f"quantize_text={text}"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["generate", f"checkpoint={folder}", "prompt=The fox", "quantize=int8", "quantize_text=~/text.txt"])
     with pytest.raises(SystemExit):
         run_verb("generate", generate.main)
     said = capsys.readouterr()

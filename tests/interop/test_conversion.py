@@ -223,6 +223,14 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, models, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_folders_in_the_home_folder(tmp_path, models, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_pretrained(models["plain"], "~/hf", format="hf")
+    convert(job("~/hf", "~/new", "native"))
+    assert same(load_pretrained("~/new"), models["plain"])
+    assert {*os.listdir(tmp_path)} == {"hf", "new"}
+
+
 def test_the_manifest(tmp_path, models):
     model = models["tied"]
     save_pretrained(model, tmp_path / "hf", format="hf")
