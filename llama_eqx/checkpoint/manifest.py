@@ -221,9 +221,12 @@ def _files(folder: pathlib.Path) -> list[str]:
 
 def _differs(file: pathlib.Path, entry: Mapping[str, Any], stop: threading.Event) -> str:
     """What of a file is not as listed, for people; empty if all is."""
-    if (size := file.stat().st_size) != entry["size"]:
-        return _difference({"size": size}, entry)
-    return _difference(Digest("md5" if "md5" in entry else "sha256").read(file, stop), entry)
+    try:
+        if (size := file.stat().st_size) != entry["size"]:
+            return _difference({"size": size}, entry)
+        return _difference(Digest("md5" if "md5" in entry else "sha256").read(file, stop), entry)
+    except OSError as error:  # a sector of the disk, for one
+        return f"cannot be read: {error.strerror or error}"
 
 
 def _difference(found: Mapping[str, Any], entry: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Saving: in the background, uncompressed, and never without saying that it failed."""
 
 import concurrent.futures
+import contextlib
 import os
 import pathlib
 import re
@@ -125,23 +126,28 @@ class Checkpoints:
     ) -> None:
         """Begins a save and returns once the arrays may be donated. A step that is saved, or is being saved, is left as it is.
 
-        `metrics` decide what is kept. `facts` go into the manifest, plain JSON. Waits for the save before; see `poll` for its errors.
+        `metrics` decide what is kept. `facts` go into the manifest, plain JSON. Waits for the save before; see `poll` for its errors, and
+        for those of this one, also when it cannot even begin.
         """
-        if step == self._begun or step in restore.steps(self._folder):  # of several processes, some may not see yet that it is saved
+        if step == self._begun:  # of several processes, some may not see yet that it is saved
             return
         self.wait()
         begun, parts = time.perf_counter(), {"model": model, "training": training}
         try:
+            if step in restore.steps(self._folder):
+                return
             self.require_room(parts)
+            known = records(self._run_dir) if self._run_dir is not None and is_remote(self._folder) else {}
             with uncompressed():
                 response = ocp.save_checkpointables_async(str(self._unfinished(step)), parts)
         except (OSError, ValueError, StorageError) as error:  # TensorStore's errors are ValueErrors
-            self._failed(step, error)
+            failed: concurrent.futures.Future[str] = concurrent.futures.Future()
+            failed.set_exception(error)
+            self._pending = step, failed
             return
         crash_point("save")
         said = {"step": step, "metrics": dict(metrics or {}), **(facts or {})}
         self._begun = step
-        known = records(self._run_dir) if self._run_dir is not None and is_remote(self._folder) else {}
         self._pending = step, self._thread.submit(self._commit, step, response.result, restore.described(parts), said, known, begun)
 
     def poll(self) -> None:
@@ -168,11 +174,12 @@ class Checkpoints:
         finally:
             self._pending = None
 
-    def finish(self) -> None:
-        """Waits for the last save, and reads it once more from the disk. Raises `StorageError` when it is not there in full."""
+    def finish(self, step: int) -> None:
+        """Waits for the last save, that of `step`, and reads it once more from the disk. Raises `StorageError` when it is not there in
+        full.
+        """
         self.wait(last=True)
-        step = self.latest
-        if jax.process_index() == 0 and step is not None:
+        if jax.process_index() == 0:
             try:
                 files = len(restore.verified(self._folder / str(step))["files"])
             except CheckpointError as error:
@@ -238,6 +245,15 @@ class Checkpoints:
             unfinished.rename(folder)
             sync(above)
         size, seconds = sum(entry["size"] for entry in files.values()), time.perf_counter() - begun
+        said = f"saved step {step}: {len(files)} files, {_said(size)} in {seconds:.1f} s"
+        try:
+            self._remove_others()
+        except (OSError, StorageError) as error:  # what was to be saved is
+            said += f"\nwarning: older steps could not be removed: {_words(error)}"
+        return said
+
+    def _remove_others(self) -> None:
+        """All steps but those to be kept."""
         saved = self._saved()
         for other in {*saved} - self._config.kept(saved):
             removed = self._folder / str(other)
@@ -245,7 +261,6 @@ class Checkpoints:
                 removed = removed.rename(self._folder / f"{other}.removed")
             crash_point("remove")
             remove(removed)
-        return f"saved step {step}: {len(files)} files, {_said(size)} in {seconds:.1f} s"
 
     def _saved(self) -> dict[int, dict[str, float]]:
         """The metrics of every saved step."""
@@ -269,7 +284,8 @@ class Checkpoints:
         return self._folder / (f"{step}" if is_remote(self._folder) else f"{step}.unfinished")
 
     def _failed(self, step: int, error: Exception, *, last: bool = False) -> None:
-        self._clear()
+        with contextlib.suppress(OSError, StorageError):  # the same trouble as the save's: the next start tries again
+            self._clear()
         self._begun = None
         self._failures += 1
         told = self._unwritable(f"step {step} could not be saved", error)
@@ -278,11 +294,15 @@ class Checkpoints:
         self.say(f"warning: {told.what}; there is {told.kept}. Training goes on, and stops if the next save fails too")
 
     def _unwritable(self, what: str, error: Exception) -> StorageError:
-        saved = restore.steps(self._folder)
+        try:
+            saved = restore.steps(self._folder)
+            kept = f"the checkpoint of step {saved[-1]}" if saved else "no checkpoint yet"
+        except (OSError, StorageError):
+            kept = "whatever was saved before"
         return StorageError(
-            f"{what}: {error.what if isinstance(error, UserError) else restore.first_line(error)}",
+            f"{what}: {_words(error)}",
             where=str(self._folder),
-            kept=f"the checkpoint of step {saved[-1]}" if saved else "no checkpoint yet",
+            kept=kept,
             next="free some space or mend the permissions there, then give the same command again",
         )
 
@@ -293,6 +313,10 @@ def uncompressed() -> ocp.Context:
     context.array.saving.use_compression = False
     context.array.saving.ocdbt_target_data_file_size = FILE_BYTES
     return context
+
+
+def _words(error: Exception) -> str:
+    return error.what if isinstance(error, UserError) else restore.first_line(error)
 
 
 def _said(size: int) -> str:

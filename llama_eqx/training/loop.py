@@ -193,6 +193,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                     done, measured = step, {}
                     reporter.add(step, metrics, progress)
                     crash_point("step")
+                    checkpoints.poll()  # and not after the last save, whose failure ends the run
                     if profile.ends_with(step):
                         with reporter.pause():
                             profile.end(metrics)
@@ -205,9 +206,8 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                         with reporter.pause():
                             if not reporter.withheld or step == steps:
                                 save()
-                    checkpoints.poll()
                     preemption.check(step)
-            checkpoints.finish()
+            checkpoints.finish(max(begin, steps))
             tracker.say(f"final state {fingerprint(state)}: the same command ends with the same")
             last = saved / str(max(begin, steps))
             if isinstance(last, pathlib.Path):

@@ -1,5 +1,7 @@
 """Saving and restoring a run: bit for bit, on any mesh, and never without saying what went wrong."""
 
+import errno
+import os
 import pathlib
 import random
 import re
@@ -16,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from llama_eqx import load_config
 from llama_eqx.checkpoint import save
+from llama_eqx.checkpoint.manifest import Digest
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError
@@ -227,8 +230,39 @@ def test_no_room_is_said_before_anything_is_written(tmp_path, model, monkeypatch
         with pytest.raises(StorageError, match=r"it needs 90.* kB, and 100 B are free"):
             checkpoints.require_room(model)
         checkpoints.save(2, model, {"step": jnp.int32(2)})
-    assert "step 2 could not be saved: a checkpoint has no room" in said[0]
-    assert list(tmp_path.iterdir()) == []
+        checkpoints.poll()
+        assert "step 2 could not be saved: a checkpoint has no room" in said[0]
+        assert list(tmp_path.iterdir()) == []
+        checkpoints.save(2, model, {"step": jnp.int32(2)})
+        with pytest.raises(StorageError, match="step 2 could not be saved: a checkpoint has no room"):  # it was the last
+            checkpoints.finish(2)
+
+
+def test_one_look_at_the_folder_that_fails_does_not_end_a_run(tmp_path, model, monkeypatch):
+    said = []
+
+    def down(folder):
+        raise StorageError("the object store says: 503")
+
+    with Checkpoints(tmp_path, TWO, said.append) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(save.restore, "steps", down)
+            checkpoints.save(1, model, {"step": jnp.int32(1)})
+            checkpoints.wait()
+        checkpoints.save(2, model, {"step": jnp.int32(2)})
+        checkpoints.finish(2)
+    assert said[0].startswith("warning: step 1 could not be saved: the object store says: 503; there is whatever was saved before")
+
+
+def test_a_step_that_is_saved_is_said_to_be_though_older_ones_cannot_be_removed(tmp_path, model, monkeypatch):
+    said = []
+    with Checkpoints(tmp_path, load_config("checkpoint.keep=1").checkpoint, said.append) as checkpoints:
+        (tmp_path / "1.removed" / "in" / "the way").mkdir(parents=True)
+        for step in (1, 2):
+            checkpoints.save(step, model, {"step": jnp.int32(step)})
+        checkpoints.finish(2)
+    assert re.match(r"saved step 2: .*\nwarning: older steps could not be removed: .*Directory not empty", said[1])
+    assert steps(tmp_path) == [1, 2]
 
 
 def test_a_failed_last_save_is_told_at_close(tmp_path, model, full_disk):
@@ -335,6 +369,23 @@ def test_damage_many_times(two_saved, model, tmp_path, damage):
     damaged_everywhere(two_saved, model, tmp_path, damage, 25)
 
 
+def test_a_file_that_cannot_be_read_is_damage(two_saved, model, tmp_path, monkeypatch):
+    """A sector of the disk is gone: who reads it is told by the system."""
+    read = Digest.read
+
+    def worn(self, file, stop, **rest):
+        if file.match("2/_CHECKPOINT_METADATA"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return read(self, file, stop, **rest)
+
+    folder = tmp_path / "a"
+    shutil.copytree(two_saved, folder)
+    monkeypatch.setattr(Digest, "read", worn)
+    found, said = restored(folder, model)
+    assert found.step == 1
+    assert said == ["warning: step 2 is damaged: _CHECKPOINT_METADATA: cannot be read: Input/output error; step 1 is used"]
+
+
 def test_no_good_one_is_left(two_saved, model, tmp_path):
     folder = tmp_path / "a"
     shutil.copytree(two_saved, folder)
@@ -365,8 +416,10 @@ def test_the_last_save_is_verified(tmp_path, model):
     said = []
     with Checkpoints(tmp_path, TWO, said.append) as checkpoints:
         checkpoints.save(1, model, {"step": jnp.int32(1)})
-        checkpoints.finish()
+        checkpoints.finish(1)
         assert said[-1].startswith("final checkpoint verified: step 1, ")
+        with pytest.raises(StorageError, match="step 2 is not on the disk as it was written: manifest.json: missing"):
+            checkpoints.finish(2)
         flip_a_bit(tmp_path / "1" / "_CHECKPOINT_METADATA", random.Random(0))
         with pytest.raises(StorageError, match="step 1 is not on the disk as it was written: _CHECK"):
-            checkpoints.finish()
+            checkpoints.finish(1)

@@ -61,7 +61,7 @@ def test_large_arrays_go_into_several_files_which_are_hashed_while_they_are_writ
     monkeypatch.setattr(save, "hashed_meanwhile", spied)
     with Checkpoints(tmp_path, CONFIG, later.append) as checkpoints:
         checkpoints.save(1, arrays, {"step": jnp.int32(1)})
-        checkpoints.finish()
+        checkpoints.finish(1)
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
         restored = checkpoints.restore(jax.tree.map(abstract, arrays), {"step": abstract(jnp.int32(1))})

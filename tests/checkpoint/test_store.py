@@ -84,7 +84,7 @@ def save_three(folder, say=print):
     with Checkpoints(folder, ONE, say) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, *state(step))
-        checkpoints.finish()
+        checkpoints.finish(3)
 
 
 def restored(folder, say=print):

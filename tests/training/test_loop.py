@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from llama_eqx import generate_tokens, load_config, load_pretrained
-from llama_eqx.errors import CheckpointError, NonFiniteError
+from llama_eqx.checkpoint.save import Checkpoints
+from llama_eqx.errors import CheckpointError, NonFiniteError, StorageError
 from llama_eqx.tracking import tracker
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.training.loop import train
@@ -116,6 +117,21 @@ def test_another_run_is_refused(finished, change):
 def test_numbers_that_are_not_finite_end_the_run(tmp_path):
     with pytest.raises(NonFiniteError, match="3 steps in a row"):
         train(config(tmp_path / "run", "schedule.peak=1e38", "optimizer.clip_norm=1e30"))
+
+
+def test_a_last_save_that_fails_ends_the_run(tmp_path, monkeypatch):
+    """The disk fills up during training."""
+    asked = []
+
+    def room(self, parts):
+        asked.append(parts)
+        if len(asked) > 1:  # the first time is before the run
+            raise StorageError("a checkpoint has no room")
+
+    monkeypatch.setattr(Checkpoints, "require_room", room)
+    with pytest.raises(StorageError, match="step 1 could not be saved: a checkpoint has no room") as error:
+        train(config(tmp_path / "run", "train.steps=1"))
+    assert error.value.kept == "no checkpoint yet"
 
 
 def test_an_offset_of_positions_changes_losses_by_rounding_only(finished, tmp_path):
