@@ -101,9 +101,11 @@ def _silent(folder: pathlib.Path, file: int) -> bool:
     """Waits for a sign of life, and says whether there was none for `SILENT` seconds."""
     probe = folder / f"{LOCK}.{os.getpid()}"
     probe.touch()  # the clock of the file system, which need not be ours
-    age = probe.stat().st_mtime - os.fstat(file).st_mtime
+    age = max(probe.stat().st_mtime - os.fstat(file).st_mtime, 0)  # a clock that was set back says less
     probe.unlink()
     last, deadline = _seen(folder), time.monotonic() + SILENT - age
+    if age < SILENT:
+        print(f"waits up to {SILENT - age:.0f} s for a sign of life of another writer in {folder}", file=sys.stderr, flush=True)
     while time.monotonic() < deadline:
         if _seen(folder) != last:
             return False

@@ -116,6 +116,22 @@ def test_a_lock_that_was_left_long_ago_is_taken_without_waiting(tmp_path, elsewh
         pass
 
 
+def test_a_lock_of_the_future_is_waited_for_no_longer_than_any(tmp_path, elsewhere, monkeypatch, capsys):
+    (tmp_path / LOCK).write_text('{"host": "gone", "machine": "gone", "pid": 1, "since": 0}')
+    os.utime(tmp_path / LOCK, (2**32, 2**32))
+    clock = [0.0]
+
+    def sleep(seconds):
+        clock[0] += seconds
+        assert clock[0] < 60
+
+    monkeypatch.setattr(writer.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(writer.time, "sleep", sleep)
+    with held(tmp_path):
+        pass
+    assert capsys.readouterr().err == f"waits up to 30 s for a sign of life of another writer in {tmp_path}\n"
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "\0\0"])
 def test_a_torn_lock(tmp_path, content):
     (tmp_path / LOCK).write_text(content)
