@@ -87,8 +87,12 @@ class Wandb:
         if self._process is not None:
             patience = UPLOAD if self._checkpoint and self._config.mode == "online" else PATIENCE[self._config.mode]
             ended = self._ended(failed, 0.0 if failed else patience)
-            if ended or failed or self._config.mode == "offline":
-                return  # if need be it goes on by itself to the end of what there is to read
+            if ended or failed:
+                return
+            if self._config.mode == "offline":
+                if self._process.returncode:  # otherwise it goes on by itself to the end of what there is to read
+                    self._say(f"warning: W&B does not work: {self._reason}; metrics.jsonl has everything")
+                return
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._reason = self._reason or f"not everything was uploaded {patience:g} s after the end"
@@ -100,7 +104,10 @@ class Wandb:
             if self._checkpoint:
                 self._tell({"checkpoint": self._checkpoint})
             self._ended(failed, PATIENCE["offline"])
-        self._say(f"warning: W&B: {self._reason}; later: wandb sync {self._folder or self._run_dir / FOLDER / 'offline-run-*'}")
+            if not self._folder and self._process.returncode is None:  # it has yet to make one
+                self._folder = os.fspath(self._run_dir / FOLDER / "offline-run-*")
+        later = f"later: wandb sync {self._folder}" if self._folder else "metrics.jsonl has everything"
+        self._say(f"warning: W&B: {self._reason}; {later}")
 
     def _start(self, mode: str) -> None:
         self._folder = ""

@@ -149,6 +149,20 @@ def test_without_an_account(tmp_path, serve, capsys, monkeypatch):
     assert len(drawn(told_to_sync(capsys.readouterr().err))) == 1
 
 
+@pytest.mark.parametrize("heard", [True, False])
+def test_broken(tmp_path, capsys, monkeypatch, heard):
+    """However short a run is, it says that there is no W&B, and names no folder that is not there."""
+    monkeypatch.setattr(wandb, "PATIENCE", {"offline": 60.0})
+    (tmp_path / "wandb.py").write_text("raise ImportError('broken')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    with tracker(tmp_path / "run", mode="offline") as told:
+        if heard:
+            until(lambda: told._wandb.listen() or not told._wandb._process)
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1] == "warning: W&B" + " does not work" * (not heard) + ": ImportError: broken; metrics.jsonl has everything"
+    assert "wandb sync" not in said
+
+
 RUN = """
 import os, sys, signal
 from llama_eqx import load_config
