@@ -128,5 +128,5 @@ class Reporter:
         rate = steps * self._tokens / passed
         used = mfu(rate, self._flops, self._device_kind, self._devices)
         speed = {"perf/tokens_per_second": rate, "data/starved_fraction": waited / passed}
-        self._speeds.append(speed)
-        return speed if used is None else speed | {"perf/mfu": used}
+        self._speeds.append(speed if used is None else speed | {"perf/mfu": used})
+        return self._speeds[-1]

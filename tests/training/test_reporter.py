@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_eqx.data.pipeline import Progress
+from llama_eqx.flops import mfu
 from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.reporter import Reporter
 
@@ -17,7 +18,7 @@ class Said(Tracker):
 
 
 def reporting(tracker, *, log_every, last_step):
-    fixed = {"max_withheld": 1, "tokens": 8, "epochs": lambda step: {}, "flops_per_token": 1, "device_kind": "cpu", "devices": 1}
+    fixed = {"max_withheld": 1, "tokens": 8, "epochs": lambda step: {}, "flops_per_token": 10**12, "device_kind": "TPU v4", "devices": 1}
     return Reporter(tracker, log_every=log_every, last_step=last_step, **fixed)
 
 
@@ -80,4 +81,4 @@ def test_compilation_counts_for_the_first_step_of_a_start_alone(monkeypatch):
     """A run goes on at its seventh step, which takes a minute and is not logged."""
     rates, reporter = rates_of(monkeypatch, range(7, 16), lambda step: 60 if step == 7 else 1)
     assert rates == {10: 8.0, 15: 8.0}
-    assert reporter.typical()["perf/tokens_per_second"] == 8
+    assert reporter.typical() == {"perf/tokens_per_second": 8, "data/starved_fraction": 0, "perf/mfu": mfu(8.0, 10**12, "TPU v4", 1)}
