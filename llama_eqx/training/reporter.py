@@ -99,7 +99,8 @@ class Reporter:
                 f"loss, gradient or update was not finite for {self.withheld} steps in a row; their updates were withheld",
                 where=f"step {step}",
                 kept="the checkpoints, none of which has numbers that are not finite",
-                next="a lower learning rate (schedule.peak) or longer warm-up (schedule.warmup_steps)",
+                next="a run of its own (another run_dir) with a lower schedule.peak or more schedule.warmup_steps: from the beginning, or "
+                "with init_from=CHECKPOINT from its weights, without the state of the optimizer",
             )
 
     def settle(self) -> None:

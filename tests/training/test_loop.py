@@ -115,8 +115,9 @@ def test_another_run_is_refused(finished, change):
 
 
 def test_numbers_that_are_not_finite_end_the_run(tmp_path):
-    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+    with pytest.raises(NonFiniteError, match="3 steps in a row") as error:
         train(config(tmp_path / "run", "schedule.peak=1e38", "optimizer.clip_norm=1e30"))
+    assert "another run_dir" in error.value.next  # this one keeps to its schedule.peak
 
 
 def test_a_last_save_that_fails_ends_the_run(tmp_path, monkeypatch):
