@@ -22,6 +22,7 @@ from llama_eqx.checkpoint.store import SCHEME, Place, is_remote, place, put, rec
 from llama_eqx.config import Config
 from llama_eqx.crash import crash_point
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError, UserError
+from llama_eqx.tracking.jsonl import read_metrics
 
 FAILURES = 2  # saves in a row that may fail before a run is given up
 FILE_BYTES = 64 * 2**20  # about; of several files each is hashed by a core of its own
@@ -86,7 +87,8 @@ class Checkpoints:
         say: Callable[[str], None] = print,
         run_dir: pathlib.Path | None = None,
     ):
-        """Makes the folder, and clears away what a killed process left half written. `run_dir` has the records that go into a store.
+        """Makes the folder, and clears away what a killed process left half written. `run_dir` has the records that go into a store, and
+        `metrics.jsonl` among them.
 
         Raises `StorageError` when it cannot be written to.
         """
@@ -248,7 +250,7 @@ class Checkpoints:
         said = f"saved step {step}: {len(files)} files, {_said(size)} in {seconds:.1f} s"
         try:
             self._remove_others()
-        except (OSError, StorageError) as error:  # what was to be saved is
+        except (OSError, UserError) as error:  # what was to be saved is
             said += f"\nwarning: older steps could not be removed: {_words(error)}"
         return said
 
@@ -263,8 +265,14 @@ class Checkpoints:
             remove(removed)
 
     def _saved(self) -> dict[int, dict[str, float]]:
-        """The metrics of every saved step."""
-        return {step: restore.metrics_of(self._folder / str(step)) for step in restore.steps(self._folder)}
+        """The metrics of every saved step. A run that was stopped during an evaluation makes up for it later: then the record has them."""
+        saved = {step: restore.metrics_of(self._folder / str(step)) for step in restore.steps(self._folder)}
+        best_by = self._config.best_by
+        if self._config.keep_best and self._run_dir is not None and any(best_by not in metrics for metrics in saved.values()):
+            for record in read_metrics(self._run_dir / "metrics.jsonl"):
+                if record["step"] in saved and best_by in record:
+                    saved[int(record["step"])][best_by] = record[best_by]
+        return saved
 
     def _clear(self) -> None:
         if jax.process_index() > 0:

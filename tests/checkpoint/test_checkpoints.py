@@ -289,14 +289,18 @@ def test_config_refuses(wrong):
         load_config(f"checkpoint.{wrong}")
 
 
-def test_what_is_kept(tmp_path, model):
+@pytest.mark.parametrize(("recorded", "best"), [(2.5, [2, 4, 6]), (1.2, [2, 4, 5, 6])])
+def test_what_is_kept(tmp_path, model, recorded, best):
+    """Step 5 was saved before it was evaluated."""
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 5, "val/loss": {recorded}}}\n{{"step": 6}}\n')
+    folder = tmp_path / "checkpoints"
     config = load_config("checkpoint.keep=1", "checkpoint.keep_every=4", "checkpoint.keep_best=2").checkpoint
     losses = {1: 3.0, 2: 1.0, 3: 2.5, 4: 2.0, 5: None, 6: 1.5}
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(folder, config, run_dir=tmp_path) as checkpoints:
         for step, loss in losses.items():
             metrics = None if loss is None else {"val/loss": loss}
             checkpoints.save(step, jax.tree.map(jnp.zeros_like, model.final_norm), {"step": jnp.int32(step)}, metrics)
-    assert steps(tmp_path) == [2, 4, 6]
+    assert steps(folder) == best
 
 
 # --- Damage: every byte of a checkpoint is guarded.
