@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, the record of a run: one JSON object a line, on disk as soon as it is known. Everything else is drawn from it."""
+"""`metrics.jsonl`, the record of a run: one JSON object a line, in the file as soon as it is known. Everything else is drawn from it."""
 
 import json
 import math
@@ -38,6 +38,13 @@ class Jsonl:
         try:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def sync(self) -> None:
+        """Brings the records to the disk, so that they outlive the machine too."""
+        try:
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise self._unwritable(error) from error
 

@@ -62,6 +62,11 @@ class Tracker:
             self._wandb.listen()
             self._console.log(step, metrics)
 
+    def sync(self) -> None:
+        """Brings the record to the disk. Raises `StorageError`."""
+        if self._active:
+            self._jsonl.sync()
+
     def sample(self, step: int, text: str) -> None:
         """Text that the model wrote: the newest is kept in `sample.txt`. Raises `StorageError`."""
         if self._active:

@@ -31,7 +31,7 @@ from llama_eqx.training.preemption import Preemption
 from llama_eqx.training.profile import Profile
 from llama_eqx.training.program import jitted_step
 from llama_eqx.training.replay import explained_by_a_bundle, write_bundle
-from llama_eqx.training.reporter import Reporter, is_logged
+from llama_eqx.training.reporter import Reporter, is_logged, last_logged
 from llama_eqx.training.run import RunConfig, check_shared, claim, file_tokenizer, home, origin, warnings
 from llama_eqx.training.setup import fresh_state, set_up
 from llama_eqx.training.state import TrainState, abstract
@@ -125,6 +125,11 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 tracker.say(
                     f"resumed from step {begin} of {steps}, {files} files verified" if begin < steps else f"trained to step {begin} already"
                 )
+                if jax.process_index() == 0 and (last := last_logged(run_dir)) < begin - begin % config.train.log_every:
+                    tracker.say(
+                        f"warning: metrics.jsonl ends at step {last}: what was recorded from there to step {begin} is lost, unless "
+                        f"train.log_every was larger than {config.train.log_every}"
+                    )
             reporter = Reporter(
                 tracker,
                 log_every=config.train.log_every,
@@ -163,6 +168,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
 
             def save() -> None:
                 require_finite(state, done)
+                tracker.sync()  # a resumed run makes the records after a checkpoint again, but not those before
                 facts = {**source, "progress": progress._asdict()}
                 checkpoints.save(done, state.model, state.training, measured, facts)
 

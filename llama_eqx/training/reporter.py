@@ -23,6 +23,11 @@ def is_logged(run_dir: pathlib.Path, step: int, name: str) -> bool:
     return any(record["step"] == step and name in record for record in read_metrics(run_dir / "metrics.jsonl"))
 
 
+def last_logged(run_dir: pathlib.Path) -> int:
+    """The last step in `metrics.jsonl`, 0 when there is none."""
+    return max((int(record["step"]) for record in read_metrics(run_dir / "metrics.jsonl")), default=0)
+
+
 class Reporter:
     """Logs the metrics of every `log_every`-th step. While the newest step runs on the device, those of the one before are fetched.
 

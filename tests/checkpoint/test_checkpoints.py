@@ -422,7 +422,7 @@ def test_the_last_save_is_verified(tmp_path, model):
         checkpoints.save(1, model, {"step": jnp.int32(1)})
         checkpoints.finish(1)
         assert said[-1].startswith("final checkpoint verified: step 1, ")
-        with pytest.raises(StorageError, match="step 2 is not on the disk as it was written: manifest.json: missing"):
+        with pytest.raises(StorageError, match=r"step 2 is not on the disk as it was written: manifest\.json: missing"):
             checkpoints.finish(2)
         flip_a_bit(tmp_path / "1" / "_CHECKPOINT_METADATA", random.Random(0))
         with pytest.raises(StorageError, match="step 1 is not on the disk as it was written: _CHECK"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -34,6 +35,17 @@ def test_each_line_is_on_disk_at_once(path):
     jsonl.log(2, {"val/loss": 1e-300})
     assert path.read_text().count("\n") == 2
     jsonl.close()
+
+
+def test_the_record_is_brought_to_the_disk(path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: [synced.append(os.fstat(file)), fsync(file)])
+    jsonl = Jsonl(path, 0)
+    jsonl.log(1, {"train/loss": 0.1})
+    assert not synced  # a step does not wait for the disk
+    jsonl.sync()
+    jsonl.close()
+    assert [(file.st_ino, file.st_size) for file in synced] == [(path.stat().st_ino, path.stat().st_size)]
 
 
 def test_what_is_not_finite_is_valid_json(path):
@@ -104,5 +116,7 @@ def test_a_full_disk_is_a_storage_error(path):
     jsonl._path, jsonl._file = path, path.open("a")
     with pytest.raises(StorageError, match="No space left"):
         jsonl.log(1, {"train/loss": 1.0})
+    with pytest.raises(StorageError):
+        jsonl.sync()
     with pytest.raises(StorageError):
         jsonl.close()

@@ -1,6 +1,8 @@
 """The loop from text to checkpoint: what it leaves behind, and that an interrupted run is the run uninterrupted."""
 
+import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -102,10 +104,19 @@ def test_an_interrupted_run_ends_the_same(finished, tmp_path, monkeypatch, capsy
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_finished_run_only_reports(finished):
+def test_a_finished_run_only_reports(finished, capsys):
     again = train(config(finished.run_dir))
     assert again.evaluation == finished.evaluation
     assert again.sample == finished.sample
+    assert "is lost" not in capsys.readouterr().err
+
+
+def test_records_that_a_checkpoint_outlived_are_said_to_be_lost(finished, tmp_path, capsys):
+    shutil.copytree(finished.run_dir, tmp_path / "run")
+    record = tmp_path / "run" / "metrics.jsonl"
+    record.write_text("".join(line for line in record.read_text().splitlines(keepends=True) if json.loads(line)["step"] < 6))
+    train(config(tmp_path / "run"))
+    assert "metrics.jsonl ends at step 5: what was recorded from there to step 8 is lost" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["seed=1", "train.seq_len=16", "optimizer.b2=0.9", "model.dims.mlp=64", "data.holdout=tuning"])
@@ -121,18 +132,20 @@ def test_numbers_that_are_not_finite_end_the_run(tmp_path):
 
 
 def test_a_last_save_that_fails_ends_the_run(tmp_path, monkeypatch):
-    """The disk fills up during training."""
-    asked = []
+    """The disk fills up during training. The record comes to the disk before a checkpoint of what it tells."""
+    happened = []
 
     def room(self, parts):
-        asked.append(parts)
-        if len(asked) > 1:  # the first time is before the run
+        happened.append("room")
+        if len(happened) > 1:  # the first time is before the run
             raise StorageError("a checkpoint has no room")
 
     monkeypatch.setattr(Checkpoints, "require_room", room)
+    monkeypatch.setattr(tracker.Tracker, "sync", lambda self: happened.append(records(tmp_path / "run")[-1]["step"]))
     with pytest.raises(StorageError, match="step 1 could not be saved: a checkpoint has no room") as error:
         train(config(tmp_path / "run", "train.steps=1"))
     assert error.value.kept == "no checkpoint yet"
+    assert happened == ["room", 1, "room"]
 
 
 def test_an_offset_of_positions_changes_losses_by_rounding_only(finished, tmp_path):
