@@ -1,6 +1,7 @@
 """A step whose numbers were not finite: what is written down of it when a run ends, and the step once more."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import pathlib
@@ -15,9 +16,8 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from llama_eqx.batch import Batch
-from llama_eqx.checkpoint.native import CHECKPOINTS, read_config
-from llama_eqx.checkpoint.restore import steps
-from llama_eqx.checkpoint.save import Checkpoints
+from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, read_config
+from llama_eqx.checkpoint.restore import newest, steps
 from llama_eqx.config import Config, load
 from llama_eqx.data.pipeline import place
 from llama_eqx.errors import CheckpointError, ConfigError, NonFiniteError
@@ -34,6 +34,7 @@ from llama_eqx.training.step import make_gradient
 
 FOLDER = "replay"
 LAST = 2**30  # after every layer
+OTHER = "the code, the libraries and the mesh of the run: see its provenance.jsonl and config.yaml"
 
 
 class ReplayConfig(Config):
@@ -84,9 +85,11 @@ def explained_by_a_bundle(write: Callable[[], pathlib.Path]) -> Iterator[None]:
 
 
 def replay(config: ReplayConfig) -> str:
-    """Trains from the checkpoint before the step of a bundle, computes its gradient again, and says what is not finite in it.
+    """Trains from the checkpoint before the step of a bundle, makes the step again, and says what is not finite in it. Nothing is written
+    into the run directory.
 
-    Raises `CheckpointError` when the bundle or its run cannot be read, or the step now has other rows, key or numbers.
+    Raises `CheckpointError` when the bundle or its run cannot be read, the data is another, the step now has other rows, key or numbers,
+    or all of it is finite.
     """
     assert config.bundle is not None
     path = pathlib.Path(config.bundle)
@@ -96,7 +99,14 @@ def replay(config: ReplayConfig) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"no bundle can be read: {type(error).__name__}: {error}", where=str(path)) from error
     run_dir = path.absolute().parents[1]
-    setup = set_up(_config(run_dir))
+    config_then, data_then = _config(run_dir)
+    setup = set_up(config_then)
+    if setup.data.fingerprint != data_then:
+        raise CheckpointError(
+            f"the data is not that of the run: its fingerprint is {setup.data.fingerprint[:12]}…, and was {str(data_then)[:12]}…",
+            where=str(run_dir / CONFIG),
+            next="bring back the files of then: the data and the tokenizer that this config.yaml names",
+        )
     state = _state(setup, run_dir, checkpoint)
     step_fn = jitted_step(setup.program, setup.config)
     begin = checkpoint or 0
@@ -111,8 +121,12 @@ def replay(config: ReplayConfig) -> str:
         raise CheckpointError(
             "the step is not what it was:\n" + "\n".join(f"{name}: {found[name]}, then {bundle[name]}" for name in differing),
             where=str(path),
-            next="the code, the libraries and the mesh of the run: see its provenance.jsonl and config.yaml",
+            next=OTHER,
         )
+    _, metrics = step_fn((_batch(setup, step), setup.key), state)
+    numbers = found["loss"], found["gradient_norm"], metrics["optim/update_norm"]
+    if all(math.isfinite(float(number)) for number in numbers) and not found["weights_not_finite"]:
+        raise CheckpointError("the step is finite: loss, gradient and update", where=str(path), next=OTHER)
     whence = f"the checkpoint of step {begin}" if begin else "the start"
     return f"step {step}, {step - begin} from {whence}, is not finite again\n{explained(found)}"
 
@@ -153,8 +167,10 @@ def explained(found: dict[str, Any]) -> str:
     if found["gradient_not_finite"]:
         first, count = found["gradient_not_finite"][0], len(found["gradient_not_finite"])
         lines.append(f"gradients that are not finite: {count}, of which that of {first} is the first from the loss backwards")
-    else:
-        lines.append("loss and gradient are finite; the update was not: see optim/lr in metrics.jsonl")
+    elif not math.isfinite(float(found["gradient_norm"])):
+        lines.append("every gradient is finite, and the norm of all is not")
+    elif not found["weights_not_finite"]:
+        lines.append("loss and gradient are finite, and the update is not: see optim/lr in metrics.jsonl")
     return "\n".join(lines)
 
 
@@ -205,21 +221,23 @@ def _said(value: Any) -> str:
     return repr(float(value))
 
 
-def _config(run_dir: pathlib.Path) -> RunConfig:
+def _config(run_dir: pathlib.Path) -> tuple[RunConfig, str | None]:
+    """That of the run, whose steps measure their update, and the fingerprint of its data."""
     tree = read_config(run_dir)
-    tree.pop("data_fingerprint", None)
+    fingerprint = tree.pop("data_fingerprint", None)
     config = load({**tree, "run_dir": str(run_dir)})
     if not isinstance(config, RunConfig):
         raise CheckpointError("this config.yaml is not that of a run", where=str(run_dir))
-    return config
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, meters=("update_norm",))), fingerprint
 
 
 def _state(setup: Setup, run_dir: pathlib.Path, checkpoint: int | None) -> TrainState:
     if checkpoint is None:
         return fresh_state(setup, open_start(setup.config))
     target = abstract(setup.program.shapes, setup.program.shardings)
-    with Checkpoints(home(setup.config) / CHECKPOINTS, setup.config.checkpoint) as checkpoints:
-        restored = checkpoints.restore(target.model, target.training, checkpoint)
+    # Not by `Checkpoints`, which clears away the save that is under way while the run goes on.
+    parts = {"model": target.model, "training": target.training}
+    restored = newest(home(setup.config) / CHECKPOINTS, parts, checkpoint, print)
     assert restored is not None
     return TrainState(model=restored.model, **restored.training)
 

@@ -12,7 +12,7 @@ from llama_eqx.checkpoint.restore import steps
 from llama_eqx.compose import load_config
 from llama_eqx.errors import CheckpointError, NonFiniteError
 from llama_eqx.training.loop import train
-from llama_eqx.training.replay import examine, replay
+from llama_eqx.training.replay import _drawn, examine, replay
 from llama_eqx.training.setup import fresh_state, set_up
 
 
@@ -90,11 +90,25 @@ def test_replayed_from_a_checkpoint(tmp_path, monkeypatch):
         train(run)
     assert steps(tmp_path / "run" / "checkpoints") == [3, 6]
     bundle = tmp_path / "run" / "replay" / "step-7.json"
+    under_way = tmp_path / "run" / "checkpoints" / "9.unfinished"
+    under_way.mkdir()
     assert "step 7, 1 from the checkpoint of step 6, is not finite again\nloss nan" in asked(bundle)
-    changed = json.loads(bundle.read_text())
-    changed["rows"][0] += 1
+    assert under_way.is_dir()  # the run may go on meanwhile
+
+    left = json.loads(bundle.read_text())
+    changed = {**left, "rows": [left["rows"][0] + 1, *left["rows"][1:]]}
     bundle.write_text(json.dumps(changed))
     with pytest.raises(CheckpointError, match="rows: "):
+        asked(bundle)
+    good = {**left, "step": 5, "checkpoint": 3, **_drawn(set_up(run), 5), "loss": "5.0", "gradient_norm": "1.0"}
+    bundle.write_text(json.dumps(good))
+    with pytest.raises(CheckpointError, match="the step is finite: loss, gradient and update"):
+        asked(bundle)
+
+    bundle.write_text(json.dumps(left))
+    config_yaml = tmp_path / "run" / "config.yaml"
+    config_yaml.write_text(config_yaml.read_text().replace("data_fingerprint: ", "data_fingerprint: 0"))
+    with pytest.raises(CheckpointError, match="the data is not that of the run"):
         asked(bundle)
 
 
