@@ -139,6 +139,8 @@ FREE = (
     "train.sample_tokens",
     "train.traces",
 )
+# What may lie elsewhere when a run goes on: the fingerprint of the data, in which that of the tokenizer is, tells whether it is the same.
+MOVABLE = ("data.path", "data.verify", "tokenizer.path")
 
 
 def home(config: RunConfig) -> Place:
@@ -208,6 +210,10 @@ def claim(config: RunConfig, fingerprint: str) -> list[str]:
     # Which activations are dropped depends on the microbatch.
     dropout = config.model.dropout or getattr(config.model.block, "dropout", 0)
     free = [key for key in FREE if key != "train.microbatch_size" or not dropout]
+    components = [f"data.components.{name}" for name in getattr(config.data, "components", {})]
+    free += [*MOVABLE, *(f"{component}.{key}" for component in components for key in ("path", "verify"))]
+    if steps(there / CHECKPOINTS):
+        free.append("init_from")  # it is not read any more
     for folder in (run_dir, there) if is_remote(there) else (run_dir,):
         if CONFIG not in children(folder):
             continue

@@ -3,6 +3,8 @@
 import pytest
 
 from llama_eqx import load_config
+from llama_eqx.data.dataset import open_data
+from llama_eqx.data.prepare import prepare
 from llama_eqx.data.tokenizer import BytesTokenizer
 from llama_eqx.errors import CheckpointError
 from llama_eqx.training.run import claim, warnings, with_vocab
@@ -45,3 +47,48 @@ def test_parameters_in_bfloat16_are_warned_of():
     said = lambda *overrides: warnings(load_config("tokenizer=bytes", "model.dims.vocab=258", *overrides), BytesTokenizer())  # noqa: E731
     assert said() == []
     assert "precision=mixed keeps float32" in said("precision=mixed", "precision.params=bfloat16")[0]
+
+
+def test_a_run_goes_on_where_its_data_lies_elsewhere_and_not_with_other_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_EQX_CACHE", str(tmp_path / "cache"))
+    for folder, text in (("here", "some text " * 200), ("there", "some text " * 200), ("other", "some test " * 200)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(text)
+        (tmp_path / folder / "b.jsonl").write_text("".join(f'{{"text": "{i} {text[:50]}"}}\n' for i in range(50)))
+        options = [f"input={tmp_path / folder / 'b.jsonl'}", f"output={tmp_path / folder / 'shards'}", "validation_fraction=0.3"]
+        prepare(load_config(*options, "tokenizer=bytes", "prepare.workers=1", name="prepare"))
+
+    def goes_on(name, *overrides):
+        config = load_config(*overrides, f"run_dir={tmp_path / name}")
+        claim(config, open_data(config.data, config.tokenizer.build(config.data), seq_len=16, seed=0).fingerprint)
+
+    def settings(folder):
+        mixture = ["data=mixture", "data@data.components.code=prepared", f"data.components.code.path={tmp_path / folder / 'shards'}"]
+        return {
+            "text": ["data=text", f"data.path={tmp_path / folder / 'a.txt'}", "tokenizer=bytes"],
+            "prepared": ["data=prepared", f"data.path={tmp_path / folder / 'shards'}"],
+            "mixture": [*mixture, f"data.components.prose.path={tmp_path / folder / 'a.txt'}", "tokenizer=bytes"],
+        }
+
+    for name, overrides in settings("here").items():
+        if name == "tokenizer":
+            claim(load_config(*overrides, f"run_dir={tmp_path / name}"), "f")
+            claim(load_config(*settings("there")[name], f"run_dir={tmp_path / name}"), "f")
+            continue
+        goes_on(name, *overrides)
+        goes_on(name, *settings("there")[name])
+        with pytest.raises(CheckpointError, match=r"another run:\n +data_fingerprint: \w+ -> \w+\n"):
+            goes_on(name, *settings("other")[name])
+    goes_on("prepared", *settings("there")["prepared"], "data.verify=true")
+
+
+def test_where_a_run_started_from_is_free_once_it_has_a_checkpoint(tmp_path):
+    asked = ["tokenizer=hf", f"run_dir={tmp_path}"]
+    claim(load_config(*asked, "init_from=here", "tokenizer.path=here"), "")
+    asked.append("tokenizer.path=there")  # as of the data, its content is in the fingerprint
+    claim(load_config(*asked, "init_from=here"), "")
+    with pytest.raises(CheckpointError, match="init_from: here -> there"):
+        claim(load_config(*asked, "init_from=there"), "")
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "3" / "manifest.json").touch()
+    claim(load_config(*asked, "init_from=there"), "")
