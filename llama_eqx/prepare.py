@@ -21,7 +21,10 @@ def main(config: Any, overrides: list[str]) -> None:
         print(f"            {name}")
     if done.read:
         print(f"speed       {done.read / 1e6 / done.seconds:,.2f} MB/s, {done.read:,} bytes of files in {done.seconds:,.1f} s")
-    print(f"train       python -m llama_eqx.train data=prepared data.path={done.folder}")
+    if done.counts["val"]["tokens"]:
+        print(f"train       python -m llama_eqx.train data=prepared data.path={done.folder}")
+    else:
+        print("train       needs some of it held out: another validation_fraction")
 
 
 if __name__ == "__main__":

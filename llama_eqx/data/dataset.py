@@ -8,9 +8,10 @@ from llama_eqx.data.encoding import tokenize
 from llama_eqx.data.mixture import shares
 from llama_eqx.data.order import Order
 from llama_eqx.data.packing import pack_index
+from llama_eqx.data.prepared import PreparedConfig
 from llama_eqx.data.rows import Documents, Joined, Packed, Rows, Shifted, Windows
 from llama_eqx.data.sft import SftConfig, encode_conversations
-from llama_eqx.data.shards import Split, TokenData
+from llama_eqx.data.shards import HOLD_OUT, Split, TokenData
 from llama_eqx.data.sliding import Sliding
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError
@@ -73,6 +74,7 @@ def sliding(source: SourceConfig, tokenizer: Tokenizer, *, seq_len: int, stride:
     """
     found = _open(source, tokenizer)
     split = found.data.val
+    _check_not_empty(source, split)
     return Sliding(split, found.learned.get(split.name), seq_len, stride, whole=source.rows == "windows")
 
 
@@ -94,7 +96,14 @@ def _open(source: SourceConfig, tokenizer: Tokenizer) -> _Opened:
     return _Opened(data, learned, notes)
 
 
+def _check_not_empty(source: SourceConfig, split: Split) -> None:
+    """Raises `DataError`. What is not prepared is tested when it is encoded."""
+    if isinstance(source, PreparedConfig) and not split.tokens:
+        raise DataError(f"the {split.name} split is empty", where=str(source.folder), next=HOLD_OUT)
+
+
 def _rows(source: SourceConfig, opened: _Opened, split: Split, seq_len: int) -> Rows:
+    _check_not_empty(source, split)
     if source.rows == "windows":
         return Windows(split, seq_len)
     if source.rows == "documents":

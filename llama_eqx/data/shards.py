@@ -30,6 +30,7 @@ VERIFIED = 2**30  # bytes: up to here a dataset is hashed whenever it is opened
 HEADER = 128  # bytes, of each .npy file
 OWN = "leave tokenizer=... out, so that it is the data's own"
 AGAIN = "restore the folder, or write another with python -m llama_eqx.prepare"
+HOLD_OUT = "python -m llama_eqx.prepare validation_fraction=0.01 with the same input and another output"
 
 
 def token_dtype(vocab: int) -> np.dtype:

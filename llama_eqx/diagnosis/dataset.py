@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 from tqdm import tqdm
 
-from llama_eqx.data.shards import Shard, open_dataset
+from llama_eqx.data.shards import HOLD_OUT, Shard, open_dataset
 from llama_eqx.data.tokenizer import load_tokenizer
 from llama_eqx.diagnosis.files import check_files
 from llama_eqx.diagnosis.report import Finding, Report
@@ -29,7 +29,7 @@ def examine_dataset(folder: pathlib.Path, read: bool) -> Report:
     for split in (data.train, data.val):
         facts.append(f"{split.name}: {split.tokens:,} tokens in {split.documents:,} documents, {split.bytes:,} bytes of text")
         if not split.tokens:
-            findings.append(Finding("warning", "index.json", f"the {split.name} split is empty", "another data.validation_fraction"))
+            findings.append(Finding("warning", "index.json", f"the {split.name} split is empty", HOLD_OUT))
     try:
         tokenizer = load_tokenizer(folder / "tokenizer")
         open_dataset(folder, remedy=REMEDY, tokenizer=tokenizer, verify=False)

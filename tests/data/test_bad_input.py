@@ -10,7 +10,10 @@ import pytest
 from llama_eqx import load_config, train
 from llama_eqx import prepare as verb
 from llama_eqx.compose import run_verb
+from llama_eqx.data.dataset import sliding
 from llama_eqx.data.prepare import prepare
+from llama_eqx.data.tokenizer import BytesTokenizer
+from llama_eqx.errors import DataError
 
 TINY = [
     *("model.dims.layers=1", "model.dims.embed=16", "model.dims.heads=2", "model.dims.kv_heads=2", "model.dims.head_dim=8"),
@@ -181,3 +184,18 @@ def test_prepare_names_or_counts_it_too(tmp_path, ended):
     assert json.loads((tmp_path / "out" / "index.json").read_text())["dropped"]["named"] == [
         'a.jsonl:201: not a JSON object with a string "text"'
     ]
+
+
+@pytest.mark.parametrize("rows", ["windows", "documents", "packed"])
+def test_prepared_data_of_which_nothing_is_held_out_is_refused(tmp_path, run, capsys, rows):
+    (tmp_path / "a.txt").write_text("some words " * 20)
+    options = [f"input={tmp_path / 'a.txt'}", f"output={tmp_path / 'out'}", "tokenizer=bytes", "validation_fraction=0", "prepare.workers=1"]
+    verb.main(load_config(*options, name="prepare"), options)
+    assert "train       needs some of it held out" in capsys.readouterr().out
+    code, error, steps = run("data=prepared", f"data.path={tmp_path / 'out'}", f"data.rows={rows}", "data.long_documents=cut")
+    assert (code, steps) == (3, 0)
+    assert "the val split is empty" in error
+    assert "next: python -m llama_eqx.prepare validation_fraction=0.01" in error
+    data = load_config("data=prepared", f"data.path={tmp_path / 'out'}", f"data.rows={rows}").data
+    with pytest.raises(DataError, match="the val split is empty"):
+        sliding(data, BytesTokenizer(), seq_len=8, stride=8)

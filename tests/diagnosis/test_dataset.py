@@ -7,6 +7,7 @@ import pytest
 
 from llama_eqx import load_config
 from llama_eqx.data.encoding import tokenize
+from llama_eqx.data.prepare import prepare
 from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer
 from llama_eqx.diagnosis.examination import examine
 from llama_eqx.doctor import published
@@ -81,3 +82,12 @@ def test_broken_datasets(folder, broken):
     report = examine(str(folder), published, weights=True)
     assert [finding.severity for finding in report.findings if finding.where == where and words in finding.what] == ["error"], str(report)
     assert report.wrong
+
+
+def test_a_dataset_of_which_nothing_is_held_out(tmp_path):
+    (tmp_path / "a.txt").write_text("some words")
+    options = [f"input={tmp_path / 'a.txt'}", f"output={tmp_path / 'out'}", "tokenizer=bytes", "validation_fraction=0", "prepare.workers=1"]
+    prepare(load_config(*options, name="prepare"))
+    (finding,) = examine(str(tmp_path / "out"), published, weights=True).findings
+    assert (finding.severity, finding.what) == ("warning", "the val split is empty")
+    assert "python -m llama_eqx.prepare validation_fraction=" in finding.next
