@@ -63,6 +63,11 @@ class DataConfig(Config):
     def identity(self) -> str:
         """A sha256 of the names and texts of all documents and of how they are split."""
 
+    def require(self, identity: str) -> None:
+        """Raises `DataError` when this is not the `identity` any more: what was read meanwhile may be of neither text."""
+        if self.identity() != identity:
+            raise DataError("the files changed while they were read", where="data.path", next="the same command, when they are written")
+
     @abc.abstractmethod
     def sources(self) -> "dict[str, tuple[float, SourceConfig]]":
         """What it is mixed of: for each name the weight and the source."""

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llama_eqx.data.cache import cache_dir, publish
+from llama_eqx.data.cache import cache_dir
 from llama_eqx.data.corpus import DataConfig, Part
 from llama_eqx.data.prepared import PreparedConfig
-from llama_eqx.data.shards import AGAIN, FORMAT, ShardWriter, TokenData, open_dataset, token_dtype, write_index
+from llama_eqx.data.shards import AGAIN, DELETE, FORMAT, ShardWriter, TokenData, cached, open_dataset, token_dtype, write_index
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError
 
@@ -43,14 +43,18 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer, *, bos: bool, eos: bool) 
 def tokenize(data: DataConfig, tokenizer: Tokenizer) -> TokenData:
     """The data as ids: prepared, or from the cache when the same text was encoded by the same tokenizer before.
 
-    Raises `DataError` when a split is empty, and those of `open_dataset`; `StorageError` when the cache cannot be written.
+    Raises `DataError` when a split is empty or the text changes meanwhile, and those of `open_dataset`; `StorageError` when the cache
+    cannot be written.
     """
     if isinstance(data, PreparedConfig):
         return open_dataset(data.folder, remedy=AGAIN, tokenizer=tokenizer, verify=data.verify)
     identity = {"corpus": data.identity()}
     key = hashlib.sha256(json.dumps([FORMAT, identity, tokenizer.fingerprint]).encode()).hexdigest()
-    folder = publish(cache_dir() / "tokens" / key, lambda folder: _tokenize(folder, data, tokenizer, identity))
-    return open_dataset(folder, remedy="delete this folder; it is made anew")
+    return cached(
+        cache_dir() / "tokens" / key,
+        lambda folder: _tokenize(folder, data, tokenizer, identity),
+        lambda folder: open_dataset(folder, remedy=DELETE),
+    )
 
 
 def _tokenize(folder: Path, data: DataConfig, tokenizer: Tokenizer, identity: dict[str, Any]) -> None:
@@ -78,6 +82,7 @@ def _tokenize(folder: Path, data: DataConfig, tokenizer: Tokenizer, identity: di
                     where="data.validation_fraction",
                     next="more text, or another data.validation_fraction",
                 )
+        data.require(identity["corpus"])
         shards = [(split, writer.finish()) for split, writer in writers.items()]
     write_index(folder, tokenizer, shards, [{"name": name} for name in names], settings=identity)
 

@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from llama_eqx.data.cache import cache_dir, publish
-from llama_eqx.data.shards import Split
+from llama_eqx.data.cache import cache_dir
+from llama_eqx.data.shards import DELETE, Split, cached, check_sealed, seal
 from llama_eqx.errors import DataError
 
-FORMAT = 1  # counts the changes of what is written: an index of another format is made anew
+FORMAT = 2  # counts the changes of what is written: an index of another format is made anew
 
 Fill = Literal["packed", "single"]
 Long = Literal["refuse", "cut"]
@@ -45,14 +45,19 @@ def pack_index(split: Split, learned: Split | None, fingerprint: str, seq_len: i
     def write(folder: Path) -> None:
         for name, array in _index(split, learned, seq_len, fill, long_documents)._asdict().items():
             np.save(folder / f"{name}.npy", array)
+        seal(folder, [folder / f"{name}.npy" for name in PackIndex._fields])
 
-    folder = publish(cache_dir() / "packed" / key, write)
+    return cached(cache_dir() / "packed" / key, write, _read)
+
+
+def _read(folder: Path) -> PackIndex:
+    check_sealed(folder)
     try:
         index = PackIndex(*(np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in PackIndex._fields))
         if not (len(index.firsts) == len(index.counted) + 1 and len(index.begins) == len(index.lengths) == index.firsts[-1]):
             raise ValueError("the files do not belong together")
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"damaged index of rows: {error}", where=str(folder), next="delete this folder; it is made anew") from error
+        raise DataError(f"damaged index of rows: {error}", where=str(folder), next=DELETE) from error
     return index
 
 

@@ -11,13 +11,28 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from llama_eqx.data.cache import cache_dir, publish
+from llama_eqx.data.cache import cache_dir
 from llama_eqx.data.chat import chat_format
 from llama_eqx.data.corpus import CorpusConfig, Document, Part
-from llama_eqx.data.shards import FORMAT, Shard, ShardWriter, Split, TokenData, open_dataset, token_dtype, write_index
+from llama_eqx.data.shards import (
+    DELETE,
+    FORMAT,
+    Shard,
+    ShardWriter,
+    Split,
+    TokenData,
+    cached,
+    check_sealed,
+    open_dataset,
+    seal,
+    token_dtype,
+    write_index,
+)
 from llama_eqx.data.sources import Record, Source, find, lines
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import ConfigError, DataError
+
+MARKS = 2  # counts the changes of what is written beside the shards
 
 
 @dataclass(frozen=True)
@@ -120,13 +135,18 @@ def encode_conversations(data: SftConfig, tokenizer: Tokenizer) -> tuple[TokenDa
 
     The `bytes` of the splits are those of what the assistant says.
 
-    Raises `DataError` when a split is empty or a conversation does not fit the chat format, `StorageError` when it cannot be written.
+    Raises `DataError` when a split is empty, the lines change meanwhile or one does not fit the chat format, `StorageError` when the cache
+    cannot be written.
     """
-    identity = [FORMAT, "conversations", data.identity(), tokenizer.fingerprint, tokenizer.chat]
+    corpus = data.identity()
+    identity = [FORMAT, f"conversations {MARKS}", corpus, tokenizer.fingerprint, tokenizer.chat]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    folder = publish(cache_dir() / "tokens" / key, lambda folder: _encode(folder, data, tokenizer))
-    encoded = open_dataset(folder, remedy="delete this folder; it is made anew")
-    learned = {}
+    return cached(cache_dir() / "tokens" / key, lambda folder: _encode(folder, data, tokenizer, corpus), _read)
+
+
+def _read(folder: Path) -> tuple[TokenData, dict[str, Split]]:
+    encoded, learned = open_dataset(folder, remedy=DELETE), {}
+    check_sealed(folder)
     for split in (encoded.train, encoded.val):
         (shard,) = split.shards
         marks = Shard(folder / f"{split.name}-learned", shard.tokens, shard.documents, shard.bytes, vocab=2)
@@ -134,7 +154,7 @@ def encode_conversations(data: SftConfig, tokenizer: Tokenizer) -> tuple[TokenDa
     return encoded, learned
 
 
-def _encode(folder: Path, data: SftConfig, tokenizer: Tokenizer) -> None:
+def _encode(folder: Path, data: SftConfig, tokenizer: Tokenizer, corpus: str) -> None:
     form, names = chat_format(tokenizer), {}
     with ExitStack() as stack:
         writers = {
@@ -160,6 +180,8 @@ def _encode(folder: Path, data: SftConfig, tokenizer: Tokenizer) -> None:
                     where="data.validation_fraction",
                     next="more conversations, or another data.validation_fraction",
                 )
+        data.require(corpus)
         shards = {key: writer.finish() for key, writer in writers.items()}
+        seal(folder, sorted(folder.glob("*-learned.*.npy")))
     kept = [(split, record) for (split, kind), record in shards.items() if kind == "00000"]
     write_index(folder, tokenizer, kept, [{"name": name} for name in names])

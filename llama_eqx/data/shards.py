@@ -12,16 +12,20 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from llama_eqx.data.cache import publish
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError
+
+T = TypeVar("T")
 
 FORMAT = 2  # counts the changes of what is written: shards of another format are made anew
 SPLITS = ("train", "val")
@@ -30,6 +34,8 @@ VERIFIED = 2**30  # bytes: up to here a dataset is hashed whenever it is opened
 HEADER = 128  # bytes, of each .npy file
 OWN = "leave tokenizer=... out, so that it is the data's own"
 AGAIN = "restore the folder, or write another with python -m llama_eqx.prepare"
+DELETE = "delete this folder; it is made anew"
+SUMS = "sha256.json"
 HOLD_OUT = "python -m llama_eqx.prepare validation_fraction=0.01 with the same input and another output"
 
 
@@ -200,16 +206,14 @@ def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = Non
         if index["format"] != FORMAT:
             raise DataError(f"format {index['format']}, and this version reads {FORMAT}", where=str(folder / "index.json"), next=remedy)
         splits: dict[str, list[Shard]] = {split: [] for split in SPLITS}
-        hashes: dict[Path, str] = {}
-        sizes: dict[Path, int] = {}
+        files: dict[Path, tuple[int, str]] = {}
         for record in index["shards"]:
             if record["name"] != Path(record["name"]).name or "\0" in record["name"]:
                 raise ValueError(f"{record['name']} lies outside of the folder")
             shard = Shard(folder / record["name"], vocab=index["vocab"], **{count: record[count] for count in COUNTS})
             splits[record["split"]].append(shard)
             for kind, (shape, dtype) in shard.content.items():
-                sizes[shard.file(kind)] = HEADER + int(np.prod(shape)) * dtype.itemsize
-                hashes[shard.file(kind)] = record["sha256"][kind]
+                files[shard.file(kind)] = HEADER + int(np.prod(shape)) * dtype.itemsize, record["sha256"][kind]
         train, val = (Split(tuple(splits[name]), name) for name in SPLITS)
         if any(index["splits"][split.name] != counts(split) for split in (train, val)):
             raise ValueError("the counts of the shards do not add up")
@@ -223,12 +227,45 @@ def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = Non
             where=str(folder),
             next=OWN,
         )
-    if verify is None:
-        verify = sum(sizes.values()) <= VERIFIED
-    if damage := [f"{file.name}: {what}" for file in sizes if (what := _damage(file, sizes[file], hashes[file] if verify else None))]:
-        few = damage[:10] + [f"and {len(damage) - 10} more"] * (len(damage) > 10)
-        raise DataError("damaged token shards:\n" + "\n".join(few), where=str(folder), next=remedy)
+    _compare(folder, files, verify, remedy)
     return TokenData(train, val, hashlib.sha256(content).hexdigest())
+
+
+def seal(folder: Path, files: Iterable[Path]) -> None:
+    """Brings files of a folder to the disk, and keeps their sizes and SHA-256 in `SUMS`, for `check_sealed`."""
+    sums = {}
+    for path in files:
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+            sums[path.name] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    _write(folder / SUMS, sums)
+
+
+def check_sealed(folder: Path) -> None:
+    """Raises `DataError` when files are not as they were when `seal` saw them: by their SHA-256 up to `VERIFIED` bytes, else by size."""
+    try:
+        files = {folder / name: (int(size), str(sha256)) for name, (size, sha256) in json.loads((folder / SUMS).read_bytes()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"no {SUMS} can be read: {type(error).__name__}: {error}", where=str(folder), next=DELETE) from error
+    _compare(folder, files, None, DELETE)
+
+
+def cached(folder: Path, write: Callable[[Path], None], read: Callable[[Path], T]) -> T:
+    """What `read` finds in a folder of the cache, which `write` fills where there is none. One that `read` refuses is made anew, with a
+    warning.
+
+    Raises the errors of `write`, and `StorageError`.
+    """
+    publish(folder, write)
+    try:
+        return read(folder)
+    except DataError as error:
+        what = error.what.replace(":\n", ": ").replace("\n", "; ")
+        logging.getLogger("llama_eqx").warning("made anew, as it is damaged: %s: %s", folder, what)
+    publish(folder, write, anew=True)
+    _mapped.cache_clear()
+    _sources.cache_clear()
+    return read(folder)
 
 
 class ShardWriter:
@@ -301,20 +338,34 @@ def write_index(
         "shards": records,
         "sources": sources,
     }
-    partial = folder / "index.json.partial"
+    _write(folder / "index.json", index)
+
+
+def _write(path: Path, content: Any) -> None:
+    """JSON that appears under its name when it is on the disk."""
+    partial = path.with_name(f"{path.name}.partial")
     with partial.open("w") as file:
-        file.write(json.dumps(index, indent=1) + "\n")
+        file.write(json.dumps(content, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    partial.rename(folder / "index.json")
+    partial.rename(path)
 
 
-def _damage(file: Path, size: int, sha256: str | None) -> str | None:
+def _compare(folder: Path, files: dict[Path, tuple[int, str]], verify: bool | None, remedy: str) -> None:
+    """Raises `DataError` naming files that have not these sizes or SHA-256; `verify` as in `open_dataset`."""
+    if verify is None:
+        verify = sum(size for size, _ in files.values()) <= VERIFIED
+    if damage := [f"{file.name}: {what}" for file in files if (what := _damage(file, *files[file], verify))]:
+        few = damage[:10] + [f"and {len(damage) - 10} more"] * (len(damage) > 10)
+        raise DataError("damaged files:\n" + "\n".join(few), where=str(folder), next=remedy)
+
+
+def _damage(file: Path, size: int, sha256: str, verify: bool) -> str | None:
     """What is wrong with a file that should have this size and hash."""
     try:
         if (found := file.stat().st_size) != size:
             return f"{found} bytes instead of {size}"
-        if sha256 is not None:
+        if verify:
             with file.open("rb") as content:
                 if hashlib.file_digest(content, "sha256").hexdigest() != sha256:
                     return "changed: its sha256 is not that of the index"

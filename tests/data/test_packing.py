@@ -86,7 +86,7 @@ def test_rows_are_counted_and_kept_by_what_is_learned(split):
     assert index.counted.tolist() == [2, 3, 2]
 
 
-def test_an_index_is_made_once_and_for_its_settings(split, cache, monkeypatch):
+def test_an_index_is_made_once_and_for_its_settings(split, monkeypatch):
     made = split(documents(3, 4))
     first = index_of(made)
     monkeypatch.setattr("llama_eqx.data.packing._index", lambda *_: pytest.fail("made again"))
@@ -94,8 +94,22 @@ def test_an_index_is_made_once_and_for_its_settings(split, cache, monkeypatch):
     for other in ({"fingerprint": "g"}, {"seq_len": 7}, {"fill": "single"}, {"long_documents": "cut"}):
         with pytest.raises(pytest.fail.Exception, match="made again"):
             index_of(made, **other)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: np.load(folder / "begins.npy", mmap_mode="r+").fill(1),
+        lambda folder: np.save(folder / "lengths.npy", np.zeros(1)),
+        lambda folder: (folder / "firsts.npy").unlink(),
+        lambda folder: (folder / "sha256.json").write_text("[]"),
+    ],
+)
+def test_a_damaged_index_is_made_anew_and_it_is_said(split, cache, caplog, damage):
+    made = split(documents(3, 4))
+    first = [array.tolist() for array in index_of(made)]
     (folder,) = (cache / "packed").iterdir()
-    np.save(folder / "lengths.npy", np.zeros(1))
-    with pytest.raises(DataError, match="damaged index") as error:
-        index_of(made)
-    assert error.value.where == str(folder)
+    damage(folder)
+    assert [array.tolist() for array in index_of(made)] == first
+    assert f"made anew, as it is damaged: {folder}: " in caplog.text
+    assert list((cache / "packed").iterdir()) == [folder]

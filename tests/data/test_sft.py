@@ -7,6 +7,7 @@ import pytest
 
 from llama_eqx import load_config
 from llama_eqx.data.dataset import open_data
+from llama_eqx.data.sft import SftConfig
 from llama_eqx.data.tokenizer import BytesTokenizer
 from llama_eqx.errors import ConfigError, DataError
 
@@ -96,6 +97,35 @@ def test_a_bad_line_is_named_or_skipped_and_counted(sft, line):
     assert len(learned(data.train) + learned(data.val)) == 30
     assert data.notes == [f"1 records cannot be read and are skipped, the first at {error.value.where}"]
     assert opened(sft(lines, "data.on_error=skip", *keys)).notes == data.notes  # from the cache, too
+
+
+@pytest.mark.parametrize("damage", ["train-learned.ids.npy", "sha256.json"])
+def test_damaged_marks_are_made_anew_and_it_is_said(sft, cache, caplog, damage):
+    config = sft([{"prompt": "a" * i, "response": "b"} for i in range(30)])
+    first = opened(config)
+    (folder,) = (cache / "tokens").iterdir()
+    content = bytearray((folder / damage).read_bytes())
+    content[-1] ^= 64
+    (folder / damage).write_bytes(content)
+    again = opened(config)
+    assert f"made anew, as it is damaged: {folder}: " in caplog.text
+    assert again.fingerprint == first.fingerprint
+    rows = np.arange(len(first.train))
+    np.testing.assert_array_equal(again.train.read(rows).loss_mask, first.train.read(rows).loss_mask)
+
+
+def test_conversations_that_change_meanwhile_are_not_kept(sft, cache, monkeypatch):
+    config, identity = sft([{"prompt": str(i), "response": "b"} for i in range(30)]), SftConfig.identity
+
+    def then_another(self):
+        found = identity(self)
+        sft([{"prompt": str(i), "response": "c"} for i in range(30)])
+        return found
+
+    monkeypatch.setattr(SftConfig, "identity", then_another)
+    with pytest.raises(DataError, match="the files changed while they were read"):
+        opened(config)
+    assert list((cache / "tokens").iterdir()) == []
 
 
 def test_a_conversation_that_the_format_does_not_know_is_named(sft):

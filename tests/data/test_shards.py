@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llama_eqx.data.corpus import TextConfig
 from llama_eqx.data.encoding import CHUNK, tokenize
 from llama_eqx.data.shards import open_dataset
 from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer, Tokenizer, load_tokenizer
@@ -160,6 +161,22 @@ def test_other_text_split_or_tokenizer_gives_other_shards(write, text, corpus):
     assert len({data.fingerprint for data in found}) == len({data.train.shards[0].path for data in found}) == 5
 
 
+def test_text_that_changes_meanwhile_is_not_kept_for_what_it_was(write, text, cache, monkeypatch):
+    corpus, identity = text(write(a_txt="0123456789" * 9)), TextConfig.identity
+
+    def then_more(self):
+        found = identity(self)
+        write(b_txt="more")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextConfig, "identity", then_more)
+        with pytest.raises(DataError, match="the files changed while they were read"):
+            tokenize(corpus, BytesTokenizer())
+    assert list((cache / "tokens").iterdir()) == []
+    assert tokenize(corpus, BytesTokenizer()).train.documents == 2
+
+
 def test_writers_at_the_same_time_agree(corpus, cache):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: tokenize(corpus, BytesTokenizer()), range(8)))
@@ -182,17 +199,23 @@ def changed(path, damage):
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "short", "long", "changed"])
-def test_every_damaged_file_is_named(corpus, damage):
+def test_every_damaged_file_is_named_and_in_the_cache_made_anew(corpus, caplog, damage):
     data = tokenize(corpus, BytesTokenizer())
+    ids = data.train.read(0, data.train.tokens).tolist()
     for name in FILES:
         changed(folder(data) / name, damage)
     with pytest.raises(DataError, match="damaged") as error:
-        tokenize(corpus, BytesTokenizer())
+        open_dataset(folder(data), remedy="delete this folder")
     said = {"missing": "No such file", "empty": ": 0 bytes instead of", "changed": "sha256"}.get(damage, "bytes instead of")
     assert [line.split(":")[0] for line in error.value.what.splitlines()[1:]] == FILES
     assert all(said in line for line in error.value.what.splitlines()[1:])
     assert error.value.where == str(folder(data))
     assert "delete this folder" in error.value.next
+    again = tokenize(corpus, BytesTokenizer())
+    assert again == data
+    assert again.train.read(0, again.train.tokens).tolist() == ids
+    assert f"made anew, as it is damaged: {folder(data)}: damaged files: {FILES[0]}: " in caplog.text
+    assert list(folder(data).parent.iterdir()) == [folder(data)]
 
 
 def test_what_is_too_large_to_be_hashed_is_hashed_when_asked(corpus, monkeypatch):
@@ -206,7 +229,8 @@ def test_what_is_too_large_to_be_hashed_is_hashed_when_asked(corpus, monkeypatch
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"format": 2}', "count", "format", None])
 def test_an_index_that_makes_no_sense_is_named(corpus, content):
-    index = folder(tokenize(corpus, BytesTokenizer())) / "index.json"
+    data = tokenize(corpus, BytesTokenizer())
+    index = folder(data) / "index.json"
     said = json.loads(index.read_text())
     if content == "count":
         said["splits"]["val"]["tokens"] += 1
@@ -215,9 +239,10 @@ def test_an_index_that_makes_no_sense_is_named(corpus, content):
         content = json.dumps({**said, "format": 1})
     index.unlink() if content is None else index.write_text(content)
     with pytest.raises(DataError) as error:
-        tokenize(corpus, BytesTokenizer())
+        open_dataset(index.parent, remedy="delete this folder")
     assert str(index.parent) in error.value.where
     assert "delete this folder" in error.value.next
+    assert tokenize(corpus, BytesTokenizer()) == data
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(write, text):
