@@ -13,8 +13,6 @@ PREFACE = """# Plans
 Made by `python -m benchmarks.plan.run` and `python -m benchmarks.plan.tables` from `results.jsonl`, which has each figure and the overrides
 of each row. Nothing here ran on a TPU: memory is the compiler's own number, times and MFU are **estimates** ([how](../../docs/plan.md)).
 But for the first table, v4 and v5p slices of 4 x 4 x 4 chips and more have `mesh.data=2`.
-Rows on v5p, but for llama2_34b's, are older than the option against windowed einsums that conf/mesh has for v5p now (llama2_70b's, compiled
-with it, is 54.3 instead of 54.2%), and the row of llama2_7b on v4-32 under "More chips" may have options of its plan.
 """
 
 
