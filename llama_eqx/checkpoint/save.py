@@ -87,8 +87,8 @@ class Checkpoints:
         say: Callable[[str], None] = print,
         run_dir: pathlib.Path | None = None,
     ):
-        """Makes the folder, and clears away what a killed process left half written. `run_dir` has the records that go into a store, and
-        `metrics.jsonl` among them.
+        """Makes the folder, and clears away what a killed process left half written. `run_dir` has the records: they go into a store, and
+        have the metrics of steps that were evaluated after they were saved.
 
         Raises `StorageError` when it cannot be written to.
         """
