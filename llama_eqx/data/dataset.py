@@ -92,7 +92,7 @@ def _open(source: SourceConfig, tokenizer: Tokenizer) -> _Opened:
     else:
         data, learned = tokenize(source, tokenizer), {}
     skipped = source.skipped()
-    notes = [f"{len(skipped):,} records cannot be read and are skipped, the first at {skipped[0]}"] if skipped else []
+    notes = [f"{len(skipped):,} records or files cannot be read and are skipped, the first at {skipped[0]}"] if skipped else []
     return _Opened(data, learned, notes)
 
 

@@ -89,7 +89,7 @@ class SftConfig(CorpusConfig):
             found = [source for source in found if ".jsonl" in source.name]
         for source in found:
             for line in lines(source):
-                where = f"{source.path}:{line.number}"
+                where = f"{source.path}:{line.number}" if line.number else source.path
                 try:
                     messages = self._messages(line)
                 except ValueError as error:

@@ -88,7 +88,8 @@ def pieces(number: int, source: Source, size: int | None, field: str) -> list[Pi
 
 
 def records(piece: Piece, field: str) -> Iterator[Record]:
-    """The documents of a piece: `field` of each line or row, or the one text. A record that cannot be read has a problem instead.
+    """The documents of a piece: `field` of each line or row, or the one text. A record that cannot be read has a problem instead; of a
+    compressed file that is damaged there is no other.
 
     Raises `DataError` when the file is not as large as it was.
     """
@@ -101,7 +102,7 @@ def records(piece: Piece, field: str) -> Iterator[Record]:
             for number, content in enumerate(_rows(piece, field), piece.first + 1):
                 yield Record(number, None, f"no text in the column {field}") if content is None else _record(number, content)
             return
-        with _open(source) as file:
+        with _open_lines(source) if kind == LINES else _open(source) as file:
             if kind == LINES:
                 for number, line in enumerate(_lines(file, piece), 1):
                     yield _line(number, line, field)
@@ -112,16 +113,16 @@ def records(piece: Piece, field: str) -> Iterator[Record]:
 
 
 def lines(source: Source) -> Iterator[Record]:
-    """The lines of a file as they stand, without blank ones."""
+    """The lines of a file as they stand, without blank ones. Where it cannot be read there is a problem, as of `records`."""
     number = 0
     try:
-        with _open(source) as file:
+        with _open_lines(source) as file:
             for number, line in enumerate(file, 1):
                 record = _record(number, line)
                 if record.text is None or record.text.strip():
                     yield record
     except (OSError, EOFError, zlib.error) as error:
-        yield Record(number + 1, None, f"cannot read: {getattr(error, 'strerror', None) or error}")
+        yield Record(number + 1 if number else 0, None, f"cannot read: {getattr(error, 'strerror', None) or error}")
 
 
 def read_text(path: Path) -> str:
@@ -160,6 +161,15 @@ def _open(source: Source) -> Any:
 
         return io.BufferedReader(pyarrow.CompressedInputStream(source.path, "zstd"), 2**20)
     return open(source.path, "rb")
+
+
+def _open_lines(source: Source) -> Any:
+    """A compressed file is read to its end first: that lines before it are not what they were may show only there."""
+    if source.name.endswith(COMPRESSED):
+        with _open(source) as file:
+            while file.read(2**20):
+                pass
+    return _open(source)
 
 
 def _lines(file: Any, piece: Piece) -> Iterator[bytes]:

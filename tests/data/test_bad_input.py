@@ -170,7 +170,7 @@ def test_a_line_that_is_not_json_is_named(lines, run, option):
 def test_lines_that_are_not_json_are_counted_when_they_are_to_be_skipped(lines, run):
     code, said, steps = run("data=text", f"data.path={lines}", "tokenizer=bytes", "data.on_error=skip")
     assert (code, steps) == (0, 2)
-    assert f"warning: 2 records cannot be read and are skipped, the first at {lines}:7" in said
+    assert f"warning: 2 records or files cannot be read and are skipped, the first at {lines}:7" in said
 
 
 def test_prepare_names_or_counts_it_too(tmp_path, ended):

@@ -1,5 +1,7 @@
 """Conversations: what is learned of them, and what is wrong with a file of them."""
 
+import dataclasses
+import gzip
 import json
 
 import numpy as np
@@ -95,7 +97,7 @@ def test_a_bad_line_is_named_or_skipped_and_counted(sft, line):
     assert "data.on_error=skip" in error.value.next
     data = opened(sft(lines, "data.on_error=skip", *keys))
     assert len(learned(data.train) + learned(data.val)) == 30
-    assert data.notes == [f"1 records cannot be read and are skipped, the first at {error.value.where}"]
+    assert data.notes == [f"1 records or files cannot be read and are skipped, the first at {error.value.where}"]
     assert opened(sft(lines, "data.on_error=skip", *keys)).notes == data.notes  # from the cache, too
 
 
@@ -126,6 +128,16 @@ def test_conversations_that_change_meanwhile_are_not_kept(sft, cache, monkeypatc
     with pytest.raises(DataError, match="the files changed while they were read"):
         opened(config)
     assert list((cache / "tokens").iterdir()) == []
+
+
+def test_a_damaged_compressed_file_is_left_out_whole(sft, tmp_path):
+    config = sft([{"prompt": "a" * i, "response": "b"} for i in range(30)], "data.on_error=skip")
+    content = bytearray(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    content[-8] ^= 1  # of the checksum
+    (tmp_path / "b.jsonl.gz").write_bytes(content)
+    data = opened(dataclasses.replace(config, path=str(tmp_path)))
+    assert len(learned(data.train) + learned(data.val)) == 30
+    assert data.notes == [f"1 records or files cannot be read and are skipped, the first at {tmp_path / 'b.jsonl.gz'}"]
 
 
 def test_a_conversation_that_the_format_does_not_know_is_named(sft):

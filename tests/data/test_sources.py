@@ -67,11 +67,14 @@ def test_what_is_compressed_reads_the_same(tmp_path, ending, copies):
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 def test_what_is_cut_off_or_not_compressed_is_a_problem(tmp_path, ending):
     whole = pack(b"".join(b'{"text": "%d"}\n' % (i**9) for i in range(30_000)), ending)
-    for content in (whole[:-5], whole[: len(whole) // 2], b"not compressed at all"):
+    broken = [whole[:-5], whole[: len(whole) // 2], b"not compressed at all"]
+    if ending == ".gz":
+        broken.append(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])  # another checksum: a line may be another, and nobody knows which
+    for content in broken:
         (tmp_path / f"a.jsonl{ending}").write_bytes(content)
-        [found] = read(tmp_path / f"a.jsonl{ending}")
-        assert [bool(record.problem) for record in found] == [False] * (len(found) - 1) + [True]
-        assert "cannot read" in found[-1].problem
+        [[record]] = read(tmp_path / f"a.jsonl{ending}")
+        assert (record.number, record.text) == (0, None)
+        assert "cannot read" in record.problem
 
 
 def test_rows_of_parquet_are_read_by_group(tmp_path):
