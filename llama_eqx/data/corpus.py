@@ -112,7 +112,8 @@ class CorpusConfig(SourceConfig):
         """Every document with its split, in order.
 
         Each document has a place in [0, 1) given by a hash of its name, and the held-out range is cut from the end: a document stays
-        where it is when others come or go. In a corpus of few documents each one is cut by characters in the same proportions.
+        where it is when other files come or go. Lines and rows are named by their numbers, so that one that is inserted moves those behind
+        it. In a corpus of few documents each one is cut by characters in the same proportions.
         """
         first, last = self.held_out()
         documents = self.documents()

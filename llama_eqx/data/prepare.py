@@ -26,6 +26,8 @@ from llama_eqx.data.tokenizer import TokenizerConfig
 from llama_eqx.data.units import Task, cut_units, hashes, held_out, keep_loaded, run_unit, whole
 from llama_eqx.errors import ConfigError, DataError, StorageError
 
+MODIFIED = "modified.json"
+
 
 class PrepareConfig(Config):
     """`input` is a file, a glob or a folder; `output` a folder; `field` the key of .jsonl and the column of .parquet that has the text.
@@ -83,7 +85,7 @@ class InputConfig(DataConfig):
 
 class Prepared(NamedTuple):
     """What came of it. `refused` are records that could not be read, and `named` some of them; `read` are the bytes of files that were
-    encoded in these `seconds`, and not in a call before."""
+    encoded in these `seconds`, and not in a call before. `touched` are files that were written to since, and are as large as they were."""
 
     folder: Path
     counts: dict[str, dict[str, int]]
@@ -92,6 +94,7 @@ class Prepared(NamedTuple):
     empty: int
     refused: int
     named: list[str]
+    touched: list[str]
     read: int
     seconds: float
 
@@ -117,12 +120,12 @@ def prepare(config: PrepareConfig) -> Prepared:
     }
     assembly = {name: getattr(config, name) for name in ("validation_fraction", "dedup", "shard_tokens")}
     if (output / "index.json").exists():
-        return _finished(output, encoding | assembly)
+        return _finished(output, encoding | assembly, sources)
 
-    partial = output / "partial"
+    partial, modified = output / "partial", _modified(sources)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        _claim(partial / "units.json", {**encoding, "modified": [os.stat(source.path).st_mtime_ns for source in sources]})
+        _claim(partial / "units.json", {**encoding, "modified": modified})
         tokenizer.save(output / "tokenizer")
         keep_loaded(tokenizer)
         task = Task(
@@ -145,13 +148,20 @@ def prepare(config: PrepareConfig) -> Prepared:
         written = [json.loads((partial / f"group-{group.number:05}.json").read_text()) for group in groups]
         shards = [(split, entry) for group in written for split, entry in group]
         settings = {name: value for name, value in (encoding | assembly).items() if name not in ("format", "tokenizer", "sources")}
+        with whole(output / MODIFIED) as file:  # not in the index: data that is the same has the same fingerprint
+            file.write(json.dumps(modified).encode())
         write_index(output, tokenizer, shards, encoding["sources"], settings=settings, dropped=dropped)
         shutil.rmtree(partial)
     except OSError as error:
         raise StorageError(
             f"cannot write: {error}", where=str(output), kept=f"the work in {partial}", next="the same command continues"
         ) from error
-    return _finished(output, encoding | assembly, verify=False)._replace(read=read, seconds=time.monotonic() - began)
+    return _finished(output, encoding | assembly, sources, verify=False)._replace(read=read, seconds=time.monotonic() - began)
+
+
+def _modified(sources: list[Source]) -> list[int]:
+    """When each file was written to last, in nanoseconds; 0 for one that is gone."""
+    return [os.stat(source.path).st_mtime_ns if os.path.exists(source.path) else 0 for source in sources]
 
 
 def _sources(where: str) -> list[Source]:
@@ -187,16 +197,19 @@ def _compare(old: dict[str, Any], new: dict[str, Any], folder: Path, what: str) 
         )
 
 
-def _finished(folder: Path, settings: dict[str, Any], *, verify: bool | None = None) -> Prepared:
+def _finished(folder: Path, settings: dict[str, Any], sources: list[Source], *, verify: bool | None = None) -> Prepared:
     """Raises `DataError` when the dataset in `folder` is another or damaged; `verify` as in `open_dataset`."""
     data = open_dataset(folder, remedy="delete this folder, and the same command makes it anew", verify=verify)
     index = json.loads((folder / "index.json").read_text())
     old = {name: index[name] for name in ("format", "tokenizer", "sources")} | index["settings"]
     _compare(old, settings, folder, "a dataset")
     shutil.rmtree(folder / "partial", ignore_errors=True)
+    now = _modified(sources)
+    then = json.loads((folder / MODIFIED).read_text()) if (folder / MODIFIED).exists() else now  # older datasets have none
+    touched = [source.name for source, a, b in zip(sources, then, now, strict=True) if a != b]
     dropped = {"duplicates": 0, "empty": 0, "refused": 0, "named": [], **index["dropped"]}
     counts = {split.name: {count: getattr(split, count) for count in COUNTS} for split in (data.train, data.val)}
-    return Prepared(folder, counts, len(index["shards"]), read=0, seconds=0.0, **dropped)
+    return Prepared(folder, counts, len(index["shards"]), touched=touched, read=0, seconds=0.0, **dropped)
 
 
 def _bar(what: str, unit: str, total: int, done: int) -> tqdm:

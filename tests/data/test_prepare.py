@@ -13,6 +13,7 @@ import time
 import pytest
 
 from llama_eqx import load_config
+from llama_eqx import prepare as verb
 from llama_eqx.data import assembly, units
 from llama_eqx.data import prepare as module
 from llama_eqx.data.encoding import tokenize
@@ -275,17 +276,24 @@ def test_an_empty_split_is_an_error_that_another_fraction_mends(tmp_path, conten
         assert prepare(config(*overrides, "validation_fraction=0")).counts["train"]["documents"] == 1
 
 
-def test_what_is_done_is_not_done_again_and_never_for_something_else(corpus, tmp_path, monkeypatch):
+def test_what_is_done_is_not_done_again_and_never_for_something_else(corpus, tmp_path, monkeypatch, capsys):
     folder, _ = corpus
     overrides = [f"input={folder}", f"output={tmp_path}/out"]
     first = prepare(config(*overrides))
     before = contents(tmp_path / "out")
     monkeypatch.setattr(module, "run_unit", lambda *_: pytest.fail("encoded again"))
-    assert prepare(config(*overrides)).counts == first.counts
+    again = prepare(config(*overrides))
+    assert (again.counts, again.touched) == (first.counts, [])
     for change in ("dedup=true", "eos=false", "tokenizer=chars", "validation_fraction=0.1"):
         with pytest.raises(DataError, match="there is a dataset here") as error:
             prepare(config(*overrides, change))
         assert change.split("=")[0] in error.value.what
+    content = (folder / "a1.txt").read_bytes()
+    (folder / "a1.txt").write_bytes(b"?" * len(content))
+    os.utime(folder / "a1.txt", (0, 0))
+    assert prepare(config(*overrides)).touched == ["a1.txt"]
+    verb.main(config(*overrides), overrides)
+    assert "warning     1 files were written to after they were encoded: a1.txt\n" in capsys.readouterr().out
     (folder / "a0.txt").write_text("something else")
     with pytest.raises(DataError, match=r"sources: 7 -> 7 files, 1 of them .*a0\.txt"):
         prepare(config(*overrides))
