@@ -12,7 +12,6 @@ from llama_eqx.errors import StorageError
 
 def main(config: Any, overrides: list[str]) -> None:
     from llama_eqx.evaluation import report  # after the config has been checked, so that a typo is answered at once
-    from llama_eqx.evaluation.opened import open_model
     from llama_eqx.evaluation.perplexity import evaluate
     from llama_eqx.processes import is_first
 
@@ -24,9 +23,7 @@ def main(config: Any, overrides: list[str]) -> None:
     else:
         from llama_eqx.evaluation.tasks import run_tasks
 
-        opened = open_model(config)
-        results = run_tasks(opened, config)
-        notes, said, saved = opened.notes, results.table, results.saved
+        said, saved, notes = run_tasks(config)
     if not is_first():
         return  # process 0 says it
     for note in notes:

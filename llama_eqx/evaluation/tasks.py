@@ -8,20 +8,27 @@ import jax
 
 from llama_eqx.config import dump
 from llama_eqx.errors import ConfigError
-from llama_eqx.evaluation.opened import EvaluateConfig, Opened
+from llama_eqx.evaluation.opened import EvaluateConfig, open_model
+from llama_eqx.interop.pretrained import format_of
 from llama_eqx.tracking.provenance import commit, versions
 
 
 class TaskResults(NamedTuple):
-    """The harness's own table, and what it is of in plain containers: `results` by task and metric."""
+    """The harness's own table, what it is of in plain containers, `results` by task and metric, and what a person should know."""
 
     table: str
     saved: dict[str, Any]
+    notes: list[str]
 
 
-def run_tasks(opened: Opened, config: EvaluateConfig) -> TaskResults:
-    """Raises `ConfigError` for tasks that are not known or do not fit the model, or when the harness is not installed."""
+def run_tasks(config: EvaluateConfig) -> TaskResults:
+    """Raises `ConfigError` for tasks that are not known or do not fit the model, or when the harness is not installed; and as `open_model`.
+
+    All but whether they fit is said before weights are loaded.
+    """
+    assert config.checkpoint is not None
     assert config.tasks is not None
+    format_of(config.checkpoint)  # for its error: the harness takes a while to find its tasks
     if jax.process_count() > 1:
         raise ConfigError(
             "benchmarks are run by one process",
@@ -44,10 +51,11 @@ def run_tasks(opened: Opened, config: EvaluateConfig) -> TaskResults:
         near = difflib.get_close_matches(unknown[0], manager.all_tasks, 1)
         advice = f"did you mean {near[0]}?" if near else "include_path=FOLDER for YAML of your own"
         raise ConfigError(f"no task is called {', '.join(unknown)}", where="tasks", next=advice)
+    opened = open_model(config)
     found = lm_eval.simple_evaluate(
         HarnessModel(opened), tasks=names, task_manager=manager, num_fewshot=config.num_fewshot, limit=config.limit, log_samples=False
     )
     assert found is not None
     table = make_table(found) + ("\n" + make_table(found, "groups") if found.get("groups") else "")
     kept = {key: found[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in found}
-    return TaskResults(table, {**kept, "config": dump(config), "commit": commit(), "packages": versions()})
+    return TaskResults(table, {**kept, "config": dump(config), "commit": commit(), "packages": versions()}, opened.notes)

@@ -155,16 +155,24 @@ def run(monkeypatch, capsys, *arguments):
 @pytest.mark.parametrize(
     ("said", "arguments"),
     [
-        ("no task is called nonesuch", ["tasks=nonesuch"]),
-        ("did you mean choice?", ["tasks=choise", "include_path={tasks}"]),
         ("an answer of", ["tasks=choice", "include_path={tasks}", "length=4"]),
         ("leave no room", ["tasks=writing", "include_path={tasks}", "length=12"]),
         ("one of the two", ["tasks=choice", "data=test"]),
     ],
 )
 def test_bad_input(said, arguments, hf_model, tasks, monkeypatch, capsys):
-    own = functools.partial(TaskManager, include_defaults=False)  # the harness's own tasks take ten seconds to find
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path, include_defaults=True: own(include_path=include_path))
     code, _, err = run(monkeypatch, capsys, f"checkpoint={hf_model}", *(argument.format(tasks=tasks) for argument in arguments))
     assert said in err
     assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "arguments"),
+    [("no task is called nonesuch", ["tasks=nonesuch"]), ("did you mean choice?", ["tasks=choise", "include_path={tasks}"])],
+)
+def test_unknown_tasks(said, arguments, hf_model, tasks, monkeypatch, capsys):
+    """They are told before weights are loaded."""
+    own = functools.partial(TaskManager, include_defaults=False)  # the harness's own tasks take ten seconds to find
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path, include_defaults=True: own(include_path=include_path))
+    monkeypatch.setattr("llama_eqx.evaluation.opened.load_pretrained", lambda *given: pytest.fail("loaded the weights"))
+    test_bad_input(said, arguments, hf_model, tasks, monkeypatch, capsys)

@@ -180,6 +180,20 @@ def test_bad_input(code, said, arguments, hf_model, small, corpus, monkeypatch, 
     assert len(err.splitlines()) <= 4
 
 
+@pytest.mark.parametrize(
+    ("code", "said", "processes", "model"),
+    [(2, "not installed", 1, "{model}"), (2, "run by one process", 2, "{model}"), (4, "does not exist", 1, "no/such/model")],
+)
+def test_benchmarks_that_cannot_be_run(code, said, processes, model, hf_model, monkeypatch, capsys):
+    """All is said before weights are loaded."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr("jax.process_count", lambda: processes)
+    monkeypatch.setattr("llama_eqx.evaluation.opened.load_pretrained", lambda *given: pytest.fail("loaded the weights"))
+    found, _, err = run(monkeypatch, capsys, f"checkpoint={model.format(model=hf_model)}", "tasks=hellaswag")
+    assert said in err
+    assert found == code
+
+
 @pytest.fixture(scope="module")
 def small(tiny, tmp_path_factory):
     """A model of 64 ids, alone in its folder."""
