@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import re
+import select
 import shlex
 import sys
 import traceback
@@ -278,14 +279,13 @@ def _guarded(job: Callable[[], None]) -> int:
 
 def _unread() -> bool:
     """Whether the reader of what is printed has left, as `| head` does. What is yet to be printed goes nowhere then."""
-    found = False
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()  # what could not be written is still held
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            found = True
-    return found
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)  # that an end is closed is told unasked
+    closed = [stream for stream, told in poll.poll(0) if told & (select.POLLERR | select.POLLHUP)]
+    for stream in closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    return bool(closed)
 
 
 def _unexpected(error: Exception) -> int:

@@ -125,17 +125,24 @@ def test_what_is_unexpected_exits_with_1(monkeypatch, capsys, tmp_path):
     assert "RuntimeError" in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(("name", "flush"), [("stdout", True), ("stdout", False), ("stderr", True)])
-def test_a_reader_who_leaves(name, flush, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "flush", "unbuffered"), [("stdout", True, ""), ("stdout", False, ""), ("stdout", False, "1"), ("stderr", True, "")]
+)
+def test_a_reader_who_leaves(name, flush, unbuffered):
     """As `| head` does: nothing is said, and what is printed afterwards goes nowhere."""
+    code = f"""
+import sys
+from llama_eqx.compose import _guarded
+code = _guarded(lambda: print("a", file=sys.{name}, flush={flush}))
+print("b", file=sys.{name}, flush=True)
+sys.exit(code)
+"""
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as stream:
-        monkeypatch.setattr(sys, name, stream)
-        code = _guarded(lambda: print("a", file=stream, flush=flush))
-        print("b", file=stream, flush=True)
-        monkeypatch.undo()
-    assert code == 141
+        places = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, name: stream}
+        done = subprocess.run([sys.executable, "-c", code], **places, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    assert (done.returncode, done.stdout or b"", done.stderr or b"") == (141, b"", b"")
 
 
 def test_another_pipe_that_breaks_is_unexpected(capsys):
