@@ -26,7 +26,7 @@ SEED = 1234  # of tasks that sample, as the harness seeds torch
 class HarnessModel(TemplateLM):
     """A model as the harness sees it. Text becomes tokens, prefixes and windows as its `hf` model makes them, so scores are the same.
 
-    Texts begin with BOS where the tokenizer has one; names of special tokens in a text are these tokens.
+    Texts begin with BOS where the tokenizer puts one; names of special tokens in a text are these tokens.
     """
 
     def __init__(self, opened: Opened):
@@ -47,10 +47,10 @@ class HarnessModel(TemplateLM):
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        ids, bos = self._opened.tokenizer.encode(string, special=True), self._opened.tokenizer.bos
-        if bos is None or add_special_tokens is False or (add_special_tokens is None and ids[:1] == [bos]):
+        ids = self._opened.tokenizer.encode(string, special=True)
+        if add_special_tokens is False or (add_special_tokens is None and ids[:1] == [self._opened.tokenizer.bos]):
             return ids
-        return [bos, *ids]
+        return [*self._opened.tokenizer.prefix, *ids]
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
         """Of each (_, context, continuation) the log-probability of the continuation, and whether it is what greedy decoding gives."""

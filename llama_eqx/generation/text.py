@@ -29,8 +29,8 @@ class Continuation(NamedTuple):
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """BOS, if the tokenizer has one, and the prompt. Raises `DataError` for text that the tokenizer does not know."""
-    return tokenizer.encode(prompt) if tokenizer.bos is None else [tokenizer.bos, *tokenizer.encode(prompt)]
+    """The prompt, and BOS before it where the tokenizer puts one. Raises `DataError` for text that the tokenizer does not know."""
+    return [*tokenizer.prefix, *tokenizer.encode(prompt)]
 
 
 def continued(model: Llama, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int, sampling: Sampling, *, seed: int = 0) -> str:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from llama_eqx.data.tokenizer import (
     BytesTokenizer,
@@ -20,6 +21,7 @@ from llama_eqx.data.tokenizer import (
 from llama_eqx.data.tokenizer.huggingface import read_huggingface
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
 from llama_eqx.errors import ConfigError, DataError
+from llama_eqx.generation.text import prompt_tokens
 
 TEXT = "The quick brown fox, aged 1234, jumps over the lazy dog.\n    def f(x):\n\treturn x ** 2  # ok\nÉtude à 你好\n" * 20
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
@@ -200,6 +202,25 @@ def test_the_ends_of_a_hugging_face_model(generation, config, eos, stop, hf):
     assert (tokenizer.bos, tokenizer.eos, tokenizer.stop, tokenizer.pad, tokenizer.chat) == (320, eos, stop, 324, "llama3_1")
 
 
+def test_the_ends_of_a_native_folder(hf):
+    (hf / "config.yaml").write_text("model:\n  tokens: {tokenizer: null, bos: 320, eos: [321, 7], pad: null}\n")
+    assert find_tokenizer(hf).stop == (321, 7, 328, 329)
+
+
+@pytest.mark.parametrize("processor", [True, False])
+@pytest.mark.parametrize("said", [{}, {"add_bos_token": True}, {"add_bos_token": False}], ids=str)
+def test_what_a_text_begins_with(processor, said, hf):
+    """BOS or nothing, as transformers reads the folder."""
+    if not processor:
+        edit(hf / "tokenizer.json", post_processor=None)
+    edit(hf / "tokenizer_config.json", **said)
+    assert prompt_tokens(find_tokenizer(hf), "fox") == AutoTokenizer.from_pretrained(hf)("fox").input_ids
+
+
+def edit(file, **settings):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
 def test_an_id_of_minus_one_is_none(hf):
     (hf / "tokenizer_config.json").unlink()
     (hf / "config.json").write_text('{"pad_token_id": -1, "eos_token_id": [321, -1]}')
@@ -229,6 +250,17 @@ def test_damaged_files_beside_a_tokenizer_json(content, said, hf):
         find_tokenizer(hf)
 
 
+ROTARY = "model: {rotary: {_target_: llama_eqx.model.rotary.%s}}"
+GENERATIONS = [
+    ("config.json", '{"rope_scaling": {"rope_type": "llama3"}}', "llama3_1"),
+    ("config.json", '{"rope_parameters": {"rope_type": "llama3"}}', "llama3_1"),
+    ("config.json", '{"rope_parameters": {"rope_type": "default"}}', "llama3"),
+    ("config.json", '{"rope_scaling": null}', "llama3"),
+    ("config.yaml", ROTARY % "Llama3RotaryConfig", "llama3_1"),
+    ("config.yaml", ROTARY % "PlainRotaryConfig", "llama3"),
+]
+
+
 def test_tokenizers_are_found_beside_models(files, tmp_path):
     native, huggingface, meta, older = (tmp_path / name for name in ("run", "hf", "meta", "llama-2-7b"))
     BytesTokenizer().save(native / "tokenizer")
@@ -248,6 +280,11 @@ def test_tokenizers_are_found_beside_models(files, tmp_path):
         found = find_tokenizer(meta)
         assert type(found) is TiktokenTokenizer
         assert found.chat == chat
+
+    for i, (file, said, chat) in enumerate(GENERATIONS):
+        shutil.copytree(meta, tmp_path / str(i), ignore=shutil.ignore_patterns("params.json"))
+        (tmp_path / str(i) / file).write_text(said)
+        assert find_tokenizer(tmp_path / str(i)).chat == chat, said
 
     older.mkdir()
     shutil.copy(files / "spm.model", tmp_path / "tokenizer.model")

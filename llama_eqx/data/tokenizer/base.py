@@ -38,6 +38,11 @@ class Tokenizer(abc.ABC):
     chat: str | None
 
     @property
+    def prefix(self) -> tuple[int, ...]:
+        """What a text that is not a document begins with, such as a prompt."""
+        return () if self.bos is None else (self.bos,)
+
+    @property
     def fingerprint(self) -> str:
         """A sha256 of what decides the ids of a document."""
         return fingerprint(self.kind, self._definition(), self._settings())

@@ -1,7 +1,11 @@
 """What a tokenizer's file turns out to be."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from llama_eqx.errors import DataError
 
@@ -36,6 +40,31 @@ def refuse_stand_in(content: bytes, where: str) -> None:
         raise DataError("an HTML page, not the file itself", where=where, next="download it again: the page may ask for a login")
     if not content.strip():
         raise DataError("an empty file", where=where, next="download it again")
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """What a JSON file says, nothing when there is none.
+
+    Raises `DataError` when it is damaged.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"not JSON: {error}", where=str(file), next="download it again") from error
+    if not isinstance(tree, dict):
+        raise DataError("not a JSON object", where=str(file), next="download it again")
+    return tree
+
+
+def native_model(folder: Path) -> dict[str, Any]:
+    """What a `config.yaml` says of its model, nothing when it does not; what is wrong with it is found when the model is opened."""
+    try:
+        model = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return {}
+    return model if isinstance(model, dict) else {}
 
 
 def is_sentencepiece(content: bytes) -> bool:

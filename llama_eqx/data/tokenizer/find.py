@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from llama_eqx.data.tokenizer.base import MARK, Tokenizer, fingerprint
-from llama_eqx.data.tokenizer.files import is_tiktoken, read
+from llama_eqx.data.tokenizer.files import is_tiktoken, json_object, native_model, read
 from llama_eqx.data.tokenizer.huggingface import HuggingFaceTokenizer, read_huggingface, special_ids
 from llama_eqx.data.tokenizer.plain import BytesTokenizer, CharsTokenizer
 from llama_eqx.data.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -62,9 +62,12 @@ def find_tokenizer(folder: Path) -> Tokenizer:
 
 def _generation(folder: Path) -> str:
     """Llama 3 or later: the file of ranks is the same, but only the later models scale their rotary frequencies."""
-    for name, key in {"params.json": "use_scaled_rope", "config.json": "rope_scaling"}.items():
-        try:
-            return "llama3_1" if json.loads((folder / name).read_text()).get(key) else "llama3"
-        except (OSError, ValueError, AttributeError):
-            continue
-    return "llama3_1"
+    params, config, model = json_object(folder / "params.json"), json_object(folder / "config.json"), native_model(folder)
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if params:
+        scaled = params.get("use_scaled_rope")
+    elif config:
+        scaled = isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "llama3"
+    else:
+        scaled = not model or str(model.get("rotary")).count("Llama3RotaryConfig")
+    return "llama3_1" if scaled else "llama3"

@@ -1,6 +1,6 @@
 """Tokenizers of Hugging Face folders."""
 
-import json
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,7 @@ import numpy as np
 
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer.base import Tokenizer, TokenizerConfig, utf8
-from llama_eqx.data.tokenizer.files import refuse_stand_in
+from llama_eqx.data.tokenizer.files import json_object, native_model, refuse_stand_in
 from llama_eqx.data.tokenizer.tiktoken import turn_ends
 from llama_eqx.errors import ConfigError, DataError
 
@@ -59,6 +59,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos, self.eos, self.pad = bos, eos, pad
         self.stop = tuple(dict.fromkeys([*([] if eos is None else [eos]), *stop, *turn_ends(self.special)]))
         self.chat = chat or _chat(self.special)
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """What the file puts before a text; `transformers` asks it alone."""
+        found = self.library.encode("a", add_special_tokens=True)
+        marked = itertools.takewhile(lambda pair: pair[1], zip(found.ids, found.special_tokens_mask, strict=True))
+        return tuple(i for i, _ in marked)
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
@@ -118,15 +125,16 @@ def read_huggingface(folder: Path, chat: str | None = None) -> HuggingFaceTokeni
 
 
 def special_ids(folder: Path, names: Mapping[str, int]) -> dict[str, Any]:
-    """`bos`, `eos`, `pad` and `stop` as the files of a folder say: generation_config.json, then config.json, then tokenizer_config.json.
+    """`bos`, `eos`, `pad` and `stop` as the files of a folder say.
 
-    The first of several EOS ids ends documents, all end generation. `names` are the ids of special tokens; where no file says anything,
-    BOS and EOS are those of Llama's names.
+    generation_config.json comes first, then the model's config, then tokenizer_config.json. The first of several EOS ids ends documents,
+    all end generation. `names` are the ids of special tokens; where no file says anything, BOS and EOS are those of Llama's names.
     """
-    *numbers, words = [_json(folder / name) for name in ("generation_config.json", "config.json", "tokenizer_config.json")]
+    generation, config, words = [json_object(folder / name) for name in ("generation_config.json", "config.json", "tokenizer_config.json")]
+    native = {f"{name}_token_id": i for name, i in (native_model(folder).get("tokens") or {}).items() if i != []}
 
     def said(which: str) -> list[int]:
-        for tree in numbers:
+        for tree in (generation, config, native):
             if (ids := tree.get(f"{which}_token_id")) is not None:
                 ids = ids if isinstance(ids, list) else [ids]
                 if not all(type(i) is int for i in ids):
@@ -148,15 +156,3 @@ def _chat(special: Mapping[str, int]) -> str | None:
         if name in special:
             return chat
     return None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"not JSON: {error}", where=str(file), next="download it again") from error
-    if not isinstance(tree, dict):
-        raise DataError("not a JSON object", where=str(file), next="download it again")
-    return tree
