@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import sys
 import warnings
 
@@ -82,16 +83,29 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(hf_model):
-    ours = HarnessModel(open_model(load_config(f"checkpoint={hf_model}", f"length={LENGTH}", name="evaluate")))
-    return ours, HFLM(pretrained=str(hf_model), device="cpu", dtype="float32", batch_size=3, max_length=LENGTH)
+    return opened(hf_model)
+
+
+def opened(folder):
+    ours = HarnessModel(open_model(load_config(f"checkpoint={folder}", f"length={LENGTH}", name="evaluate")))
+    return ours, HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=3, max_length=LENGTH)
+
+
+def without_bos(folder, bare):
+    """A copy whose tokenizer.json puts nothing before a text."""
+    shutil.copytree(folder, bare)
+    definition = json.loads((bare / "tokenizer.json").read_text())
+    (bare / "tokenizer.json").write_text(json.dumps({**definition, "post_processor": None}))
+    return bare
 
 
 def requests(kind, arguments):
     return [Instance(request_type=kind, doc={}, arguments=each, idx=i) for i, each in enumerate(arguments)]
 
 
-def test_tokens(both):
-    ours, theirs = both
+@pytest.mark.parametrize("bos", [True, False])
+def test_tokens(both, bos, hf_model, tmp_path):
+    ours, theirs = both if bos else opened(without_bos(hf_model, tmp_path / "bare"))
     for text in ("", "To be", "<s>To be", " spaces ", "a</s>b", "naïve 你好"):
         assert ours.tok_encode(text) == theirs.tok_encode(text)
         assert ours.tok_encode(text, add_special_tokens=False) == theirs.tok_encode(text, add_special_tokens=False)
