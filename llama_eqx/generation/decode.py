@@ -51,9 +51,9 @@ def generate_tokens(
 
     `samples` rows come of each prompt, side by side. Row r of the prompts draws token t of sample s with a key of
     (seed, first_row + r, s, t) alone: many prompts may be split over calls that say where each begins, and draw the same.
-    `cache_dtype` is that of the weights unless given. Prompts go through the model `prefill_chunk` tokens at a time. With `shift` the
-    beginning of a prompt is left out that would pass the context. With `vocab` only ids below it are drawn: a model may have more than its
-    tokenizer.
+    `cache_dtype` is that of the weights unless given. Prompts go through the model `prefill_chunk` tokens at a time, or the power of two
+    below it. With `shift` the beginning of a prompt is left out that would pass the context, but not the model's BOS. With `vocab` only ids
+    below it are drawn: a model may have more than its tokenizer.
 
     Raises `ConfigError` before anything is compiled: for an empty prompt, an id outside of the vocabulary, a length past the context
     and settings out of range.

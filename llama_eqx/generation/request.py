@@ -92,7 +92,7 @@ def prepared(
         max_new_tokens=max_new_tokens,
         top_logprobs=top_logprobs,
         cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype).name,
-        prefill_chunk=prefill_chunk,
+        prefill_chunk=1 << (prefill_chunk.bit_length() - 1),  # so that it divides the prompts' width
         vocab=known,
     )
     as_array = lambda x: None if x is None else jnp.asarray(x)  # noqa: E731
@@ -107,7 +107,8 @@ def require_stop(stop: Sequence[int], vocab: int) -> None:
 
 
 def fitting(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, shift: bool) -> list[Sequence[int]]:
-    """The prompts, each of ids of the vocabulary and, with `shift`, without what would pass the context at its beginning.
+    """The prompts, each of ids of the vocabulary and, with `shift`, without what would pass the context: at its beginning, or after
+    its BOS.
 
     Raises `ConfigError` as `generate_tokens` says.
     """
@@ -129,5 +130,7 @@ def fitting(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                 if len(prompt) < context
                 else "shorten the prompt, or shift=true leaves out its beginning",
             )
-        found.append(prompt[-(context - max_new_tokens) :])
+        room = context - max_new_tokens
+        begin = prompt[:1] if prompt[0] == model.config.tokens.bos and 1 < room < len(prompt) else prompt[:0]
+        found.append([*begin, *prompt[len(begin) - room :]])
     return found

@@ -1,5 +1,6 @@
 """Generation against transformers, against the forward without a cache, and against itself in other batches."""
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -231,7 +232,22 @@ def test_ids_that_are_not_the_tokenizers(model, reference):
 
 def test_shift_leaves_out_the_beginning(model):
     long = [*range(50)] * 2
-    assert generate_tokens(model, [long], NEW, shift=True).tokens == generate_tokens(model, [long[-(64 - NEW) :]], NEW).tokens
+    room = 64 - NEW
+    assert generate_tokens(model, [long], NEW, shift=True).tokens == generate_tokens(model, [long[-room:]], NEW).tokens
+    bos = model.config.tokens.bos
+    fitted = lambda prompt, new: request.fitting(model, [prompt], new, shift=True)[0]  # noqa: E731
+    assert fitted([bos, *long], NEW) == [bos, *long[-room + 1 :]]
+    assert fitted([bos, *long], 63) == long[-1:]
+    assert fitted([bos, 5, 6], 61) == [bos, 5, 6]
+
+
+@pytest.mark.parametrize(("chunk", "widths"), [(12, {8}), (16, {16}), (500, {16})])
+def test_how_much_goes_through_at_a_time(model, monkeypatch, chunk, widths):
+    rows, rule = request.prepared(model, PROMPTS, NEW, Sampling(), prefill_chunk=chunk)
+    seen, hidden = [], type(model).hidden
+    monkeypatch.setattr(type(model), "hidden", lambda self, tokens, **rest: seen.append(tokens.shape[1]) or hidden(self, tokens, **rest))
+    eqx.filter_eval_shape(decode.prefilled, model, rows, rule, 32)
+    assert set(seen) == widths
 
 
 @pytest.mark.parametrize("every", [1, 5, 100])

@@ -18,7 +18,7 @@ import transformers
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from llama_eqx import build_model, generate, generate_tokens, load_config, load_pretrained, save_pretrained
-from llama_eqx.compose import run_verb
+from llama_eqx.compose import conf_dir, run_verb
 from llama_eqx.data.chat import chat_format
 from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer, HuggingFaceTokenizer, TiktokenTokenizer, find_tokenizer
 from llama_eqx.data.tokenizer.export import tokenizer_json
@@ -177,6 +177,13 @@ def test_stop_strings(folders, tmp_path, monkeypatch, capsys):
     (line,) = lines(printed(monkeypatch, capsys, *arguments, stops, "top_logprobs=1"))
     assert (line["text"], line["end"]) == (cut, "stop")
     assert len(line["tokens"]) == len(line["logprobs"]) == len(line["top_logprobs"]) < 40
+
+
+def test_the_stop_string_of_the_help():
+    """What a shell makes of it is a line that is empty."""
+    typed = re.search(r"stop_strings=\S+", (conf_dir() / "generate.yaml").read_text().split("template:")[1])[0]
+    given = subprocess.run(["bash", "-c", f"printf %s {typed}"], capture_output=True, text=True, check=True).stdout
+    assert load_config("checkpoint=a", "prompt=b", given, name="generate").stop_strings == ("\n\n",)
 
 
 class Counting(BytesTokenizer):
