@@ -4,9 +4,11 @@ import abc
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_eqx.data.tokenizer.base import Tokenizer
+from llama_eqx.data.tokenizer.files import json_object
 from llama_eqx.errors import ConfigError, DataError
 
 Message = Mapping[str, str]  # {"role": …, "content": …}
@@ -31,9 +33,10 @@ class Piece(NamedTuple):
 
 
 class ChatFormat(abc.ABC):
-    """How a conversation is written. `roles` are those it knows."""
+    """How a conversation is written. `roles` are those it knows, `mark` stands in every template of it."""
 
     roles: tuple[str, ...]
+    mark: str
 
     def encode(self, messages: Sequence[Any], tokenizer: Tokenizer, *, generate: bool) -> tuple[list[int], list[bool]]:
         """The ids of a conversation of `Message`s, BOS included, and of each whether the assistant is to learn it.
@@ -69,6 +72,7 @@ class Llama2(ChatFormat):
     """Llama 2's (2023, arXiv 2307.09288): the system's message lies within the first of the user."""
 
     roles = ("system", "user", "assistant")
+    mark = "[INST]"
 
     def pieces(self, messages: Sequence[Message], *, generate: bool) -> list[Piece]:
         system, pieces = "", []
@@ -88,6 +92,7 @@ class Llama3(ChatFormat):
     """Llama 3's: every turn begins with its role in a header."""
 
     roles = ("system", "user", "assistant", "tool", "ipython")
+    mark = "<|start_header_id|>"
 
     def pieces(self, messages: Sequence[Message], *, generate: bool) -> list[Piece]:
         turns = [piece for message in messages for piece in _turn(message["role"], message["content"].strip())]
@@ -100,7 +105,7 @@ class Llama31(ChatFormat):
     The templates of Llama 3.2 put the day of the call in place of the second date; here it stays, so that the same text gives the same ids.
     """
 
-    roles = Llama3.roles
+    roles, mark = Llama3.roles, Llama3.mark
     dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 
     def pieces(self, messages: Sequence[Message], *, generate: bool) -> list[Piece]:
@@ -117,16 +122,26 @@ class Llama31(ChatFormat):
 FORMATS = {"llama2": Llama2(), "llama3": Llama3(), "llama3_1": Llama31()}
 
 
-def chat_format(tokenizer: Tokenizer) -> ChatFormat:
-    """The format that a tokenizer's special tokens are made for.
+def chat_format(tokenizer: Tokenizer, advice: str = "prompt=TEXT, which is continued as it stands") -> ChatFormat:
+    """The format that a tokenizer's special tokens are made for. `advice` says what to type where there is none.
 
     Raises `ConfigError` when it has none.
     """
     if tokenizer.chat is None:
-        raise ConfigError(
-            "this tokenizer has no chat format: it lacks the special tokens", where="tokenizer", next="such as tokenizer=bytes"
-        )
+        raise ConfigError("this tokenizer has no chat format: it lacks the special tokens", where="tokenizer", next=advice)
     return FORMATS[tokenizer.chat]
+
+
+def foreign_template(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """The file of a chat template in `folder` that is not of the tokenizer's format: `<s>` alone does not tell Llama 2's from others.
+
+    Raises `DataError` when a file is damaged.
+    """
+    jinja = folder / "chat_template.jinja"
+    texts = {jinja.name: jinja.read_text(encoding="utf-8", errors="replace") if jinja.is_file() else None}
+    texts |= {name: json_object(folder / name).get("chat_template") for name in ("chat_template.json", "tokenizer_config.json")}
+    name, text = next(((name, str(text)) for name, text in texts.items() if text), (None, ""))
+    return None if chat_format(tokenizer).mark in text else name
 
 
 def _header(role: str) -> list[Piece]:

@@ -155,7 +155,7 @@ def _read(folder: Path) -> tuple[TokenData, dict[str, Split]]:
 
 
 def _encode(folder: Path, data: SftConfig, tokenizer: Tokenizer, corpus: str) -> None:
-    form, names = chat_format(tokenizer), {}
+    form, names = chat_format(tokenizer, "tokenizer=bytes, or one of Llama"), {}
     with ExitStack() as stack:
         writers = {
             (split, kind): stack.enter_context(ShardWriter(folder / f"{split}-{kind}", vocab))

@@ -20,7 +20,7 @@ import tqdm
 from jaxtyping import Array, Float, Int
 
 from llama_eqx.config import Config
-from llama_eqx.data.chat import chat_format
+from llama_eqx.data.chat import chat_format, foreign_template
 from llama_eqx.data.tokenizer import Tokenizer, find_tokenizer
 from llama_eqx.errors import ConfigError, DataError, StorageError, UserError
 from llama_eqx.generation.chat import Chat
@@ -147,7 +147,8 @@ def generate(config: GenerateConfig) -> None:
         format_of(config.draft)
     if config.chat:
         chat_format(tokenizer)
-        print(f"conversations in the format {tokenizer.chat!r}", file=sys.stderr)
+        foreign = foreign_template(located(config.checkpoint)[0], tokenizer)
+        print(f"conversations in the format {tokenizer.chat!r}{f', which is not that of {foreign}' if foreign else ''}", file=sys.stderr)
         return converse(loaded(config, config.checkpoint, tokenizer), tokenizer, config)
     asked = read_prompts(config.prompt, config.prompts, tokenizer)
     length = fitted_length(asked, config, llama.context)

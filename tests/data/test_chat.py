@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_eqx.data.chat import FORMATS, chat_format
+from llama_eqx.data.chat import FORMATS, chat_format, foreign_template
 from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer, SentencePieceTokenizer, TiktokenTokenizer
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
 from llama_eqx.errors import ConfigError, DataError
@@ -280,8 +280,25 @@ def test_a_format_follows_from_the_tokenizer(llama3):
     assert chat_format(llama3) is FORMATS["llama3_1"]
     assert chat_format(TiktokenTokenizer(llama3.ranks, chat="llama3")) is FORMATS["llama3"]
     assert chat_format(BytesTokenizer()) is FORMATS["llama2"]
-    with pytest.raises(ConfigError, match="no chat format"):
+    with pytest.raises(ConfigError, match="no chat format") as error:
         chat_format(CharsTokenizer(b"abc"))
+    assert error.value.next.startswith("prompt=TEXT")  # generate has no key for another tokenizer
     with pytest.raises(ConfigError, match=r"needs <\|begin_of_text\|>, <\|end_header_id\|>.* which the tokenizer does not have") as error:
         FORMATS["llama3"].encode(TURNS, BytesTokenizer(), generate=False)
     assert "llama2" in error.value.next
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "foreign"),
+    [
+        ("chat_template.jinja", "<|im_start|>{{ role }}", True),
+        ("chat_template.jinja", "[INST] {{ content }} [/INST]", False),
+        ("chat_template.json", '{"chat_template": "<|user|>"}', True),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default", "template": "<|user|>"}], "extra": "[INST]"}', True),
+        ("tokenizer_config.json", '{"chat_template": "[INST] {{ content }}"}', False),
+        ("tokenizer_config.json", "{}", False),
+    ],
+)
+def test_a_template_of_another_format(file, content, foreign, tmp_path):
+    (tmp_path / file).write_text(content)
+    assert foreign_template(tmp_path, BytesTokenizer()) == (file if foreign else None)

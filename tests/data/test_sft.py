@@ -10,8 +10,10 @@ import pytest
 from llama_eqx import load_config
 from llama_eqx.data.dataset import open_data
 from llama_eqx.data.sft import SftConfig
-from llama_eqx.data.tokenizer import BytesTokenizer
+from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer
 from llama_eqx.errors import ConfigError, DataError
+
+TOKENIZER = BytesTokenizer()
 
 GSM8K = {
     "question": "Natalia sold clips to {a} of her friends in April, and then she sold {b} more in May. How many did she sell altogether?",
@@ -36,8 +38,8 @@ def sft(tmp_path):
     return sft
 
 
-def opened(config, seq_len=512):
-    return open_data(config, BytesTokenizer(), seq_len=seq_len, seed=0)
+def opened(config, seq_len=512, tokenizer=TOKENIZER):
+    return open_data(config, tokenizer, seq_len=seq_len, seed=0)
 
 
 def learned(rows):
@@ -165,6 +167,9 @@ def test_no_path_no_conversation_and_no_validation_split_say_what_to_type(sft, t
     with pytest.raises(DataError, match=r"no conversation fell into the (train|val) split") as error:
         opened(sft(gsm8k(1), "data.prompt_key=question", "data.response_key=answer"))
     assert "data.validation_fraction" in error.value.next
+    with pytest.raises(ConfigError, match="no chat format") as error:
+        opened(sft(gsm8k(9), "data.prompt_key=question", "data.response_key=answer"), tokenizer=CharsTokenizer(b"abc"))
+    assert error.value.next.startswith("tokenizer=bytes")
 
 
 def test_other_roles_are_other_data(sft):

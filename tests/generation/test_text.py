@@ -336,8 +336,10 @@ def test_a_chat_in_the_terminal(folders, monkeypatch, capsys):
     typed = b"Who are you?\n\n" + b"a b c d " * 300 + b"\nna\xefve\nReally?\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     arguments = [f"checkpoint={folder}", "max_new_tokens=8", "temperature=0"]
+    (folder / "chat_template.jinja").write_text("<|im_start|>")
     first, second, end = printed(monkeypatch, capsys, *arguments, "chat=true", "system=Be brief.", said=(notes := [])).split("\n")
     assert end == ""
+    assert notes[0] == "conversations in the format 'llama3_1', which is not that of chat_template.jinja"
     assert ["fill the context" in notes[1], "not valid Unicode" in notes[4]] == [True, True], notes
     tokenizer, model = find_tokenizer(folder), load_pretrained(folder)
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
