@@ -38,6 +38,8 @@ def test_every_registered_arm_is_an_option_of_its_name(question):
     registration = load_registration(question)
     for arm in registration.arms:
         assert yaml.safe_load((ROOT / f"conf/experiment/{question}/{arm}.yaml").read_text())["study"]["arm"] == arm
+    _, own, arm, *_ = yaml.safe_load((ROOT / f"conf/experiment/{question}.yaml").read_text())["defaults"]
+    assert (own, list(arm)) == ("_self_", [f"/experiment/{question}"])  # what all share does not cancel what an arm says
     study = experiment(question, registration.arms[-1]).study
     assert study is not None
     assert (study.arm, study.question, study.registration) == (registration.arms[-1], question, registration.hash())

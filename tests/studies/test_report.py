@@ -222,9 +222,10 @@ def test_the_verdict_that_is_told_is_that_of_the_runs(path, monkeypatch):
 
 
 def test_the_registration_in_the_guide(tmp_path, monkeypatch):
-    """It is one as it stands there, and the guide says how many runs it asks for."""
+    """It is one as it stands there, and the guide says how many runs it asks for. What an arm sets comes last."""
     monkeypatch.chdir(tmp_path)
     guide = (ROOT / "docs/experiments.md").read_text()
+    assert re.search(r"- _study\n +- _self_.*\n +- /experiment/low_rank: gated\n", guide)
     block = re.search(r"```yaml\n( +question: .*?)```", guide, re.S)
     assert block is not None
     (tmp_path / "experiments/low_rank").mkdir(parents=True)
