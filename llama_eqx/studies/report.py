@@ -200,7 +200,8 @@ def _origins(runs: Sequence[Run]) -> list[list[str]]:
     for run in runs:
         for origin in run.provenance:
             versions = origin.get("versions", {})
-            key = origin.get("computed", {}).get("kind"), str(origin.get("commit"))[:12], versions.get("python"), versions.get("jax")
+            commit, dash, changed = str(origin.get("commit")).partition("-")  # of changed code it ends with "-dirty"
+            key = origin.get("computed", {}).get("kind"), commit[:12] + dash + changed, versions.get("python"), versions.get("jax")
             found.setdefault(tuple(map(str, key)), set()).add(run.seed)
     return [[", ".join(map(str, sorted(seeds))), *key] for key, seeds in sorted(found.items(), key=lambda item: sorted(item[1]))]
 

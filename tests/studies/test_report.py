@@ -130,7 +130,8 @@ def test_the_files(experiment):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     assert {"differences.png", "dose.png", "positions.png"} <= {path.name for path in folder.iterdir()}
     assert "| first | 8 |" in markdown
-    assert "| 0, 1, 2, 3, 4 | cpu | abc | 3.11.7 | 0.10.2 |\n| 5, 6, 7 | H100 | abc | 3.11.7 | 0.10.2 |" in markdown
+    assert "| 0, 1, 2, 3, 4 | cpu | 0123456789ab | 3.11.7 | 0.10.2 |\n" in markdown
+    assert "| 5, 6, 7 | H100 | 0123456789ab-dirty | 3.11.7 | 0.10.2 |\n" in markdown
     assert page.count("<svg") == 3
     assert not re.search(r"""(src|href)=["'](?!#)""", page.replace("xlink:", ""))
     used, given = set(re.findall(r'(?:url\(|href=")#([^)"]+)', page)), re.findall(r' id="([^"]+)"', page)
