@@ -10,8 +10,8 @@ from llama_eqx.config import Config
 from llama_eqx.errors import ConfigError, DataError
 from llama_eqx.studies import plots
 from llama_eqx.studies.page import Page
-from llama_eqx.studies.registration import folder, load_registration, write_tuned
-from llama_eqx.studies.runs import Run, check, complete, config_differences, kept, read_run
+from llama_eqx.studies.registration import Registration, folder, load_registration, write_tuned
+from llama_eqx.studies.runs import Run, asked_for, check, complete, config_differences, kept, named, read_run
 from llama_eqx.studies.verdict import Finding, best_rates, findings, in_words
 
 
@@ -46,9 +46,10 @@ def report(config: ReportConfig) -> Report:
 def tuning(config: ReportConfig, question: str) -> Report:
     """Writes the learning rates that were found to tuned.yaml, and the curves of the loss over them."""
     registration = load_registration(question)
-    runs = kept(question, "tune", config.rung)
+    runs, others = _registered(kept(question, "tune", config.rung), registration)
     check(runs, registration)
     best, losses, remarks = best_rates(runs, registration)
+    remarks += others
     page = Page(f"{question}: learning rates at {config.rung}")
     page.text(f"Mean {registration.metric} on the tuning text, {len(registration.tune_seeds)} seeds a rate.")
     rates = sorted({rate for of in losses.values() for rate in of})
@@ -69,11 +70,12 @@ def tuning(config: ReportConfig, question: str) -> Report:
 def final(config: ReportConfig, question: str) -> Report:
     """The verdict on an experiment."""
     registration = load_registration(question)
-    runs = kept(question, "final", config.rung)
+    there = kept(question, "final", config.rung)
+    runs, others = _registered(there, registration)
     check(runs, registration)
-    complete(runs, registration)
+    complete(there, registration)
     found = findings(runs, registration)
-    words = in_words(found, registration)
+    words = " ".join([in_words(found, registration), *(f"{remark[:1].upper()}{remark[1:]}." for remark in others)])
     arms = {arm: [run for run in runs if run.arm == arm] for arm in registration.arms if any(run.arm == arm for run in runs)}
 
     page = Page(f"{question} at {config.rung}")
@@ -233,12 +235,23 @@ def _by_position(runs: Sequence[Run]) -> Mapping[int, float]:
 
 
 def _sensitivity(page: Page, config: ReportConfig, question: str) -> None:
+    registration = load_registration(question)
     try:
-        tuned = kept(question, "tune", config.rung)
+        tuned, _ = _registered(kept(question, "tune", config.rung), registration)
     except DataError:
         return
+    _, losses, remarks = best_rates(tuned, registration)
     page.heading("Sensitivity to the learning rate")
-    page.figure("sensitivity", plots.sensitivity(best_rates(tuned, load_registration(question))[1]), "loss over the peak learning rate")
+    page.figure("sensitivity", plots.sensitivity(losses), "loss over the peak learning rate")
+    for remark in remarks:
+        page.text(f"Note: {remark}.")
+
+
+def _registered(runs: Sequence[Run], registration: Registration) -> tuple[list[Run], list[str]]:
+    """Those that were asked for, and a remark on the others if there are any."""
+    others = [run for run in runs if not asked_for(run, registration)]
+    remark = f"left out, as the registration does not ask for them: {named(others)}"
+    return [run for run in runs if asked_for(run, registration)], [remark] if others else []
 
 
 def _output(config: ReportConfig, default: pathlib.Path) -> pathlib.Path:

@@ -127,5 +127,8 @@ def best_rates(runs: Sequence[Run], registration: Registration) -> tuple[dict[st
         best[arm] = min(of, key=lambda rate: statistics.fmean(of[rate]))
         if best[arm] in (min(of), max(of)):
             edge = "lowest" if best[arm] == min(of) else "highest"
-            remarks.append(f"the best rate of {arm}, {best[arm]:g}, is the {edge} tried: a wider grid would tell more")
+            remarks.append(
+                f"the best rate of {arm}, {best[arm]:g}, is the {edge} registered: a better one may lie beyond, which takes a registration "
+                "of its own with a wider grid"
+            )
     return best, losses, remarks

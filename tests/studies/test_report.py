@@ -66,6 +66,24 @@ def test_nobody_looks_before_all_runs_are_there(experiment):
     assert not list(folder.glob("report*"))
 
 
+def test_runs_that_nobody_registered_count_for_nothing_and_are_named(experiment):
+    folder, add = experiment
+    before = the()
+    for seed in (8, 9):
+        add("worse", seed, 1.0)
+        add("base", seed, 9.0)
+    add("spare", 0, 1.0, registration="0000", residual=0.5)
+    after = the()
+    said = " Left out, as the registration does not ask for them: base (seeds 8, 9), spare (seed 0), worse (seeds 8, 9)."
+    assert after.words == before.words + said
+    assert said.strip() in after.files[0].read_text()
+    assert "| base | 8 |" in after.files[0].read_text()
+    shutil.rmtree(folder / "runs")
+    add("spare", 0, 1.0)
+    with pytest.raises(DataError, match="40 of its 40 registered runs are missing"):
+        the()
+
+
 def test_diverged_runs_count(experiment):
     _, add = experiment
     add("same", 0, 3.0, steps=60)  # it ended before its time, and so counts as the worst of all
@@ -145,9 +163,14 @@ def test_tuning_finds_the_rate_of_each_arm(experiment):
         for peak in (0.001, 0.002, 0.004):
             for seed in (10, 11):
                 add(arm, seed, 4 + abs(peak - best) * 10, stage="tune", peak=peak)
+    add("base", 10, 1.0, stage="tune", peak=0.008)  # at a rate, of a seed and an arm that nobody registered
+    add("base", 12, 1.0, stage="tune", peak=0.001)
+    add("noisy", 10, 1.0, stage="tune", peak=0.001)
     words = the("stage=tune").words
     assert yaml.safe_load((folder / "tuned.yaml").read_text()) == {"1m": {"base": 0.002, "worse": 0.004}}
-    assert "worse, 0.004, is the highest tried" in words
+    assert "worse, 0.004, is the highest registered" in words
+    assert "does not ask for them: base at 0.001 (seed 12), base at 0.008 (seed 10), noisy at 0.001 (seed 10)" in words
+    assert "worse, 0.004, is the highest registered" in the().files[0].read_text()
     assert (tuned("known", "1m", "worse"), tuned("known", "1m", "noisy")) == (0.004, 0.002)  # one of its own, and that of the first
     next((folder / "runs/tune/1m/base").iterdir()).unlink()
     assert "no rate is chosen for it" in the("stage=tune").words
