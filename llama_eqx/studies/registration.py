@@ -36,7 +36,8 @@ class Registration(Config):
 
     `metric` is compared at the end of the schedule. `contrasts` are the family that the adjustment is made for; of the controls,
     the negative ones are expected to be equivalent within `margin`, the positive ones to show a loss. `same_data` lists the arms that
-    must have seen the same batches, group by group. `doses` is a picture: by its name, arms of a contrast over a quantity.
+    must have seen the same batches, group by group, and is empty when all must. What arms of one contrast share must have begun with the
+    same values, whatever their groups, unless they differ in `model.init`. `doses` is a picture: by its name, contrasts over a quantity.
     `tune_arms` are tuned over `rates` and `tune_seeds`; another arm takes the rate of the first of them.
     """
 
@@ -70,6 +71,8 @@ class Registration(Config):
                     raise ConfigError(f"no contrast is called {contrast}", where=name, next=nearest(contrast, self.all_contrasts()))
         for arm in (*self.tune_arms, *(arm for group in self.same_data for arm in group)):
             self.known(arm, arm)
+        if self.same_data and (alone := [arm for arm in self.arms if not any(arm in group for group in self.same_data)]):
+            raise ConfigError(f"{', '.join(alone)} in no group", where="same_data", next="a group of its own, if its data is its own")
         if len(self.rates) < 3 or list(self.rates) != sorted(self.rates):
             raise ConfigError("tuning wants three rates or more, rising, so that the best can lie between others", where="rates")
 

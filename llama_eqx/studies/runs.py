@@ -1,6 +1,7 @@
 """The runs of an experiment as they were kept, and whether they may be compared."""
 
 import gzip
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,6 +131,8 @@ def complete(runs: Sequence[Run], registration: Registration) -> None:
 
 def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[Run, str]]:
     groups = registration.same_data or (registration.arms,)
+    in_order = (sorted(contrast, key=registration.arms.index) for contrast in registration.all_contrasts().values())
+    compared = dict.fromkeys(pair for arms in in_order for pair in itertools.combinations(arms, 2))
     by_seed: dict[int, dict[str, Run]] = {}
     first: dict[tuple[str, float], Run] = {}
     for run in runs:
@@ -144,21 +147,29 @@ def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[R
             yield run, f"other settings than {like.path.name}: {'; '.join(wrong)}"
         by_seed.setdefault(run.seed, {})[run.arm] = run
     for arms in by_seed.values():
+        for a, b in compared:
+            if a in arms and b in arms and (wrong := _other_values(arms[a], arms[b])):
+                yield arms[b], f"began with other values than {a} of seed {arms[a].seed}: {', '.join(wrong)}"
         for group in groups:
             together = [arms[arm] for arm in group if arm in arms]
             for run in together[1:]:
-                yield from ((run, why) for why in _unpaired(together[0], run))
+                if wrong := _other_data(together[0], run):
+                    yield run, f"saw other data than {together[0].arm} of seed {run.seed}, from step {wrong[0]} on or before"
 
 
-def _unpaired(a: Run, b: Run) -> Iterator[str]:
-    other = f"{a.arm} of seed {a.seed}"
+def _other_values(a: Run, b: Run) -> list[str]:
+    """Names of the tensors of one shape that began otherwise; none if they were to, by another `model.init`."""
+    if a.settings["model"].get("init") != b.settings["model"].get("init"):
+        return []
     mine, theirs = ({name: tensor.split() for name, tensor in run.study["tensors"].items()} for run in (a, b))
     shared = [name for name in sorted(mine.keys() & theirs.keys()) if mine[name][0] == theirs[name][0]]  # others have another shape
-    if wrong := [name for name in shared if mine[name] != theirs[name]]:
-        yield f"began with other values than {other}: {', '.join(wrong)}"
+    return [name for name in shared if mine[name] != theirs[name]]
+
+
+def _other_data(a: Run, b: Run) -> list[int]:
+    """Steps by which they had seen other data."""
     ledgers: Mapping[int, float] = dict(zip(*a.series(LEDGER), strict=True))
-    if wrong := [step for step, ledger in zip(*b.series(LEDGER), strict=True) if ledgers.get(step, ledger) != ledger]:
-        yield f"saw other data than {other}, from step {wrong[0]} on or before"
+    return [step for step, ledger in zip(*b.series(LEDGER), strict=True) if ledgers.get(step, ledger) != ledger]
 
 
 def config_differences(a: Run, b: Run) -> list[str]:

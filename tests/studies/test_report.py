@@ -126,6 +126,35 @@ def test_runs_that_do_not_belong_together_are_refused(options, said, experiment)
     assert str(path.relative_to(pathlib.Path.cwd())) in str(found.value)
 
 
+@pytest.mark.parametrize(
+    ("of", "options", "refused"),
+    [("worse", {"tensors": "float32[4] cc"}, True), ("worse", {"ledger": 8.0}, False), ("same", {"ledger": 8.0}, True)],
+)
+def test_arms_of_other_data_begin_with_the_same_values_all_the_same(of, options, refused, experiment):
+    """Groups are of data: a contrast over two of them still has the values at step 0 in common."""
+    folder, add = experiment
+    known = yaml.safe_load((folder / "prereg.yaml").read_text())
+    (folder / "prereg.yaml").write_text(yaml.safe_dump({**known, "same_data": [["worse"], ["base", "same", "noisy", "less"]]}))
+    shutil.rmtree(folder / "runs")
+    for arm in known["arms"]:
+        changed = options if arm == of else {}
+        for seed in range(8):
+            add(arm, seed, 3 + seed / 10, **{"registration": load_registration("known").hash(), **changed})
+    with pytest.raises(DataError, match="these runs do not belong together") if refused else contextlib.nullcontext():
+        the()
+
+
+def test_arms_that_differ_in_how_they_begin_share_their_data_alone(experiment):
+    _, add = experiment
+    model = {"dims": {"mlp": 8, "kv_heads": 2}, "init": {"std": 0.02}}
+    for seed in range(8):
+        path = add("noisy", seed, 3.0, tensors="float32[4] cc", settings={"model": model})
+    the()
+    add("noisy", 7, 3.0, tensors="float32[4] cc", ledger=8.0, settings={"model": model})
+    with pytest.raises(DataError, match=re.escape(f"{path.name}: saw other data than base of seed 7, from step 50")):
+        the()
+
+
 def test_runs_of_older_code_lack_newer_settings_and_are_not_refused_for_it(experiment):
     _, add = experiment
     add("worse", 3, 3.95, settings={"train": {"steps": 100}, "new": {"setting": 1}})
@@ -206,6 +235,7 @@ def test_what_is_not_there(experiment):
         ({"contrasts": {"a": {"worse": 1, "base": -0.5}}}, "sum to 0.5"),
         ({"contrasts": {"a": {"worse": 1, "bass": -1}}}, "did you mean base?"),
         ({"rates": [0.002, 0.001, 0.004]}, "rising"),
+        ({"same_data": [["base", "worse"], ["noisy"]]}, "same, less in no group"),
         ({"margin": "small"}, "wanted float"),
         ({"rule": {"equivalence": "tost", "difference": "paired_t", "confirmation": "sign_flip", "adjustment": "none"}}, "one of: holm"),
         ({"rule": {"equivalence": "tost"}}, "missing"),
