@@ -11,7 +11,7 @@ from llama_eqx.errors import ConfigError, DataError
 from llama_eqx.studies import plots
 from llama_eqx.studies.page import Page
 from llama_eqx.studies.registration import Registration, folder, load_registration, write_tuned
-from llama_eqx.studies.runs import Run, asked_for, check, complete, config_differences, kept, named, read_run
+from llama_eqx.studies.runs import Run, arm_differences, asked_for, check, complete, config_differences, kept, named, read_run
 from llama_eqx.studies.verdict import Finding, best_rates, findings, in_words
 
 
@@ -92,6 +92,9 @@ def final(config: ReportConfig, question: str) -> Report:
         ["arm", "seeds", registration.metric, "sd", "bits per byte", "parameters", "MFLOPs per token", "position codes", "tokens/s"],
         [_arm(arm, of, registration.metric) for arm, of in arms.items()],
     )
+    first, *others = (of[0] for of in arms.values())
+    page.heading("What sets the arms apart")
+    page.table(["arm", f"settings other than those of {first.arm}"], [[of.arm, "; ".join(arm_differences(first, of))] for of in others])
     for name, doses in registration.doses.items():
         points = [(dose, finding) for finding in found for contrast, dose in doses.items() if contrast == finding.name]
         if len(points) > 1:

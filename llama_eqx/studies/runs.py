@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from llama_eqx.config import differences, known_to_both
 from llama_eqx.errors import DataError
-from llama_eqx.studies.registration import Registration, folder
+from llama_eqx.studies.registration import Registration, folder, tuned
 from llama_eqx.tracking.jsonl import read_metrics
 
 LEDGER = "data/ledger"
@@ -130,6 +130,8 @@ def complete(runs: Sequence[Run], registration: Registration) -> None:
 
 
 def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[Run, str]]:
+    final = [run.settings["study"] for run in runs if run.settings["study"]["stage"] == "final"]
+    rates = {study["arm"]: tuned(study["question"], study["rung"], study["arm"]) for study in final}
     groups = registration.same_data or (registration.arms,)
     in_order = (sorted(contrast, key=registration.arms.index) for contrast in registration.all_contrasts().values())
     compared = dict.fromkeys(pair for arms in in_order for pair in itertools.combinations(arms, 2))
@@ -138,6 +140,8 @@ def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[R
     for run in runs:
         if run.settings["study"]["registration"] != registration.hash():
             yield run, f"made under another registration ({run.settings['study']['registration']}, now {registration.hash()})"
+        if run.settings["study"]["stage"] == "final" and run.peak != rates[run.arm]:
+            yield run, f"its learning rate is {run.peak:g}, and {rates[run.arm]:g} was found for its arm"
         left = run.study.get("residual")
         if left is not None and abs(left) > 0.001:
             yield run, f"not matched: {left:+.2%} of the reference's {run.settings['study']['match']}"
@@ -170,6 +174,11 @@ def _other_data(a: Run, b: Run) -> list[int]:
     """Steps by which they had seen other data."""
     ledgers: Mapping[int, float] = dict(zip(*a.series(LEDGER), strict=True))
     return [step for step, ledger in zip(*b.series(LEDGER), strict=True) if ledgers.get(step, ledger) != ledger]
+
+
+def arm_differences(a: Run, b: Run) -> list[str]:
+    """A line for every setting in which an arm differs from another, whatever it is meant to differ in."""
+    return [str(each) for each in differences(a.settings, b.settings) if not each.within((*OF_A_RUN, "study.arm"))]
 
 
 def config_differences(a: Run, b: Run) -> list[str]:

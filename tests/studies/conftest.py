@@ -54,6 +54,7 @@ def experiment(tmp_path, monkeypatch):
     folder = tmp_path / "experiments" / "known"
     folder.mkdir(parents=True)
     (folder / "prereg.yaml").write_text(yaml.safe_dump(REGISTRATION))
+    (folder / "tuned.yaml").write_text(yaml.safe_dump({"1m": {"base": 0.002, "worse": 0.002}}))
     registration = load_registration("known").hash()
 
     def add(arm, seed, loss, **options):

@@ -155,6 +155,20 @@ def test_arms_that_differ_in_how_they_begin_share_their_data_alone(experiment):
         the()
 
 
+def test_an_arm_whose_settings_are_not_those_of_the_others(experiment):
+    """A learning rate that was not found by tuning is refused, even if all runs of the arm have it; what else differs is on the page."""
+    _, add = experiment
+    settings = {"train": {"steps": 200}, "optimizer": {"weight_decay": 9}}
+    for seed in range(8):
+        add("worse", seed, 3.0 + seed / 10, steps=200, settings=settings)
+    page = the().files[0].read_text()
+    assert "| worse | train.steps: 100 -> 200; optimizer: None -> {'weight_decay': 9} |\n| same |  |" in page
+    for seed in range(8):
+        path = add("worse", seed, 3.0 + seed / 10, settings={"schedule": {"peak": 0.0005}})
+    with pytest.raises(DataError, match=f"{path.name}: its learning rate is 0.0005, and 0.002 was found for its arm"):
+        the()
+
+
 def test_runs_of_older_code_lack_newer_settings_and_are_not_refused_for_it(experiment):
     _, add = experiment
     add("worse", 3, 3.95, settings={"train": {"steps": 100}, "new": {"setting": 1}})
@@ -199,8 +213,9 @@ def test_tuning_finds_the_rate_of_each_arm(experiment):
     assert yaml.safe_load((folder / "tuned.yaml").read_text()) == {"1m": {"base": 0.002, "worse": 0.004}}
     assert "worse, 0.004, is the highest registered" in words
     assert "does not ask for them: base at 0.001 (seed 12), base at 0.008 (seed 10), noisy at 0.001 (seed 10)" in words
-    assert "worse, 0.004, is the highest registered" in the().files[0].read_text()
     assert (tuned("known", "1m", "worse"), tuned("known", "1m", "noisy")) == (0.004, 0.002)  # one of its own, and that of the first
+    (folder / "tuned.yaml").write_text("1m: {base: 0.002, worse: 0.002}")  # that of the final runs here
+    assert "worse, 0.004, is the highest registered" in the().files[0].read_text()
     next((folder / "runs/tune/1m/base").iterdir()).unlink()
     assert "no rate is chosen for it" in the("stage=tune").words
 
@@ -219,6 +234,10 @@ def test_a_run_whose_arm_is_not_tuned_is_told_what_comes_first(tmp_path, monkeyp
 
 
 def test_what_is_not_there(experiment):
+    folder, _ = experiment
+    (folder / "tuned.yaml").unlink()
+    with pytest.raises(ConfigError, match="has no learning rate"):
+        the()
     with pytest.raises(ConfigError, match="has no learning rate"):
         tuned("known", "1m", "base")
     with pytest.raises(DataError, match="stage=tune"):
