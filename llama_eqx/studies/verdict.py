@@ -93,14 +93,22 @@ def _sentence(finding: Finding, registration: Registration) -> str:
     if finding.verdict == "no effect":
         return f"no effect, that is less than {margin} nats per token either way (p = {_p(finding.equivalence_p)} for more); {numbers}"
     if finding.verdict in ("worse", "better"):
-        return f"{finding.verdict}, {numbers}, p = {_p(finding.p)} after Holm's adjustment"
+        return f"{finding.verdict}, {numbers}, {_deciding(finding)}"
     spread, n = statistics.stdev(finding.differences), len(finding.differences)
     more = ""
     with contextlib.suppress(DataError):  # it would take more than thousands
         need = sample_size(registration.margin, spread, alpha=registration.alpha / max(len(registration.contrasts), 1))
         if need > n:
             more = f"; to see {margin} at this spread with 90% probability takes {need:,} seeds"
-    return f"undecided, neither an effect (p = {_p(finding.p)}) nor its absence (p = {_p(finding.equivalence_p)}) is shown; {numbers}{more}"
+    absence = f"p = {_p(finding.equivalence_p)} by the equivalence test"
+    return f"undecided, neither an effect ({_deciding(finding)}) nor its absence ({absence}) is shown; {numbers}{more}"
+
+
+def _deciding(finding: Finding) -> str:
+    """The larger p of the two tests that must both find an effect."""
+    if finding.sign_flip_p > finding.p:
+        return f"p = {_p(finding.sign_flip_p)} by the sign-flip test"
+    return f"p = {_p(finding.p)} by the t test after Holm's adjustment"
 
 
 def _numbers(finding: Finding) -> str:

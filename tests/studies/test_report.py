@@ -52,6 +52,7 @@ def test_the_words_follow_from_the_numbers(experiment):
     assert "First: worse, +0.05" in words
     assert "Second: no effect, that is less than 0.01 nats per token either way" in words
     assert re.search(r"Third: undecided, neither an effect .* takes [\d,]+ seeds", words)
+    assert "pairs, p = 0.008 by the sign-flip test. Second" in words  # 2 of 2^8, where the t test has less
     assert "The positive control (less data) came out as it had to" in words
 
 
@@ -90,6 +91,19 @@ def test_diverged_runs_count(experiment):
     found = {finding.name: finding for finding in findings(kept("known", "final", "1m"), load_registration("known"))}
     assert max(found["second"].differences) > 2
     assert found["second"].verdict == "undecided"
+
+
+def test_the_p_that_is_told_is_the_one_that_decided(experiment):
+    """Six pairs with one of the other sign: the t test finds a difference and the sign-flip test does not."""
+    _, add = experiment
+    for seed, difference in enumerate((0.09, 0.11, 0.1, 0.1, 0.12, -0.005)):
+        add("base", seed, 3.0)
+        add("worse", seed, 3.0 + difference)
+    registration = load_registration("known")
+    found, *_ = findings([run for run in kept("known", "final", "1m") if run.seed < 6], registration)
+    assert found.p < registration.alpha < found.sign_flip_p == 0.0625
+    words = in_words([found], registration)
+    assert "neither an effect (p = 0.06 by the sign-flip test) nor its absence (p = 1.00 by the equivalence test) is shown" in words
 
 
 @pytest.mark.parametrize(
