@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import itertools
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -20,7 +21,7 @@ from llama_eqx.sharding import parameter_names
 from llama_eqx.studies.matching import cost, residual
 from llama_eqx.studies.registration import folder
 from llama_eqx.studies.runs import read_kept
-from llama_eqx.training.run import RunConfig, is_over
+from llama_eqx.training.run import FREE, RunConfig, is_over, is_same
 
 STUDY = "study.json"
 
@@ -92,10 +93,15 @@ def keep(config: RunConfig) -> tuple[pathlib.Path, pathlib.Path | None]:
 
 
 def is_kept(config: RunConfig) -> bool:
-    """Whether the run of this config has been kept, here or on the machine that this checkout comes from."""
+    """Whether the run of this config has been kept, here or on the machine that this checkout comes from; also if it ended early, as its
+    numbers were not finite.
+    """
     if config.study is None or not (path := kept_at(config)).exists():
         return False
     with contextlib.suppress(DataError):
         run = read_kept(path)
-        return is_over(config, run.settings, run.metrics)
+        # What is filed without a loss at its end ended before, as its numbers were not finite, and would again.
+        free = [key for key in FREE if key not in ("train.steps", "guard.max_withheld")]
+        ended = math.isinf(run.last("val/loss")) and is_same(config, run.settings, free)
+        return ended or is_over(config, run.settings, run.metrics)
     return False

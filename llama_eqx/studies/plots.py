@@ -43,11 +43,13 @@ def forest(found: Sequence[Finding], margin: float) -> Figure:
     axes.axvline(0, color="#5c5c5c", linewidth=1)
     for row, finding in enumerate(found):
         color = VERDICTS[finding.verdict]
-        mean, low, high = finding.interval
         axes.plot(finding.differences, [row + 0.2] * len(finding.differences), "o", color=color, alpha=0.35, markersize=3.5, mew=0)
-        axes.plot([low, high], [row, row], color=color, linewidth=2.2, solid_capstyle="butt")
-        axes.plot([mean], [row], "D", color=color, markersize=6)
-        text = f"{finding.verdict}  {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+        text = f"{finding.verdict}, by signs alone"
+        if finding.interval is not None:
+            mean, low, high = finding.interval
+            axes.plot([low, high], [row, row], color=color, linewidth=2.2, solid_capstyle="butt")
+            axes.plot([mean], [row], "D", color=color, markersize=6)
+            text = f"{finding.verdict}  {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
         axes.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=color)
     names = [finding.name if finding.role == "contrast" else f"{finding.name}\n({finding.role})" for finding in found]
     axes.set_yticks(range(len(found)), names, fontsize=9)
@@ -77,18 +79,17 @@ def sensitivity(losses: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure
 
 
 def doses(name: str, points: Sequence[tuple[float, Finding]], margin: float) -> Figure:
-    """A contrast over a quantity, with 95% intervals; the axis is that of log(1 + x)."""
+    """A contrast over a quantity, with 95% intervals, where it has one; the axis is that of log(1 + x)."""
     made, axes = figure()
-    points = sorted(points, key=lambda point: point[0])
-    places = [math.log2(1 + dose) for dose, _ in points]
+    known = sorted((dose, finding.interval, VERDICTS[finding.verdict]) for dose, finding in points if finding.interval)
+    places = [math.log2(1 + dose) for dose, _, _ in known]
     axes.axhspan(-margin, margin, color="#4f8f4a", alpha=0.1, linewidth=0)
     axes.axhline(0, color="#5c5c5c", linewidth=1)
-    axes.plot(places, [finding.interval.mean for _, finding in points], color=COLORS[0], linewidth=1.2, alpha=0.5)
-    for place, (_, finding) in zip(places, points, strict=True):
-        color = VERDICTS[finding.verdict]
-        axes.plot([place, place], finding.interval[1:], color=color, linewidth=2.2, solid_capstyle="butt")
-        axes.plot([place], [finding.interval.mean], "D", color=color, markersize=6)
-    axes.set_xticks(places, [f"{dose:,.0f}" for dose, _ in points])
+    axes.plot(places, [mean for _, (mean, _, _), _ in known], color=COLORS[0], linewidth=1.2, alpha=0.5)
+    for place, (_, (mean, low, high), color) in zip(places, known, strict=True):
+        axes.plot([place, place], [low, high], color=color, linewidth=2.2, solid_capstyle="butt")
+        axes.plot([place], [mean], "D", color=color, markersize=6)
+    axes.set_xticks(places, [f"{dose:,.0f}" for dose, _, _ in known])
     axes.set_xlabel(name)
     axes.set_ylabel("difference in loss (nats per token)")
     axes.set_title(f"dose and response, 95% intervals; shaded: within ±{margin:g}", loc="left", fontsize=10)

@@ -193,10 +193,13 @@ def _name(path: str, all_paths: Sequence[str]) -> str:
 
 
 def _row(finding: Finding) -> list[str]:
-    mean, low, high = finding.interval
     name = finding.name if finding.role == "contrast" else f"{finding.name} ({finding.role})"
+    pairs, verdict = str(len(finding.differences)), finding.verdict
+    if finding.interval is None:
+        return [name, pairs, "", "", f"{finding.sign_flip_p:.4f} (signs)", "", f"{finding.p:.4f}", "", verdict]
+    mean, low, high = finding.interval
     numbers = [f"{p:.4f}" for p in (finding.sign_flip_p, finding.t_p, finding.p, finding.equivalence_p)]
-    return [name, str(len(finding.differences)), f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", *numbers, finding.verdict]
+    return [name, pairs, f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", *numbers, verdict]
 
 
 def _origins(runs: Sequence[Run]) -> list[list[str]]:
@@ -233,7 +236,7 @@ def _arm(arm: str, runs: Sequence[Run], metric: str) -> list[str]:
 
 def _by_position(runs: Sequence[Run]) -> Mapping[int, float]:
     prefix = "val/loss_at_"
-    names = {name for record in runs[0].metrics for name in record if name.startswith(prefix)}
+    names = {name for run in runs for record in run.metrics for name in record if name.startswith(prefix)}
     return {int(name.removeprefix(prefix)): statistics.fmean(run.last(name) for run in runs) for name in names}
 
 
@@ -251,10 +254,14 @@ def _sensitivity(page: Page, config: ReportConfig, question: str) -> None:
 
 
 def _registered(runs: Sequence[Run], registration: Registration) -> tuple[list[Run], list[str]]:
-    """Those that were asked for, and a remark on the others if there are any."""
-    others = [run for run in runs if not asked_for(run, registration)]
-    remark = f"left out, as the registration does not ask for them: {named(others)}"
-    return [run for run in runs if asked_for(run, registration)], [remark] if others else []
+    """Those that were asked for, and remarks on those of them that are worse than any loss, and on the others, if there are any."""
+    others, asked = ([run for run in runs if asked_for(run, registration) is wanted] for wanted in (False, True))
+    ended = [run for run in asked if not math.isfinite(run.last(registration.metric))]
+    remarks = {
+        "ended without finite numbers, which counts as worse than any loss": ended,
+        "left out, as the registration does not ask for them": others,
+    }
+    return asked, [f"{remark}: {named(of)}" for remark, of in remarks.items() if of]
 
 
 def _output(config: ReportConfig, default: pathlib.Path) -> pathlib.Path:

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -38,10 +39,10 @@ class Run(NamedTuple):
         return self.settings["schedule"]["peak"]
 
     def last(self, name: str) -> float:
-        """The value of a metric at the last step; infinity, which is worse than any, when the run did not come so far."""
+        """The value of a metric at the last step; infinity, worse than any, when it is not finite or the run did not come so far."""
         steps = self.settings["train"]["steps"]
         found = [record[name] for record in self.metrics if name in record and record["step"] == steps]
-        return float(found[-1]) if found else float("inf")
+        return float(found[-1]) if found and math.isfinite(found[-1]) else math.inf
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         found = [(record["step"], record[name]) for record in self.metrics if name in record]

@@ -44,6 +44,13 @@ def sign_flip_p(differences: Differences) -> float:
     return (beyond + 1) / (SAMPLED + 1)
 
 
+def sign_p(differences: Differences) -> float:
+    """The two-sided p of the sign test, which asks of a difference only whether it lies above 0 or below: an infinite one will do. What is
+    0 or NaN is neither.
+    """
+    return sign_flip_p(np.nan_to_num(np.sign(np.asarray(differences, float))))
+
+
 def paired_t_p(differences: Differences) -> float:
     """The two-sided p of the paired t test."""
     mean, error, n = _moments(differences)

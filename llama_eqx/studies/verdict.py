@@ -9,7 +9,7 @@ from typing import NamedTuple
 from llama_eqx.errors import DataError
 from llama_eqx.studies.registration import Contrast, Registration
 from llama_eqx.studies.runs import Run
-from llama_eqx.studies.statistics import Interval, equivalence_p, holm, interval, paired_t_p, sample_size, sign_flip_p
+from llama_eqx.studies.statistics import Interval, equivalence_p, holm, interval, paired_t_p, sample_size, sign_flip_p, sign_p
 
 
 class Finding(NamedTuple):
@@ -18,12 +18,15 @@ class Finding(NamedTuple):
     `p` is that of the t test; it and `equivalence_p` are adjusted by Holm's method within the contrasts, and as they are in a control.
     `verdict` is "no effect" when `equivalence_p` is below alpha, or else "worse" or "better" when both `p` and `sign_flip_p` are, which
     does not rest on a normal distribution, or else "undecided".
+
+    A run that ended without finite numbers counts as worse than any other. Differences with it are infinite, or NaN where two such runs
+    pull apart: there is no `interval` then, `p` and `sign_flip_p` are those of the sign test, and equivalence is not to be shown.
     """
 
     name: str
     role: str
     differences: list[float]
-    interval: Interval
+    interval: Interval | None
     sign_flip_p: float
     t_p: float
     p: float
@@ -34,8 +37,6 @@ class Finding(NamedTuple):
 def findings(runs: Sequence[Run], registration: Registration) -> list[Finding]:
     """Of every contrast for which there are two seeds or more."""
     values: dict[tuple[str, int], float] = {(run.arm, run.seed): run.last(registration.metric) for run in runs}
-    worst = max((value for value in values.values() if math.isfinite(value)), default=0.0)
-    values = {key: value if math.isfinite(value) else worst for key, value in values.items()}  # as registered
     roles = (
         ("contrast", registration.contrasts),
         ("negative control", registration.negative_controls),
@@ -47,22 +48,33 @@ def findings(runs: Sequence[Run], registration: Registration) -> list[Finding]:
             found = paired(values, contrast)
             if len(found) >= 2:
                 measured.append((name, role, found))
-    raw = {name: paired_t_p(found) for name, role, found in measured if role == "contrast"}
-    adjusted = holm(raw)
-    alike = holm({name: equivalence_p(found, registration.margin) for name, role, found in measured if role == "contrast"})
+    raw = {name: paired_t_p(found) if _finite(found) else sign_p(found) for name, _, found in measured}
+    same = {name: equivalence_p(found, registration.margin) if _finite(found) else 1.0 for name, _, found in measured}
+    family = [name for name, role, _ in measured if role == "contrast"]
+    p, alike = raw | holm({name: raw[name] for name in family}), same | holm({name: same[name] for name in family})
     out = []
     for name, role, found in measured:
-        p, same = adjusted.get(name, paired_t_p(found)), alike.get(name, equivalence_p(found, registration.margin))
-        middle = interval(found)
-        verdict = _verdict(max(p, sign_flip_p(found)), same, middle.mean, registration.alpha)
-        out.append(Finding(name, role, found, middle, sign_flip_p(found), paired_t_p(found), p, same, verdict))
+        middle = interval(found) if _finite(found) else None
+        flipped, mean = (sign_flip_p(found), middle.mean) if middle else (raw[name], _excess(found))
+        verdict = _verdict(max(p[name], flipped), alike[name], mean, registration.alpha)
+        out.append(Finding(name, role, found, middle, flipped, raw[name], p[name], alike[name], verdict))
     return out
 
 
+def _finite(differences: Sequence[float]) -> bool:
+    return all(map(math.isfinite, differences))
+
+
+def _excess(differences: Sequence[float]) -> float:
+    """How many more are worse than better."""
+    return float(sum(d > 0 for d in differences) - sum(d < 0 for d in differences))
+
+
 def paired(values: dict[tuple[str, int], float], contrast: Contrast) -> list[float]:
-    """The weighted sum over the arms, for each seed that all of them have."""
+    """The weighted sum over the arms, for each seed that all of them have; NaN of infinities of either sign."""
     seeds = set.intersection(*({seed for arm, seed in values if arm == wanted} for wanted in contrast))
-    return [math.fsum(weight * values[arm, seed] for arm, weight in contrast.items()) for seed in sorted(seeds)]
+    terms = [[weight * values[arm, seed] for arm, weight in contrast.items()] for seed in sorted(seeds)]
+    return [math.fsum(of) if _finite(of) else sum(of) for of in terms]
 
 
 def _verdict(p: float, same: float, mean: float, alpha: float) -> str:
@@ -94,6 +106,8 @@ def _sentence(finding: Finding, registration: Registration) -> str:
         return f"no effect, that is less than {margin} nats per token either way (p = {_p(finding.equivalence_p)} for more); {numbers}"
     if finding.verdict in ("worse", "better"):
         return f"{finding.verdict}, {numbers}, {_deciding(finding)}"
+    if finding.interval is None:
+        return f"undecided, no effect is shown ({_deciding(finding)}), and its absence cannot be; {numbers}"
     spread, n = statistics.stdev(finding.differences), len(finding.differences)
     more = ""
     with contextlib.suppress(DataError):  # it would take more than thousands
@@ -108,10 +122,13 @@ def _deciding(finding: Finding) -> str:
     """The larger p of the two tests that must both find an effect."""
     if finding.sign_flip_p > finding.p:
         return f"p = {_p(finding.sign_flip_p)} by the sign-flip test"
-    return f"p = {_p(finding.p)} by the t test after Holm's adjustment"
+    return f"p = {_p(finding.p)} by the {'t' if finding.interval else 'sign'} test after Holm's adjustment"
 
 
 def _numbers(finding: Finding) -> str:
+    if finding.interval is None:
+        worse, better = (sum(sign * d > 0 for d in finding.differences) for sign in (1, -1))
+        return f"{worse} of {len(finding.differences)} pairs are worse and {better} better"
     mean, low, high = finding.interval
     return f"{mean:+.4f} nats per token [{low:+.4f}, {high:+.4f}] over {len(finding.differences)} pairs"
 
@@ -131,6 +148,9 @@ def best_rates(runs: Sequence[Run], registration: Registration) -> tuple[dict[st
         lacking = [rate for rate in registration.rates if len(of.get(rate, ())) < len(registration.tune_seeds)]
         if lacking:
             remarks.append(f"{arm} lacks runs at {', '.join(f'{rate:g}' for rate in lacking)}: no rate is chosen for it")
+            continue
+        if not any(map(_finite, of.values())):
+            remarks.append(f"at every rate a run of {arm} ended without finite numbers: no rate is chosen for it")
             continue
         best[arm] = min(of, key=lambda rate: statistics.fmean(of[rate]))
         if best[arm] in (min(of), max(of)):

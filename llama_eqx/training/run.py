@@ -6,6 +6,7 @@ import hashlib
 import pathlib
 import socket
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, TOKENIZER, read_config, write_config
@@ -258,10 +259,15 @@ def finished(config: RunConfig) -> bool:
 def is_over(config: RunConfig, settings: dict[str, Any], metrics: list[dict[str, Any]]) -> bool:
     """Whether `metrics` are those of a whole run of this config; `settings` are those that it was made with, in plain containers."""
     evaluated = any(record["step"] == config.train.steps and "val/loss" in record for record in metrics)
+    return evaluated and is_same(config, settings, FREE)
+
+
+def is_same(config: RunConfig, settings: dict[str, Any], free: Sequence[str]) -> bool:
+    """Whether `settings`, in plain containers, are those of this config but for those that are `free`."""
     # What a config leaves open, such as the size of a tokenizer, has been filled in.
     old, new = known_to_both(settings, dump(config)), known_to_both(dump(config), settings)
-    free = (*FREE, "model.dims.mlp") if config.study is not None and config.study.match != "none" else FREE  # matching sets it
-    return evaluated and all(each.within(free) for each in differences(old, new) if each.new not in (None, []))
+    free = (*free, "model.dims.mlp") if config.study is not None and config.study.match != "none" else free  # matching sets it
+    return all(each.within(free) for each in differences(old, new) if each.new not in (None, []))
 
 
 def check_shared(run_dir: pathlib.Path) -> None:

@@ -135,7 +135,7 @@ def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     record_start(config, config.model.build(key=jax.random.key(0)), 0)
-    write_config({"seed": 0, "study": {"arm": "silu"}}, tmp_path / "run")
+    write_config({"seed": 0, "study": {"arm": "silu"}, "train": {"steps": 2000}}, tmp_path / "run")
     (tmp_path / "run" / "provenance.jsonl").write_text(json.dumps({"step": 0, "commit": "abc"}) + "\n")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "val/loss": "NaN"}\n')
     assert keep(config) == (kept_at(config), None)
@@ -144,17 +144,22 @@ def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
     assert run.study == json.loads((tmp_path / "run" / STUDY).read_text())
     assert run.study["residual"] is not None
     assert not finished(config)
-    assert not is_kept(config)  # it was not evaluated at its last step
+    assert not is_kept(config)  # it was to be longer
 
     write_config(dump(config), tmp_path / "run")
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 1000, "val/loss": 3.0}\n')
     half = kept_at(config).read_bytes()
     _, older = keep(config)
     assert older is not None
     assert older.read_bytes() == half
-    assert is_kept(config)
+    assert is_kept(config)  # it ended as its numbers were not finite, and would again
+    assert keep(config) == (kept_at(config), None)
+    assert not is_kept(dataclasses.replace(config, guard=dataclasses.replace(config.guard, max_withheld=99)))
+    assert not is_kept(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2000)))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1000, "val/loss": 3.0}\n')
     assert keep(config) == (kept_at(config), None)  # the same once more
+    assert is_kept(config)
+    assert is_kept(dataclasses.replace(config, guard=dataclasses.replace(config.guard, max_withheld=99)))
     assert is_kept(asked)  # whose width is yet to be matched
     assert str(tmp_path) not in gzip.decompress(kept_at(config).read_bytes()).decode()
     assert not is_kept(dataclasses.replace(config, seed=9))

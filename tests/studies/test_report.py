@@ -85,12 +85,27 @@ def test_runs_that_nobody_registered_count_for_nothing_and_are_named(experiment)
         the()
 
 
-def test_diverged_runs_count(experiment):
+def test_diverged_runs_count_and_no_size_is_made_up_for_them(experiment):
     _, add = experiment
-    add("same", 0, 3.0, steps=60)  # it ended before its time, and so counts as the worst of all
+    add("same", 0, 3.0, steps=60)  # it ended before its time, and so counts as worse than any other
+    add("noisy", 1, float("nan"))
+    written = the()
     found = {finding.name: finding for finding in findings(kept("known", "final", "1m"), load_registration("known"))}
-    assert max(found["second"].differences) > 2
-    assert found["second"].verdict == "undecided"
+    assert {name for name, finding in found.items() if finding.interval is None} == {"second", "third", "again"}
+    assert (found["first"].verdict, found["second"].verdict) == ("worse", "undecided")
+    assert re.search(r"Second: undecided, no effect is shown \(p = \d.\d+ by the sign test after Holm's adjustment\)", written.words)
+    assert "Ended without finite numbers, which counts as worse than any loss: noisy (seed 1), same (seed 0)." in written.words
+    assert re.search(r"\| second \| 8 \|  \|  \| \d.\d+ \(signs\) \|  \|", written.files[0].read_text())
+
+
+def test_an_arm_that_always_diverges_is_worse(experiment):
+    _, add = experiment
+    for seed in range(8):
+        add("worse", seed, 3.0, steps=60)
+    words = the().words
+    assert "First: worse, 8 of 8 pairs are worse and 0 better, p = 0.02 by the sign test after Holm's adjustment. Second" in words
+    add("base", 0, 3.0, steps=60)  # neither of two such runs is the worse one
+    assert "First: worse, 7 of 8 pairs are worse and 0 better" in the().words
 
 
 def test_the_p_that_is_told_is_the_one_that_decided(experiment):
@@ -232,6 +247,10 @@ def test_tuning_finds_the_rate_of_each_arm(experiment):
     assert "worse, 0.004, is the highest registered" in the().files[0].read_text()
     next((folder / "runs/tune/1m/base").iterdir()).unlink()
     assert "no rate is chosen for it" in the("stage=tune").words
+    for peak in (0.001, 0.002, 0.004):
+        add("base", 10, 4.0, stage="tune", peak=peak)
+        add("base", 11, 4.0, stage="tune", peak=peak, steps=60)
+    assert "at every rate a run of base ended without finite numbers: no rate is chosen for it" in the("stage=tune").words
 
 
 def test_a_run_whose_arm_is_not_tuned_is_told_what_comes_first(tmp_path, monkeypatch):

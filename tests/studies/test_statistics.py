@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from llama_eqx.errors import DataError
-from llama_eqx.studies.statistics import equivalence_p, holm, interval, paired_t_p, power, sample_size, sign_flip_p
+from llama_eqx.studies.statistics import equivalence_p, holm, interval, paired_t_p, power, sample_size, sign_flip_p, sign_p
 
 # Student (1908), "The probable error of a mean", Biometrika 6: additional hours of sleep under two drugs. R's data set `sleep`.
 SLEEP = np.subtract([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0], [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4])
@@ -34,6 +34,12 @@ def test_against_scipy(n):
     assert sign_flip_p(d) == sign_flip_p(-d) == pytest.approx(exact.pvalue)
     sides = stats.ttest_1samp(d, -0.8, alternative="greater"), stats.ttest_1samp(d, 0.8, alternative="less")
     assert equivalence_p(d, 0.8) == pytest.approx(max(side.pvalue for side in sides))
+
+
+def test_the_sign_test_takes_what_is_infinite():
+    d = [0.3, np.inf, 0.1, 2.0, -0.01, 5.0, np.inf, 0.2, 0.0, np.nan]  # seven above, one below, two neither
+    assert sign_p(d) == sign_p(np.negative(d)) == pytest.approx(stats.binomtest(7, 8).pvalue)
+    assert sign_p([np.nan, 0.0]) == 1
 
 
 def test_many_differences_are_sampled():
