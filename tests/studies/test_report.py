@@ -24,7 +24,7 @@ from llama_eqx.studies.registration import load_registration, registered, tuned
 from llama_eqx.studies.report import report
 from llama_eqx.studies.runs import check, complete, kept
 from llama_eqx.studies.statistics import interval
-from llama_eqx.studies.verdict import findings, in_words
+from llama_eqx.studies.verdict import best_rates, findings, in_words
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -325,6 +325,74 @@ def test_the_verdict_that_is_told_is_that_of_the_runs(path, monkeypatch):
     assert told
     for mean, limits in told:
         assert f"{mean} nats per token {limits}" in words
+
+
+# What docs/findings.md says of a contrast, and the verdict that this stands for.
+TOLD = {
+    "rotary_precision": {
+        "position at 0": ("no effect", "Rounded **positions** cost nothing below 256"),
+        "position at 256": ("worse", "0.034 from there"),
+        "position at 1792": ("worse", "0.091 at 1,792"),
+        "position at 7936": ("worse", "0.18 at 7,936"),
+        "position at 65536": ("worse", "0.31 at 65,536"),
+        "table at 7936": ("no effect", "The rounded table: no effect at 7,936"),
+        "table at 0": ("undecided", "undecided at 0"),
+        "inv_freq at 0": ("undecided", "Rounded frequencies: undecided"),
+        "inv_freq at 7936": ("undecided", "Rounded frequencies: undecided"),
+    },
+    "rotary_size": {
+        "rounding in the large model": ("worse", "Yes, 0.167 at 7,936"),
+        "rounding in the small model": ("worse", "where a million parameters lose 0.131"),
+        "what size changes": ("worse", "the difference, 0.037,"),
+    },
+    "dropout": {
+        "dropout in 1 epoch": ("worse", "Once it costs 0.10"),
+        "dropout in 16 epochs": ("better", "it gains, by an amount that is not established: 0.88 here"),
+    },
+    "ffn": {
+        "gating": ("better", "The gate: 0.084"),
+        "silu for relu": ("better", "SiLU for ReLU: 0.010 (its negative control was not quite clean)"),
+        "positions shifted": ("undecided", "(its negative control was not quite clean)"),
+        "interaction": ("undecided", "Whether one depends on the other is undecided"),
+    },
+    "norm": {"layer for rms": ("undecided", "Undecided: +0.003")},
+    "attention": {
+        "multi-query for multi-head": ("worse", "One key head for four: 0.055"),
+        "grouped for multi-head": ("undecided", "Two: undecided, +0.023"),
+    },
+    "activations": {
+        "geglu for swiglu": ("better", "GEGLU gains 0.008"),
+        "bilinear for swiglu": ("worse", "bilinear loses 0.040"),
+        "gelu for swiglu": ("undecided", "GELU, squared ReLU and the initialisation are undecided"),
+        "squared relu for swiglu": ("undecided", "GELU, squared ReLU and the initialisation are undecided"),
+        "fixed init for fan-in": ("undecided", "GELU, squared ReLU and the initialisation are undecided"),
+    },
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/report_*.md")), ids=lambda path: path.parent.name)
+def test_the_findings_are_those_of_the_runs(path, monkeypatch):
+    """Each verdict and figure of the two tables of answers."""
+    monkeypatch.chdir(ROOT)
+    question, rung = path.parent.name, path.stem.removeprefix("report_")
+    registration = load_registration(question)
+    found = {finding.name: finding for finding in findings(kept(question, "final", rung), registration)}
+    answer = next(line.split("|")[2] for line in (ROOT / "docs/findings.md").read_text().splitlines() if f"`{question}`" in line)
+    for contrast, (verdict, phrase) in TOLD[question].items():
+        assert (found[contrast].verdict, phrase in answer) == (verdict, True)
+        for figure in re.findall(r"\d\.\d+", phrase):
+            assert figure == f"{abs(found[contrast].interval.mean):.{len(figure) - 2}f}"
+    figures = [abs(limit) for finding in found.values() for limit in finding.interval] + list(registration.rates)
+    if question == "dropout":  # what tuning saw of its size
+        _, losses, _ = best_rates(kept(question, "tune", rung), registration)
+        plain, dropout = ({rate: statistics.fmean(of) for rate, of in losses[arm].items()} for arm in ("plain_16", "dropout1_16"))
+        gains = [plain[rate] - dropout[rate] for rate in (0.008, 0.004)]
+        assert "on the tuning text the gain is {:.2f} at that rate and {:.2f} at 0.004".format(*gains) in answer
+        assert "dropout gains {1:.2f} in 16 epochs".format(*gains) in path.with_name("README.md").read_text()
+        figures += gains
+    row = next(line for line in (ROOT / "experiments/README.md").read_text().splitlines() if line.startswith(f"| [{question}]"))
+    for figure in re.findall(r"\d\.\d+", answer + row.split("|")[4]):
+        assert figure in {f"{value:.{len(figure) - 2}f}" for value in figures}
 
 
 def test_the_registration_in_the_guide(tmp_path, monkeypatch):
