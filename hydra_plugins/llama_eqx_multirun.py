@@ -21,11 +21,16 @@ class Multirun(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from llama_eqx.compose import quoted, resolve  # what a single run need not wait for
+        from llama_eqx.compose import planned, quoted, resolve  # what a single run need not wait for
+        from llama_eqx.errors import ConfigError
         from llama_eqx.multirun import Job, command, labels, run_jobs
         from llama_eqx.studies.pairing import is_kept
         from llama_eqx.training.run import finished
 
+        if not isinstance(self.at_once, int) or self.at_once < 1:
+            raise ConfigError(
+                f"{self.at_once} is no number of jobs", where="hydra.launcher.at_once", next="hydra.launcher.at_once=1, or more"
+            )
         verb, folder = self.config.hydra.job.name, pathlib.Path(self.config.hydra.sweep.dir)
         config_dirs = [source.path for source in self.config.hydra.runtime.config_sources if source.provider == "command-line"]
         jobs, skipped, results = [], [], []
@@ -34,7 +39,7 @@ class Multirun(Launcher):
             words = list(overrides)
             if not any(override.startswith("run_dir=") for override in overrides):
                 words.append(quoted(f"run_dir={folder / config.hydra.sweep.subdir}"))
-            settings = self._composed(number, words)
+            settings = self._composed(number, planned(verb, words))  # as the job will be composed
             with open_dict(settings):
                 del settings["hydra"]  # as Hydra does before it runs a job
             built = resolve(settings)

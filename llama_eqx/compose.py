@@ -103,25 +103,44 @@ def load_config(*overrides: str, name: str = "train", plan: bool = True) -> Any:
 
 def plan_file(overrides: Sequence[str]) -> pathlib.Path:
     """Where the settings planned for a model on a mesh are, or would be."""
-    said = {override.partition("=")[0]: override.partition("=")[2] for override in overrides}
+    said = _values(overrides)
     return conf_dir() / "plan" / f"{said.get('model', 'llama3_1m')}_{said.get('mesh', 'local')}.yaml"
 
 
 def planned(name: str, overrides: Sequence[str]) -> list[str]:
-    """`overrides` and, before them, those that the plan has for keys and groups which they leave alone.
+    """`overrides` and, before them, those `from_plan`.
 
     Hydra's defaults lists cannot do it: what is included by an interpolated name may not choose options of groups.
     """
-    path = plan_file(overrides)
-    if name not in PLANNED or not path.is_file():
-        return list(overrides)
-    said = [override.partition("=")[0].lstrip("+~") for override in overrides]
+    return [*from_plan(name, overrides), *overrides]
+
+
+def from_plan(name: str, overrides: Sequence[str]) -> list[str]:
+    """What the plan has for keys and groups that `overrides` leave alone: nothing with an experiment, whose own settings it would beat.
+
+    A batch of the plan's does not come with a microbatch of the user's that does not divide it, nor the other way round.
+    """
+    path, said = plan_file(overrides), _values(overrides)
+    if name not in PLANNED or not path.is_file() or "experiment" in said:
+        return []
 
     def left_alone(override: str) -> bool:
-        key = override.partition("=")[0].lstrip("+~")
+        (key,) = _values([override])
         return not any(key == other or key.startswith(f"{other}.") for other in said if other != "mesh")
 
-    return [*filter(left_alone, yaml.safe_load(path.read_text())["overrides"]), *overrides]
+    taken = [*filter(left_alone, yaml.safe_load(path.read_text())["overrides"])]
+    sizes = {key: value for key, value in _values([*taken, *overrides]).items() if key in ("train.batch_size", "train.microbatch_size")}
+    if len(sizes) == 2 and not _divides(sizes["train.microbatch_size"], sizes["train.batch_size"]):
+        taken = [override for override in taken if not sizes.keys() & _values([override])]
+    return taken
+
+
+def _values(overrides: Sequence[str]) -> dict[str, str]:
+    return {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in overrides)}
+
+
+def _divides(part: str, whole: str) -> bool:
+    return part == "null" or (part.isdigit() and whole.isdigit() and int(part) > 0 and int(whole) % int(part) == 0)
 
 
 def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = True) -> None:
@@ -137,9 +156,14 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
     # Imports and tracing make objects by the hundred thousand that stay; looking through them for garbage is a fifth of the time to trace.
     gc.set_threshold(50_000, 20, 20)
     arguments = sys.argv[1:]
-    if taken := planned(name, arguments)[: -len(arguments) or None]:
+    overrides = [argument for argument in arguments if not argument.startswith("-") and re.search(r"=|^~", argument)]
+    flags = [argument for argument in arguments if argument not in overrides]
+    sweep = bool({"-m", "--multirun"} & {*flags})
+    if taken := from_plan(name, overrides):
         batch = "; the recipe's learning rate is for the recipe's batch" * any(each.startswith("train.batch_size") for each in taken)
         print(f"note: planned for this model on this mesh: {' '.join(taken)}{batch}", file=sys.stderr)
+    elif name in PLANNED and plan_file(overrides).is_file() and "experiment" in _values(overrides):
+        print("note: an experiment takes nothing of what is planned for this model on this mesh", file=sys.stderr)
     if {"-h", "--help"} & {*arguments}:
         print(help_text(name))
         sys.exit()
@@ -148,15 +172,24 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
         _leave(_guarded(lambda: run(job, load_config(*map(quoted, arguments), name=name), arguments)))
 
     def hydra_job(config: DictConfig) -> None:
-        built, overrides = resolve(config), list(HydraConfig.get().overrides.task)
-        if "run_dir" not in [override.split("=")[0] for override in overrides]:
+        built = resolve(config)
+        if "run_dir" not in _values(overrides) and hasattr(built, "run_dir"):
             built = dataclasses.replace(built, run_dir=HydraConfig.get().runtime.output_dir)
-        _together(job, built, overrides)
+        _together(job, built, [override for override in overrides if not re.match(r"[+~]*hydra\b", override)])
+
+    def hydra_main() -> None:
+        if sweep and name not in PLANNED:
+            verbs = " and ".join(PLANNED)
+            raise ConfigError(f"only {verbs} have sweeps", where=name, next=f"a command for each: python -m llama_eqx.{name} KEY=VALUE")
+        hydra.main(version_base="1.3", config_path=str(home(name)), config_name=name)(hydra_job)()
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here instead of being printed by Hydra
-    sys.argv[1:] = planned(name, arguments)
-    main = hydra.main(version_base="1.3", config_path=str(home(name)), config_name=name)(hydra_job)
-    _leave(_guarded(main))
+    if sweep:  # commas make the jobs, which take the plans of their own models and meshes
+        words = [*map(quoted_options, overrides)]
+    else:
+        words = planned(name, overrides if "--run" in flags else [*map(quoted, overrides)])  # a job's are quoted already
+    sys.argv[1:] = [*words, *flags]  # in one piece: argparse takes no overrides on both sides of a flag
+    _leave(_guarded(hydra_main))
 
 
 def help_text(name: str) -> str:
@@ -173,12 +206,18 @@ def help_text(name: str) -> str:
 def quoted(override: str) -> str:
     """`prompt=it's` or `profile=true` as Hydra must be given it for the value to arrive unchanged."""
     key, equals, value = override.partition("=")
-    if re.fullmatch(r"true|false|[\d.]+", value) and key and (conf_dir() / key).is_dir():
-        return f'{key}="{value}"'  # the name of an option, which Hydra would take for a bool or a number
     if not equals or re.sub(r"^(data\.components|eval_data)\.\w+", "data", key.lstrip("+")) not in VERBATIM or value == "null":
-        return override
+        return quoted_options(override)
     value = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
     return f'{key}="{value}"'.replace("${", "\\${")
+
+
+def quoted_options(override: str) -> str:
+    """`profile=true,false` with the names of options quoted, which Hydra would take for bools or numbers."""
+    key, _, value = override.partition("=")
+    if not re.fullmatch(r"(true|false|[\d.]+)(,(true|false|[\d.]+))*", value) or not key or not (conf_dir() / key).is_dir():
+        return override
+    return f"{key}=" + ",".join(f'"{option}"' for option in value.split(","))
 
 
 def _together(job: Callable[[Any, list[str]], None], config: Any, overrides: list[str]) -> None:

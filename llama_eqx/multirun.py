@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 
 import submitit
 
-from llama_eqx.errors import UserError
+from llama_eqx.config import nearest
+from llama_eqx.errors import ConfigError, UserError
 
 EVERY = 0.2  # seconds between two looks at the jobs
 CODES = {
@@ -59,7 +61,7 @@ def run_jobs(
 
     `cluster` is one of submitit's ("local", "slurm"), `parameters` those of its executor, and `folder` where it keeps its files.
 
-    Raises `MultirunError` in the end when not every job has succeeded, or at an interrupt.
+    Raises `MultirunError` in the end when not every job has succeeded, or at an interrupt, `ConfigError` for parameters that cannot be.
     """
     here = None
     if cluster == "local":
@@ -71,7 +73,14 @@ def run_jobs(
         # The first job on a GPU would take three quarters of its memory.
         here["XLA_PYTHON_CLIENT_PREALLOCATE"] = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false" if at_once > 1 else None)
     executor = submitit.AutoExecutor(folder, cluster=cluster)
-    executor.update_parameters(**parameters)
+    try:
+        executor.update_parameters(**parameters)
+    except (NameError, AssertionError) as error:
+        where, what = "hydra.launcher.parameters", str(error).splitlines()[0]
+        if match := re.match(r"(Unknown argument '(?P<name>\w+)' for executor '(?P<prefix>\w+)').*Valid arguments: (?P<names>.*)", what):
+            names = [f"{match['prefix']}_{name}" for name in sorted(match["names"].split(", "))]
+            raise ConfigError(match[1], where=where, next=nearest(f"{match['prefix']}_{match['name']}", names)) from None
+        raise ConfigError(what, where=where) from None
     waiting, running, ended = list(jobs), dict[Any, tuple[Job, float]](), dict[int, int | str]()
     told = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if skipped:
@@ -124,10 +133,15 @@ def run_jobs(
 
 
 def _submitted(executor: submitit.AutoExecutor, job: Job, here: Mapping[str, str | None] | None) -> Any:
-    """Started so that a terminal's Ctrl-C reaches none of submitit's processes, which would break off what they watch."""
+    """Started so that a terminal's Ctrl-C reaches none of submitit's processes, which would break off what they watch.
+
+    Raises `ConfigError` when the scheduler takes no such job.
+    """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return executor.submit(run_command, job.command, str(job.console), here)
+    except submitit.core.utils.FailedJobError as error:
+        raise ConfigError(str(error).splitlines()[0], where="hydra.launcher.parameters") from None
     finally:
         signal.signal(signal.SIGINT, before)
 

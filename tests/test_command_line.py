@@ -9,9 +9,10 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
-from llama_eqx import generate, load_config, train
-from llama_eqx.compose import _guarded, compose, quoted, run_verb
+from llama_eqx import compose, generate, load_config, train
+from llama_eqx.compose import _guarded, quoted, run_verb
 
 TEXT = pathlib.Path(__file__).parent / "golden" / "text.md"
 
@@ -99,6 +100,76 @@ def test_from_training_to_text(monkeypatch, capsys, tmp_path):
         assert steps in err + again[0]
 
 
+PLAN = ["precision=mixed", "train.batch_size=48", "train.microbatch_size=48", "kernel.q_block=1024"]
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    """A plan for the default model on the mesh of eight."""
+    (tmp_path / "llama3_1m_cpu-8.yaml").write_text(f"overrides: [{', '.join(PLAN)}]")
+    place = compose.plan_file
+    monkeypatch.setattr(compose, "plan_file", lambda overrides: tmp_path / place(overrides).name)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--cfg", "job", "mesh=cpu-8", "profile=true", "data.prompt=it's"],
+        ["mesh=cpu-8", "--cfg", "job", "profile=true", "data.prompt=it's"],
+        ["mesh=cpu-8", "profile=true", "data.prompt=it's", "--cfg=job"],
+    ],
+)
+def test_flags_go_with_a_plan_and_with_what_needs_quotes(arguments, planned, monkeypatch, capsys):
+    code, err = run(monkeypatch, capsys, "train", *arguments, out=(out := []))
+    assert code == 0
+    assert f"note: planned for this model on this mesh: {' '.join(PLAN)}" in err
+    shown = yaml.safe_load(out[0])
+    assert (shown["train"]["batch_size"], shown["precision"]["compute"]) == (48, "bfloat16")
+    assert (shown["profile"]["steps"], shown["data"]["prompt"]) == ([10, 13], "it's")
+
+
+def test_a_job_hears_what_was_said_and_not_what_was_planned(planned, monkeypatch, capsys, tmp_path):
+    heard = []
+    words = ["mesh=cpu-8", f"run_dir={tmp_path / 'run'}", "data.prompt=it's"]
+    code, _ = run(monkeypatch, capsys, "train", "--config-dir", tmp_path, *words, job=lambda *both: heard.append(both))
+    assert code == 0
+    ((config, overrides),) = heard
+    assert overrides == words  # which the command to go on with is made of
+    assert (config.train.batch_size, config.data.prompt) == (48, "it's")
+
+
+def test_an_experiment_takes_no_plan(planned, monkeypatch, capsys):
+    _, err = run(monkeypatch, capsys, "train", "--cfg", "job", "mesh=cpu-8", "experiment=shakespeare", out=(out := []))
+    assert "note: an experiment takes nothing of what is planned" in err
+    shown = yaml.safe_load(out[0])
+    assert (shown["train"]["batch_size"], shown["precision"]["compute"]) == (12, "float32")
+
+
+@pytest.mark.parametrize(
+    ("said", "sizes"),
+    [
+        (["train.batch_size=96"], (96, 48)),
+        (["train.batch_size=32"], (32, None)),
+        (["train.microbatch_size=16"], (48, 16)),
+        (["train.microbatch_size=null"], (48, None)),
+        (["train.microbatch_size=4"], (48, 4)),
+        (["train.microbatch_size=7"], (8, 7)),
+        (["train.microbatch_size=2", "train.batch_size=6"], (6, 2)),
+    ],
+)
+def test_a_plans_sizes_go_with_those_that_are_said(said, sizes, planned):
+    train = load_config("mesh=cpu-8", *said).train
+    assert (train.batch_size, train.microbatch_size) == sizes
+
+
+def test_other_verbs_take_flags_too(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, err = run(monkeypatch, capsys, "generate", "--config-dir", tmp_path, "checkpoint=no/such/run", "prompt=it's")
+    assert (code, "does not exist" in err) == (4, True)
+    code, err = run(monkeypatch, capsys, "generate", "-m", "checkpoint=no/such/run", "seed=0,1")
+    assert (code, "only train and plan have sweeps" in err) == (2, True)
+
+
 def test_an_interruption_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     from llama_eqx.errors import Stopped
     from llama_eqx.training import loop
@@ -178,7 +249,7 @@ def test_another_pipe_that_breaks_is_unexpected(capsys):
     ],
 )
 def test_text_arrives_as_it_was_typed(text):
-    found = compose("generate", [quoted(f"prompt={text}"), quoted("checkpoint=a,b {c}")])
+    found = compose.compose("generate", [quoted(f"prompt={text}"), quoted("checkpoint=a,b {c}")])
     assert found.prompt == text
     assert found.checkpoint == "a,b {c}"
 

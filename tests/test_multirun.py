@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from llama_eqx import train
+from llama_eqx import compose, load_config, multirun, train
 from llama_eqx.compose import run_verb
+from llama_eqx.errors import ConfigError
 from llama_eqx.multirun import Job, MultirunError, labels, run_jobs
 
 LATE = """
@@ -91,6 +92,26 @@ def test_jobs_go_to_slurm(tmp_path, monkeypatch):
     assert "#SBATCH --time=90" in asked
     assert "#SBATCH --cpus-per-task=3" in asked
     assert "gpus-per-node" not in asked
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/bash\necho sbatch: error: invalid partition >&2; exit 1")
+    with pytest.raises(ConfigError, match="sbatch: error: invalid partition"):
+        run(tmp_path, ["fine"], cluster="slurm", parameters=parameters)
+
+
+@pytest.mark.parametrize(
+    ("said", "setting"),
+    [
+        ("0 is no number of jobs", "hydra.launcher.at_once=0"),
+        ("two is no number of jobs", "hydra.launcher.at_once=two"),
+        ("did you mean slurm_partition?", "+hydra.launcher.parameters.slurm_partitoin=gpus"),
+        ('"timeout_min" expected type', "hydra.launcher.parameters.timeout_min=long"),
+    ],
+)
+def test_settings_that_cannot_be(said, setting, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", "-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}", setting])
+    with pytest.raises(SystemExit) as ended:
+        run_verb("train", train.main)
+    err = capsys.readouterr().err
+    assert (ended.value.code, said in err, "Traceback" in err) == (2, True, False)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -151,3 +172,21 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "finished before: job 0" in said
     assert "job 0 begins" not in said
     assert "job 1 begins" in said
+
+
+def test_each_job_takes_the_plan_of_its_own_mesh(tmp_path, monkeypatch):
+    """And whether it has finished is asked of the settings that it runs with. Names of options that look like bools are options."""
+    (tmp_path / "llama3_1m_cpu-8.yaml").write_text("overrides: [precision=mixed, train.batch_size=16, train.microbatch_size=16]")
+    found, place = {}, compose.plan_file
+    monkeypatch.setattr(compose, "plan_file", lambda overrides: tmp_path / place(overrides).name)
+    monkeypatch.setattr("llama_eqx.training.run.finished", lambda config: found.setdefault("settings", []).append(config))
+    monkeypatch.setattr(multirun, "run_jobs", lambda jobs, skipped, **_: found.update(jobs=jobs))
+    monkeypatch.setattr(sys, "argv", ["train", "-m", "mesh=local,cpu-8", "profile=false,true", f"hydra.sweep.dir={tmp_path}"])
+    with pytest.raises(SystemExit) as ended:
+        run_verb("train", train.main)
+    assert ended.value.code == 0
+    assert [settings.precision.compute for settings in found["settings"]] == ["float32", "float32", "bfloat16", "bfloat16"]
+    assert [bool(settings.profile.steps) for settings in found["settings"]] == [False, True, False, True]
+    for job, settings in zip(found["jobs"], found["settings"], strict=True):
+        assert load_config(*job.command[4:]) == settings
+    assert sorted(path.name for path in tmp_path.glob("*")) == ["llama3_1m_cpu-8.yaml", "multirun.yaml"]
