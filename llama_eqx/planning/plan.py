@@ -114,7 +114,11 @@ def figures(plan: Plan) -> dict[str, Any]:
         "flops_per_token": plan.flops._asdict(),
         "memory_by_formula": plan.memory._asdict(),
         "compiler": plan.compiled and {name: value for name, value in plan.compiled._asdict().items() if name != "text"},
-        "collectives": seconds and [{"kind": kind, "asynchronous": a, **vars(t)} for (kind, a), t in sorted(seconds.traffic.items())],
+        "collectives": seconds
+        and [
+            {"kind": kind, "asynchronous": asynchronous, "count": t.count, "bytes": t.bytes, "seconds_estimate": t.seconds}
+            for (kind, asynchronous), t in sorted(seconds.traffic.items())
+        ],
         "doubts": list(seconds.doubts) if seconds else [],
         "devices": plan.devices,
         "device_kind": plan.device_kind,

@@ -1,9 +1,11 @@
-"""Settings that make a run fast on its mesh: those that cannot fit or look slow are put aside, the rest is compiled."""
+"""Settings that make a run fast on its mesh: those that cannot fit or look slow are put aside, the rest is compiled, the best is filed."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +31,19 @@ PRODUCTS = 0.8  # of the peak, in matrix products
 LENGTH = 8192  # tokens of a row where the user says nothing, or the model's context if that is shorter
 BASE = ("precision=mixed", "kernel.fused_backward=true", "kernel.q_block=1024", "kernel.kv_block=1024")
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of a microbatch on a device
+# What a plan is of. The rest of what a search is told is the user's own: a seed, places, numbers of steps.
+FILED = (
+    "mesh",
+    "sharding",
+    "remat",
+    "kernel",
+    "precision",
+    "loss.chunk",
+    "train.seq_len",
+    "train.batch_size",
+    "train.microbatch_size",
+    "train.unroll",
+)
 
 Variant = Callable[..., RunConfig]
 
@@ -107,25 +122,24 @@ def mesh_shapes(variant: Variant, devices: int) -> Iterable[Change]:
 
 def batches(config: RunConfig, ways: int, fixed: Sequence[str]) -> Iterable[Change]:
     """How many rows at a time. The batch is one microbatch, until a run with these settings says how large it is."""
-    train = config.train
-    if _fixed(fixed, "train.batch_size"):
-        sizes = [n * ways for n in ROWS if train.batch_size % (n * ways) == 0 and not _fixed(fixed, "train.microbatch_size")]
-        for size in sizes or [train.microbatch_size]:
-            yield Change((f"train.microbatch_size={size}",), {"train": dataclasses.replace(train, microbatch_size=size)})
-    else:
-        for size in (n * ways for n in ROWS):
-            parts = {"train": dataclasses.replace(train, batch_size=size, microbatch_size=size)}
-            yield Change((f"train.batch_size={size}", f"train.microbatch_size={size}"), parts)
+    train, whole, part = config.train, _fixed(fixed, "train.batch_size"), _fixed(fixed, "train.microbatch_size")
+    sizes = [n * ways for n in ROWS]
+    if part and (whole or train.microbatch_size):
+        sizes = [train.microbatch_size]
+    elif whole:
+        sizes = [size for size in sizes if train.batch_size % size == 0] or [train.microbatch_size]
+    for size in sizes:
+        parts = {name: size for name, free in (("batch_size", not whole), ("microbatch_size", not part)) if free}
+        yield Change(tuple(f"train.{name}={size}" for name in parts), {"train": dataclasses.replace(train, **parts)})
 
 
 def _fixed(keys: Sequence[str], *names: str) -> bool:
     """Whether any of the keys is one of the names, or within it. The choice of a mesh leaves its shape open."""
-    return any(
-        key == name or (key.startswith(f"{name}.") and not key.startswith("mesh.compiler_options"))
-        for key in keys
-        for name in names
-        if key != "mesh"
-    )
+    return any(_within(key, *names) and not key.startswith("mesh.compiler_options") for key in keys if key != "mesh")
+
+
+def _within(key: str, *names: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def predicted_seconds(config: RunConfig, program: Program, layout: Layout, torus: Torus, traced: Trace) -> float:
@@ -156,16 +170,24 @@ def predicted_seconds(config: RunConfig, program: Program, layout: Layout, torus
     return (passes + reductions + activations) * shape["tensor"] / tokens
 
 
-def search(variant: Variant, overrides: Sequence[str], remats: Sequence[str], path: pathlib.Path, enough: int = MOST) -> Plan:
-    """Compiles the candidates that look fastest, writes the overrides of the one with the best estimate to `path`, and gives its plan.
+class Found(NamedTuple):
+    """The best of a search, the overrides that are its plan, and all that was compiled."""
+
+    plan: Plan
+    overrides: tuple[str, ...]
+    tried: tuple[tuple[Candidate, Plan], ...]
+
+
+def search(variant: Variant, overrides: Sequence[str], remats: Sequence[str], enough: int = MOST) -> Found:
+    """Compiles the candidates that look fastest; the one with the best estimate wins.
 
     `enough` of them that fit end the search. The best is then compiled with attention's other backward pass: which one is faster depends on
     the chip and the heads, by up to a tenth of the step, and no formula here knows it.
 
-    Raises `UserError` when none fits, `StorageError` when the file cannot be written.
+    Raises `UserError` when none fits.
     """
-    said = [override for override in overrides if override.partition("=")[0] not in ("model", "mesh", "search", "run_dir")]
-    fixed = [override.partition("=")[0] for override in said]
+    said = {override.partition("=")[0].lstrip("+~"): override for override in overrides}
+    fixed = [key for key in said if key not in ("model", "mesh", "search", "run_dir")]
     length = min(variant().model.context, LENGTH)
     base = [o for o in (*BASE, f"train.seq_len={length}") if not _fixed(fixed, o.partition("=")[0])]
     ranked = candidates(lambda *more: variant(*base, *more), remats, fixed)
@@ -188,8 +210,8 @@ def search(variant: Variant, overrides: Sequence[str], remats: Sequence[str], pa
             tried.append((other, make_plan(other.config)))
     best, plan = fastest(tried)
     mine = {override.partition("=")[0] for override in best.overrides}
-    write(path, [*(o for o in base if o.partition("=")[0] not in mine), *said, *best.overrides], plan, tried)
-    return plan
+    kept = [*(o for o in base if o.partition("=")[0] not in mine), *(said[key] for key in fixed if _within(key, *FILED))]
+    return Found(plan, (*kept, *best.overrides), tuple(tried))
 
 
 def fastest(tried: Sequence[tuple[Candidate, Plan]]) -> tuple[Candidate, Plan]:
@@ -198,31 +220,62 @@ def fastest(tried: Sequence[tuple[Candidate, Plan]]) -> tuple[Candidate, Plan]:
     return min(timed, key=lambda each: each[0])[1:]
 
 
-def write(path: pathlib.Path, overrides: Sequence[str], plan: Plan, tried: Sequence[tuple[Candidate, Plan]]) -> None:
-    """A file of overrides that train takes for this model on this mesh, with what is known of them and of the other candidates.
+def check_writable(path: pathlib.Path) -> None:
+    """Whether a plan can be written to `path`, asked before the hours that a search may take.
+
+    Raises `StorageError` when it cannot.
+    """
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error.strerror) from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise _unwritable(path, "no permission")
+
+
+def _unwritable(path: pathlib.Path, why: str | None) -> StorageError:
+    return StorageError(f"cannot write: {why}", where=str(path), next="search in a checkout of one's own")
+
+
+def file_plan(path: pathlib.Path, found: Found, asked: str, before: Callable[[], RunConfig]) -> str:
+    """Writes what was found to `path`, from which train takes it for this model on this mesh, with what is known of it and of the others.
+    A plan that is there is compiled as the others were, and stays unless it is beaten.
+
+    `asked` is the override that began the search, `before()` the config by the plan that is there. The result says what became of it.
 
     Raises `StorageError` when it cannot be written.
     """
-
-    def line(plan: Plan) -> str:
-        if plan.estimate is None or not plan.fits:
-            return "does not fit"
-        share = plan.mfu(plan.flops.causal) or 0
-        host = plan.compiled.host / GIB if plan.compiled else 0
-        memory = f"{(plan.needs or 0) / GIB:.2f} GiB" + (f" and {host:.2f} on the host" if host else "")
-        return f"{memory}, {plan.tokens / plan.devices:,.0f} tokens per device, MFU {share:.1%} causal (estimate)"
-
+    old = None
+    if path.is_file():
+        with contextlib.suppress(ConfigError):  # what is there is no run any more
+            old = make_plan(before())
+    if old and old.fits and (_share(old) or 0) >= (_share(found.plan) or 0):
+        return f"kept as it was, not beaten: {_line(old)}; without it, what was found here would be written"
     libtpu = importlib.metadata.version("libtpu")
     lines = [
-        f"# {line(plan)}, of {(plan.may or 0) / GIB:.2f} GiB",
-        f"# Found by search=true with jax {jax.__version__} and libtpu {libtpu}.",
+        f"# {_line(found.plan)}, of {(found.plan.may or 0) / GIB:.2f} GiB",
+        f"# Found by {asked} with jax {jax.__version__} and libtpu {libtpu}.",
+        *([f"# In place of a plan with {_line(old)}."] if old else []),
         "# Tried:",
-        *(f"#   {' '.join(candidate.overrides)}: {line(other)}" for candidate, other in tried),
+        *(f"#   {' '.join(candidate.overrides)}: {_line(other)}" for candidate, other in found.tried),
         "overrides:",
-        *(f"  - {override}" for override in overrides),
+        *(f"  - {override}" for override in found.overrides),
     ]
     try:
-        path.parent.mkdir(exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
     except OSError as error:
-        raise StorageError(f"cannot write: {error.strerror}", where=str(path), next="search in a checkout of one's own") from error
+        raise _unwritable(path, error.strerror) from error
+    return "written: train takes it for this model on this mesh"
+
+
+def _share(plan: Plan) -> float | None:
+    """Of the peak, whatever the tokens of a row."""
+    return plan.mfu(plan.flops.causal)
+
+
+def _line(plan: Plan) -> str:
+    if plan.estimate is None or not plan.fits:
+        return "does not fit"
+    host = plan.compiled.host / GIB if plan.compiled else 0
+    memory = f"{(plan.needs or 0) / GIB:.2f} GiB" + (f" and {host:.2f} on the host" if host else "")
+    return f"{memory}, {plan.tokens / plan.devices:,.0f} tokens per device, MFU {_share(plan) or 0:.1%} causal (estimate)"

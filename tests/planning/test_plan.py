@@ -54,7 +54,7 @@ def test_an_estimate_is_called_one(plan):
     rate = 16 * 128 / 2.0 / 8
     assert found["mfu_causal_estimate"] == pytest.approx(rate * plan.flops.causal / 275e12)
     assert found["mfu_palm_estimate"] == pytest.approx(rate * plan.flops.palm / 275e12)
-    assert {"kind": "all-reduce", "asynchronous": False, "count": 1, "bytes": 2**20, "seconds": 0.1} in found["collectives"]
+    assert {"kind": "all-reduce", "asynchronous": False, "count": 1, "bytes": 2**20, "seconds_estimate": 0.1} in found["collectives"]
 
 
 def test_too_big(monkeypatch):
@@ -69,7 +69,10 @@ def test_too_big(monkeypatch):
     assert figures(plan)["peak_bytes_per_device"] == 3 * 2**20
 
     advice = shrink(plan, lambda *more: config("mesh=cpu-8", *more))
-    assert advice.startswith(("activations take most", "the state of the model takes most", "logits take most"))
+    assert advice.startswith("activations take most, 24.7 MiB by formula")
+    for part, said in (("parameters", "the state of the model takes most"), ("logits", "logits take most")):
+        memory = plan.memory._replace(**{part: 25 * 2**20})
+        assert shrink(dataclasses.replace(plan, memory=memory, may=None), config).startswith(f"{said}, 2")
 
 
 def test_the_hosts_bytes_are_not_the_devices():
@@ -102,6 +105,15 @@ def test_advice_is_computed(plan, may, advice):
     if may > 0.1:
         better = config("mesh=cpu-8", *said.partition("it would fit with ")[2].split())
         assert make_plan(better).memory.total < small.may
+
+
+def test_advice_leaves_out_what_is_said_of_the_group_that_it_replaces(plan, monkeypatch, tmp_path, capsys):
+    """Names that are kept go with remat=names alone."""
+    big = dataclasses.replace(plan, compiled=None, needs=plan.memory.total, may=int(0.9 * plan.memory.total))
+    monkeypatch.setattr("llama_eqx.planning.plan.make_plan", lambda config: big)
+    said = [*TINY, "mesh=cpu-8", "remat=names", "remat.names=[q,k,v]", f"run_dir={tmp_path}"]
+    main(load_config(*said, name="plan"), said)
+    assert capsys.readouterr().out.count("it would fit with remat=full\n") == 1
 
 
 def test_a_run_that_is_out_of_memory_names_its_plan(monkeypatch, capsys):

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from llama_eqx import compose, load_config
-from llama_eqx.errors import ConfigError, UserError
+from llama_eqx import plan as plan_verb
+from llama_eqx.errors import ConfigError, StorageError, UserError
 from llama_eqx.planning import search as module
 from llama_eqx.planning.chips import CHIPS, Torus
 from llama_eqx.planning.estimate import Estimate
 from llama_eqx.planning.plan import make_plan
-from llama_eqx.planning.search import MOST, candidates, search
+from llama_eqx.planning.search import MOST, candidates, check_writable, file_plan, search
 
 DIMS = ("vocab=320", "layers=4", "embed=256", "heads=4", "kv_heads=2", "head_dim=64", "mlp=704")
 BASE = ["mesh=cpu-8", "mesh.topology=v5e:2x4", "train.seq_len=512", "model.context=512", *(f"model.dims.{dim}" for dim in DIMS)]
@@ -67,6 +68,13 @@ def test_what_the_user_says_stays(slice_of_eight):
     assert {candidate.config.mesh.tensor for candidate in ranked} == {2}
     assert {candidate.config.remat.policy for candidate in ranked} == {"full"}
     assert {candidate.config.train.microbatch_size for candidate in ranked} == {4, 8, 16, 32}
+    for sizes, batch in ((["train.microbatch_size=48"], 48), (["train.batch_size=32", "train.microbatch_size=8"], 32)):
+        ranked = candidates(
+            lambda *more: variant(*sizes, *more), REMATS, ["sharding", "remat", *(size.partition("=")[0] for size in sizes)]
+        )  # noqa: B023
+        found = {(candidate.config.train.batch_size, candidate.config.train.microbatch_size) for candidate in ranked}
+        assert found == {(batch, int(sizes[-1].partition("=")[2]))}
+        assert not [override for candidate in ranked for override in candidate.overrides if override in sizes]
 
 
 def test_where_gathers_wait_they_are_added(slice_of_eight):
@@ -138,42 +146,97 @@ def test_the_best_is_written_and_train_takes_it(slice_of_eight, monkeypatch, tmp
         if len(compiled) == 1:
             return dataclasses.replace(plain, config=config, compiled=None)  # the compiler finds it too big
         seconds = {3: 2.0, 4: 1.0}.get(len(compiled), 4.0)  # the fastest of all compiles, and is too big
-        times = Estimate(seconds * config.train.batch_size, 1.0, 1.0, 0.0, {}, ())
-        needs = 2**31 if len(compiled) == 4 else 2**30
-        return dataclasses.replace(plain, config=config, estimate=times, device_kind="TPU v4", needs=needs, may=2**30)
+        return timed(dataclasses.replace(plain, config=config), seconds, needs=2**31 if len(compiled) == 4 else 2**30)
 
     monkeypatch.setattr(module, "make_plan", fake_plan)
     monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "0")
     monkeypatch.setattr(module, "HOPELESS", 100.0)
     path = tmp_path / "plan" / "llama3_1m_cpu-8.yaml"
-    overrides = [*BASE, "run_dir=x", "search=true", "seed=3"]
-    plan = search(lambda *more: load_config(*overrides, *more, name="plan", plan=False), overrides, REMATS, path)
-    assert len(compiled) == MOST
-    assert plan.config == compiled[2]
+    check_writable(path)
+    overrides = [*BASE, "run_dir=x", "search=2", "train.steps=5", "checkpoint.store=gs://a/b", "+mesh.compiler_options.xla_x=true"]
     again = lambda *more: load_config(*overrides, *more, name="plan", plan=False)  # noqa: E731
+    found = search(again, overrides, REMATS)
+    assert len(compiled) == MOST
+    assert found.plan.config == compiled[2]
     compiled.clear()
-    few = tmp_path / "few" / "x.yaml"
-    assert search(again, overrides, REMATS, few, enough=1).config == compiled[2]  # the first that fits, with the other backward pass
+    few = search(again, overrides, REMATS, enough=1)
+    assert few.plan.config == compiled[2]  # the first that fits, with the other backward pass
     assert [config.kernel.fused_backward for config in compiled] == [True, True, False]
     assert dataclasses.replace(compiled[2], kernel=compiled[1].kernel) == compiled[1]
-    assert few.read_text().count("  - kernel.fused_backward=") == 1
+    assert [override for override in few.overrides if "fused_backward" in override] == ["kernel.fused_backward=false"]
     compiled.clear()
-    search(again, [*overrides, "kernel.fused_backward=true"], REMATS, few, enough=1)
+    search(again, [*overrides, "kernel.fused_backward=true"], REMATS, enough=1)
     assert len(compiled) == 2
 
+    assert "written" in file_plan(path, found, "search=2", lambda: pytest.fail("there is none before"))
     text = path.read_text()
     assert text.count("does not fit") == 2
     assert "(estimate)" in text
+    assert "# Found by search=2 with jax" in text
     monkeypatch.setattr(compose, "plan_file", lambda overrides: path)
-    found = load_config("mesh=cpu-8", "run_dir=x")
-    for part in ("precision", "remat", "kernel", "sharding", "mesh", "train", "seed"):
-        assert getattr(found, part) == getattr(plan.config, part), part
+    planned = load_config("mesh=cpu-8", "run_dir=x", "model.context=512")
+    for part in ("precision", "remat", "kernel", "sharding", "mesh"):
+        assert getattr(planned, part) == getattr(found.plan.config, part), part
+    assert planned.train == dataclasses.replace(found.plan.config.train, steps=planned.train.steps)
+    assert (planned.train.steps, planned.checkpoint.store) == (1200, None)  # what was the user's own stays theirs
 
-    rows = plan.config.train.batch_size
-    mine = load_config("mesh=cpu-8", "remat=dots", f"train.batch_size={4 * rows}")  # the command line wins
-    assert (mine.remat.policy, mine.train.batch_size, mine.precision) == ("dots", 4 * rows, plan.config.precision)
+    rows = found.plan.config.train.batch_size
+    mine = load_config("mesh=cpu-8", "remat=dots", f"train.batch_size={4 * rows}", "model.context=512")  # the command line wins
+    assert (mine.remat.policy, mine.train.batch_size, mine.precision) == ("dots", 4 * rows, planned.precision)
     assert mine.train.microbatch_size == rows  # and goes through the model in parts that are known to fit
-    assert load_config("mesh=cpu-8", plan=False).precision != plan.config.precision
+    assert load_config("mesh=cpu-8", plan=False).precision != planned.precision
+
+
+def timed(plan, seconds, needs=2**30):
+    """As if compiled for a slice: with `seconds` for each row of the batch."""
+    times = Estimate(seconds * plan.config.train.batch_size, 1.0, 1.0, 0.0, {}, ())
+    return dataclasses.replace(plan, estimate=times, device_kind="TPU v4", needs=needs, may=2**30)
+
+
+def test_a_plan_that_is_there_stays_unless_it_is_beaten(monkeypatch, tmp_path):
+    plain = make_plan(load_config("mesh=cpu-8", "tokenizer=bytes", "model.dims.vocab=320", name="plan"))
+    found = module.Found(timed(plain, 2.0), ("remat=full",), ())
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "0")
+    path = tmp_path / "plan.yaml"
+
+    def filed(before):
+        path.write_text("overrides: [remat=none]")
+        monkeypatch.setattr(module, "make_plan", lambda config: before)
+        return file_plan(path, found, "search=true", lambda: plain.config), path.read_text()
+
+    for before in (timed(plain, 1.0), timed(plain, 2.0)):
+        said, text = filed(before)
+        assert text == "overrides: [remat=none]"
+        assert said.startswith("kept as it was, not beaten: 1.00 GiB")
+    for before in (timed(plain, 3.0), timed(plain, 1.0, needs=2**31)):
+        said, text = filed(before)
+        assert "- remat=full" in text
+        assert "# In place of a plan with " in text
+        assert said.startswith("written")
+
+
+def test_a_place_that_cannot_be_written_is_found_first(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot write"):
+        check_writable(tmp_path / "file" / "plan.yaml")
+    monkeypatch.setattr(module.os, "access", lambda path, mode: False)
+    with pytest.raises(StorageError, match="no permission"):
+        check_writable(tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize("other", ["model.dims.layers=2", "optimizer=lion"])
+def test_the_plan_of_another_model_is_not_written(other, monkeypatch, tmp_path, capsys):
+    """It is searched and told all the same."""
+    said = ["mesh=cpu-8", "tokenizer=bytes", "train.seq_len=128", f"run_dir={tmp_path}", "search=true", "seed=3"]
+    plain = make_plan(load_config("mesh=cpu-8", "tokenizer=bytes", "model.dims.vocab=320", name="plan"))
+    monkeypatch.setattr(module, "search", lambda *_: module.Found(plain, (), ()))
+    monkeypatch.setattr(module, "check_writable", lambda path: print("checked"))
+    monkeypatch.setattr(module, "file_plan", lambda path, *_: f"filed as {path.name}")
+    for overrides, words in ((said, "llama3_1m_cpu-8.yaml filed as llama3_1m_cpu-8.yaml"), ([*said, other], "not written to ")):
+        plan_verb.main(load_config(*overrides, name="plan"), overrides)
+        out, err = capsys.readouterr()
+        assert words in out
+        assert ("checked" in out, "note: what is found is not written" in err) == (overrides is said, overrides is not said)
 
 
 def test_every_committed_plan_is_a_run():
