@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import submitit
+from submitit.core.utils import FailedJobError
 
 from llama_eqx.config import nearest
 from llama_eqx.errors import ConfigError, UserError
@@ -140,7 +141,7 @@ def _submitted(executor: submitit.AutoExecutor, job: Job, here: Mapping[str, str
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return executor.submit(run_command, job.command, str(job.console), here)
-    except submitit.core.utils.FailedJobError as error:
+    except FailedJobError as error:
         raise ConfigError(str(error).splitlines()[0], where="hydra.launcher.parameters") from None
     finally:
         signal.signal(signal.SIGINT, before)

@@ -128,10 +128,12 @@ def test_flags_go_with_a_plan_and_with_what_needs_quotes(arguments, planned, mon
     assert (shown["profile"]["steps"], shown["data"]["prompt"]) == ([10, 13], "it's")
 
 
-def test_a_job_hears_what_was_said_and_not_what_was_planned(planned, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(("flag", "prompt"), [("--config-dir=.", "it's"), ("--run", '"it\'s"')])
+def test_a_job_hears_what_was_said_and_not_what_was_planned(flag, prompt, planned, monkeypatch, capsys, tmp_path):
+    """A job of a sweep, which is told to --run, in Hydra's own grammar."""
     heard = []
-    words = ["mesh=cpu-8", f"run_dir={tmp_path / 'run'}", "data.prompt=it's"]
-    code, _ = run(monkeypatch, capsys, "train", "--config-dir", tmp_path, *words, job=lambda *both: heard.append(both))
+    words = ["mesh=cpu-8", f"run_dir={tmp_path / 'run'}", f"data.prompt={prompt}"]
+    code, _ = run(monkeypatch, capsys, "train", flag, *words, job=lambda *both: heard.append(both))
     assert code == 0
     ((config, overrides),) = heard
     assert overrides == words  # which the command to go on with is made of

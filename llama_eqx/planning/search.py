@@ -62,14 +62,14 @@ def candidates(variant: Variant, remats: Sequence[str], fixed: Sequence[str]) ->
 
     `variant(*overrides)` is the config with overrides, `remats` are options of the group, and keys in `fixed` are not to be changed.
 
-    Raises `UserError` when none fits.
+    Raises `UserError` when none fits, `ConfigError` when sizes that are fixed go with no shape of the mesh.
     """
     first = variant()
     if first.mesh.topology is None:
         raise UserError("only TPU slices can be searched: nothing else says how long a step takes", where="mesh", next="mesh=v4-32")
     whole = build_mesh(first.mesh)
     devices, torus = list(whole.devices.flat), Torus.of(whole.devices.flat)
-    found, smallest = [], math.inf
+    found, smallest, refused = [], math.inf, None
     changes = [Change((), {})] if _fixed(fixed, "mesh", "sharding") else list(mesh_shapes(variant, len(devices)))
     options = [()] if _fixed(fixed, "remat") else [(f"remat={name}",) for name in remats]
     remat = {option: variant(*option).remat for option in options}
@@ -82,8 +82,9 @@ def candidates(variant: Variant, remats: Sequence[str], fixed: Sequence[str]) ->
         sizes = list(batches(shaped, layout.mesh.shape["data"] * layout.mesh.shape["fsdp"], fixed))
         try:
             program = make_program(dataclasses.replace(shaped, **sizes[0].parts), layout)
-        except ConfigError:
-            continue  # sizes that do not divide over this shape
+        except ConfigError as error:
+            refused = error  # sizes that do not divide over this shape
+            continue
         for option, rows in itertools.product(options, sizes):
             settings = dataclasses.replace(shaped, **rows.parts, remat=remat[option])
             memory = memory_by_part(settings, program, layout, traced[option]).total
@@ -92,6 +93,8 @@ def candidates(variant: Variant, remats: Sequence[str], fixed: Sequence[str]) ->
             if memory < MARGIN * torus.chip.memory and host < MARGIN * torus.chip.host:
                 seconds = predicted_seconds(settings, program, layout, torus, traced[option])
                 found.append(Candidate(settings, shape.overrides + option + rows.overrides, memory, seconds))
+    if refused and smallest == math.inf:
+        raise refused
     if not found:
         raise UserError(
             f"nothing fits into the {torus.chip.memory / GIB:.1f} GiB of a device: the smallest setting takes {smallest / GIB:.1f}",

@@ -1,6 +1,7 @@
 """What is worth compiling, what comes of it, and where it is written."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -69,9 +70,8 @@ def test_what_the_user_says_stays(slice_of_eight):
     assert {candidate.config.remat.policy for candidate in ranked} == {"full"}
     assert {candidate.config.train.microbatch_size for candidate in ranked} == {4, 8, 16, 32}
     for sizes, batch in ((["train.microbatch_size=48"], 48), (["train.batch_size=32", "train.microbatch_size=8"], 32)):
-        ranked = candidates(
-            lambda *more: variant(*sizes, *more), REMATS, ["sharding", "remat", *(size.partition("=")[0] for size in sizes)]
-        )  # noqa: B023
+        fixed = ["sharding", "remat", *(size.partition("=")[0] for size in sizes)]
+        ranked = candidates(functools.partial(variant, *sizes), REMATS, fixed)
         found = {(candidate.config.train.batch_size, candidate.config.train.microbatch_size) for candidate in ranked}
         assert found == {(batch, int(sizes[-1].partition("=")[2]))}
         assert not [override for candidate in ranked for override in candidate.overrides if override in sizes]
@@ -129,6 +129,12 @@ def test_nothing_fits(slice_of_eight):
     slice_of_eight(2**20)
     with pytest.raises(UserError, match=r"nothing fits into the 0\.0 GiB of a device: the smallest setting takes"):
         candidates(variant, REMATS, [])
+
+
+def test_sizes_that_no_shape_of_the_mesh_divides(slice_of_eight):
+    slice_of_eight(2**30)
+    with pytest.raises(ConfigError, match="5"):
+        candidates(functools.partial(variant, "train.microbatch_size=5"), REMATS, ["sharding", "remat", "train.microbatch_size"])
 
 
 def test_only_slices_are_searched():
