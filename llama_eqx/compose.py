@@ -208,6 +208,7 @@ def quoted(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals or re.sub(r"^(data\.components|eval_data)\.\w+", "data", key.lstrip("+")) not in VERBATIM or value == "null":
         return quoted_options(override)
+    value = os.path.expanduser(value) if key == "run_dir" else value  # not every shell does it after a "="
     value = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
     return f'{key}="{value}"'.replace("${", "\\${")
 

@@ -256,6 +256,11 @@ def test_text_arrives_as_it_was_typed(text):
     assert found.checkpoint == "a,b {c}"
 
 
+def test_a_tilde_is_the_home_folder_of_a_run(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert compose.compose("train", [quoted("run_dir=~/runs/~a")]).run_dir == "/home/ann/runs/~a"
+
+
 def test_help_and_typos_are_quick_and_import_no_jax():
     """A fresh process that composes, finds the typo and leaves has not imported the heavy libraries."""
     code = """

@@ -30,7 +30,7 @@ def check_manifest(folder: pathlib.Path, above: pathlib.Path) -> list[Finding]:
         damage = find_damage(folder)
     except CheckpointError as error:
         return [finding_of(error, folder, MANIFEST)]
-    hint, within = "copy or convert it again", folder.relative_to(above)
+    hint, within = "copy or convert it again, or if the change is yours see docs/convert.md", folder.relative_to(above)
     changed = [Finding("error", str(within / name), f"damaged: its SHA-256 is not that of {MANIFEST}", hint) for name in damage.damaged]
     missing = [Finding("error", str(within / name), f"missing, and listed in {MANIFEST}", hint) for name in damage.missing]
     return [*changed, *missing, *(Finding("note", str(within / name), f"not listed in {MANIFEST}") for name in damage.extra)]
