@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al., 2021, arXiv 2104.09864), with pairs half a head apart as Hugging Face stores them."""
 
 import abc
+import contextvars
 from typing import Literal
 
 import equinox as eqx
@@ -12,6 +13,8 @@ from llama_eqx.config import Config
 from llama_eqx.dims import Dims
 
 RoundAt = Literal["none", "inv_freq", "position", "angle", "table", "rotation"]
+# What a block is compiled for, as JAX calls it, where that is known while it is traced: a trace for every platform takes longer.
+PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
 def round_bfloat16(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
@@ -28,7 +31,9 @@ class Rotation(eqx.Module):
 
     def __call__(self, x: Float[Array, "batch seq n head_dim"]) -> Float[Array, "batch seq n head_dim"]:
         if not self.rounded:
-            return jax.lax.platform_dependent(x, self.cos, self.sin, tpu=turn_by_product, default=turn)
+            if (platform := PLATFORM.get()) is None:
+                return jax.lax.platform_dependent(x, self.cos, self.sin, tpu=turn_by_product, default=turn)
+            return (turn_by_product if platform == "tpu" else turn)(x, self.cos, self.sin)
         r = round_bfloat16
         a, b = jnp.split(r(x.astype(jnp.float32)), 2, axis=-1)
         cos, sin = r(self.cos), r(self.sin)

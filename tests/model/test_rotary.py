@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llama_eqx.model.rotary import Rotation, turn, turn_by_product
+from llama_eqx.model.rotary import PLATFORM, Rotation, turn, turn_by_product
+from llama_eqx.tag import setting
 
 
 def inputs(dtype):
@@ -29,3 +30,6 @@ def test_each_platform_has_its_own(platform, products):
     x, _, cos, sin = inputs(jnp.bfloat16)
     traced = jax.jit(lambda x: Rotation(cos=cos, sin=sin, rounded=False)(x)).trace(x)
     assert ("dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()) is products
+    with setting(PLATFORM, platform):  # and where it is known, that one alone is traced
+        alone = str(jax.make_jaxpr(lambda x: Rotation(cos=cos, sin=sin, rounded=False)(x))(x))
+    assert ("dot_general" in alone, "platform_index" in alone) == (products, False)

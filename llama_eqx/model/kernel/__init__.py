@@ -19,6 +19,7 @@ from llama_eqx.model.kernel.plain import plain
 from llama_eqx.model.kernel.shards import Blocks, Spec, on_shards, ways
 from llama_eqx.model.kernel.splash import unfit_for_splash
 from llama_eqx.model.kernel.tokenwise import ONE_ROW
+from llama_eqx.model.rotary import PLATFORM
 from llama_eqx.tag import setting
 
 Name = Literal["plain", "blocked", "splash", "cudnn"]
@@ -102,7 +103,7 @@ class KernelConfig(Config):
             return on_shards(name, blocks, mesh, spec, q, k, v, start, segment_ids)
 
         def wrapped(*args: Any) -> Any:
-            with setting(_KERNEL, kernel), setting(ONE_ROW, platform == "cpu" and mesh.size == 1):
+            with setting(_KERNEL, kernel), setting(PLATFORM, platform), setting(ONE_ROW, platform == "cpu" and mesh.size == 1):
                 return block(*args)
 
         return wrapped
