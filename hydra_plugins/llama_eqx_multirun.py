@@ -24,7 +24,7 @@ class Multirun(Launcher):
         from llama_eqx.compose import planned, quoted, resolve  # what a single run need not wait for
         from llama_eqx.errors import ConfigError
         from llama_eqx.multirun import Job, command, labels, run_jobs
-        from llama_eqx.studies.pairing import is_kept
+        from llama_eqx.studies.pairing import diverged, is_kept
         from llama_eqx.training.run import finished
 
         if not isinstance(self.at_once, int) or self.at_once < 1:
@@ -43,8 +43,11 @@ class Multirun(Launcher):
             with open_dict(settings):
                 del settings["hydra"]  # as Hydra does before it runs a job
             built = resolve(settings)
+            over = verb == "train" and (finished(built) or is_kept(built))
+            if over and (file := diverged(built)):
+                label += f" (without finite numbers: to make it again remove {file})"
             job = Job(number, label, command(verb, words, config_dirs), pathlib.Path(built.run_dir, "console.txt"))
-            (skipped if verb == "train" and (finished(built) or is_kept(built)) else jobs).append(job)
+            (skipped if over else jobs).append(job)
             results.append(JobReturn(overrides=list(overrides), cfg=config, status=JobStatus.COMPLETED, _return_value=None))
         place = folder / ".submitit"
         run_jobs(jobs, skipped, folder=place, cluster=self.cluster, at_once=self.at_once, parameters=self.parameters, say=_say)

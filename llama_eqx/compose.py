@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import gc
 import hashlib
+import itertools
 import logging
 import os
 import pathlib
@@ -55,6 +56,7 @@ VERBATIM = (
 
 # What the system says of a place that cannot be written: full, read-only, not ours, or no place at all.
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+PLACED = ("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name", "--experimental-rerun")  # flags before a place
 PLANNED = ("train", "plan")  # verbs that take the settings planned for a model on a mesh
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -118,7 +120,7 @@ def planned(name: str, overrides: Sequence[str]) -> list[str]:
 def from_plan(name: str, overrides: Sequence[str]) -> list[str]:
     """What the plan has for keys and groups that `overrides` leave alone: nothing with an experiment, whose own settings it would beat.
 
-    A batch of the plan's does not come with a microbatch of the user's that does not divide it, nor the other way round.
+    A microbatch of the plan's does not come with a batch of the user's that it does not divide.
     """
     path, said = plan_file(overrides), _values(overrides)
     if name not in PLANNED or not path.is_file() or "experiment" in said:
@@ -129,9 +131,9 @@ def from_plan(name: str, overrides: Sequence[str]) -> list[str]:
         return not any(key == other or key.startswith(f"{other}.") for other in said if other != "mesh")
 
     taken = [*filter(left_alone, yaml.safe_load(path.read_text())["overrides"])]
-    sizes = {key: value for key, value in _values([*taken, *overrides]).items() if key in ("train.batch_size", "train.microbatch_size")}
-    if len(sizes) == 2 and not _divides(sizes["train.microbatch_size"], sizes["train.batch_size"]):
-        taken = [override for override in taken if not sizes.keys() & _values([override])]
+    batch, microbatch = said.get("train.batch_size"), _values(taken).get("train.microbatch_size")
+    if batch and microbatch and not _divides(microbatch, batch):
+        taken = [override for override in taken if "train.microbatch_size" not in _values([override])]
     return taken
 
 
@@ -156,10 +158,13 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
     # Imports and tracing make objects by the hundred thousand that stay; looking through them for garbage is a fifth of the time to trace.
     gc.set_threshold(50_000, 20, 20)
     arguments = sys.argv[1:]
-    overrides = [argument for argument in arguments if not argument.startswith("-") and re.search(r"=|^~", argument)]
+    places = [argument for flag, argument in itertools.pairwise(arguments) if flag in PLACED]  # which may have a "=" too
+    overrides = [argument for argument in arguments if re.search(r"^[^-].*=|^~", argument) and argument not in places]
     flags = [argument for argument in arguments if argument not in overrides]
     sweep = bool({"-m", "--multirun"} & {*flags})
-    if taken := from_plan(name, overrides):
+    if sweep:
+        pass  # its jobs say of themselves what they take
+    elif taken := from_plan(name, overrides):
         batch = "; the recipe's learning rate is for the recipe's batch" * any(each.startswith("train.batch_size") for each in taken)
         print(f"note: planned for this model on this mesh: {' '.join(taken)}{batch}", file=sys.stderr)
     elif name in PLANNED and plan_file(overrides).is_file() and "experiment" in _values(overrides):

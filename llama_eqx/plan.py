@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from llama_eqx.compose import conf_dir, load_config, plan_file, run_verb
+from llama_eqx.compose import conf_dir, load_config, plan_file, quoted, run_verb
 
 
 def main(config: Any, overrides: list[str]) -> None:
@@ -16,7 +16,7 @@ def main(config: Any, overrides: list[str]) -> None:
             key = override.partition("=")[0].lstrip("+~")
             return not any(key == other or key.startswith(f"{other}.") for other in changed)
 
-        return load_config(*filter(stays, overrides), *more, name="plan", plan=plan)
+        return load_config(*map(quoted, filter(stays, overrides)), *more, name="plan", plan=plan)
 
     filed = ""
     if config.search:

@@ -155,7 +155,7 @@ def test_an_experiment_takes_no_plan(planned, monkeypatch, capsys):
         (["train.microbatch_size=16"], (48, 16)),
         (["train.microbatch_size=null"], (48, None)),
         (["train.microbatch_size=4"], (48, 4)),
-        (["train.microbatch_size=7"], (8, 7)),
+        (["train.microbatch_size=7"], (48, 7)),  # which a start refuses, naming those that divide
         (["train.microbatch_size=2", "train.batch_size=6"], (6, 2)),
     ],
 )
@@ -166,7 +166,8 @@ def test_a_plans_sizes_go_with_those_that_are_said(said, sizes, planned):
 
 def test_other_verbs_take_flags_too(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, err = run(monkeypatch, capsys, "generate", "--config-dir", tmp_path, "checkpoint=no/such/run", "prompt=it's")
+    (place := tmp_path / "a=b").mkdir()
+    code, err = run(monkeypatch, capsys, "generate", "--config-dir", place, "checkpoint=no/such/run", "prompt=it's")
     assert (code, "does not exist" in err) == (4, True)
     code, err = run(monkeypatch, capsys, "generate", "-m", "checkpoint=no/such/run", "seed=0,1")
     assert (code, "only train and plan have sweeps" in err) == (2, True)

@@ -1,7 +1,6 @@
 """Rotary position embedding (Su et al., 2021, arXiv 2104.09864), with pairs half a head apart as Hugging Face stores them."""
 
 import abc
-import contextvars
 from typing import Literal
 
 import equinox as eqx
@@ -11,10 +10,9 @@ from jaxtyping import Array, Float, Float32, Int
 
 from llama_eqx.config import Config
 from llama_eqx.dims import Dims
+from llama_eqx.model.kernel.tokenwise import PLATFORM
 
 RoundAt = Literal["none", "inv_freq", "position", "angle", "table", "rotation"]
-# What a block is compiled for, as JAX calls it, where that is known while it is traced: a trace for every platform takes longer.
-PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
 def round_bfloat16(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:

@@ -92,6 +92,13 @@ def keep(config: RunConfig) -> tuple[pathlib.Path, pathlib.Path | None]:
     return path, older
 
 
+def diverged(config: RunConfig) -> pathlib.Path | None:
+    """Where the run of this config has been kept without a loss at its end, as its numbers were not finite."""
+    if config.study is None or not (path := kept_at(config)).exists():
+        return None
+    return path if math.isinf(read_kept(path).last("val/loss")) else None
+
+
 def is_kept(config: RunConfig) -> bool:
     """Whether the run of this config has been kept, here or on the machine that this checkout comes from; also if it ended early, as its
     numbers were not finite.

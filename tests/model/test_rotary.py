@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llama_eqx.model.rotary import PLATFORM, Rotation, turn, turn_by_product
+from llama_eqx.model.kernel.tokenwise import PLATFORM
+from llama_eqx.model.rotary import Rotation, turn, turn_by_product
 from llama_eqx.tag import setting
 
 

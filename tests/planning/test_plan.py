@@ -108,11 +108,11 @@ def test_advice_is_computed(plan, may, advice):
 
 
 def test_advice_leaves_out_what_is_said_of_the_group_that_it_replaces(plan, monkeypatch, tmp_path, capsys):
-    """Names that are kept go with remat=names alone."""
+    """Names that are kept go with remat=names alone. What was typed is no grammar of Hydra's."""
     big = dataclasses.replace(plan, compiled=None, needs=plan.memory.total, may=int(0.9 * plan.memory.total))
     monkeypatch.setattr("llama_eqx.planning.plan.make_plan", lambda config: big)
-    said = [*TINY, "mesh=cpu-8", "remat=names", "remat.names=[q,k,v]", f"run_dir={tmp_path}"]
-    main(load_config(*said, name="plan"), said)
+    said = [*TINY, "mesh=cpu-8", "remat=names", "remat.names=[q,k,v]", f"run_dir={tmp_path}/it's", "profile=true"]
+    main(load_config(*map(compose.quoted, said), name="plan"), said)
     assert capsys.readouterr().out.count("it would fit with remat=full\n") == 1
 
 

@@ -18,7 +18,7 @@ from llama_eqx.data.order import Order
 from llama_eqx.model.llama import Llama
 from llama_eqx.model.rotary import PlainRotary
 from llama_eqx.studies.matching import cost, matched, residual
-from llama_eqx.studies.pairing import STUDY, is_kept, keep, kept_at, position_codes, record_start, tensor_hashes
+from llama_eqx.studies.pairing import STUDY, diverged, is_kept, keep, kept_at, position_codes, record_start, tensor_hashes
 from llama_eqx.studies.registration import load_registration
 from llama_eqx.studies.runs import read_kept
 from llama_eqx.training.meters import dead_updates
@@ -152,6 +152,7 @@ def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
     assert older is not None
     assert older.read_bytes() == half
     assert is_kept(config)  # it ended as its numbers were not finite, and would again
+    assert diverged(config) == kept_at(config)
     assert keep(config) == (kept_at(config), None)
     assert not is_kept(dataclasses.replace(config, guard=dataclasses.replace(config.guard, max_withheld=99)))
     assert not is_kept(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2000)))
@@ -159,6 +160,7 @@ def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
         file.write('{"step": 1000, "val/loss": 3.0}\n')
     assert keep(config) == (kept_at(config), None)  # the same once more
     assert is_kept(config)
+    assert diverged(config) is None
     assert is_kept(dataclasses.replace(config, guard=dataclasses.replace(config.guard, max_withheld=99)))
     assert is_kept(asked)  # whose width is yet to be matched
     assert str(tmp_path) not in gzip.decompress(kept_at(config).read_bytes()).decode()

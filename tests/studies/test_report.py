@@ -372,7 +372,7 @@ TOLD = {
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/report_*.md")), ids=lambda path: path.parent.name)
 def test_the_findings_are_those_of_the_runs(path, monkeypatch):
-    """Each verdict and figure of the two tables of answers."""
+    """Each verdict of the first table of answers, and each figure of both."""
     monkeypatch.chdir(ROOT)
     question, rung = path.parent.name, path.stem.removeprefix("report_")
     registration = load_registration(question)

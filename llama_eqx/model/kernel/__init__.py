@@ -18,8 +18,7 @@ from llama_eqx.model.kernel.cudnn import unfit_for_cudnn
 from llama_eqx.model.kernel.plain import plain
 from llama_eqx.model.kernel.shards import Blocks, Spec, on_shards, ways
 from llama_eqx.model.kernel.splash import unfit_for_splash
-from llama_eqx.model.kernel.tokenwise import ONE_ROW
-from llama_eqx.model.rotary import PLATFORM
+from llama_eqx.model.kernel.tokenwise import ONE_ROW, PLATFORM
 from llama_eqx.tag import setting
 
 Name = Literal["plain", "blocked", "splash", "cudnn"]

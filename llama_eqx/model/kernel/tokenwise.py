@@ -10,6 +10,8 @@ from jaxtyping import Array
 
 from llama_eqx.tag import probed
 
+# What a block is compiled for, as JAX calls it, where that is known while it is traced: a trace for every platform takes longer.
+PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 ONE_ROW: contextvars.ContextVar[bool] = contextvars.ContextVar("one_row", default=False)
 
 
