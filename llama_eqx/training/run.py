@@ -202,7 +202,7 @@ def claim(config: RunConfig, fingerprint: str) -> list[str]:
     """Writes `config.yaml` and the data's fingerprint into the run directory, or compares them with those of the run to be resumed. What
     a run left in a store is brought here.
 
-    The result says what has changed since, if it bears on the numbers.
+    The result says what has changed since, if it bears on the numbers, and what is not read any more.
 
     Raises `CheckpointError` listing every difference that would make it another run, `StorageError` when it cannot be written.
     """
@@ -213,8 +213,8 @@ def claim(config: RunConfig, fingerprint: str) -> list[str]:
     free = [key for key in FREE if key != "train.microbatch_size" or not dropout]
     components = [f"data.components.{name}" for name in getattr(config.data, "components", {})]
     free += [*MOVABLE, *(f"{component}.{key}" for component in components for key in ("path", "verify"))]
-    if steps(there / CHECKPOINTS):
-        free.append("init_from")  # it is not read any more
+    begun = bool(steps(there / CHECKPOINTS))
+    free += ["init_from"] if begun else []  # it is not read any more
     for folder in (run_dir, there) if is_remote(there) else (run_dir,):
         if CONFIG not in children(folder):
             continue
@@ -227,6 +227,8 @@ def claim(config: RunConfig, fingerprint: str) -> list[str]:
                 kept="the run there is untouched",
                 next="give another run_dir, or the settings of the run there" if folder is run_dir else "give another checkpoint.store",
             )
+    other = [difference for difference in found if begun and difference.key == "init_from"]
+    new |= {difference.key: difference.old for difference in other}  # what is written says where the weights came from
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if is_remote(there):
@@ -235,7 +237,8 @@ def claim(config: RunConfig, fingerprint: str) -> list[str]:
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", where=config.run_dir, next="another place: run_dir=FOLDER") from error
     stretched = "the learning rate now takes the course of a run of that length"
-    return [f"{difference}; {stretched}" for difference in found if difference.key == "train.steps"]
+    said = [f"{difference}; {stretched}" for difference in found if difference.key == "train.steps"]
+    return said + [f"init_from={each.new} is not read: this run began from {each.old or 'new weights'}" for each in other if each.new]
 
 
 def file_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
