@@ -27,22 +27,18 @@ def cache_dir() -> Path:
     return Path(tempfile.mkdtemp(prefix="llama_eqx-"))
 
 
-def publish(folder: Path, write: Callable[[Path], None], *, anew: bool = False) -> Path:
-    """`folder`, filled by `write(temporary)` unless it is there: whole or not at all, whoever else does the same at the same time. `anew`
-    has it filled in any case, and then takes the old one away.
+def publish(folder: Path, write: Callable[[Path], None]) -> Path:
+    """`folder`, filled by `write(temporary)` unless it is there: whole or not at all, whoever else does the same at the same time.
 
     Raises `StorageError` when it cannot be written.
     """
-    if folder.is_dir() and not anew:
+    if folder.is_dir():
         return folder
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
         write(temporary)
-        if anew:
-            with contextlib.suppress(FileNotFoundError):
-                folder.rename(temporary.with_name(f"{temporary.name}.old"))
         try:
             temporary.rename(folder)
         except OSError:
@@ -52,8 +48,7 @@ def publish(folder: Path, write: Callable[[Path], None], *, anew: bool = False) 
         raise StorageError(f"cannot write: {error}", where=str(folder), next="free some space, or set LLAMA_EQX_CACHE=FOLDER") from error
     finally:
         if temporary is not None:
-            for rest in (temporary, temporary.with_name(f"{temporary.name}.old")):
-                shutil.rmtree(rest, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llama_eqx.data.cache import cache_dir
+from llama_eqx.data.cache import cache_dir, publish
 from llama_eqx.data.corpus import DataConfig, Part
 from llama_eqx.data.prepared import PreparedConfig
-from llama_eqx.data.shards import AGAIN, DELETE, FORMAT, ShardWriter, TokenData, cached, open_dataset, token_dtype, write_index
+from llama_eqx.data.shards import AGAIN, DELETE, FORMAT, ShardWriter, TokenData, open_dataset, token_dtype, write_index
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError
 
@@ -50,11 +50,8 @@ def tokenize(data: DataConfig, tokenizer: Tokenizer) -> TokenData:
         return open_dataset(data.folder, remedy=AGAIN, tokenizer=tokenizer, verify=data.verify)
     identity = {"corpus": data.identity()}
     key = hashlib.sha256(json.dumps([FORMAT, identity, tokenizer.fingerprint]).encode()).hexdigest()
-    return cached(
-        cache_dir() / "tokens" / key,
-        lambda folder: _tokenize(folder, data, tokenizer, identity),
-        lambda folder: open_dataset(folder, remedy=DELETE),
-    )
+    folder = publish(cache_dir() / "tokens" / key, lambda folder: _tokenize(folder, data, tokenizer, identity))
+    return open_dataset(folder, remedy=DELETE)
 
 
 def _tokenize(folder: Path, data: DataConfig, tokenizer: Tokenizer, identity: dict[str, Any]) -> None:

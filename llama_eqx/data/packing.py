@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from llama_eqx.data.cache import cache_dir
-from llama_eqx.data.shards import DELETE, Split, cached, check_sealed, seal
+from llama_eqx.data.cache import cache_dir, publish
+from llama_eqx.data.shards import DELETE, Split, check_sealed, seal
 from llama_eqx.errors import DataError
 
 FORMAT = 2  # counts the changes of what is written: an index of another format is made anew
@@ -37,7 +37,8 @@ def pack_index(split: Split, learned: Split | None, fingerprint: str, seq_len: i
     longest first (Ding et al., 2024, arXiv 2404.10830), `single` each into one of its own. A document of more than `seq_len` + 1 tokens is
     cut into pieces that share the token at which they meet. Pieces without a target that counts are left out.
 
-    Raises `DataError` for long documents that are not to be cut, and when no row is left; `StorageError` when the cache cannot be written.
+    Raises `DataError` for long documents that are not to be cut, when no row is left, and when the index in the cache is damaged;
+    `StorageError` when the cache cannot be written.
     """
     settings = [FORMAT, fingerprint, split.name, seq_len, fill, long_documents]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
@@ -47,10 +48,7 @@ def pack_index(split: Split, learned: Split | None, fingerprint: str, seq_len: i
             np.save(folder / f"{name}.npy", array)
         seal(folder, [folder / f"{name}.npy" for name in PackIndex._fields])
 
-    return cached(cache_dir() / "packed" / key, write, _read)
-
-
-def _read(folder: Path) -> PackIndex:
+    folder = publish(cache_dir() / "packed" / key, write)
     check_sealed(folder)
     try:
         index = PackIndex(*(np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in PackIndex._fields))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from llama_eqx.data.cache import cache_dir
+from llama_eqx.data.cache import cache_dir, publish
 from llama_eqx.data.chat import chat_format
 from llama_eqx.data.corpus import CorpusConfig, Document, Part
 from llama_eqx.data.shards import (
@@ -21,7 +21,6 @@ from llama_eqx.data.shards import (
     ShardWriter,
     Split,
     TokenData,
-    cached,
     check_sealed,
     open_dataset,
     seal,
@@ -135,16 +134,13 @@ def encode_conversations(data: SftConfig, tokenizer: Tokenizer) -> tuple[TokenDa
 
     The `bytes` of the splits are those of what the assistant says.
 
-    Raises `DataError` when a split is empty, the lines change meanwhile or one does not fit the chat format, `StorageError` when the cache
-    cannot be written.
+    Raises `DataError` when a split is empty, the lines change meanwhile, one does not fit the chat format, or what is in the cache is
+    damaged; `StorageError` when the cache cannot be written.
     """
     corpus = data.identity()
     identity = [FORMAT, f"conversations {MARKS}", corpus, tokenizer.fingerprint, tokenizer.chat]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return cached(cache_dir() / "tokens" / key, lambda folder: _encode(folder, data, tokenizer, corpus), _read)
-
-
-def _read(folder: Path) -> tuple[TokenData, dict[str, Split]]:
+    folder = publish(cache_dir() / "tokens" / key, lambda folder: _encode(folder, data, tokenizer, corpus))
     encoded, learned = open_dataset(folder, remedy=DELETE), {}
     check_sealed(folder)
     for split in (encoded.train, encoded.val):

@@ -12,20 +12,16 @@ import functools
 import hashlib
 import itertools
 import json
-import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from llama_eqx.data.cache import publish
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError
-
-T = TypeVar("T")
 
 FORMAT = 2  # counts the changes of what is written: shards of another format are made anew
 SPLITS = ("train", "val")
@@ -248,24 +244,6 @@ def check_sealed(folder: Path) -> None:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"no {SUMS} can be read: {type(error).__name__}: {error}", where=str(folder), next=DELETE) from error
     _compare(folder, files, None, DELETE)
-
-
-def cached(folder: Path, write: Callable[[Path], None], read: Callable[[Path], T]) -> T:
-    """What `read` finds in a folder of the cache, which `write` fills where there is none. One that `read` refuses is made anew, with a
-    warning.
-
-    Raises the errors of `write`, and `StorageError`.
-    """
-    publish(folder, write)
-    try:
-        return read(folder)
-    except DataError as error:
-        what = error.what.replace(":\n", ": ").replace("\n", "; ")
-        logging.getLogger("llama_eqx").warning("made anew, as it is damaged: %s: %s", folder, what)
-    publish(folder, write, anew=True)
-    _mapped.cache_clear()
-    _sources.cache_clear()
-    return read(folder)
 
 
 class ShardWriter:

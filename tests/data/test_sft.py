@@ -10,6 +10,7 @@ import pytest
 from llama_eqx import load_config
 from llama_eqx.data.dataset import open_data
 from llama_eqx.data.sft import SftConfig
+from llama_eqx.data.shards import DELETE
 from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer
 from llama_eqx.errors import ConfigError, DataError
 
@@ -104,18 +105,16 @@ def test_a_bad_line_is_named_or_skipped_and_counted(sft, line):
 
 
 @pytest.mark.parametrize("damage", ["train-learned.ids.npy", "sha256.json"])
-def test_damaged_marks_are_made_anew_and_it_is_said(sft, cache, caplog, damage):
+def test_damaged_marks_are_named(sft, cache, damage):
     config = sft([{"prompt": "a" * i, "response": "b"} for i in range(30)])
-    first = opened(config)
+    opened(config)
     (folder,) = (cache / "tokens").iterdir()
     content = bytearray((folder / damage).read_bytes())
     content[-1] ^= 64
     (folder / damage).write_bytes(content)
-    again = opened(config)
-    assert f"made anew, as it is damaged: {folder}: " in caplog.text
-    assert again.fingerprint == first.fingerprint
-    rows = np.arange(len(first.train))
-    np.testing.assert_array_equal(again.train.read(rows).loss_mask, first.train.read(rows).loss_mask)
+    with pytest.raises(DataError) as error:
+        opened(config)
+    assert (error.value.where, error.value.next) == (str(folder), DELETE)
 
 
 def test_conversations_that_change_meanwhile_are_not_kept(sft, cache, monkeypatch):

@@ -199,23 +199,17 @@ def changed(path, damage):
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "short", "long", "changed"])
-def test_every_damaged_file_is_named_and_in_the_cache_made_anew(corpus, caplog, damage):
+def test_every_damaged_file_is_named(corpus, damage):
     data = tokenize(corpus, BytesTokenizer())
-    ids = data.train.read(0, data.train.tokens).tolist()
     for name in FILES:
         changed(folder(data) / name, damage)
     with pytest.raises(DataError, match="damaged") as error:
-        open_dataset(folder(data), remedy="delete this folder")
+        tokenize(corpus, BytesTokenizer())
     said = {"missing": "No such file", "empty": ": 0 bytes instead of", "changed": "sha256"}.get(damage, "bytes instead of")
     assert [line.split(":")[0] for line in error.value.what.splitlines()[1:]] == FILES
     assert all(said in line for line in error.value.what.splitlines()[1:])
     assert error.value.where == str(folder(data))
     assert "delete this folder" in error.value.next
-    again = tokenize(corpus, BytesTokenizer())
-    assert again == data
-    assert again.train.read(0, again.train.tokens).tolist() == ids
-    assert f"made anew, as it is damaged: {folder(data)}: damaged files: {FILES[0]}: " in caplog.text
-    assert list(folder(data).parent.iterdir()) == [folder(data)]
 
 
 def test_what_is_too_large_to_be_hashed_is_hashed_when_asked(corpus, monkeypatch):
@@ -229,8 +223,7 @@ def test_what_is_too_large_to_be_hashed_is_hashed_when_asked(corpus, monkeypatch
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"format": 2}', "count", "format", None])
 def test_an_index_that_makes_no_sense_is_named(corpus, content):
-    data = tokenize(corpus, BytesTokenizer())
-    index = folder(data) / "index.json"
+    index = folder(tokenize(corpus, BytesTokenizer())) / "index.json"
     said = json.loads(index.read_text())
     if content == "count":
         said["splits"]["val"]["tokens"] += 1
@@ -239,10 +232,9 @@ def test_an_index_that_makes_no_sense_is_named(corpus, content):
         content = json.dumps({**said, "format": 1})
     index.unlink() if content is None else index.write_text(content)
     with pytest.raises(DataError) as error:
-        open_dataset(index.parent, remedy="delete this folder")
+        tokenize(corpus, BytesTokenizer())
     assert str(index.parent) in error.value.where
     assert "delete this folder" in error.value.next
-    assert tokenize(corpus, BytesTokenizer()) == data
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(write, text):
