@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -21,7 +22,7 @@ from llama_eqx.checkpoint.restore import Restored
 from llama_eqx.checkpoint.store import SCHEME, Place, is_remote, place, put, records, remove
 from llama_eqx.config import Config
 from llama_eqx.crash import crash_point
-from llama_eqx.errors import CheckpointError, ConfigError, StorageError, UserError
+from llama_eqx.errors import CheckpointError, ConfigError, DataError, StorageError, UserError
 from llama_eqx.tracking.jsonl import read_metrics
 
 FAILURES = 2  # saves in a row that may fail before a run is given up
@@ -255,24 +256,38 @@ class Checkpoints:
         return said
 
     def _remove_others(self) -> None:
-        """All steps but those to be kept."""
-        saved = self._saved()
-        for other in {*saved} - self._config.kept(saved):
+        """All steps but those to be kept. Raises `StorageError` naming those that stay, once the others are gone."""
+        saved, failed = self._saved(), []
+        for other in sorted({*saved} - self._config.kept(saved)):
             removed = self._folder / str(other)
-            if not is_remote(removed):
-                removed = removed.rename(self._folder / f"{other}.removed")
-            crash_point("remove")
-            remove(removed)
+            try:
+                if not is_remote(removed):
+                    removed = removed.rename(self._folder / f"{other}.removed")
+                crash_point("remove")
+                remove(removed)
+            except (OSError, UserError) as error:
+                failed.append(f"{other}: {_words(error)}")
+        if failed:
+            raise StorageError("; ".join(failed))
 
     def _saved(self) -> dict[int, dict[str, float]]:
         """The metrics of every saved step. A run that was stopped during an evaluation makes up for it later: then the record has them."""
         saved = {step: restore.metrics_of(self._folder / str(step)) for step in restore.steps(self._folder)}
         best_by = self._config.best_by
-        if self._config.keep_best and self._run_dir is not None and any(best_by not in metrics for metrics in saved.values()):
-            for record in read_metrics(self._run_dir / "metrics.jsonl"):
-                if record["step"] in saved and best_by in record:
-                    saved[int(record["step"])][best_by] = record[best_by]
+        for step, metrics in saved.items() if self._config.keep_best else ():
+            if best_by not in metrics and step in self._recorded:
+                metrics[best_by] = self._recorded[step]
         return saved
+
+    @functools.cached_property
+    def _recorded(self) -> dict[int, float]:
+        """`best_by` of every step in the record, which is read once: what is made up for is so before the first save of a start."""
+        if self._run_dir is None:
+            return {}
+        with contextlib.suppress(DataError):  # damaged: the manifests have to do, and the next start says so
+            records = read_metrics(self._run_dir / "metrics.jsonl")
+            return {int(record["step"]): record[self._config.best_by] for record in records if self._config.best_by in record}
+        return {}
 
     def _clear(self) -> None:
         if jax.process_index() > 0:
