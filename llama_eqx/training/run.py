@@ -12,11 +12,12 @@ from typing import Any, Literal
 from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, TOKENIZER, read_config, write_config
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.checkpoint.save import CheckpointConfig
-from llama_eqx.checkpoint.store import Place, bring, children, is_remote, place, put, records
+from llama_eqx.checkpoint.store import Place, bring, children, content, is_remote, place, put, records
 from llama_eqx.config import Config, differences, dump, known_to_both, nearest
 from llama_eqx.data.corpus import DataConfig
-from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig
-from llama_eqx.errors import CheckpointError, ConfigError, StorageError, UserError
+from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+from llama_eqx.data.tokenizer.base import MARK
+from llama_eqx.errors import CheckpointError, ConfigError, DataError, StorageError, UserError
 from llama_eqx.model.kernel import KernelConfig
 from llama_eqx.model.llama import LlamaConfig
 from llama_eqx.precision import PrecisionConfig
@@ -242,10 +243,22 @@ def claim(config: RunConfig, fingerprint: str) -> list[str]:
 
 
 def file_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Into the run directory and, with the config, into the store: nothing is trained that could not be saved there."""
-    folder = pathlib.Path(config.run_dir, TOKENIZER)
-    tokenizer.save(folder)
-    if is_remote(there := home(config)):
+    """Into the run directory and, with the config, into the store: nothing is trained that could not be saved there.
+
+    Once there is a checkpoint the one that was filed stays: its fingerprint does not tell where a generated text ends, or its chat format.
+    """
+    folder, there = pathlib.Path(config.run_dir, TOKENIZER), home(config)
+    filed = None
+    if steps(there / CHECKPOINTS):
+        if is_remote(there):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in {*children(there / TOKENIZER)} & {MARK, tokenizer.file}:
+                (folder / name).write_bytes(content(there / TOKENIZER, name))
+        with contextlib.suppress(DataError):  # gone or damaged
+            filed = load_tokenizer(folder).fingerprint
+    if filed != tokenizer.fingerprint:
+        tokenizer.save(folder)
+    if is_remote(there):
         put(there, records(folder.parent) | {f"{TOKENIZER}/{file.name}": file.read_bytes() for file in folder.iterdir()})
 
 

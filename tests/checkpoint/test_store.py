@@ -10,16 +10,19 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+from tokenizers import Tokenizer as Library
+from tokenizers.models import WordLevel
 
 from llama_eqx import load_config, load_pretrained
 from llama_eqx.checkpoint.manifest import read_manifest
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.checkpoint.store import asked, children, content, place, put
-from llama_eqx.data.tokenizer import find_tokenizer
+from llama_eqx.data.tokenizer import HuggingFaceTokenizer, find_tokenizer, load_tokenizer
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError
 from llama_eqx.interop.pretrained import located
 from llama_eqx.training.loop import train
+from llama_eqx.training.run import file_tokenizer
 
 MISSING = [name for name in ("gcsfs", "gcp_storage_emulator") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; pip install '.[gcs,test]'")
@@ -175,6 +178,15 @@ def test_a_run_goes_on_in_an_empty_run_dir(tmp_path, monkeypatch, capsys):
         train(run(tmp_path / "c", home, "seed=1"))
     with pytest.raises(CheckpointError, match=r"checkpoint.store: None -> gs://bucket/run"):
         train(run(tmp_path / "local", home))
+
+
+def test_the_tokenizer_of_a_run_that_goes_on_is_the_one_in_the_store(tmp_path):
+    home, definition = "gs://bucket/filed", Library(WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a")).to_str().encode()
+    for name, stop in (("a", 1), ("b", 2)):
+        file_tokenizer(run(tmp_path / name, home), HuggingFaceTokenizer(definition, eos=0, stop=[stop]))
+        put(place(home), {"checkpoints/1/manifest.json": b"{}"})
+    assert load_tokenizer(tmp_path / "b" / "tokenizer").stop == (0, 1)
+    assert content(place(home), "tokenizer/tokenizer_kind.json") == (tmp_path / "a" / "tokenizer" / "tokenizer_kind.json").read_bytes()
 
 
 @pytest.mark.parametrize("wrong", ["folder", "gs://", "s3://bucket/folder", "gs://bucket//folder"])

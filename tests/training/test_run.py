@@ -1,14 +1,16 @@
 """What a run's config takes from the tokenizer."""
 
 import pytest
+from tokenizers import Tokenizer as Library
+from tokenizers.models import WordLevel
 
 from llama_eqx import load_config
 from llama_eqx.checkpoint.native import read_config
 from llama_eqx.data.dataset import open_data
 from llama_eqx.data.prepare import prepare
-from llama_eqx.data.tokenizer import BytesTokenizer
+from llama_eqx.data.tokenizer import BytesTokenizer, HuggingFaceTokenizer, load_tokenizer
 from llama_eqx.errors import CheckpointError
-from llama_eqx.training.run import claim, warnings, with_vocab
+from llama_eqx.training.run import claim, file_tokenizer, warnings, with_vocab
 
 
 class Llama3(BytesTokenizer):
@@ -91,3 +93,19 @@ def test_where_a_run_started_from_is_not_read_and_kept_once_it_has_a_checkpoint(
     assert claim(load_config(*asked, "init_from=there"), "") == ["init_from=there is not read: this run began from here"]
     assert claim(load_config(*asked), "") == claim(load_config(*asked, "init_from=here"), "") == []
     assert read_config(tmp_path)["init_from"] == "here"
+
+
+def test_the_tokenizer_that_was_filed_stays_once_there_is_a_checkpoint(tmp_path):
+    definition = Library(WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a")).to_str().encode()
+    config, folder = load_config("tokenizer=hf", "tokenizer.path=here", f"run_dir={tmp_path}"), tmp_path / "tokenizer"
+
+    def filed(stop):
+        file_tokenizer(config, HuggingFaceTokenizer(definition, eos=0, stop=[stop]))
+        return load_tokenizer(folder).stop
+
+    assert (filed(1), filed(2)) == ((0, 1), (0, 2))
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "3" / "manifest.json").touch()
+    assert filed(1) == (0, 2)
+    (folder / "tokenizer.json").write_bytes(definition[:-1])  # damaged
+    assert filed(1) == (0, 1)
