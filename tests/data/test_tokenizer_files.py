@@ -210,11 +210,14 @@ def test_the_ends_of_a_native_folder(hf):
 @pytest.mark.parametrize("processor", [True, False])
 @pytest.mark.parametrize("said", [{}, {"add_bos_token": True}, {"add_bos_token": False}], ids=str)
 def test_what_a_text_begins_with(processor, said, hf):
-    """BOS or nothing, as transformers reads the folder."""
+    """BOS or nothing, as transformers reads the folder; BOS where a model is trained on documents that begin with it."""
     if not processor:
         edit(hf / "tokenizer.json", post_processor=None)
     edit(hf / "tokenizer_config.json", **said)
     assert prompt_tokens(find_tokenizer(hf), "fox") == AutoTokenizer.from_pretrained(hf)("fox").input_ids
+    trained = read_huggingface(hf)
+    trained.save(hf / "run" / "tokenizer")
+    assert trained.prefix == find_tokenizer(hf / "run").prefix == (320,)
 
 
 def edit(file, **settings):

@@ -38,7 +38,9 @@ def find_tokenizer(folder: Path) -> Tokenizer:
     if (folder / "tokenizer" / MARK).is_file():
         return load_tokenizer(folder / "tokenizer")
     if (folder / "tokenizer.json").is_file():
-        return read_huggingface(folder)
+        tokenizer = read_huggingface(folder)
+        tokenizer.foreign = True
+        return tokenizer
     # Meta's own downloads keep one file beside the folders of a generation's sizes.
     beside = [folder.parent] if (folder / "params.json").is_file() else []
     file = next((place / "tokenizer.model" for place in (folder, *beside) if (place / "tokenizer.model").is_file()), None)

@@ -24,6 +24,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     kind, file = "hf", "tokenizer.json"
+    foreign = False  # whether it lies beside a model that was not trained here
 
     def __init__(self, definition: bytes, **settings: Any):
         from tokenizers import Tokenizer as Library
@@ -62,7 +63,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """What the file puts before a text; `transformers` asks it alone."""
+        """BOS, as documents in training; for a foreign model what the file puts before a text, which `transformers` asks alone."""
+        if not self.foreign:
+            return super().prefix
         found = self.library.encode("a", add_special_tokens=True)
         marked = itertools.takewhile(lambda pair: pair[1], zip(found.ids, found.special_tokens_mask, strict=True))
         return tuple(i for i, _ in marked)
