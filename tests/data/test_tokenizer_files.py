@@ -203,8 +203,15 @@ def test_the_ends_of_a_hugging_face_model(generation, config, eos, stop, hf):
 
 
 def test_the_ends_of_a_native_folder(hf):
-    (hf / "config.yaml").write_text("model:\n  tokens: {tokenizer: null, bos: 320, eos: [321, 7], pad: null}\n")
-    assert find_tokenizer(hf).stop == (321, 7, 328, 329)
+    """`config.yaml` says which end a text; what ends a document, and so the ids of a corpus, it says only where no other file does."""
+    (hf / "config.yaml").write_text("model:\n  tokens: {tokenizer: null, bos: 9, eos: [321, 7], pad: null}\n")
+    tokenizer = find_tokenizer(hf)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.stop) == (320, 329, (329, 321, 7, 328))
+    (hf / "tokenizer_config.json").unlink()
+    tokenizer = find_tokenizer(hf)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.stop) == (9, 321, (321, 7, 328, 329))
+    (hf / "config.yaml").write_text("model: {tokens: [1, 2]}")
+    assert find_tokenizer(hf).eos == 321
 
 
 @pytest.mark.parametrize("processor", [True, False])

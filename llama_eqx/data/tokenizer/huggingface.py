@@ -130,28 +130,35 @@ def read_huggingface(folder: Path, chat: str | None = None) -> HuggingFaceTokeni
 def special_ids(folder: Path, names: Mapping[str, int]) -> dict[str, Any]:
     """`bos`, `eos`, `pad` and `stop` as the files of a folder say.
 
-    generation_config.json comes first, then the model's config, then tokenizer_config.json. The first of several EOS ids ends documents,
-    all end generation. `names` are the ids of special tokens; where no file says anything, BOS and EOS are those of Llama's names.
+    generation_config.json comes first, then config.json, tokenizer_config.json, and config.yaml, which for `stop` comes before the latter.
+    The first of several EOS ids ends documents, all end generation. `names` are the ids of special tokens; where no file says anything, BOS
+    and EOS are those of Llama's names.
     """
     generation, config, words = [json_object(folder / name) for name in ("generation_config.json", "config.json", "tokenizer_config.json")]
-    native = {f"{name}_token_id": i for name, i in (native_model(folder).get("tokens") or {}).items() if i != []}
+    tokens = native_model(folder).get("tokens")
+    native = {f"{name}_token_id": i for name, i in tokens.items() if i != []} if isinstance(tokens, dict) else {}
+    named = {}
+    for which in ("bos", "eos", "pad"):
+        token = words.get(f"{which}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and token in names:
+            named[f"{which}_token_id"] = names[token]
 
-    def said(which: str) -> list[int]:
-        for tree in (generation, config, native):
+    def said(which: str, *last: Mapping[str, Any]) -> list[int]:
+        for tree in (generation, config, *last):
             if (ids := tree.get(f"{which}_token_id")) is not None:
                 ids = ids if isinstance(ids, list) else [ids]
                 if not all(type(i) is int for i in ids):
                     raise DataError(f"{which}_token_id is {ids}, not an id", where=str(folder))
                 return [i for i in ids if i != -1]  # older files' way to say that there is none
-        token = words.get(f"{which}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        return [names[token]] if isinstance(token, str) and token in names else []
+        return []
 
-    bos = said("bos") or [names[name] for name in ("<|begin_of_text|>", "<s>") if name in names]
-    eos = said("eos") or [names[name] for name in ("<|end_of_text|>", "</s>") if name in names]
-    pad = said("pad") or [names[name] for name in ("<|finetune_right_pad_id|>",) if name in names]
-    bos, eos, pad, stop = *(next(iter(ids), None) for ids in (bos, eos, pad)), tuple(eos)
-    return {"bos": bos, "eos": eos, "stop": stop, "pad": pad}
+    bos = said("bos", named, native) or [names[name] for name in ("<|begin_of_text|>", "<s>") if name in names]
+    eos = said("eos", named, native) or [names[name] for name in ("<|end_of_text|>", "</s>") if name in names]
+    pad = said("pad", named, native) or [names[name] for name in ("<|finetune_right_pad_id|>",) if name in names]
+    stop = said("eos", native, named) or eos
+    bos, eos, pad = (next(iter(ids), None) for ids in (bos, eos, pad))
+    return {"bos": bos, "eos": eos, "stop": tuple(stop), "pad": pad}
 
 
 def _chat(special: Mapping[str, int]) -> str | None:
