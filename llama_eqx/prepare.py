@@ -22,7 +22,7 @@ def main(config: Any, overrides: list[str]) -> None:
     if done.read:
         print(f"speed       {done.read / 1e6 / done.seconds:,.2f} MB/s, {done.read:,} bytes of files in {done.seconds:,.1f} s")
     if done.touched:
-        print(f"warning     {len(done.touched):,} files were written to after they were encoded: {', '.join(done.touched[:3])}")
+        print(f"warning     {len(done.touched):,} files were written to or copied after they were encoded: {', '.join(done.touched[:3])}")
         print("            if their text is another, output=ANOTHER encodes it")
     if done.counts["val"]["tokens"]:
         print(f"train       python -m llama_eqx.train data=prepared data.path={done.folder}")

@@ -85,7 +85,8 @@ class InputConfig(DataConfig):
 
 class Prepared(NamedTuple):
     """What came of it. `refused` are records that could not be read, and `named` some of them; `read` are the bytes of files that were
-    encoded in these `seconds`, and not in a call before. `touched` are files that were written to since, and are as large as they were."""
+    encoded in these `seconds`, and not in a call before. `touched` are files that were written to or copied since, and are as large as they
+    were."""
 
     folder: Path
     counts: dict[str, dict[str, int]]
@@ -172,6 +173,15 @@ def _sources(where: str) -> list[Source]:
         )
     return sources
 
+def _then(path: Path, count: int) -> list[int] | None:
+    """The times of `count` files that were kept; None where they are not there, as of older datasets, or damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, list) and len(found) == count else None
+
+
 
 def _claim(path: Path, settings: dict[str, Any]) -> None:
     """Raises `DataError` when unfinished work with other settings is there."""
@@ -205,7 +215,7 @@ def _finished(folder: Path, settings: dict[str, Any], sources: list[Source], *, 
     _compare(old, settings, folder, "a dataset")
     shutil.rmtree(folder / "partial", ignore_errors=True)
     now = _modified(sources)
-    then = json.loads((folder / MODIFIED).read_text()) if (folder / MODIFIED).exists() else now  # older datasets have none
+    then = _then(folder / MODIFIED, len(sources)) or now
     touched = [source.name for source, a, b in zip(sources, then, now, strict=True) if a != b]
     dropped = {"duplicates": 0, "empty": 0, "refused": 0, "named": [], **index["dropped"]}
     counts = {split.name: {count: getattr(split, count) for count in COUNTS} for split in (data.train, data.val)}

@@ -293,7 +293,12 @@ def test_what_is_done_is_not_done_again_and_never_for_something_else(corpus, tmp
     os.utime(folder / "a1.txt", (0, 0))
     assert prepare(config(*overrides)).touched == ["a1.txt"]
     verb.main(config(*overrides), overrides)
-    assert "warning     1 files were written to after they were encoded: a1.txt\n" in capsys.readouterr().out
+    assert "warning     1 files were written to or copied after they were encoded: a1.txt\n" in capsys.readouterr().out
+    times = before["modified.json"]
+    for damaged in (times[:-5], b"\xff", b"1", b"[1, 2]"):
+        (tmp_path / "out" / "modified.json").write_bytes(damaged)
+        assert prepare(config(*overrides)).touched == []
+    (tmp_path / "out" / "modified.json").write_bytes(times)
     (folder / "a0.txt").write_text("something else")
     with pytest.raises(DataError, match=r"sources: 7 -> 7 files, 1 of them .*a0\.txt"):
         prepare(config(*overrides))
