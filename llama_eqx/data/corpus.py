@@ -202,7 +202,7 @@ class TextConfig(CorpusConfig):
         empty = True
         for number, source in enumerate(find(self.path, "data.path")):
             for piece in pieces(number, source, None, "text"):
-                for record in records(piece, "text"):
+                for record in records(piece, "text", skip=self.on_error == "skip"):
                     if record.problem:
                         error = refusal(piece, record, "data.path")
                         if self.on_error == "refuse":

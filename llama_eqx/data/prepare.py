@@ -66,12 +66,15 @@ class InputConfig(DataConfig):
 
     path: str
     field: str
+    on_error: Literal["refuse", "skip"]
     validation_fraction: float
 
     def documents(self) -> Iterator[Document]:
         for number, source in enumerate(_sources(self.path)):
             for piece in pieces(number, source, None, self.field):
-                yield from (Document(f"{source.name}:{record.number}", record.text) for record in records(piece, self.field) if record.text)
+                for record in records(piece, self.field, skip=self.on_error == "skip"):
+                    if record.text:
+                        yield Document(f"{source.name}:{record.number}", record.text)
 
     def parts(self) -> Iterator[Part]:
         for document in self.documents():
@@ -110,7 +113,12 @@ def prepare(config: PrepareConfig) -> Prepared:
     began, output = time.monotonic(), Path(config.output).expanduser()
     sources = _sources(config.input)
     trained_on = InputConfig(
-        prompt="", position_offset=0, path=config.input, field=config.field, validation_fraction=config.validation_fraction
+        prompt="",
+        position_offset=0,
+        path=config.input,
+        field=config.field,
+        on_error=config.on_error,
+        validation_fraction=config.validation_fraction,
     )
     tokenizer = config.tokenizer.build(trained_on)
     encoding = {
@@ -165,14 +173,6 @@ def _modified(sources: list[Source]) -> list[int]:
     return [os.stat(source.path).st_mtime_ns if os.path.exists(source.path) else 0 for source in sources]
 
 
-def _sources(where: str) -> list[Source]:
-    sources = find(where, "input")
-    if unclear := [source.name for source in sources if source.name.removesuffix(".gz").removesuffix(".zst").endswith(".json")]:
-        raise DataError(
-            "a .json file could be anything", where=", ".join(unclear[:5]), next="name it .jsonl if each of its lines is an object"
-        )
-    return sources
-
 def _then(path: Path, count: int) -> list[int] | None:
     """The times of `count` files that were kept; None where they are not there, as of older datasets, or damaged."""
     try:
@@ -181,6 +181,14 @@ def _then(path: Path, count: int) -> list[int] | None:
         return None
     return found if isinstance(found, list) and len(found) == count else None
 
+
+def _sources(where: str) -> list[Source]:
+    sources = find(where, "input")
+    if unclear := [source.name for source in sources if source.name.removesuffix(".gz").removesuffix(".zst").endswith(".json")]:
+        raise DataError(
+            "a .json file could be anything", where=", ".join(unclear[:5]), next="name it .jsonl if each of its lines is an object"
+        )
+    return sources
 
 
 def _claim(path: Path, settings: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from llama_eqx.data.shards import (
     token_dtype,
     write_index,
 )
-from llama_eqx.data.sources import Record, Source, find, lines
+from llama_eqx.data.sources import Record, Source, find, lines, remedy
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import ConfigError, DataError
 
@@ -87,13 +87,13 @@ class SftConfig(CorpusConfig):
         if Path(self.path).expanduser().is_dir():
             found = [source for source in found if ".jsonl" in source.name]
         for source in found:
-            for line in lines(source):
+            for line in lines(source, skip=self.on_error == "skip"):
                 where = f"{source.path}:{line.number}" if line.number else source.path
                 try:
                     messages = self._messages(line)
                 except ValueError as error:
                     if self.on_error == "refuse":
-                        raise DataError(str(error), where=where, next="mend the line, or data.on_error=skip") from error
+                        raise DataError(str(error), where=where, next=f"{remedy(line)}, or data.on_error=skip") from error
                     skipped.append(where)
                     continue
                 empty = False

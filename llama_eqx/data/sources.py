@@ -16,6 +16,7 @@ from llama_eqx.errors import DataError
 
 TEXT, LINES, PARQUET = ".txt", ".jsonl", ".parquet"
 COMPRESSED = (".gz", ".zst")
+UNREAD = "cannot read: "
 IN_FOLDERS = (*(f"{suffix}{pressed}" for suffix in (TEXT, ".md", LINES) for pressed in ("", *COMPRESSED)), PARQUET)
 
 
@@ -87,9 +88,9 @@ def pieces(number: int, source: Source, size: int | None, field: str) -> list[Pi
     return [Piece(number, source, start, min(start + cut, source.size), 0, min(cut, source.size - start)) for start in starts]
 
 
-def records(piece: Piece, field: str) -> Iterator[Record]:
-    """The documents of a piece: `field` of each line or row, or the one text. A record that cannot be read has a problem instead; of a
-    compressed file that is damaged there is no other.
+def records(piece: Piece, field: str, *, skip: bool) -> Iterator[Record]:
+    """The documents of a piece: `field` of each line or row, or the one text. A record that cannot be read has a problem instead. If these
+    are to `skip`, one is all that there is of a compressed file that is damaged.
 
     Raises `DataError` when the file is not as large as it was.
     """
@@ -102,27 +103,27 @@ def records(piece: Piece, field: str) -> Iterator[Record]:
             for number, content in enumerate(_rows(piece, field), piece.first + 1):
                 yield Record(number, None, f"no text in the column {field}") if content is None else _record(number, content)
             return
-        with _open_lines(source) if kind == LINES else _open(source) as file:
+        with _open(source, to_end=skip and kind == LINES) as file:
             if kind == LINES:
                 for number, line in enumerate(_lines(file, piece), 1):
                     yield _line(number, line, field)
             else:
                 yield _record(0, file.read())
     except (OSError, EOFError, ValueError, NotImplementedError, zlib.error) as error:
-        yield Record(number + 1 if number else 0, None, f"cannot read: {getattr(error, 'strerror', None) or error}")
+        yield _unread(number, error)
 
 
-def lines(source: Source) -> Iterator[Record]:
+def lines(source: Source, *, skip: bool) -> Iterator[Record]:
     """The lines of a file as they stand, without blank ones. Where it cannot be read there is a problem, as of `records`."""
     number = 0
     try:
-        with _open_lines(source) as file:
+        with _open(source, to_end=skip) as file:
             for number, line in enumerate(file, 1):
                 record = _record(number, line)
                 if record.text is None or record.text.strip():
                     yield record
     except (OSError, EOFError, zlib.error) as error:
-        yield Record(number + 1 if number else 0, None, f"cannot read: {getattr(error, 'strerror', None) or error}")
+        yield _unread(number, error)
 
 
 def read_text(path: Path) -> str:
@@ -131,7 +132,7 @@ def read_text(path: Path) -> str:
     try:
         record = _record(0, path.read_bytes())
     except OSError as error:
-        record = Record(0, None, f"cannot read: {error.strerror}")
+        record = _unread(0, error)
     if record.text is None:
         raise refusal(Piece(0, source, 0, 0, 0, 0), record, "data.path")
     return record.text
@@ -139,11 +140,15 @@ def read_text(path: Path) -> str:
 
 def refusal(piece: Piece, record: Record, key: str) -> DataError:
     """The problem of a record as an error, for people. `key` names the files."""
-    where, mend = piece.source.path, "convert it to UTF-8"
-    if record.number:
-        where += f":{_lines_before(piece) + record.number}"
-        mend = "mend this record, or take it out"
-    return DataError(record.problem, where=where, next=f"{mend}, or leave the file out with a glob such as {key}='FOLDER/*.md'")
+    where = f"{piece.source.path}:{_lines_before(piece) + record.number}" if record.number else piece.source.path
+    return DataError(record.problem, where=where, next=f"{remedy(record)}, or leave the file out with a glob such as {key}='FOLDER/*.md'")
+
+
+def remedy(record: Record) -> str:
+    """What can be done about its problem."""
+    if record.problem.startswith(UNREAD):
+        return "download or copy this file again"
+    return "mend this record, or take it out" if record.number else "convert it to UTF-8"
 
 
 def _kind(source: Source) -> str:
@@ -153,7 +158,12 @@ def _kind(source: Source) -> str:
     return next((kind for kind in (LINES, PARQUET) if name.endswith(kind)), TEXT)
 
 
-def _open(source: Source) -> Any:
+def _open(source: Source, *, to_end: bool) -> Any:
+    """With `to_end` a compressed file is read to its end first: that lines before it are not what they were may show only there."""
+    if to_end and source.name.endswith(COMPRESSED):
+        with _open(source, to_end=False) as file:
+            while file.read(2**20):
+                pass
     if source.name.endswith(".gz"):
         return gzip.open(source.path)
     if source.name.endswith(".zst"):
@@ -161,15 +171,6 @@ def _open(source: Source) -> Any:
 
         return io.BufferedReader(pyarrow.CompressedInputStream(source.path, "zstd"), 2**20)
     return open(source.path, "rb")
-
-
-def _open_lines(source: Source) -> Any:
-    """A compressed file is read to its end first: that lines before it are not what they were may show only there."""
-    if source.name.endswith(COMPRESSED):
-        with _open(source) as file:
-            while file.read(2**20):
-                pass
-    return _open(source)
 
 
 def _lines(file: Any, piece: Piece) -> Iterator[bytes]:
@@ -214,6 +215,11 @@ def _record(number: int, content: bytes) -> Record:
         except UnicodeDecodeError:
             pass
     return Record(number, None, "not UTF-8 text")
+
+
+def _unread(before: int, error: Exception) -> Record:
+    """What stands for the records after those `before`."""
+    return Record(before + 1 if before else 0, None, f"{UNREAD}{getattr(error, 'strerror', None) or error}")
 
 
 def _row_groups(number: int, source: Source, size: int | None, field: str) -> list[Piece]:

@@ -103,7 +103,7 @@ def run_unit(task: Task, unit: Unit) -> None:
     with whole(task.path(unit.number, "ids")) as file:
         batch, size = [], 0
         for piece in unit.pieces:
-            for record in records(piece, task.field):
+            for record in records(piece, task.field, skip=task.skip):
                 lines[piece.number] = record.number
                 if record.problem:
                     refuse(piece, record)

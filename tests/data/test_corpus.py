@@ -1,4 +1,5 @@
 import dataclasses
+import gzip
 import json
 import pathlib
 import sysconfig
@@ -162,6 +163,13 @@ def test_a_binary_file_is_named(write, text, name, content):
         list(text(folder).documents())
     assert error.value.where.startswith(f"{folder}/{name.replace('_', '.')}")
     assert "data.path=" in error.value.next
+
+
+def test_of_a_damaged_compressed_file_no_line_is_left_when_it_is_skipped(write, text):
+    packed = gzip.compress(b'{"text": "a"}\n')
+    folder = write(a_jsonl_gz=packed[:-8] + bytes([packed[-8] ^ 1]) + packed[-7:], b_txt="b")  # of the checksum
+    data = dataclasses.replace(text(folder), on_error="skip")
+    assert ([document.text for document in data.documents()], data.skipped()) == (["b"], [f"{folder}/a.jsonl.gz"])
 
 
 def test_no_path_no_file_and_no_text_say_what_to_type(write, text, tmp_path):

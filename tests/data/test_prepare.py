@@ -228,9 +228,13 @@ def test_a_bad_line_ends_all_by_name_or_is_counted(tmp_path):
             prepare(config(*overrides, f"prepare.workers={workers}"))
         assert error.value.where == f"{tmp_path}/a.jsonl:124"
         assert "on_error=skip" in error.value.next
+    whole = gzip.compress(b'{"text": "\xe4\xbd\xa0"}\n')
+    (tmp_path / "c.jsonl.gz").write_bytes(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])  # of the checksum
     done = prepare(config(*overrides[:1], f"output={tmp_path}/skipped", "unit_bytes=500", "on_error=skip"))
-    assert done.refused == 4
-    assert [name.split(": ")[0] for name in done.named] == ["a.jsonl:124", "a.jsonl:201", "a.jsonl:202", "b.txt"]
+    assert done.refused == 5
+    assert [name.split(": ")[0] for name in done.named] == ["a.jsonl:124", "a.jsonl:201", "a.jsonl:202", "b.txt", "c.jsonl.gz"]
+    prepare(config(*overrides[:1], f"output={tmp_path}/chars", "on_error=skip", "tokenizer=chars"))
+    assert "\u4f60" not in load_tokenizer(tmp_path / "chars" / "tokenizer").characters
     data = opened(tmp_path / "skipped")
     assert data.train.documents + data.val.documents == 297
     for split in (data.train, data.val):

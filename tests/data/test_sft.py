@@ -139,6 +139,9 @@ def test_a_damaged_compressed_file_is_left_out_whole(sft, tmp_path):
     data = opened(dataclasses.replace(config, path=str(tmp_path)))
     assert len(learned(data.train) + learned(data.val)) == 30
     assert data.notes == [f"1 records or files cannot be read and are skipped, the first at {tmp_path / 'b.jsonl.gz'}"]
+    with pytest.raises(DataError, match="cannot read") as error:
+        opened(dataclasses.replace(config, path=str(tmp_path), on_error="refuse"))
+    assert error.value.next == "download or copy this file again, or data.on_error=skip"
 
 
 def test_a_conversation_that_the_format_does_not_know_is_named(sft):

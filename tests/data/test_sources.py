@@ -23,9 +23,9 @@ def pack(content, ending):
     return content
 
 
-def read(path, size=None, field="text"):
+def read(path, size=None, field="text", skip=False):
     [source] = find(str(path), "input")
-    return [list(records(piece, field)) for piece in pieces(0, source, size, field)]
+    return [list(records(piece, field, skip=skip)) for piece in pieces(0, source, size, field)]
 
 
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -72,9 +72,17 @@ def test_what_is_cut_off_or_not_compressed_is_a_problem(tmp_path, ending):
         broken.append(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])  # another checksum: a line may be another, and nobody knows which
     for content in broken:
         (tmp_path / f"a.jsonl{ending}").write_bytes(content)
-        [[record]] = read(tmp_path / f"a.jsonl{ending}")
+        [[record]] = read(tmp_path / f"a.jsonl{ending}", skip=True)
         assert (record.number, record.text) == (0, None)
         assert "cannot read" in record.problem
+        *before, last = read(tmp_path / f"a.jsonl{ending}")[0]  # where it ends a run, its end is not looked at first
+        assert last == (len(before) + 1 if before else 0, None, record.problem)
+        assert all(record.text for record in before)
+        assert len(before) > 10_000 or content is not broken[0]
+        [source] = find(str(tmp_path), "input")
+        for problem in (record, last):
+            error = refusal(pieces(0, source, None, "text")[0], problem, "input")
+            assert error.next == "download or copy this file again, or leave the file out with a glob such as input='FOLDER/*.md'"
 
 
 def test_rows_of_parquet_are_read_by_group(tmp_path):
@@ -111,7 +119,7 @@ def test_a_file_that_grew_is_refused(tmp_path):
     [piece] = pieces(0, source, None, "text")
     (tmp_path / "a.txt").write_text("abc")
     with pytest.raises(DataError, match="3 bytes"):
-        list(records(piece, "text"))
+        list(records(piece, "text", skip=False))
 
 
 def test_a_folder_gives_what_can_be_read_in_order_and_a_glob_what_matches(tmp_path):
@@ -129,5 +137,5 @@ def test_a_file_that_cannot_be_opened_is_a_problem(tmp_path):
     (tmp_path / "a.txt").write_text("ab")
     [source] = find(str(tmp_path / "a.txt"), "input")
     (tmp_path / "a.txt").unlink()
-    [record] = records(Piece(0, source, 0, 2, 0, 2), "text")
+    [record] = records(Piece(0, source, 0, 2, 0, 2), "text", skip=False)
     assert "No such file" in record.problem
