@@ -162,12 +162,11 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
     overrides = [argument for argument in arguments if re.search(r"^[^-].*=|^~", argument) and argument not in places]
     flags = [argument for argument in arguments if argument not in overrides]
     sweep = bool({"-m", "--multirun"} & {*flags})
-    if sweep:
-        pass  # its jobs say of themselves what they take
-    elif taken := from_plan(name, overrides):
+    taken = [] if sweep else from_plan(name, overrides)  # the jobs of a sweep take and tell it themselves
+    if taken:
         batch = "; the recipe's learning rate is for the recipe's batch" * any(each.startswith("train.batch_size") for each in taken)
         print(f"note: planned for this model on this mesh: {' '.join(taken)}{batch}", file=sys.stderr)
-    elif name in PLANNED and plan_file(overrides).is_file() and "experiment" in _values(overrides):
+    elif not sweep and name in PLANNED and plan_file(overrides).is_file() and "experiment" in _values(overrides):
         print("note: an experiment takes nothing of what is planned for this model on this mesh", file=sys.stderr)
     if {"-h", "--help"} & {*arguments}:
         print(help_text(name))
