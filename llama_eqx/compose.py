@@ -27,6 +27,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from llama_eqx import extensions
 from llama_eqx.config import Config, load, nearest
 from llama_eqx.errors import ConfigError, StorageError, UserError
 
@@ -82,6 +83,11 @@ def registration() -> Any:
 def conf_dir() -> pathlib.Path:
     """The folder of YAML: the copy inside an installed package, else the checkout's."""
     return next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if (path / "train.yaml").is_file())
+
+
+def conf_dirs() -> list[pathlib.Path]:
+    """That folder, and those of the extensions that have one."""
+    return [conf_dir(), *(folder / "conf" for folder in extensions.folders() if (folder / "conf").is_dir())]
 
 
 def home(name: str) -> pathlib.Path:
@@ -201,9 +207,10 @@ def help_text(name: str) -> str:
     folder = home(name)
     said = yaml.safe_load((folder / f"{name}.yaml").read_text())["hydra"]["help"]["template"]
     options: dict[str, list[str]] = {}
-    for path in sorted(folder.glob("*/**/*.yaml")):
-        if not path.stem.startswith("_") and path.stem != path.parent.name:  # parts of options, and verbs with a folder of their own
-            options.setdefault(str(path.parent.relative_to(folder)), []).append(path.stem)
+    folders = conf_dirs() if folder == conf_dir() else [folder]
+    for group, option in sorted((str(path.parent.relative_to(top)), path.stem) for top in folders for path in top.glob("*/**/*.yaml")):
+        if not option.startswith("_") and option != pathlib.Path(group).name:  # parts of options, and verbs with a folder of their own
+            options.setdefault(group, []).append(option)
     return said.replace("$APP_CONFIG_GROUPS", "\n".join(f"{group}: {', '.join(found)}" for group, found in options.items()))
 
 
@@ -220,9 +227,13 @@ def quoted(override: str) -> str:
 def quoted_options(override: str) -> str:
     """`profile=true,false` with the names of options quoted, which Hydra would take for bools or numbers."""
     key, _, value = override.partition("=")
-    if not re.fullmatch(r"(true|false|[\d.]+)(,(true|false|[\d.]+))*", value) or not key or not (conf_dir() / key).is_dir():
+    if not re.fullmatch(r"(true|false|[\d.]+)(,(true|false|[\d.]+))*", value) or not key or not _is_group(key):
         return override
     return f"{key}=" + ",".join(f'"{option}"' for option in value.split(","))
+
+
+def _is_group(name: str) -> bool:
+    return any((folder / name).is_dir() for folder in conf_dirs())
 
 
 def _together(job: Callable[[Any, list[str]], None], config: Any, overrides: list[str]) -> None:
@@ -364,7 +375,7 @@ def resolve(config: DictConfig) -> Any:
 
 def _compose(name: str, overrides: list[str]) -> DictConfig:
     for group, _, option in (override.lstrip("+").partition("=") for override in overrides):
-        if (conf_dir() / group.partition("@")[0]).is_dir() and (".." in option.split("/") or option.startswith("/")):
+        if _is_group(group.partition("@")[0]) and (".." in option.split("/") or option.startswith("/")):
             raise ConfigError(f"{group} has no option {option!r}", where=group, next="options are the names of files in conf/")
     outer = GlobalHydra.instance().hydra  # the caller's own, if any
     GlobalHydra.instance().clear()
@@ -379,8 +390,8 @@ def _explained(error: Exception, name: str, overrides: list[str]) -> ConfigError
     """Hydra's exception as a sentence with the nearest key or option."""
     text = str(error)
     if match := re.search(r"Could not find '(?P<group>[\w/]+)/(?P<option>[^'/]+)'", text):
-        folder = conf_dir() / match["group"]
-        options = [path.stem for path in folder.glob("*.yaml") if not path.stem.startswith("_")]
+        options = [path.stem for folder in conf_dirs() for path in (folder / match["group"]).glob("*.yaml")]
+        options = [option for option in options if not option.startswith("_")]
         where = _override_of(match["group"], overrides)
         return ConfigError(f"{match['group']} has no option {match['option']!r}", where=where, next=nearest(match["option"], options))
     if match := re.search(r"Could not override '(?P<key>[^']+)'|Key '(?P<bare>[^']+)' is not in struct", text):
@@ -400,7 +411,7 @@ def _override_of(key: str, overrides: list[str]) -> str:
 
 def _keys(name: str, overrides: list[str]) -> list[str]:
     """Every dotted key and every group, in the composition by those overrides that choose options and compose."""
-    groups = [str(path.parent.relative_to(conf_dir())) for path in conf_dir().rglob("*.yaml")]
+    groups = [str(path.parent.relative_to(folder)) for folder in conf_dirs() for path in folder.rglob("*.yaml")]
     choices = [override for override in overrides if override.split("=")[0].lstrip("+") in groups]
     try:
         config = _compose(name, choices)

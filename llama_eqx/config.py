@@ -1,6 +1,5 @@
 """The base of every config, and the one way from YAML to it."""
 
-import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -14,6 +13,7 @@ from typing import Any, ClassVar, dataclass_transform
 from beartype.door import is_bearable
 
 from llama_eqx.errors import ConfigError
+from llama_eqx.extensions import extensions
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -59,7 +59,7 @@ class Config:
 def load(node: Any, path: str = "") -> Any:
     """A resolved tree of dicts, lists and scalars, as `Config`s: a dict with `_target_` becomes that class.
 
-    Nothing but a `Config` of this package is ever imported or called, so a config that came with a download is data.
+    Nothing but a `Config` of this package and its `extensions` is ever imported or called, so a config that came with a download is data.
 
     Raises `ConfigError` naming the place in the tree.
     """
@@ -87,10 +87,15 @@ def load(node: Any, path: str = "") -> Any:
 
 
 def dump(value: Any) -> Any:
-    """The inverse of `load`: plain containers, with `_target_` where a `Config` stood."""
+    """The inverse of `load`: plain containers, with `_target_` where a `Config` stood.
+
+    Raises `ConfigError` for a class that `load` would not build.
+    """
     if isinstance(value, Config):
+        target = f"{type(value).__module__}.{type(value).__qualname__}"
+        _config_class(target, "")
         fields = {field.name.rstrip("_"): dump(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
+        return {"_target_": target, **fields}
     if isinstance(value, Mapping):
         return {key: dump(child) for key, child in value.items()}
     return [dump(child) for child in value] if isinstance(value, tuple) else value
@@ -141,12 +146,19 @@ def _field(key: str) -> str:
 
 def _config_class(target: str, path: str) -> type[Config]:
     module, _, name = target.rpartition(".")
-    cls = None
-    if f"{module}.".startswith("llama_eqx."):
-        with contextlib.suppress(ImportError):
+    packages, where, cls = ("llama_eqx", *extensions()), f"{path}._target_".lstrip("."), None
+    if f"{module}.".startswith(tuple(f"{package}." for package in packages)):
+        try:
             cls = getattr(importlib.import_module(module), name, None)
+        except ImportError as error:
+            if not f"{module}.".startswith(f"{error.name}."):  # there is such a module, which lacks something itself
+                raise ConfigError(f"{module} cannot be imported: {error}", where=where) from None
     if not (isinstance(cls, type) and issubclass(cls, Config) and cls is not Config):
-        raise ConfigError(f"{target} is not a config class of llama_eqx, and nothing else is ever built", where=f"{path}._target_")
+        raise ConfigError(
+            f"{target} is not a config class of {' or '.join(packages)}, and nothing else is ever built",
+            where=where,
+            next="a package of your own needs an entry point: docs/variants.md",
+        )
     return cls
 
 

@@ -18,6 +18,7 @@ from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from llama_eqx.data.tokenizer.base import MARK
 from llama_eqx.errors import CheckpointError, ConfigError, DataError, StorageError, UserError
+from llama_eqx.extensions import import_all
 from llama_eqx.model.kernel import KernelConfig
 from llama_eqx.model.llama import LlamaConfig
 from llama_eqx.precision import PrecisionConfig
@@ -63,6 +64,8 @@ class TrainConfig(Config):
             value = getattr(self, field.name)
             if isinstance(value, int) and value < (0 if field.name == "sample_tokens" else 1):
                 raise ConfigError(f"{value} is too small", where=field.name)
+        if not METERS.keys() >= {*self.meters}:
+            import_all()
         for name in self.meters:
             if name not in METERS:
                 raise ConfigError(f"there is no meter {name!r}", where="meters", next=nearest(name, METERS))

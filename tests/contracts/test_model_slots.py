@@ -1,4 +1,4 @@
-"""What every variant of every slot must do: the tests find the variants in conf/, so a new one is tested by being there."""
+"""What every variant of every slot must do: they are found in conf/ and in installed extensions, so a new one is tested by being there."""
 
 import dataclasses
 import pathlib
@@ -12,6 +12,7 @@ import yaml
 from jax.sharding import AxisType
 
 from llama_eqx import build_model, load_config
+from llama_eqx.compose import conf_dirs
 from llama_eqx.config import load
 from llama_eqx.dims import Dims
 from llama_eqx.model.feed_forward import ACTIVATIONS
@@ -21,7 +22,7 @@ from llama_eqx.sharding import MESH_AXES, Layout, Rules, axis_names, check_shape
 from llama_eqx.training.loss import policy_view
 
 CONF = pathlib.Path(__file__).parents[2] / "conf" / "model"
-SLOTS = sorted(f"model/{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
+SLOTS = sorted(f"model/{path.parent.name}={path.stem}" for folder in conf_dirs() for path in folder.glob("model/*/*.yaml"))
 HEADS = [f"model.dims.kv_heads={n}" for n in (1, 2, 4)]
 ACTIVATED = [
     f"model/feed_forward={path.stem} model.feed_forward.activation={name}"
