@@ -38,6 +38,11 @@ class Run(NamedTuple):
     def peak(self) -> float:
         return self.settings["schedule"]["peak"]
 
+    @property
+    def codes(self) -> list[str]:
+        """Hashes of the code that its starts were made with, where they were recorded."""
+        return list(dict.fromkeys(origin["code"] for origin in self.provenance if "code" in origin))
+
     def last(self, name: str) -> float:
         """The value of a metric at the last step; infinity, worse than any, when it is not finite or the run did not come so far."""
         steps = self.settings["train"]["steps"]

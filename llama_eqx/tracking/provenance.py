@@ -1,5 +1,6 @@
-"""Where a run's numbers come from: the commit of the code, the versions of the libraries, and on what they are computed."""
+"""Where a run's numbers come from: the code and its commit, the versions of the libraries, and on what they are computed."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+
+from llama_eqx.extensions import folders
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 LIBRARIES = ("llama_eqx", "jax", "jaxlib", "equinox", "optax", "grain", "orbax-checkpoint", "numpy")
@@ -39,6 +42,15 @@ def last_line(path: pathlib.Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
     except (OSError, ValueError, IndexError):
         return None
+
+
+def code() -> str:
+    """A hash of every source file of this package and of its extensions: two commits may have the same, two changed checkouts another."""
+    found = hashlib.sha256()
+    for folder in sorted([PACKAGE, *folders()], key=lambda folder: folder.name):
+        for file in sorted(folder.rglob("*.py")):
+            found.update(f"{folder.name}/{file.relative_to(folder)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()[:12]
 
 
 def commit() -> str | None:

@@ -9,11 +9,11 @@ from typing import Any, SupportsFloat
 
 import jax
 
-from llama_eqx.config import Config, differences
+from llama_eqx.config import Config, Difference, differences
 from llama_eqx.errors import StorageError
 from llama_eqx.tracking.console import Console
 from llama_eqx.tracking.jsonl import Jsonl
-from llama_eqx.tracking.provenance import commit, computed, last_line, versions
+from llama_eqx.tracking.provenance import code, commit, computed, last_line, versions
 from llama_eqx.tracking.wandb import Wandb, WandbConfig
 
 
@@ -38,7 +38,7 @@ class Tracker:
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        origin = {"commit": commit(), "versions": versions(), "computed": computed(settings)}
+        origin = {"code": code(), "commit": commit(), "versions": versions(), "computed": computed(settings)}
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             before = last_line(self._run_dir / "provenance.jsonl")
@@ -49,11 +49,11 @@ class Tracker:
         self._jsonl = Jsonl(self._run_dir / "metrics.jsonl", start)
         self._console = Console(steps, start)
         self._wandb = Wandb(config.wandb, self._run_dir, {**settings, **origin}, self._console.say)
-        if start and before and (changed := differences({name: before.get(name) for name in origin}, origin)):
-            self.say(
-                f"warning: not as it was up to step {start}: {', '.join(map(str, changed))}; "
-                "losses agree to rounding with those of an uninterrupted run, and no longer bit by bit"
-            )
+        if start and before and (changed := _changed(before, origin)):
+            meant = "losses agree to rounding with those of an uninterrupted run, and no longer bit by bit"
+            if any(each.key == "code" for each in changed):
+                meant = "what follows is computed by other code than what went before"
+            self.say(f"warning: not as it was up to step {start}: {', '.join(map(str, changed))}; {meant}")
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Metrics by name, after `step` steps. Units are in the names, losses in nats per token. Raises `StorageError`."""
@@ -113,3 +113,9 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None)
+
+
+def _changed(before: Mapping[str, Any], origin: Mapping[str, Any]) -> list[Difference]:
+    """What bears on the numbers and is known of both starts: the commit only where the code is not, which two commits may share."""
+    names = [name for name in origin if name in before and (name != "commit" or "code" not in before)]
+    return differences({name: before[name] for name in names}, {name: origin[name] for name in names})

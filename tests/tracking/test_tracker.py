@@ -60,6 +60,25 @@ def test_a_start_tells_what_is_no_longer_as_it_was(tmp_path, capsys, before, aft
     assert [json.loads(line)["step"] for line in (tmp_path / "provenance.jsonl").read_text().splitlines()] == [0, 3]
 
 
+def test_a_start_tells_of_other_code_and_not_of_another_commit_with_the_same(tmp_path, capsys, monkeypatch):
+    package = tmp_path / "llama_eqx"
+    package.mkdir()
+    (package / "model.py").write_text("1")
+    monkeypatch.setattr("llama_eqx.tracking.provenance.PACKAGE", package)
+    monkeypatch.setattr("llama_eqx.tracking.tracker.commit", iter(["a", "b", "b-dirty", "b-dirty"]).__next__)
+    tracker(tmp_path / "run").close()
+    tracker(tmp_path / "run", start=3).close()
+    assert "not as it was" not in capsys.readouterr().err
+    (package / "model.py").write_text("2")
+    tracker(tmp_path / "run", start=4).close()
+    old, same, new = (json.loads(line)["code"] for line in (tmp_path / "run" / "provenance.jsonl").read_text().splitlines())
+    assert old == same != new
+    assert f"code: {old} -> {new}; what follows is computed by other code" in capsys.readouterr().err
+    (package / "model.py").rename(package / "other.py")
+    tracker(tmp_path / "run", start=5).close()
+    assert f"code: {new} -> " in capsys.readouterr().err
+
+
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
