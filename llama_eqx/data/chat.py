@@ -33,10 +33,14 @@ class Piece(NamedTuple):
 
 
 class ChatFormat(abc.ABC):
-    """How a conversation is written. `roles` are those it knows, `mark` stands in every template of it."""
+    """How a conversation is written. `roles` are those it knows, `mark` stands in every template of it.
+
+    `template` writes the same for `transformers`, as a chat_template.jinja.
+    """
 
     roles: tuple[str, ...]
     mark: str
+    template: str
 
     def encode(self, messages: Sequence[Any], tokenizer: Tokenizer, *, generate: bool) -> tuple[list[int], list[bool]]:
         """The ids of a conversation of `Message`s, BOS included, and of each whether the assistant is to learn it.
@@ -73,6 +77,19 @@ class Llama2(ChatFormat):
 
     roles = ("system", "user", "assistant")
     mark = "[INST]"
+    template = """\
+{%- set begun = namespace(system='') -%}
+{%- for message in messages -%}
+    {%- if message.role == 'system' -%}
+        {%- set begun.system = '<<SYS>>\\n' + message.content + '\\n<</SYS>>\\n\\n' -%}
+    {%- elif message.role == 'user' -%}
+        {{- '<s>[INST] ' + (begun.system + message.content) | trim + ' [/INST]' -}}
+        {%- set begun.system = '' -%}
+    {%- else -%}
+        {{- ' ' + message.content | trim + ' </s>' -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
 
     def pieces(self, messages: Sequence[Message], *, generate: bool) -> list[Piece]:
         system, pieces = "", []
@@ -93,6 +110,15 @@ class Llama3(ChatFormat):
 
     roles = ("system", "user", "assistant", "tool", "ipython")
     mark = "<|start_header_id|>"
+    template = """\
+{{- '<|begin_of_text|>' -}}
+{%- for message in messages -%}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+{%- endif -%}
+"""
 
     def pieces(self, messages: Sequence[Message], *, generate: bool) -> list[Piece]:
         turns = [piece for message in messages for piece in _turn(message["role"], message["content"].strip())]
@@ -107,6 +133,22 @@ class Llama31(ChatFormat):
 
     roles, mark = Llama3.roles, Llama3.mark
     dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+    template = """\
+{%- set given = messages[0].role == 'system' -%}
+{{- '<|begin_of_text|><|start_header_id|>system<|end_header_id|>\\n\\n' -}}
+{{- 'Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024\\n\\n' -}}
+{{- (messages[0].content | trim if given else '') + '<|eot_id|>' -}}
+{%- for message in messages[1 if given else 0:] -%}
+    {%- if message.role in ('tool', 'ipython') -%}
+        {{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' + message.content | tojson + '<|eot_id|>' -}}
+    {%- else -%}
+        {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+{%- endif -%}
+"""
 
     def pieces(self, messages: Sequence[Message], *, generate: bool) -> list[Piece]:
         given = messages[0]["role"] == "system"
@@ -137,11 +179,19 @@ def foreign_template(folder: Path, tokenizer: Tokenizer) -> str | None:
 
     Raises `DataError` when a file is damaged.
     """
+    name, text = template_in(folder) or (None, "")
+    return None if chat_format(tokenizer).mark in text else name
+
+
+def template_in(folder: Path) -> tuple[str, str] | None:
+    """The file in `folder` that holds a chat template, and the template.
+
+    Raises `DataError` when a file is damaged.
+    """
     jinja = folder / "chat_template.jinja"
     texts = {jinja.name: jinja.read_text(encoding="utf-8", errors="replace") if jinja.is_file() else None}
     texts |= {name: json_object(folder / name).get("chat_template") for name in ("chat_template.json", "tokenizer_config.json")}
-    name, text = next(((name, str(text)) for name, text in texts.items() if text), (None, ""))
-    return None if chat_format(tokenizer).mark in text else name
+    return next(((name, str(text)) for name, text in texts.items() if text), None)
 
 
 def _header(role: str) -> list[Piece]:

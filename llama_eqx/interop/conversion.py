@@ -1,6 +1,5 @@
 """From any format to any other, a tensor at a time."""
 
-import dataclasses
 import math
 import pathlib
 import shutil
@@ -13,8 +12,9 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from llama_eqx.checkpoint.manifest import MANIFEST, appearing, write_manifest
-from llama_eqx.checkpoint.native import write_native
+from llama_eqx.checkpoint.native import CONFIG, read_config, write_native
 from llama_eqx.config import Config, nearest
+from llama_eqx.data.chat import template_in
 from llama_eqx.data.tokenizer import find_tokenizer
 from llama_eqx.data.tokenizer.export import tokenizer_json
 from llama_eqx.data.tokenizer.files import is_tiktoken
@@ -22,7 +22,7 @@ from llama_eqx.errors import ConfigError, DataError, StorageError
 from llama_eqx.interop import huggingface, meta
 from llama_eqx.interop.files import CARRIED, ORIGINAL, OWN, TOKENIZER, mistaken, read_json, write_json
 from llama_eqx.interop.params import config_to_meta
-from llama_eqx.interop.pretrained import MARKS, Format, manifested, open_pretrained, verified
+from llama_eqx.interop.pretrained import MARKS, Format, located, manifested, open_pretrained, verified
 from llama_eqx.interop.weights import Weights, of_model, parameter_tree, pieces
 from llama_eqx.model.llama import Llama, LlamaConfig
 
@@ -51,10 +51,10 @@ class ConvertConfig(Config):
             raise ConfigError(f"format={self.format} has no shards to be chosen", where="shards", next="format=meta, or leave shards out")
 
 
-def convert(config: ConvertConfig, *, replace: bool = False, files: Mapping[str, pathlib.Path] | None = None) -> list[str]:
+def convert(config: ConvertConfig, *, replace: bool = False) -> list[str]:
     """Writes the model in the folder `from` as a new folder `to`, and says what had to be assumed, a line for each.
 
-    `files` go along with those of the source, by the name that they are to have. The source is checked against its manifest meanwhile.
+    The source is checked against its manifest meanwhile.
 
     Raises `CheckpointError` for one that cannot be used or a format that cannot
     express it, `StorageError` when writing fails; then there is nothing at `to`.
@@ -65,10 +65,14 @@ def convert(config: ConvertConfig, *, replace: bool = False, files: Mapping[str,
     dtype = None if config.dtype is None else np.dtype(DTYPES[config.dtype])
     with appearing(pathlib.Path(config.to), replace=replace) as target, verified(config.from_):
         weights = open_pretrained(config.from_)
-        weights = dataclasses.replace(weights, files={**weights.files, **(files or {})})
         notes = [*weights.notes, *_write(weights, target, config.format, dtype, config.shards)]
     if manifested(config.from_) is None:
         notes.append(f"no {MANIFEST} beside the source: had its numbers been damaged, nobody would know")
+    if config.format == "hf" and _learned_to_chat(located(config.from_)[0]) and template_in(pathlib.Path(config.to)) is None:
+        notes.append(
+            "it was trained on conversations, and no chat template came along, without which apply_chat_template fails: copy the "
+            f"chat_template.jinja of its first model into {config.to}"
+        )
     return notes
 
 
@@ -142,6 +146,11 @@ def _copy_files(weights: Weights, folder: pathlib.Path, format: Format, notes: l
             shutil.copyfile(file, folder / beside)
     if format == "hf":
         _for_transformers(weights.config, folder, notes)
+
+
+def _learned_to_chat(folder: pathlib.Path) -> bool:
+    """Whether it is the run directory of a run with conversations among its data."""
+    return (folder / CONFIG).is_file() and "data.sft." in str(read_config(folder).get("data"))
 
 
 def _for_transformers(config: LlamaConfig, folder: pathlib.Path, notes: list[str]) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llama_eqx.errors import CheckpointError
@@ -95,17 +95,17 @@ def refuse_code(folder: pathlib.Path, *settings: str) -> None:
         )
 
 
-def carried(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The files in `folder` that go with a model, by the name that they are to have.
+def carried(folder: pathlib.Path, names: Sequence[str] = CARRIED) -> dict[str, pathlib.Path]:
+    """The files in `folder` that go with a model, by the name that they are to have; of those beside the weights only `names`.
 
     Raises `CheckpointError` for a link that leads outside.
     """
 
     def present() -> Iterator[str]:
-        yield from (name for name in CARRIED if (folder / name).is_file())
+        yield from (name for name in names if (folder / name).is_file())
         yield from (f"{TOKENIZER}/{name}" for name in (*CARRIED, *OWN) if (folder / TOKENIZER / name).is_file())
 
     found = {name: inside(folder, name) for name in present()}
-    if "tokenizer.model" not in found and (folder / ORIGINAL / "tokenizer.model").is_file():
+    if "tokenizer.model" in names and "tokenizer.model" not in found and (folder / ORIGINAL / "tokenizer.model").is_file():
         found["tokenizer.model"] = inside(folder, f"{ORIGINAL}/tokenizer.model")
     return found

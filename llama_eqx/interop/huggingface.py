@@ -72,8 +72,7 @@ def write_huggingface(
     config["dtype"] = config["torch_dtype"] = kinds["embed", None].name
     write_json(folder / CONFIG, config)
     if GENERATION not in weights.files and tokens.bos is not None:
-        ends = {"eos_token_id": config["eos_token_id"], "pad_token_id": tokens.pad}
-        write_json(folder / GENERATION, {"bos_token_id": tokens.bos, **{key: value for key, value in ends.items() if value is not None}})
+        write_json(folder / GENERATION, token_ids(tokens))
 
     shards, room, total = [], 0, 0
     for key, tensor in weights.tensors.items():
@@ -213,7 +212,7 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
     Raises `CheckpointError` naming the slot when `LlamaForCausalLM` has no such model.
     """
     norm, rotary = require_llama(config, "Hugging Face's")
-    dims, ends = config.dims, config.tokens.eos
+    dims = config.dims
     if dims.embed % dims.heads:
         raise CheckpointError(f"transformers refuses embed={dims.embed} that is not a multiple of heads={dims.heads}", where="dims.heads")
     scaling = None
@@ -245,10 +244,16 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
         "rope_theta": rotary.theta,
         "rope_scaling": scaling,
         # Left out they would become 1 and 2.
-        "bos_token_id": config.tokens.bos,
-        "eos_token_id": list(ends) if len(ends) > 1 else next(iter(ends), None),
-        "pad_token_id": config.tokens.pad,
+        **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None},
+        **token_ids(config.tokens),
     }
+
+
+def token_ids(tokens: SpecialTokens) -> dict[str, Any]:
+    """The special ids that there are, as `config.json` and `generation_config.json` name them."""
+    eos = list(tokens.eos) if len(tokens.eos) > 1 else next(iter(tokens.eos), None)
+    ids = {"bos_token_id": tokens.bos, "eos_token_id": eos, "pad_token_id": tokens.pad}
+    return {name: value for name, value in ids.items() if value is not None}
 
 
 def huggingface_tensors(model: Llama) -> Iterator[tuple[str, np.ndarray]]:

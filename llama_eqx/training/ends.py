@@ -1,6 +1,8 @@
 """The two ends of a run: the weights that it starts from, if not fresh ones, and those that it hands on."""
 
+import json
 import pathlib
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -8,10 +10,13 @@ from jax.experimental import multihost_utils
 from llama_eqx.checkpoint.native import CHECKPOINTS
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.config import Difference, differences, dump
-from llama_eqx.data.tokenizer import HuggingFaceTokenizerConfig
+from llama_eqx.data.chat import chat_format, template_in
+from llama_eqx.data.sft import SftConfig
+from llama_eqx.data.tokenizer import HuggingFaceTokenizerConfig, Tokenizer
 from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.interop.conversion import ConvertConfig, convert, require_expressible
-from llama_eqx.interop.files import CARRIED, carried, refuse_code
+from llama_eqx.interop.files import CARRIED, TOKENIZER, carried, read_json
+from llama_eqx.interop.huggingface import GENERATION, token_ids
 from llama_eqx.interop.pretrained import format_of, load_pretrained, open_pretrained
 from llama_eqx.interop.weights import Weights, abstract
 from llama_eqx.model.llama import LlamaConfig
@@ -20,6 +25,7 @@ from llama_eqx.training.state import TrainState, first_state
 
 # What may differ between a model and the weights that it starts from: none of it changes what the weights compute.
 FREE = ("context", "dropout", "block.dropout", "init", "tokens")
+SETTINGS = "tokenizer_config.json"
 
 
 def check_start(config: RunConfig) -> None:
@@ -57,10 +63,34 @@ def start(weights: Weights, config: RunConfig, shardings: TrainState) -> TrainSt
     return jax.jit(lambda model: first_state(model, optimizer, config.guard), donate_argnums=0, out_shardings=shardings)(model)
 
 
+def handed_on(config: RunConfig, tokenizer: Tokenizer, weights: Weights | None) -> dict[str, bytes]:
+    """What the run keeps beside its tokenizer for whoever gets the model from it, by the name of the file.
+
+    From the folder of `tokenizer=hf` its chat template and the like. Where none is there and conversations are trained on, the template
+    of their format. Of the model at `init_from` its settings of generation, with this model's special ids.
+
+    Raises `CheckpointError` for a link that leads outside of a folder, or settings that are none.
+    """
+    files, written = {}, None
+    if isinstance(config.tokenizer, HuggingFaceTokenizerConfig):
+        folder = pathlib.Path(config.tokenizer.path or "").expanduser()
+        names = [name for name in CARRIED if name not in ("tokenizer.json", GENERATION)]
+        files = {name: file.read_bytes() for name, file in carried(folder, names).items() if name in names}
+        if SETTINGS in files and "auto_map" in (settings := read_json(folder / SETTINGS)):
+            del settings["auto_map"]  # it names code, which does not go along
+            files[SETTINGS] = _json(settings)
+        written = template_in(folder)
+    if written is None and any(isinstance(source, SftConfig) for _, source in config.data.sources().values()):
+        files["chat_template.jinja"] = chat_format(tokenizer).template.encode()
+    given = {} if weights is None else weights.files
+    if file := given.get(GENERATION, given.get(f"{TOKENIZER}/{GENERATION}")):
+        files[GENERATION] = _json({**read_json(file), **token_ids(config.model.tokens)})
+    return files
+
+
 def check_export(config: RunConfig) -> None:
-    """Raises `ConfigError` or `CheckpointError` when the model cannot be exported as asked: before it is trained."""
+    """Raises `ConfigError` when the model cannot be exported as asked: before it is trained."""
     if config.checkpoint.export is not None:
-        _beside_tokenizer(config)
         try:
             require_expressible(config.model, config.checkpoint.export)
         except CheckpointError as error:
@@ -84,7 +114,7 @@ def export(config: RunConfig) -> pathlib.Path | None:
         job = ConvertConfig(
             from_=config.checkpoint.store or config.run_dir, to=str(target), format=config.checkpoint.export, dtype=None, shards=None
         )
-        for note in convert(job, replace=True, files=_beside_tokenizer(config)):
+        for note in convert(job, replace=True):
             print(f"note: {note}")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
@@ -95,23 +125,13 @@ def _starts_elsewhere(config: RunConfig) -> bool:
     return config.init_from is not None and not steps(home(config) / CHECKPOINTS)
 
 
-def _beside_tokenizer(config: RunConfig) -> dict[str, pathlib.Path]:
-    """The chat template and the like in the folder of `tokenizer=hf`, which a run does not keep; they are handed on if still there.
-
-    Raises `CheckpointError` for a link that leads outside of it, or code of its own.
-    """
-    if not isinstance(config.tokenizer, HuggingFaceTokenizerConfig):
-        return {}
-    folder = pathlib.Path(config.tokenizer.path or "").expanduser()
-    refuse_code(folder, "tokenizer_config.json")
-    return {
-        name: file for name, file in carried(folder).items() if name in CARRIED and name not in ("tokenizer.json", "generation_config.json")
-    }
-
-
 def model_differences(there: LlamaConfig, here: LlamaConfig) -> list[Difference]:
     """Everything that bears on what the same weights compute; `old` is what it is there."""
     return [difference for difference in differences(dump(there), dump(here)) if not difference.within(FREE)]
+
+
+def _json(tree: dict[str, Any]) -> bytes:
+    return (json.dumps(tree, indent=2) + "\n").encode()
 
 
 def _advice(found: list[Difference]) -> str:

@@ -24,7 +24,7 @@ from llama_eqx.processes import of_first, once, require_same, watched
 from llama_eqx.studies.pairing import record_start
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.tracker import Tracker
-from llama_eqx.training.ends import check_export, check_start, export, open_start
+from llama_eqx.training.ends import check_export, check_start, export, handed_on, open_start
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
 from llama_eqx.training.guard import require_finite
 from llama_eqx.training.preemption import Preemption
@@ -78,7 +78,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     changed = once(lambda: claim(config, data.fingerprint)) or []
     if config.checkpoint.store is None:
         check_shared(run_dir)
-    once(lambda: file_tokenizer(config, tokenizer))
+    once(lambda: file_tokenizer(config, tokenizer, handed_on(config, tokenizer, weights)))
     source = once(lambda: origin(run_dir, tokenizer.fingerprint, data.fingerprint)) or {}
     saved = home(config) / CHECKPOINTS
 

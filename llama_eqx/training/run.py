@@ -6,7 +6,7 @@ import hashlib
 import pathlib
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, TOKENIZER, read_config, write_config
@@ -19,6 +19,7 @@ from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from llama_eqx.data.tokenizer.base import MARK
 from llama_eqx.errors import CheckpointError, ConfigError, DataError, StorageError, UserError
 from llama_eqx.extensions import import_all
+from llama_eqx.interop.files import CARRIED
 from llama_eqx.model.kernel import KernelConfig
 from llama_eqx.model.llama import LlamaConfig
 from llama_eqx.precision import PrecisionConfig
@@ -245,8 +246,9 @@ def claim(config: RunConfig, fingerprint: str) -> list[str]:
     return said + [f"init_from={each.new} is not read: this run began from {each.old or 'new weights'}" for each in other if each.new]
 
 
-def file_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Into the run directory and, with the config, into the store: nothing is trained that could not be saved there.
+def file_tokenizer(config: RunConfig, tokenizer: Tokenizer, beside: Mapping[str, bytes]) -> None:
+    """Into the run directory and, with the config, into the store: nothing is trained that could not be saved there. `beside` are the
+    files of the same folder that others need, by name.
 
     Once there is a checkpoint the one that was filed stays: its fingerprint does not tell where a generated text ends, or its chat format.
     """
@@ -255,12 +257,17 @@ def file_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     if steps(there / CHECKPOINTS):
         if is_remote(there):
             folder.mkdir(parents=True, exist_ok=True)
-            for name in {*children(there / TOKENIZER)} & {MARK, tokenizer.file}:
+            for name in {*children(there / TOKENIZER)} & {MARK, tokenizer.file, *CARRIED}:
                 (folder / name).write_bytes(content(there / TOKENIZER, name))
         with contextlib.suppress(DataError):  # gone or damaged
             filed = load_tokenizer(folder).fingerprint
+    else:
+        for name in CARRIED:  # of a start that came to nothing
+            (folder / name).unlink(missing_ok=True)
     if filed != tokenizer.fingerprint:
         tokenizer.save(folder)
+        for name, file in beside.items():
+            (folder / name).write_bytes(file)
     if is_remote(there):
         put(there, records(folder.parent) | {f"{TOKENIZER}/{file.name}": file.read_bytes() for file in folder.iterdir()})
 

@@ -112,11 +112,9 @@ def reference(llama3, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rendered(reference):
-    def rendered(name, messages, generate):
-        ends = {"bos_token": "<s>", "eos_token": "</s>"} if name == "llama2" else {}
-        return reference().apply_chat_template(
-            messages, chat_template=TEMPLATES[name], add_generation_prompt=generate, tokenize=False, **ends
-        )
+    def rendered(template, messages, generate):
+        ends = {"bos_token": "<s>", "eos_token": "</s>"} if "[INST]" in template else {}
+        return reference().apply_chat_template(messages, chat_template=template, add_generation_prompt=generate, tokenize=False, **ends)
 
     return rendered
 
@@ -135,7 +133,12 @@ def llama2(test_data):
 def test_the_text_is_that_of_the_template(name, rendered, data):
     messages, generate = ended(data.draw(conversations(tools=name != "llama2")))
     pieces = FORMATS[name].pieces(messages, generate=generate)
-    assert "".join(piece.text for piece in pieces) == rendered(name, messages, generate)
+    assert "".join(piece.text for piece in pieces) == rendered(TEMPLATES[name], messages, generate)
+    assert rendered(FORMATS[name].template, messages, generate) == rendered(TEMPLATES[name], messages, generate)
+
+
+def test_a_format_finds_its_mark_in_its_own_template():
+    assert all(chat.mark in chat.template for chat in FORMATS.values())
 
 
 @pytest.mark.parametrize("name", ["llama3", "llama3_1"])
@@ -144,7 +147,7 @@ def test_the_text_is_that_of_the_template(name, rendered, data):
 def test_llama_3s_ids_are_those_of_transformers(name, llama3, reference, rendered, data):
     messages, generate = ended(data.draw(conversations(tools=True)))
     ids, learn = FORMATS[name].encode(messages, llama3, generate=generate)
-    assert ids == reference()(rendered(name, messages, generate), add_special_tokens=False).input_ids
+    assert ids == reference()(rendered(TEMPLATES[name], messages, generate), add_special_tokens=False).input_ids
     assert len(learn) == len(ids)
 
 
@@ -173,7 +176,7 @@ def test_llama_2s_ids_are_those_of_sentencepiece(llama2, rendered, conversation)
     tokenizer, pieces = llama2
     messages, generate = ended(conversation)
     ids, learn = FORMATS["llama2"].encode(messages, tokenizer, generate=generate)
-    turns = rendered("llama2", messages, generate).split("<s>")[1:]
+    turns = rendered(TEMPLATES["llama2"], messages, generate).split("<s>")[1:]
     expected = [[1, *pieces.encode(turn.removesuffix("</s>")), *([2] if turn.endswith("</s>") else [])] for turn in turns]
     assert ids == [i for turn in expected for i in turn]
     answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]

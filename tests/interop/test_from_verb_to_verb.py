@@ -121,11 +121,13 @@ def test_there_and_back_again(tmp_path, published, monkeypatch, capsys, starts):
         assert (run_dir / "export" / "original" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
     handed_on = transformers.AutoTokenizer.from_pretrained(tmp_path / "from hf" / "export")
     assert handed_on.chat_template == "{{ messages }}"
-    # A run keeps no more of its tokenizer than it needs, and it is one of transformers all the same.
+    # The run itself keeps what the export has, whatever becomes of the folder that it had it from.
+    shutil.rmtree(tmp_path / "hf")
     code, err = run(monkeypatch, capsys, "convert", f"from={tmp_path / 'from hf'}", f"to={tmp_path / 'bare'}", "format=hf")
     assert code == 0, err
     text, bare = "What is 12 + 3?<|eot_id|>  don't", transformers.AutoTokenizer.from_pretrained(tmp_path / "bare")
     assert bare(text).input_ids == handed_on(text).input_ids == transformers.AutoTokenizer.from_pretrained(source)(text).input_ids
+    assert bare.chat_template == "{{ messages }}"
     assert (bare.bos_token_id, bare.eos_token_id) == (handed_on.bos_token_id, handed_on.eos_token_id) == (320, 321)
 
     runs = [load_file(tmp_path / f"from {start}" / "export" / "model.safetensors") for start in starts]

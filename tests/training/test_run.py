@@ -100,7 +100,7 @@ def test_the_tokenizer_that_was_filed_stays_once_there_is_a_checkpoint(tmp_path)
     config, folder = load_config("tokenizer=hf", "tokenizer.path=here", f"run_dir={tmp_path}"), tmp_path / "tokenizer"
 
     def filed(stop):
-        file_tokenizer(config, HuggingFaceTokenizer(definition, eos=0, stop=[stop]))
+        file_tokenizer(config, HuggingFaceTokenizer(definition, eos=0, stop=[stop]), {})
         return load_tokenizer(folder).stop
 
     assert (filed(1), filed(2)) == ((0, 1), (0, 2))

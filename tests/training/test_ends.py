@@ -1,0 +1,116 @@
+"""What a run keeps for whoever gets the model from it, without training, and read by `transformers`."""
+
+import base64
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+import transformers
+
+from llama_eqx import load_config
+from llama_eqx.checkpoint.native import write_config
+from llama_eqx.checkpoint.save import Checkpoints
+from llama_eqx.data.chat import FORMATS
+from llama_eqx.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
+from llama_eqx.data.tokenizer.export import tokenizer_json
+from llama_eqx.errors import CheckpointError
+from llama_eqx.interop.conversion import ConvertConfig, convert, save_pretrained
+from llama_eqx.model.llama import build_model
+from llama_eqx.training.ends import handed_on, open_start
+from llama_eqx.training.run import file_tokenizer, with_vocab
+
+SIZES = {"layers": 1, "embed": 8, "heads": 2, "kv_heads": 1, "head_dim": 4, "mlp": 8}
+TALK = [
+    {"role": "system", "content": " Be brief."},
+    {"role": "user", "content": "What is 12 + 3?\n"},
+    {"role": "assistant", "content": "  It is 15, naïve 你好  x "},
+    {"role": "user", "content": "Sure?"},
+]
+
+
+def settings(run_dir, *overrides):
+    sizes = [f"model.dims.{name}={size}" for name, size in SIZES.items()]
+    return load_config(*sizes, "model.tied=false", f"run_dir={run_dir}", *overrides)
+
+
+def handed_over(config, tokenizer, *, old=False):
+    """The folder that `convert` makes of a run, and its notes. An `old` run keeps nothing beside its tokenizer."""
+    config, run_dir = with_vocab(config, tokenizer), pathlib.Path(config.run_dir)
+    file_tokenizer(config, tokenizer, {} if old else handed_on(config, tokenizer, open_start(config)))
+    write_config(config, run_dir)
+    with Checkpoints(run_dir / "checkpoints", load_config("checkpoint.every=1").checkpoint) as checkpoints:
+        checkpoints.save(1, build_model(config.model, key=jax.random.key(0)), {"step": jnp.int32(1)})
+    folder = run_dir.with_name(f"{run_dir.name}-hf")
+    return folder, convert(ConvertConfig(from_=str(run_dir), to=str(folder), format="hf", dtype=None, shards=None))
+
+
+def tokenizers(test_data):
+    ranks = b"".join(base64.b64encode(bytes([byte])) + f" {byte}\n".encode() for byte in range(256))
+    llama2 = SentencePieceTokenizer((test_data / "llama2_tokenizer.model").read_bytes())
+    return [BytesTokenizer(), llama2, TiktokenTokenizer(ranks, chat="llama3"), TiktokenTokenizer(ranks)]
+
+
+@pytest.mark.parametrize("which", range(4), ids=["bytes", "sentencepiece", "llama3", "llama3_1"])
+def test_what_learned_to_chat_comes_with_the_template_that_gives_the_ids_it_learned(tmp_path, test_data, which):
+    tokenizer = tokenizers(test_data)[which]
+    folder, notes = handed_over(settings(tmp_path / "run", "data=sft", "data.path=talk.jsonl"), tokenizer)
+    assert not [note for note in notes if "template" in note]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for messages, generate in ((TALK, True), (TALK[1:], True), (TALK[:3], False)):
+        ids, _ = FORMATS[tokenizer.chat].encode(messages, tokenizer, generate=generate)
+        assert theirs.apply_chat_template(messages, add_generation_prompt=generate, return_dict=False) == ids
+
+
+def test_what_read_text_has_no_template_and_an_old_run_says_that_its_own_is_missing(tmp_path):
+    for name, data, old, missing in (("text", "data=text", False, False), ("old", "data=sft", True, True)):
+        folder, notes = handed_over(settings(tmp_path / name, data, "data.path=a"), BytesTokenizer(), old=old)
+        assert transformers.AutoTokenizer.from_pretrained(folder).chat_template is None
+        assert any("no chat template" in note and str(folder) in note for note in notes) is missing, notes
+
+
+def test_what_lies_beside_a_tokenizer_json_is_kept_from_the_start(tmp_path):
+    source, secret = tmp_path / "source", tmp_path / "secret"
+    source.mkdir()
+    secret.write_text("mine")
+    (source / "tokenizer.json").write_text(tokenizer_json(BytesTokenizer()))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "auto_map": {"AutoTokenizer": "x.y"}}
+    (source / "tokenizer_config.json").write_text(json.dumps(names))
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    config = settings(tmp_path / "run", "tokenizer=hf", f"tokenizer.path={source}", "data=sft", "data.path=talk.jsonl")
+    tokenizer = config.tokenizer.build(config.data)
+    folder, _ = handed_over(config, tokenizer)
+    found = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (found.chat_template, found.eos_token) == ("{{ messages }}", "</s>")
+    assert "auto_map" not in (folder / "tokenizer_config.json").read_text()
+    assert load_tokenizer(tmp_path / "run" / "tokenizer").fingerprint == tokenizer.fingerprint
+    (source / "chat_template.jinja").unlink()
+    (source / "chat_template.jinja").symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja lies outside"):
+        handed_on(config, tokenizer, None)
+
+
+def test_a_start_that_came_to_nothing_leaves_nothing_beside_the_tokenizer(tmp_path):
+    config = settings(tmp_path / "run")
+    file_tokenizer(config, BytesTokenizer(), {"chat_template.jinja": b"a"})
+    file_tokenizer(config, BytesTokenizer(), {"generation_config.json": b"{}"})
+    names = {file.name for file in (tmp_path / "run" / "tokenizer").iterdir()}
+    assert names == {"generation_config.json", "tokenizer.bytes", "tokenizer_kind.json"}
+
+
+@pytest.mark.parametrize("through", ["hf", "run"])
+def test_how_the_first_model_generates_goes_along_with_the_ids_of_this_one(tmp_path, through):
+    asked = ["data=text", "data.path=a", "model.context=64", "train.seq_len=64"]
+    first = with_vocab(settings(tmp_path / "run", *asked), BytesTokenizer())
+    save_pretrained(build_model(first.model, key=jax.random.key(1)), tmp_path / "base", format="hf")
+    (tmp_path / "base" / "manifest.json").unlink()
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.6, "eos_token_id": [9, 10]}))
+    asked += ["model.dims.vocab=258"]
+    config = settings(tmp_path / "run", *asked, f"init_from={tmp_path / 'base'}")
+    if through == "run":
+        handed_over(config, BytesTokenizer())
+        config = settings(tmp_path / "second", *asked, f"init_from={tmp_path / 'run'}")
+    folder, _ = handed_over(config, BytesTokenizer())
+    found = json.loads((folder / "generation_config.json").read_text())
+    assert found == {"do_sample": True, "temperature": 0.6, "bos_token_id": 256, "eos_token_id": 257}
