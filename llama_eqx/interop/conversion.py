@@ -18,7 +18,7 @@ from llama_eqx.data.chat import template_in
 from llama_eqx.data.tokenizer import find_tokenizer
 from llama_eqx.data.tokenizer.export import tokenizer_json
 from llama_eqx.data.tokenizer.files import is_tiktoken
-from llama_eqx.errors import ConfigError, DataError, StorageError
+from llama_eqx.errors import CheckpointError, ConfigError, DataError, StorageError
 from llama_eqx.interop import huggingface, meta
 from llama_eqx.interop.files import CARRIED, ORIGINAL, OWN, TOKENIZER, mistaken, read_json, write_json
 from llama_eqx.interop.params import config_to_meta
@@ -92,11 +92,14 @@ def save_pretrained(
 
 def require_expressible(config: LlamaConfig, format: Format) -> None:
     """Raises `CheckpointError` naming the slot when the format has no such model."""
-    match format:
-        case "hf":
-            huggingface.config_to_huggingface(config)
-        case "meta":
-            config_to_meta(config, meta.default_shards(config))
+    try:
+        match format:
+            case "hf":
+                huggingface.config_to_huggingface(config)
+            case "meta":
+                config_to_meta(config, meta.default_shards(config))
+    except CheckpointError as error:
+        raise CheckpointError(error.what, where=error.where, next=error.next or "format=native, which has every model") from None
 
 
 def _write(weights: Weights, folder: pathlib.Path, format: Format, dtype: np.dtype | None, shards: int | None) -> list[str]:
@@ -156,7 +159,7 @@ def _learned_to_chat(folder: pathlib.Path) -> bool:
 def _for_transformers(config: LlamaConfig, folder: pathlib.Path, notes: list[str]) -> None:
     """What `transformers` needs beside the model to read its tokenizer, where it did not come along."""
     model, definition, settings = (folder / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"))
-    if (model.is_file() or (folder / TOKENIZER).is_dir()) and not definition.exists() and not settings.exists():
+    if (model.is_file() or (folder / TOKENIZER).is_dir()) and not definition.exists():
         try:
             found, wrong = tokenizer_json(find_tokenizer(folder)), "its library has none that gives the same ids"
         except DataError as error:

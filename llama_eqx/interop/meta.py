@@ -13,6 +13,7 @@ import numpy as np
 
 from llama_eqx.errors import CheckpointError
 from llama_eqx.interop.files import carried, inside, mistaken, read_json, refuse_code, write_json
+from llama_eqx.interop.huggingface import GENERATION
 from llama_eqx.interop.params import PARAMS, config_from_meta, config_to_meta, losses, rotary_from_meta
 from llama_eqx.interop.table import TABLE, from_torch, halves_to_pairs, pairs_to_halves, torch_shape
 from llama_eqx.interop.weights import Index, Key, Tensor, Weights, pieces, rows_of, tensor_axes, tensor_shapes
@@ -38,7 +39,9 @@ def read_meta(folder: pathlib.Path) -> Weights:
     params = read_json(inside(folder, PARAMS))
     shards = [_load(file) for file in _files(folder)]
     copies = _copies(shards, params.get("n_kv_heads"))
-    config, notes = config_from_meta(params, _vocab(shards, params), copies)
+    files = carried(folder)
+    generation = {} if GENERATION not in files or mistaken(files[GENERATION], "") else read_json(files[GENERATION])
+    config, notes = config_from_meta(params, _vocab(shards, params), copies, generation)
     if copies > 1:
         notes.append(f"each key and value head stands in {copies} files: the model has {config.dims.kv_heads}, not {params['n_kv_heads']}")
     embed_axis = "vocab" if _rows_are_split(shards, config.dims.embed) else "embed"
@@ -47,7 +50,7 @@ def read_meta(folder: pathlib.Path) -> Weights:
         tensors.pop(("lm_head", None), None)
         config = dataclasses.replace(config, tied=True)
     rotary, said = rotary_from_meta(params, config)
-    return Weights(dataclasses.replace(config, rotary=rotary), tensors, carried(folder), (*notes, *said))
+    return Weights(dataclasses.replace(config, rotary=rotary), tensors, files, (*notes, *said))
 
 
 def write_meta(

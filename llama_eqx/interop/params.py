@@ -20,8 +20,9 @@ LLAMA3_VOCAB = 128_000  # the ranks of its tokenizer: no Llama before it has as 
 LLAMA3_2 = ((2048, 16), (3072, 28))  # width and depth of the 1B and the 3B
 
 
-def config_from_meta(params: Mapping[str, Any], vocab: int, copies: int) -> tuple[LlamaConfig, list[str]]:
-    """The untied model that a `params.json` describes, without its rotary scaling, and what was assumed.
+def config_from_meta(params: Mapping[str, Any], vocab: int, copies: int, generation: Mapping[str, Any]) -> tuple[LlamaConfig, list[str]]:
+    """The untied model that a `params.json` describes, without its rotary scaling, and what was assumed. Special ids are those of a
+    `generation_config.json`, so far as it says them.
 
     Every key and value head stands in `copies` files, and counts that often in `n_kv_heads`.
 
@@ -50,6 +51,7 @@ def config_from_meta(params: Mapping[str, Any], vocab: int, copies: int) -> tupl
     # Nothing in the file tells the contexts of Llama 1 and 2 apart; only Llama 1 has this eps, or 65B parameters.
     llama1 = not llama3 and (eps == 1e-6 or (dim, params["n_layers"], params.get("n_kv_heads")) == (8192, 80, None))
     context = (131072 if params.get("use_scaled_rope") else 8192) if llama3 else 2048 if llama1 else 4096
+    ends = generation.get("eos_token_id")
     try:
         config = LlamaConfig(
             dims=Dims(
@@ -72,15 +74,18 @@ def config_from_meta(params: Mapping[str, Any], vocab: int, copies: int) -> tupl
             context=context,
             tokens=SpecialTokens(
                 tokenizer="tiktoken" if llama3 else "sentencepiece",
-                bos=128000 if llama3 else 1,
-                eos=(128001,) if llama3 else (2,),
-                pad=None,
+                bos=generation.get("bos_token_id", 128000 if llama3 else 1),
+                eos=(128001 if llama3 else 2,) if ends is None else tuple(ends) if isinstance(ends, list) else (ends,),
+                pad=generation.get("pad_token_id"),
             ),
         )
     except ConfigError as error:
         raise CheckpointError(f"{error.where}: {error.what}", where=PARAMS) from None
-    eos = "end-of-text id 128001, a base model's (an instruct model has 128008 and 128009 too)" if llama3 else "end-of-text id 2"
-    return config, [f"{PARAMS} does not say, so these are taken: a context of {context}, {eos}"]
+    taken = [f"a context of {context}"]
+    if ends is None:
+        taken.append(f"end-of-text id {config.tokens.eos[0]}")
+        taken += ["a base model's (an instruct model has 128008 and 128009 too)"] if llama3 else []
+    return config, [f"{PARAMS} does not say, so this is taken: {', '.join(taken)}"]
 
 
 def config_to_meta(config: LlamaConfig, shards: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The two ends of a run: the weights that it starts from, if not fresh ones, and those that it hands on."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -35,7 +36,8 @@ def check_start(config: RunConfig) -> None:
 
 
 def open_start(config: RunConfig) -> Weights | None:
-    """What lies at `init_from`, not yet read; None without it, or when the run has a checkpoint already.
+    """What lies at `init_from`, not yet read; None without it, or when the run has a checkpoint already. A context that is another is
+    noted.
 
     Raises `CheckpointError` when there are none or they are of another model than `config.model`; all differences are listed.
     """
@@ -50,6 +52,10 @@ def open_start(config: RunConfig) -> Weights | None:
             where=config.init_from,
             next=_advice(found),
         )
+    there, here = weights.config.context, config.model.context
+    if there != here:
+        said = f"the weights are of a context of {there}, and this model, with what it exports, of {here}: model.context={there} keeps it"
+        weights = dataclasses.replace(weights, notes=(*weights.notes, said))
     return weights
 
 

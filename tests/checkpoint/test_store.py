@@ -183,9 +183,11 @@ def test_a_run_goes_on_in_an_empty_run_dir(tmp_path, monkeypatch, capsys):
 def test_the_tokenizer_of_a_run_that_goes_on_is_the_one_in_the_store(tmp_path):
     home, definition = "gs://bucket/filed", Library(WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a")).to_str().encode()
     for name, stop in (("a", 1), ("b", 2)):
-        file_tokenizer(run(tmp_path / name, home), HuggingFaceTokenizer(definition, eos=0, stop=[stop]), {})
+        beside = {"chat_template.jinja": name.encode()}
+        file_tokenizer(run(tmp_path / name, home), HuggingFaceTokenizer(definition, eos=0, stop=[stop]), beside)
         put(place(home), {"checkpoints/1/manifest.json": b"{}"})
     assert load_tokenizer(tmp_path / "b" / "tokenizer").stop == (0, 1)
+    assert (tmp_path / "b" / "tokenizer" / "chat_template.jinja").read_text() == "a"
     assert content(place(home), "tokenizer/tokenizer_kind.json") == (tmp_path / "a" / "tokenizer" / "tokenizer_kind.json").read_bytes()
 
 

@@ -114,8 +114,10 @@ def test_files_that_go_with_a_model(tmp_path, models):
         (tmp_path / "hf" / name).write_text(text)
     notes = convert(job(tmp_path / "hf", tmp_path / "meta", "meta"))
     assert any("tokenizer.model was left behind: a Git LFS pointer" in note for note in notes)
-    convert(job(tmp_path / "meta", tmp_path / "native", "native"))
+    notes = convert(job(tmp_path / "meta", tmp_path / "native", "native"))
+    assert [note.endswith("taken: a context of 4096") for note in notes if "does not say" in note] == [True], notes
     convert(job(tmp_path / "native", tmp_path / "back", "hf"))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == [128001, 128008, 128009]
     for folder in ("meta", "native", "back"):
         assert {name: (tmp_path / folder / name).read_text() for name in carried} == carried
         assert not any((tmp_path / folder / name).exists() for name in left)
@@ -161,6 +163,10 @@ def test_llamas_own_tokenizers_are_read_by_transformers_alone(tmp_path, tiny, te
     convert(job(tmp_path / "native", tmp_path / "hf", "hf"))
     text = "Hello world, 你好  x"
     expected = find_tokenizer(tmp_path / "native").encode(text)
+    if generation == "llama2":  # a folder with settings, and without a tokenizer.json
+        (tmp_path / "native" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}')
+        convert(job(tmp_path / "native", tmp_path / "settled", "hf"))
+        assert transformers.AutoTokenizer.from_pretrained(tmp_path / "settled")(text).input_ids == [config.tokens.bos, *expected]
     for library in ("sentencepiece", "tiktoken"):
         monkeypatch.setitem(sys.modules, library, None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")

@@ -17,7 +17,7 @@ from jax.sharding import AxisType
 
 from llama_eqx import load_config
 from llama_eqx.errors import CheckpointError
-from llama_eqx.interop.conversion import ConvertConfig, convert, save_pretrained
+from llama_eqx.interop.conversion import ConvertConfig, convert, require_expressible, save_pretrained
 from llama_eqx.interop.params import config_to_meta, ffn_parameters, ffn_size
 from llama_eqx.interop.pretrained import load_pretrained, open_pretrained
 from llama_eqx.precision import cast
@@ -236,6 +236,9 @@ def test_what_meta_has_no_words_for(tmp_path, models):
         with pytest.raises(CheckpointError) as error:
             config_to_meta(dataclasses.replace(model.config, **changes), 1)
         assert error.value.where == where
+    with pytest.raises(CheckpointError, match="would mean") as error:
+        require_expressible(dataclasses.replace(model.config, rotary=rotary), "meta")
+    assert error.value.next == "format=native, which has every model"
     with pytest.raises(CheckpointError, match=r"heads=16 does not divide over 3 files\s+kv_heads=8 [\s\S]*mlp=512 [\s\S]*vocab=64"):
         save_pretrained(model, tmp_path / "meta", format="meta", shards=3)
     assert not list(tmp_path.iterdir())

@@ -107,10 +107,13 @@ def test_how_the_first_model_generates_goes_along_with_the_ids_of_this_one(tmp_p
     (tmp_path / "base" / "manifest.json").unlink()
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.6, "eos_token_id": [9, 10]}))
     asked += ["model.dims.vocab=258"]
+    other = settings(tmp_path / "run", *asked, f"init_from={tmp_path / 'base'}", "model.context=128")
+    assert any("model.context=64 keeps it" in note for note in open_start(other).notes)
     config = settings(tmp_path / "run", *asked, f"init_from={tmp_path / 'base'}")
     if through == "run":
         handed_over(config, BytesTokenizer())
         config = settings(tmp_path / "second", *asked, f"init_from={tmp_path / 'run'}")
+    assert not any("context" in note for note in open_start(config).notes)
     folder, _ = handed_over(config, BytesTokenizer())
     found = json.loads((folder / "generation_config.json").read_text())
     assert found == {"do_sample": True, "temperature": 0.6, "bos_token_id": 256, "eos_token_id": 257}
