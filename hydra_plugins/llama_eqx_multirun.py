@@ -43,7 +43,8 @@ class Multirun(Launcher):
             with open_dict(settings):
                 del settings["hydra"]  # as Hydra does before it runs a job
             built = resolve(settings)
-            over = verb == "train" and (finished(built) or is_kept(built))
+            # A run of a study that finished and was stopped before it was filed is filed by a start that ends at once.
+            over = verb == "train" and (is_kept(built) if built.study is not None else finished(built))
             if over and (file := diverged(built)):
                 label += f" (without finite numbers: to make it again remove {file})"
             job = Job(number, label, command(verb, words, config_dirs), pathlib.Path(built.run_dir, "console.txt"))

@@ -190,3 +190,17 @@ def test_each_job_takes_the_plan_of_its_own_mesh(tmp_path, monkeypatch):
     for job, settings in zip(found["jobs"], found["settings"], strict=True):
         assert load_config(*job.command[4:]) == settings
     assert sorted(path.name for path in tmp_path.glob("*")) == ["llama3_1m_cpu-8.yaml", "multirun.yaml"]
+
+
+def test_a_run_of_a_study_is_over_when_it_is_filed(tmp_path, monkeypatch):
+    """One that was told to stop after its last checkpoint has finished, and is yet to be filed: by a start that ends at once."""
+    found = {}
+    monkeypatch.setattr("llama_eqx.training.run.finished", lambda config: True)
+    monkeypatch.setattr("llama_eqx.studies.pairing.is_kept", lambda config: config.seed == 1001)
+    monkeypatch.setattr(multirun, "run_jobs", lambda jobs, skipped, **_: found.update(jobs=jobs, skipped=skipped))
+    study = ["experiment=norm", "experiment/norm=rms", "stage=tune", "schedule.peak=0.004"]
+    monkeypatch.setattr(sys, "argv", ["train", "-m", *study, "seed=1000,1001", f"hydra.sweep.dir={tmp_path}"])
+    with pytest.raises(SystemExit) as ended:
+        run_verb("train", train.main)
+    assert ended.value.code == 0
+    assert [[job.number for job in found[name]] for name in ("jobs", "skipped")] == [[0], [1]]
