@@ -22,6 +22,7 @@ AFTER = {
     "tool": ("assistant",),
     "ipython": ("assistant",),
 }
+ROLES = tuple(role for role in AFTER if role)  # of all formats together
 
 
 class Piece(NamedTuple):
@@ -50,7 +51,7 @@ class ChatFormat(abc.ABC):
 
         Raises `DataError` naming the message that is out of order, `ConfigError` when the tokenizer lacks a special token of the format.
         """
-        _check(messages, self.roles, generate)
+        check(messages, self.roles, generate=generate)
         pieces = self.pieces(messages, generate=generate)
         if missing := sorted({piece.text for piece in pieces if piece.special} - set(tokenizer.special)):
             raise ConfigError(
@@ -219,7 +220,8 @@ def _common(whole: list[int], head: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(whole, head, strict=False)) if a != b), len(head))
 
 
-def _check(messages: Sequence[Any], roles: tuple[str, ...], generate: bool) -> None:
+def check(messages: Sequence[Any], roles: tuple[str, ...], *, generate: bool) -> None:
+    """Raises `DataError` naming the first of `messages` that is none, or not of one of `roles` whose turn it is."""
     if not messages:
         raise DataError("no messages", where="messages", next='at least {"role": "user", "content": …}')
     before = None

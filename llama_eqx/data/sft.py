@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llama_eqx.data.cache import cache_dir, publish
-from llama_eqx.data.chat import chat_format
+from llama_eqx.data.chat import ROLES, chat_format, check
 from llama_eqx.data.corpus import CorpusConfig, Document, Part
 from llama_eqx.data.shards import (
     DELETE,
@@ -48,7 +48,8 @@ class SftConfig(CorpusConfig):
     "content", or with two strings, of which the second answers the first: `prompt_key` and `response_key` name them.
 
     They become ids by the chat format of the tokenizer. Only what the assistant says is learned. Whole conversations are held out.
-    Lines that are no such objects end the run, or are counted, as `on_error` says.
+    Lines that are no such objects, or whose messages are out of order, end the run, or are counted, as `on_error` says. One with a role
+    that the chat format does not know ends it in any case.
     """
 
     rows: Literal["packed", "single"]
@@ -119,10 +120,12 @@ class SftConfig(CorpusConfig):
                 raise ValueError(f'neither "messages" nor strings "{self.prompt_key}" and "{self.response_key}"')
             return tuple({"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True))
         messages = example["messages"]
-        if not isinstance(messages, list) or not all(
-            isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content")) for message in messages
-        ):
-            raise ValueError('"messages" is not a list of objects with strings "role" and "content"')
+        if not isinstance(messages, list):
+            raise ValueError('"messages" is not a list')
+        try:
+            check(messages, ROLES, generate=False)
+        except DataError as error:
+            raise ValueError(f"{error.where}: {error.what}") from error
         if not any(message["role"] == "assistant" for message in messages):
             raise ValueError("the assistant says nothing: there is nothing to learn")
         return tuple(messages)

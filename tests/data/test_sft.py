@@ -81,8 +81,14 @@ BAD = {
     "[1]": "not a JSON object",
     '{"prompt": "a"}': 'neither "messages" nor strings "prompt" and "response"',
     '{"prompt": "a", "response": 1}': 'neither "messages" nor strings',
-    '{"messages": [{"role": "user"}]}': '"messages" is not a list of objects with strings',
-    '{"messages": []}': "the assistant says nothing",
+    '{"messages": {}}': '"messages" is not a list',
+    '{"messages": [{"role": "user"}]}': r"messages\[0\]: not a message",
+    '{"messages": []}': "no messages",
+    '{"messages": [{"role": "assistant", "content": "a"}]}': r"messages\[0\].role: 'assistant' at the beginning",
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}': (
+        r"messages\[1\].role: 'user' after user"
+    ),
+    '{"messages": [{"role": "user", "content": "a", "name": "Ann"}, {"role": "assistant", "content": "b"}]}': "there is no place for name",
     '{"messages": [{"role": "user", "content": "a"}]}': "the assistant says nothing",
     r'{"prompt": "\ud800", "response": "a"}': "not JSON",
 }
@@ -144,11 +150,12 @@ def test_a_damaged_compressed_file_is_left_out_whole(sft, tmp_path):
     assert error.value.next == "download or copy this file again, or data.on_error=skip"
 
 
-def test_a_conversation_that_the_format_does_not_know_is_named(sft):
-    messages = [{"role": role, "content": "x"} for role in ("assistant", "user", "assistant")]
-    with pytest.raises(DataError, match="'assistant' at the beginning") as error:
-        opened(sft([*({"prompt": "a", "response": "b"} for _ in range(9)), {"messages": messages}]))
-    assert error.value.where.endswith(r"a.jsonl:10, messages[0].role")
+def test_a_conversation_that_the_format_does_not_know_is_named(sft, monkeypatch):
+    monkeypatch.setattr(BytesTokenizer, "chat", "llama2")
+    messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "tool", "assistant")]
+    with pytest.raises(DataError, match="'tool' after assistant: here speaks user") as error:
+        opened(sft([{"messages": messages}, *({"prompt": "a", "response": "b"} for _ in range(9))]))
+    assert error.value.where.endswith(r"a.jsonl:1, messages[2].role")
 
 
 def test_a_long_conversation_is_refused_or_cut(sft):
