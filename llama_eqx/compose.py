@@ -126,7 +126,8 @@ def planned(name: str, overrides: Sequence[str]) -> list[str]:
 def from_plan(name: str, overrides: Sequence[str]) -> list[str]:
     """What the plan has for keys and groups that `overrides` leave alone: nothing with an experiment, whose own settings it would beat.
 
-    A microbatch of the plan's does not come with a batch of the user's that it does not divide.
+    A microbatch of the plan's does not come with a batch of the user's that it does not divide, and neither with a recipe of the user's,
+    which has sizes of its own.
     """
     path, said = plan_file(overrides), _values(overrides)
     if name not in PLANNED or not path.is_file() or "experiment" in said:
@@ -134,6 +135,8 @@ def from_plan(name: str, overrides: Sequence[str]) -> list[str]:
 
     def left_alone(override: str) -> bool:
         (key,) = _values([override])
+        if "recipe" in said and key in ("train.batch_size", "train.microbatch_size", "train.seq_len"):
+            return False
         return not any(key == other or key.startswith(f"{other}.") for other in said if other != "mesh")
 
     taken = [*filter(left_alone, yaml.safe_load(path.read_text())["overrides"])]
@@ -191,6 +194,8 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
         if sweep and name not in PLANNED:
             verbs = " and ".join(PLANNED)
             raise ConfigError(f"only {verbs} have sweeps", where=name, next=f"a command for each: python -m llama_eqx.{name} KEY=VALUE")
+        if not places:  # which may have more of them
+            _check_recipe(overrides)
         hydra.main(version_base="1.3", config_path=str(home(name)), config_name=name)(hydra_job)()
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here instead of being printed by Hydra
@@ -351,10 +356,19 @@ def _unexpected(error: Exception) -> int:
 
 def compose(name: str, overrides: list[str]) -> DictConfig:
     """The merged YAML, not yet checked against the dataclasses."""
+    _check_recipe(overrides)
     try:
         return _compose(name, overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # the last is Hydra's word on an option that is no text
         raise _explained(error, name, overrides) from None
+
+
+def _check_recipe(overrides: Sequence[str]) -> None:
+    """Raises `ConfigError` for a recipe that is not there: that of a model is optional, so Hydra would go on without a word."""
+    options = [path.stem for path in (conf_dir() / "recipe").glob("*.yaml")]
+    for option in _values(overrides).get("recipe", options[0]).replace('"', "").split(","):
+        if option not in options:
+            raise ConfigError(f"recipe has no option {option!r}", where="recipe", next=nearest(option, options))
 
 
 def resolve(config: DictConfig) -> Any:

@@ -35,6 +35,8 @@ def run(monkeypatch, capsys, name, *arguments, job=None, out=None):
         (2, "did you mean schedule.peak?", ["schedule.peek=3"]),
         (2, "did you mean llama2_7b?", ["model=lama2_7b"]),
         (2, "did you mean v4-32?", ["mesh=v4_32"]),
+        (2, "did you mean finetune?", ["recipe=fintune"]),
+        (2, "did you mean finetune?", ["-m", "recipe=llama3_8b,fintune"]),
         (2, "did you mean silu?", ["model.feed_forward.activation=sliu"]),
         (2, "wanted int", ["train.steps=many"]),
         (2, "kv_heads may be one of 1, 2, 4", ["model.dims.kv_heads=3"]),
@@ -152,6 +154,7 @@ def test_an_experiment_takes_no_plan(planned, monkeypatch, capsys):
     [
         (["train.batch_size=96"], (96, 48)),
         (["train.batch_size=32"], (32, None)),
+        (["recipe=finetune", "train.seq_len=128"], (64, None)),
         (["train.microbatch_size=16"], (48, 16)),
         (["train.microbatch_size=null"], (48, None)),
         (["train.microbatch_size=4"], (48, 4)),

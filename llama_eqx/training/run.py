@@ -199,7 +199,11 @@ def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
             "them); precision=mixed keeps float32"
         )
     if config.schedule.warmup_steps >= config.train.steps:
-        said.append(f"the warm-up of {config.schedule.warmup_steps} steps is not over after {config.train.steps}")
+        recipe = ", or recipe=finetune" if config.init_from else ""
+        said.append(
+            f"the warm-up of {config.schedule.warmup_steps} steps is not over after {config.train.steps}: schedule.peak is not reached; "
+            f"next: schedule.warmup_steps={config.train.steps // 10}{recipe}"
+        )
     return said
 
 

@@ -85,7 +85,7 @@ def table(preset: str) -> str:
 def test_no_preset_is_left_out():
     files = (ROOT / "conf" / "model").glob("llama*_*.yaml")
     assert {path.stem for path in files} == {*PARAMETERS, "llama3_1m"}
-    assert {path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml")} == set(PARAMETERS) == set(RECIPES)
+    assert {path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml")} - {"finetune"} == set(PARAMETERS) == set(RECIPES)
     assert {path.stem for path in TABLES.iterdir()} == set(PARAMETERS)
 
 
@@ -107,6 +107,13 @@ def test_recipe_and_special_ids(preset):
     ids = config.model.tokens
     assert (ids.tokenizer, ids.bos, ids.eos, ids.pad) == TOKENS[preset.rpartition("_")[0]]
     assert max(ids.bos, *ids.eos, ids.pad or 0) < config.model.dims.vocab
+
+
+@pytest.mark.parametrize("preset", PARAMETERS)
+def test_any_size_is_fine_tuned_by_the_recipe_for_that(preset):
+    config = load_config(f"model={preset}", "recipe=finetune", "train.batch_size=16")
+    assert (config.schedule.peak, config.train.batch_size, config.train.seq_len) == (2e-5, 16, 2048)
+    assert config.schedule.warmup_steps < config.train.steps / 10
 
 
 def test_the_command_line_has_the_last_word():

@@ -46,10 +46,12 @@ def test_with_dropout_another_microbatch_is_another_run(tmp_path, dropout):
         claim(load_config(*asked, "model.dropout=0", "model.block.dropout=0", dropout, "train.microbatch_size=2"), "")
 
 
-def test_parameters_in_bfloat16_are_warned_of():
+def test_what_is_seldom_meant_is_warned_of():
     said = lambda *overrides: warnings(load_config("tokenizer=bytes", "model.dims.vocab=258", *overrides), BytesTokenizer())  # noqa: E731
     assert said() == []
     assert "precision=mixed keeps float32" in said("precision=mixed", "precision.params=bfloat16")[0]
+    assert said("train.steps=50")[0].endswith("; next: schedule.warmup_steps=5")
+    assert said("train.steps=50", "init_from=here")[0].endswith("; next: schedule.warmup_steps=5, or recipe=finetune")
 
 
 def test_a_run_goes_on_where_its_data_lies_elsewhere_and_not_with_other_data(tmp_path, monkeypatch):
