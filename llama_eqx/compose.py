@@ -23,7 +23,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -182,13 +182,18 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
         sys.exit()
     if not any(argument.startswith("-") for argument in arguments):
         run = _together if log else lambda job, config, overrides: job(config, overrides)
-        _leave(_guarded(lambda: run(job, load_config(*map(quoted, arguments), name=name), arguments)))
+        _leave(_guarded(lambda: run(job, load_config(*map(quoted, arguments), name=name), arguments), name))
+
+    failed: list[Exception] = []
 
     def hydra_job(config: DictConfig) -> None:
-        built = resolve(config)
-        if "run_dir" not in _values(overrides) and hasattr(built, "run_dir"):
-            built = dataclasses.replace(built, run_dir=HydraConfig.get().runtime.output_dir)
-        _together(job, built, [override for override in overrides if not re.match(r"[+~]*hydra\b", override)])
+        try:
+            built = resolve(config)
+            if "run_dir" not in _values(overrides) and hasattr(built, "run_dir"):
+                built = dataclasses.replace(built, run_dir=HydraConfig.get().runtime.output_dir)
+            _together(job, built, [override for override in overrides if not re.match(r"[+~]*hydra\b", override)])
+        except Exception as error:  # Hydra would print a line of its own before it raises it again
+            failed.append(error)
 
     def hydra_main() -> None:
         if sweep and name not in PLANNED:
@@ -197,6 +202,8 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
         if not places:  # which may have more of them
             _check_recipe(overrides)
         hydra.main(version_base="1.3", config_path=str(home(name)), config_name=name)(hydra_job)()
+        if failed:
+            raise failed[0]
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here instead of being printed by Hydra
     if sweep:  # commas make the jobs, which take the plans of their own models and meshes
@@ -204,7 +211,7 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
     else:
         words = planned(name, overrides if "--run" in flags else [*map(quoted, overrides)])  # a job's are quoted already
     sys.argv[1:] = [*words, *flags]  # in one piece: argparse takes no overrides on both sides of a flag
-    _leave(_guarded(hydra_main))
+    _leave(_guarded(hydra_main, name))
 
 
 def help_text(name: str) -> str:
@@ -302,8 +309,10 @@ class Log(logging.FileHandler):
             super().close()
 
 
-def _guarded(job: Callable[[], None]) -> int:
-    """The exit code of `job`, with whatever ended it said in a block; 141, as the shell's, when nobody reads any more what it prints."""
+def _guarded(job: Callable[[], None], name: str = "train") -> int:
+    """The exit code of `job` of the verb `name`, with whatever ended it said in a block; 141, as the shell's, when nobody reads any more
+    what it prints.
+    """
     try:
         job()
         sys.stdout.flush()
@@ -314,7 +323,7 @@ def _guarded(job: Callable[[], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (HydraException, OmegaConfBaseException) as error:
-        print(_explained(error, "train", sys.argv[1:]), file=sys.stderr)
+        print(_explained(error, name, sys.argv[1:]), file=sys.stderr)
         return ConfigError.code
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _unread():
@@ -365,7 +374,7 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
 
 def _check_recipe(overrides: Sequence[str]) -> None:
     """Raises `ConfigError` for a recipe that is not there: that of a model is optional, so Hydra would go on without a word."""
-    options = [path.stem for path in (conf_dir() / "recipe").glob("*.yaml")]
+    options = [path.stem for folder in conf_dirs() for path in (folder / "recipe").glob("*.yaml")]
     for option in _values(overrides).get("recipe", options[0]).replace('"', "").split(","):
         if option not in options:
             raise ConfigError(f"recipe has no option {option!r}", where="recipe", next=nearest(option, options))
@@ -416,11 +425,19 @@ def _explained(error: Exception, name: str, overrides: list[str]) -> ConfigError
             "several values for one key make a sweep", where=" ".join(overrides), next="add -m, or quote a value with commas"
         )
     first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
-    return ConfigError(first, where=" ".join(overrides), next="values with commas, braces or = need quotes: 'key=\"value\"'")
+    hint = ""
+    if isinstance(error, OverrideParseException):
+        hint = "values with commas, braces or = need quotes: 'key=\"value\"'"
+    elif "is defined before" in text:
+        hint = "in a list of defaults what overrides a group comes last"
+    return ConfigError(first, where=" ".join(overrides), next=hint)
 
 
 def _override_of(key: str, overrides: list[str]) -> str:
-    return next((override for override in overrides if override.lstrip("+~").startswith(key)), "")
+    """That of the key or group itself, else the first of a key within it, or a group at another place."""
+    found = [(len(match[0]), override) for override in overrides if (match := re.match(rf"[+~]*{re.escape(key)}(?=[=.@/]|$)", override))]
+    exact = [override for end, override in found if override[end : end + 1] in ("=", "")]
+    return next(iter(exact or [override for _, override in found]), "")
 
 
 def _keys(name: str, overrides: list[str]) -> list[str]:
