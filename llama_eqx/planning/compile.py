@@ -56,7 +56,7 @@ def build_mesh(config: MeshConfig) -> Mesh:
 def compile_step(config: RunConfig, program: Program, layout: Layout) -> Compiled:
     """The very step that the loop runs, compiled on abstract values.
 
-    Raises `TooBig`; `ConfigError` when the compiler does not know an option, `UserError` when what it made cannot be read.
+    Raises `TooBig`; `ConfigError` when the compiler does not know an option or fails by itself, `UserError` when what it made cannot be read.
     """
     state = abstract(program.shapes, program.shardings)
     batch = abstract_batch(layout, config.train.batch_size, config.train.seq_len)
@@ -144,7 +144,8 @@ def _slice_devices(topology: str) -> list[jax.Device]:
     with contextlib.suppress(RuntimeError):  # a backend is up already
         jax.config.update("jax_platforms", "cpu")
     megacore = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}  # its two cores as one device
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **megacore).devices)
+    alone = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}  # else hosts are taken to have 2 x 2
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **megacore, **alone).devices)
 
 
 @contextlib.contextmanager
@@ -178,5 +179,12 @@ def _refused() -> Iterator[None]:
                 f"the compiler has no option {option[1] or option[2]}",
                 where="mesh.compiler_options",
                 next=f"~mesh.compiler_options.{option[1] or option[2]} leaves it out",
+            ) from None
+        if "INTERNAL" in str(error):
+            raise ConfigError(
+                f"the compiler fails on this step, by an error of its own: {str(error).splitlines()[0].strip()}",
+                where="mesh.compiler_options, or what the step is made of",
+                next="train.microbatch_size=null, or for a TPU +mesh.compiler_options.xla_tpu_enable_collective_pipeliner=false: "
+                "one or the other has avoided such errors",
             ) from None
         raise

@@ -38,6 +38,8 @@ def make_gradient(
         def add(so_far: tuple[LossSums, Llama], each: tuple[Batch, Array]) -> tuple[tuple[LossSums, Llama], None]:
             microbatch, number = each
             (_, sums), gradient = value_and_gradient(model, microbatch, jax.random.fold_in(key, number))
+            # Without the barrier a TPU's compiler moves an all-reduce out of this loop, and fails where a cast stands before the sum.
+            gradient = jax.tree.map(jax.lax.optimization_barrier, gradient)
             new = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), so_far, (sums, gradient))
             return (new[0], layout.place(new[1])), None
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from llama_eqx import load_config
-from llama_eqx.errors import UserError
+from llama_eqx.errors import ConfigError, UserError
+from llama_eqx.planning import compile as compiling
 from llama_eqx.planning.compile import build_mesh, compile_step, program_text, too_big
 from llama_eqx.planning.memory import memory_by_part, trace
 from llama_eqx.sharding import Layout
@@ -99,6 +100,12 @@ def test_what_the_compiler_says(message, needs, may):
 def test_a_message_without_numbers():
     error = too_big("RESOURCE_EXHAUSTED: no idea")
     assert (error.needs, error.may) == (None, None)
+
+
+def test_an_error_of_the_compilers_own_is_answered():
+    with pytest.raises(ConfigError, match=r"of its own: INTERNAL: RET_CHECK failure \(x.cc:1\) a == b\n") as error, compiling._refused():
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (x.cc:1) a == b \nmore")
+    assert "train.microbatch_size=null" in error.value.next
 
 
 def test_a_program_that_jax_cannot_read(monkeypatch):
