@@ -9,13 +9,15 @@ import time
 from types import FrameType
 
 PREEMPTED = 75  # the code of a run that was told to stop and saved itself
+# By 128 + n launchers, shells and containers say that signal n ended what they had started; 130 is also what a run says of Ctrl-C.
+KILLED = {128 + number: number for number in signal.Signals if number != signal.SIGINT}
 SHORT = 60.0  # seconds: a start that ended sooner made no progress to speak of
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m llama_eqx.supervise",
-        description="Starts COMMAND again when it was preempted (exit code 75) or ended by a signal; never on any other code.",
+        description="Starts COMMAND again when it was preempted (exit code 75) or a signal n ended it (or code 128 + n, not 130).",
         epilog="python -m llama_eqx.supervise -- python -m llama_eqx.train model=llama2_7b mesh=v4-32",
     )
     parser.add_argument("--restarts", type=int, default=100, help="how often at most (default %(default)s)")
@@ -59,10 +61,11 @@ def supervise(command: list[str], *, restarts: int, short: int) -> int:
             child.send_signal(passed[-1])
         code = child.wait()
         started += 1
-        ended = f"exit code {code}" if code >= 0 else f"{signal.Signals(-code).name}"
-        in_a_row = in_a_row + 1 if code < 0 and time.monotonic() - begun < SHORT else 0
+        killed = KILLED.get(code, -code if code < 0 else None)
+        ended = f"exit code {code}" if killed is None else signal.Signals(killed).name
+        in_a_row = in_a_row + 1 if killed and time.monotonic() - begun < SHORT else 0
         shown = code if code >= 0 else 128 - code
-        if code >= 0 and code != PREEMPTED:
+        if killed is None and code != PREEMPTED:
             if code:
                 say(f"ended by {ended}: not started again, since that would not help")
             return shown
@@ -81,7 +84,8 @@ def supervise(command: list[str], *, restarts: int, short: int) -> int:
 
 def with_run_dir(command: list[str]) -> list[str]:
     """A training command that names its run directory: without one, every start would begin a run of its own."""
-    if "llama_eqx.train" not in command or any(word.startswith("run_dir=") for word in command):
+    trains = any(word == "llama_eqx.train" or word.endswith("launch_local.py") for word in command)
+    if not trains or any(word.startswith("run_dir=") for word in command):
         return command
     folder = f"outputs/{datetime.datetime.now():%Y-%m-%d/%H-%M-%S-%f}"
     say(f"run_dir={folder}, for all starts")

@@ -41,9 +41,10 @@ def command(log: pathlib.Path, *codes: int, flags: tuple[str, ...] = ()) -> list
         ((0,), (), 1, 0, ""),
         ((75, 75, 0), (), 3, 0, "restart 2"),
         ((-signal.SIGKILL, -signal.SIGABRT, 0), (), 3, 0, "SIGABRT: restart 2"),
+        ((137, 134, 0), (), 3, 0, "SIGABRT: restart 2"),
         *(((code,), (), 1, code, f"exit code {code}: not started again") for code in (1, 2, 3, 4, 5, 6, 130)),
         ((75,), ("--restarts", "2"), 3, 75, "after 2 restarts"),
-        ((-signal.SIGKILL,), ("--short", "2"), 2, 137, "2 starts in a row"),
+        *(((code,), ("--short", "2"), 2, 137, "2 starts in a row") for code in (-signal.SIGKILL, 137)),
     ],
 )
 def test_ends(tmp_path, codes, flags, starts, code, said):
@@ -69,8 +70,8 @@ def test_nothing_to_start():
     assert "no-such-program cannot be started" in done.stderr
 
 
-def test_every_start_is_of_the_same_run(capsys):
-    train = ["python", "-m", "llama_eqx.train", "seed=1"]
+@pytest.mark.parametrize("train", [["python", "-m", "llama_eqx.train", "seed=1"], ["python", "scripts/launch_local.py", "2", "seed=1"]])
+def test_every_start_is_of_the_same_run(capsys, train):
     named = with_run_dir(train)
     assert named[:-1] == train
     assert named[-1].startswith("run_dir=outputs/")
