@@ -56,7 +56,8 @@ def build_mesh(config: MeshConfig) -> Mesh:
 def compile_step(config: RunConfig, program: Program, layout: Layout) -> Compiled:
     """The very step that the loop runs, compiled on abstract values.
 
-    Raises `TooBig`; `ConfigError` when the compiler does not know an option or fails by itself, `UserError` when what it made cannot be read.
+    Raises `TooBig`; `ConfigError` when the compiler does not know an option or fails by itself; `UserError` when what it made cannot be
+    read.
     """
     state = abstract(program.shapes, program.shardings)
     batch = abstract_batch(layout, config.train.batch_size, config.train.seq_len)

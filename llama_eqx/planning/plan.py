@@ -195,15 +195,20 @@ def shrink(plan: Plan, variant: Callable[..., RunConfig]) -> str:
     while rows % 2 == 0:
         rows //= 2
         smaller += [[f"train.microbatch_size={rows}"], ["remat=full", f"train.microbatch_size={rows}"]]
+    refused, composed = "", False
     for overrides in smaller if plan.may else []:
         try:
             config = variant(*overrides)
             layout = Layout(build_mesh(config.mesh), config.sharding)
             memory = memory_by_part(config, make_program(config, layout), layout)
-        except ConfigError:
+        except ConfigError as error:
+            refused = refused or error.what
             continue
+        composed = True
         if max(scale, 1.0) * memory.total < (plan.may or 0):
             return f"{said}; it would fit with {' '.join(overrides)}"
+    if refused and not composed:
+        return f"{said}; whether less would fit is not known, as no such run could be made: {refused}"
     return f"{said}; neither remat=full nor a smaller train.microbatch_size is enough: more devices, or mesh.tensor=2 sharding=fsdp_tensor"
 
 

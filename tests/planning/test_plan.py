@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from llama_eqx import compose, load_config
-from llama_eqx.errors import UserError
+from llama_eqx.errors import ConfigError, UserError
 from llama_eqx.plan import main
 from llama_eqx.planning import compile as compiling
 from llama_eqx.planning.chips import CHIPS
@@ -105,6 +105,14 @@ def test_advice_is_computed(plan, may, advice):
     if may > 0.1:
         better = config("mesh=cpu-8", *said.partition("it would fit with ")[2].split())
         assert make_plan(better).memory.total < small.may
+
+
+def test_no_advice_where_no_candidate_can_be_composed(plan):
+    def variant(*more):
+        raise ConfigError("no such option", where="model")
+
+    said = shrink(dataclasses.replace(plan, compiled=None, needs=plan.memory.total, may=1), variant)
+    assert said.endswith("is not known, as no such run could be made: no such option")
 
 
 def test_advice_leaves_out_what_is_said_of_the_group_that_it_replaces(plan, monkeypatch, tmp_path, capsys):
