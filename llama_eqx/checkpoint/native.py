@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import pathlib
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -113,6 +114,9 @@ def _opened(path: pathlib.Path, step: int | None) -> tuple[LlamaConfig, pathlib.
     saved = restore.steps(path / CHECKPOINTS)
     if not saved:
         what, advice = "no checkpoint has been saved yet", "let the run reach its first save: see checkpoint.every"
+        if bundles := list((path / "replay").glob("step-*.json")):  # of a run that ended since its numbers were not finite
+            newest = max(bundles, key=lambda file: file.stat().st_mtime)
+            advice = f"python -m llama_eqx.replay bundle={shlex.quote(str(newest))} shows where its numbers ceased to be finite"
         if found := [str(each) for each in restore.numbered(path / CHECKPOINTS)]:
             what, advice = (
                 f"no manifest says that checkpoint {' or '.join(found)} was saved to its end",

@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+from llama_eqx.checkpoint import restore
 from llama_eqx.checkpoint.manifest import MANIFEST, find_damage
 from llama_eqx.diagnosis.report import Finding, finding_of
 from llama_eqx.errors import CheckpointError
@@ -31,6 +32,9 @@ def check_manifest(folder: pathlib.Path, above: pathlib.Path) -> list[Finding]:
     except CheckpointError as error:
         return [finding_of(error, folder, MANIFEST)]
     hint, within = "copy or convert it again, or if the change is yours see docs/convert.md", folder.relative_to(above)
+    saved = restore.steps(folder.parent) if folder != above else []  # of a run
+    if before := [step for step in saved if step < int(folder.name)]:
+        hint = f"the same train command again falls back to step {before[-1]}; a copy of the run is to be copied again"
     changed = [Finding("error", str(within / name), f"damaged: its SHA-256 is not that of {MANIFEST}", hint) for name in damage.damaged]
     missing = [Finding("error", str(within / name), f"missing, and listed in {MANIFEST}", hint) for name in damage.missing]
     return [*changed, *missing, *(Finding("note", str(within / name), f"not listed in {MANIFEST}") for name in damage.extra)]

@@ -9,6 +9,7 @@ import jax
 
 from llama_eqx.checkpoint.fingerprint import fingerprint
 from llama_eqx.checkpoint.native import CHECKPOINTS
+from llama_eqx.checkpoint.restore import steps as saved_steps
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.checkpoint.store import Place
 from llama_eqx.config import dump
@@ -184,7 +185,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 checkpoints.wait()  # it is the one to replay from
                 return write_bundle(setup, state.model, reporter.reported, reporter.metrics)
 
-            with explained_by_a_bundle(bundle), preemption.training(keep):
+            with explained_by_a_bundle(bundle, lambda: saved_steps(saved)), preemption.training(keep):
                 logged = of_first(jax.process_index() > 0 or is_logged(run_dir, begin, "val/loss"))
                 if begin and is_due(begin) and not logged:  # it was stopped while it evaluated
                     measure()

@@ -74,12 +74,16 @@ def write_bundle(setup: Setup, model: Llama, step: int, metrics: dict[str, float
 
 
 @contextlib.contextmanager
-def explained_by_a_bundle(write: Callable[[], pathlib.Path]) -> Iterator[None]:
-    """Around a loop: a bundle is written when its numbers are not finite, and the error says how to look at it."""
+def explained_by_a_bundle(write: Callable[[], pathlib.Path], saved: Callable[[], list[int]]) -> Iterator[None]:
+    """Around a loop: a bundle is written when its numbers are not finite, and the error says how to look at it, and when no steps are
+    `saved` that no checkpoint is kept.
+    """
     try:
         yield
     except NonFiniteError as error:
         path = shlex.quote(str(write()))
+        if not saved():
+            error.kept = "the record; there is no checkpoint yet"
         error.next += f"\npython -m llama_eqx.replay bundle={path} shows where they cease to be finite"
         raise
 

@@ -105,7 +105,7 @@ class Reporter:
                 where=f"step {step}",
                 kept="the checkpoints, none of which has numbers that are not finite",
                 next="a run of its own (another run_dir) with a lower schedule.peak or more schedule.warmup_steps: from the beginning, or "
-                "with init_from=CHECKPOINT from its weights, without the state of the optimizer",
+                "if a checkpoint was kept with init_from=CHECKPOINT from its weights, without the state of the optimizer",
             )
 
     def settle(self) -> None:

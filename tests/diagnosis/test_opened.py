@@ -54,6 +54,11 @@ def test_a_damaged_step_of_a_run_is_named(folder):
     found = examine(str(run), published, weights=True).findings
     assert [(f.severity, f.where) for f in found] == [("error", str(file.relative_to(run)))]
     assert "SHA-256" in found[0].what
+    assert "copy or convert it again" in found[0].next
+    (run / "checkpoints" / "0").rename(run / "checkpoints" / "2")
+    shutil.copytree(run / "checkpoints" / "2", run / "checkpoints" / "1")
+    found = examine(str(run), published, weights=True).findings
+    assert found[0].next.startswith("the same train command again falls back to step 1")
 
 
 def edit_pickle(folder, change):

@@ -7,7 +7,7 @@ import equinox as eqx
 import pytest
 from test_loop import config
 
-from llama_eqx.checkpoint.native import save_native
+from llama_eqx.checkpoint.native import load_native, save_native
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.compose import load_config
 from llama_eqx.errors import CheckpointError, NonFiniteError
@@ -54,6 +54,10 @@ def test_weights_that_are_not_finite_are_named_and_never_saved(tmp_path, model):
     assert steps(tmp_path / "run" / "checkpoints") == []
     bundle = tmp_path / "run" / "replay" / "step-3.json"
     assert f"python -m llama_eqx.replay bundle={bundle}" in error.value.next
+    assert error.value.kept == "the record; there is no checkpoint yet"
+    with pytest.raises(CheckpointError, match="no checkpoint has been saved yet") as unsaved:
+        load_native(run.run_dir)
+    assert f"python -m llama_eqx.replay bundle={bundle}" in unsaved.value.next
     assert json.loads(bundle.read_text())["weights_not_finite"] == ["blocks.feed_forward.up_proj of layer 1"]
     said = asked(bundle)
     assert "step 3, 3 from the start, is not finite again" in said
@@ -86,8 +90,9 @@ def test_replayed_from_a_checkpoint(tmp_path, monkeypatch):
         return wrapped
 
     monkeypatch.setattr(LossConfig, "build", spoilt)
-    with pytest.raises(NonFiniteError):
+    with pytest.raises(NonFiniteError) as error:
         train(run)
+    assert error.value.kept.startswith("the checkpoints, none of which")
     assert steps(tmp_path / "run" / "checkpoints") == [3, 6]
     bundle = tmp_path / "run" / "replay" / "step-7.json"
     under_way = tmp_path / "run" / "checkpoints" / "9.unfinished"
