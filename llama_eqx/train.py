@@ -20,8 +20,9 @@ def main(config: Any, overrides: list[str]) -> None:
     run_dir = shlex.quote(config.run_dir)
     same = [override for override in overrides if not override.startswith(("run_dir=", "train.steps="))]
     command = shlex.join(["python", "-m", "llama_eqx.train", *same, f"run_dir={config.run_dir}"])
+    several = f" (on each of the {n} hosts, or by the launcher that started this)" if (n := jax.process_count()) > 1 else ""
     try:
-        with Preemption(config.checkpoint.grace, next=f"{command} train.steps={config.train.steps}") as preemption:
+        with Preemption(config.checkpoint.grace, next=f"{command} train.steps={config.train.steps}{several}") as preemption:
             result = train(config, preemption)
     except NonFiniteError:
         if config.study is not None and jax.process_index() == 0:
@@ -49,7 +50,7 @@ def main(config: Any, overrides: list[str]) -> None:
 validation  {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte, on {evaluation.tokens:,} tokens{speed}
 curve       {result.run_dir / "loss.png"}
 checkpoint  {result.checkpoint}{exported}{kept}
-resume      {command} train.steps={2 * config.train.steps}
+resume      {command} train.steps={2 * config.train.steps}{several}
 sample      python -m llama_eqx.generate checkpoint={config.checkpoint.store or run_dir} prompt={shlex.quote(prompt)}""")
     if config.tracking.wandb.mode != "disabled":
         print(f"view        wandb leet {run_dir}/wandb")

@@ -5,8 +5,13 @@ import pathlib
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
 import pytest
+
+from llama_eqx import load_config
+from llama_eqx.train import main
 
 CHILD = """
 import contextlib, hashlib, pathlib, sys, time
@@ -111,3 +116,15 @@ def test_handlers_are_put_back(tmp_path: pathlib.Path):
         assert all(a is not b for a, b in zip(before, map(signal.getsignal, SIGNALS), strict=True))
     assert [signal.getsignal(number) for number in SIGNALS] == before
     Preemption(10.0).check(1)  # not entered, it leaves signals alone
+
+
+@pytest.mark.parametrize(("processes", "several"), [(1, False), (2, True)])
+def test_what_resumes_a_run_of_several_processes_says_that_it_is_for_each(tmp_path, monkeypatch, capsys, processes, several):
+    told, evaluation = [], SimpleNamespace(loss=1.0, bits_per_byte=1.0, tokens=1)
+    result = SimpleNamespace(evaluation=evaluation, sample="", speed={}, run_dir=tmp_path, checkpoint=tmp_path, export=None)
+    monkeypatch.setattr("llama_eqx.training.loop.train", lambda config, preemption: told.append(preemption._next) or result)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    main(load_config(f"run_dir={tmp_path}", "compile_cache=false"), [])
+    resume = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("resume"))
+    for line in (resume, told[0]):
+        assert line.endswith(" (on each of the 2 hosts, or by the launcher that started this)") is several
