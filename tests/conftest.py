@@ -3,12 +3,14 @@
 import logging
 import os
 import pathlib
+import sys
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import absl.logging
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -18,6 +20,8 @@ jax.config.update("jax_disable_most_optimizations", True)  # tests compile much 
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "llama_eqx-test-compiled"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__  # else Hydra's logging closes what pytest captures into
 
 install_import_hook("llama_eqx", "beartype.beartype")
 
