@@ -24,7 +24,7 @@ class Multirun(Launcher):
         from llama_eqx.compose import planned, quoted, resolve  # what a single run need not wait for
         from llama_eqx.errors import ConfigError
         from llama_eqx.multirun import Job, command, labels, run_jobs
-        from llama_eqx.studies.pairing import diverged, is_kept
+        from llama_eqx.studies.pairing import diverged, in_the_way, is_kept
         from llama_eqx.training.run import finished
 
         if not isinstance(self.at_once, int) or self.at_once < 1:
@@ -47,6 +47,8 @@ class Multirun(Launcher):
             over = verb == "train" and (is_kept(built) if built.study is not None else finished(built))
             if over and (file := diverged(built)):
                 label += f" (without finite numbers: to make it again remove {file})"
+            if verb == "train" and (file := in_the_way(built)):
+                label += f" (will not be filed: {file} has other settings)"
             job = Job(number, label, command(verb, words, config_dirs), pathlib.Path(built.run_dir, "console.txt"))
             (skipped if over else jobs).append(job)
             results.append(JobReturn(overrides=list(overrides), cfg=config, status=JobStatus.COMPLETED, _return_value=None))

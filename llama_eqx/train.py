@@ -1,6 +1,7 @@
 """`python -m llama_eqx.train`: trains a model from YAML and the command line, and says what came of it."""
 
 import shlex
+import sys
 from typing import Any
 
 from llama_eqx.compose import run_verb
@@ -26,15 +27,14 @@ def main(config: Any, overrides: list[str]) -> None:
             result = train(config, preemption)
     except NonFiniteError:
         if config.study is not None and jax.process_index() == 0:
-            keep(config)  # it counts, as the worst
+            print(f"record: {keep(config)}", file=sys.stderr)  # it counts, as the worst
         raise
     if jax.process_index() > 0:
         return  # process 0 says it
 
     evaluation, speed, exported, kept = result.evaluation, "", "", ""
     if config.study is not None:
-        filed, older = keep(config)
-        kept = f"\nkept        {filed}" + (f"; the run with other settings that was there is {older.name} now" if older else "")
+        kept = f"\nrecord      {keep(config)}"
     if result.speed:
         rate, waited = result.speed["perf/tokens_per_second"], result.speed["data/starved_fraction"]
         speed = f"\nspeed       {rate:,.0f} tokens/s, {waited:.2%} of the time waiting for data"

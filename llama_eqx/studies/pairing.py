@@ -14,14 +14,14 @@ import numpy as np
 from jaxtyping import Array, Int, UInt32
 
 from llama_eqx.checkpoint.native import read_config
-from llama_eqx.errors import DataError
+from llama_eqx.errors import ConfigError, DataError
 from llama_eqx.model.llama import Llama
 from llama_eqx.model.rotary import Rotary
 from llama_eqx.sharding import parameter_names
 from llama_eqx.studies.matching import cost, residual
-from llama_eqx.studies.registration import folder
-from llama_eqx.studies.runs import read_kept
-from llama_eqx.training.run import FREE, RunConfig, is_over, is_same
+from llama_eqx.studies.registration import folder, load_registration
+from llama_eqx.studies.runs import free, outdated, read_kept
+from llama_eqx.training.run import RunConfig, is_same
 
 STUDY = "study.json"
 
@@ -74,22 +74,41 @@ def kept_at(config: RunConfig) -> pathlib.Path:
     return folder(config.study.question) / "runs" / f"{config.study.path}.jsonl.gz"
 
 
-def keep(config: RunConfig) -> tuple[pathlib.Path, pathlib.Path | None]:
+def keep(config: RunConfig) -> str:
     """Files a finished run under `experiments/`: a line with its config, `study.json` and provenance, then its metrics as they are.
 
-    Where it is, and where a run with other settings is now that was there before.
+    A record that is there stays, and this run is not filed; but for one that may not be compared any more, which is set aside. The result
+    says what was done.
     """
-    run_dir, path, older = pathlib.Path(config.run_dir), kept_at(config), None
-    if path.exists() and not is_kept(config):
+    run_dir, path, said = pathlib.Path(config.run_dir), kept_at(config), ""
+    if is_kept(config):
+        return f"not filed: {path} has the same settings, and stays as it is; the files of this run are in {run_dir}"
+    if in_the_way(config):
+        instead = f"to file this one, which is in {run_dir}, move or remove that file and give this command again"
+        return f"not filed: {path} has other settings, and stays as it is; {instead}"
+    if path.exists():
         places = (path.with_name(f"{path.name}.old{n}") for n in itertools.count(1))
         older = path.rename(next(place for place in places if not place.exists()))
+        said = f"; what was there, and cannot be compared any more, is {older.name} now"
     settings = {key: value for key, value in read_config(run_dir).items() if key != "run_dir"}  # a place of one machine
     first: dict[str, Any] = {"config": settings, "study": json.loads((run_dir / STUDY).read_text(encoding="utf-8"))}
     first["provenance"] = [json.loads(line) for line in (run_dir / "provenance.jsonl").read_text(encoding="utf-8").splitlines()]
     content = json.dumps(first).encode() + b"\n" + (run_dir / "metrics.jsonl").read_bytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(content, mtime=0))
-    return path, older
+    return f"filed in {path}{said}"
+
+
+def in_the_way(config: RunConfig) -> pathlib.Path | None:
+    """The record of a run with other settings that lies where this one would, and is not set aside: it may still be compared."""
+    if config.study is None or not (path := kept_at(config)).exists() or is_kept(config):
+        return None
+    with contextlib.suppress(DataError):  # a damaged one counts for nothing
+        run, why = read_kept(path), []
+        with contextlib.suppress(ConfigError):  # no rate yet
+            why = list(outdated(run, load_registration(config.study.question)))
+        return None if why else path
+    return None
 
 
 def diverged(config: RunConfig) -> pathlib.Path | None:
@@ -107,8 +126,5 @@ def is_kept(config: RunConfig) -> bool:
         return False
     with contextlib.suppress(DataError):
         run = read_kept(path)
-        # What is filed without a loss at its end ended before, as its numbers were not finite, and would again.
-        free = [key for key in FREE if key not in ("train.steps", "guard.max_withheld")]
-        ended = math.isinf(run.last("val/loss")) and is_same(config, run.settings, free)
-        return ended or is_over(config, run.settings, run.metrics)
+        return is_same(config, run.settings, free(run))
     return False

@@ -14,7 +14,7 @@ from llama_eqx.studies.registration import Registration, folder, tuned
 from llama_eqx.tracking.jsonl import read_metrics
 
 LEDGER = "data/ledger"
-OF_A_RUN = ("run_dir", "seed", "study.path", "tracking", "compile_cache")  # settings in which the runs of one arm may differ
+OF_A_RUN = ("run_dir", "seed", "study.path", "tracking", "compile_cache")  # settings of a run, and not of its arm
 
 
 class Run(NamedTuple):
@@ -52,6 +52,31 @@ class Run(NamedTuple):
     def series(self, name: str) -> tuple[list[int], list[float]]:
         found = [(record["step"], record[name]) for record in self.metrics if name in record]
         return [step for step, _ in found], [value for _, value in found]
+
+
+def free(run: Run) -> list[str]:
+    """Settings that another run of its arm may have otherwise, as they change nothing of what is computed and measured."""
+    from llama_eqx.training.run import FREE  # and with it JAX
+
+    model = run.settings.get("model", {})
+    fixed = {"train.steps", "eval_data"}
+    if model.get("dropout") or model.get("block", {}).get("dropout"):
+        fixed |= {"train.microbatch_size"}  # which activations are dropped depends on it
+    if math.isinf(run.last("val/loss")):
+        fixed |= {"guard.max_withheld"}  # it ended before, as its numbers were not finite, and would again
+    return [key for key in FREE if key not in fixed]
+
+
+def outdated(run: Run, registration: Registration) -> Iterator[str]:
+    """Why a run may not be compared any more: what was registered, or the rate that tuning found, is another now.
+
+    Raises `ConfigError` when there is no rate yet.
+    """
+    study = run.settings["study"]
+    if study["registration"] != registration.hash():
+        yield f"made under another registration ({study['registration']}, now {registration.hash()})"
+    if study["stage"] == "final" and run.peak != (rate := tuned(study["question"], study["rung"], run.arm)):
+        yield f"its learning rate is {run.peak:g}, and {rate:g} was found for its arm"
 
 
 def read_kept(path: pathlib.Path) -> Run:
@@ -136,24 +161,18 @@ def complete(runs: Sequence[Run], registration: Registration) -> None:
 
 
 def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[Run, str]]:
-    final = [run.settings["study"] for run in runs if run.settings["study"]["stage"] == "final"]
-    rates = {study["arm"]: tuned(study["question"], study["rung"], study["arm"]) for study in final}
     groups = registration.same_data or (registration.arms,)
     in_order = (sorted(contrast, key=registration.arms.index) for contrast in registration.all_contrasts().values())
     compared = dict.fromkeys(pair for arms in in_order for pair in itertools.combinations(arms, 2))
     by_seed: dict[int, dict[str, Run]] = {}
     first: dict[tuple[str, float], Run] = {}
     for run in runs:
-        if run.settings["study"]["registration"] != registration.hash():
-            yield run, f"made under another registration ({run.settings['study']['registration']}, now {registration.hash()})"
-        if run.settings["study"]["stage"] == "final" and run.peak != rates[run.arm]:
-            yield run, f"its learning rate is {run.peak:g}, and {rates[run.arm]:g} was found for its arm"
+        yield from ((run, why) for why in outdated(run, registration))
         left = run.study.get("residual")
         if left is not None and abs(left) > 0.001:
             yield run, f"not matched: {left:+.2%} of the reference's {run.settings['study']['match']}"
         like = first.setdefault((run.arm, run.peak if run.settings["study"]["stage"] == "tune" else 0.0), run)
-        old, new = known_to_both(like.settings, run.settings), known_to_both(run.settings, like.settings)
-        if wrong := [str(each) for each in differences(old, new) if not each.within(OF_A_RUN)]:
+        if wrong := _other_settings(like, run):
             yield run, f"other settings than {like.path.name}: {'; '.join(wrong)}"
         by_seed.setdefault(run.seed, {})[run.arm] = run
     for arms in by_seed.values():
@@ -165,6 +184,13 @@ def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[R
             for run in together[1:]:
                 if wrong := _other_data(together[0], run):
                     yield run, f"saw other data than {together[0].arm} of seed {run.seed}, from step {wrong[0]} on or before"
+
+
+def _other_settings(a: Run, b: Run) -> list[str]:
+    """A line for every setting that changes what is computed."""
+    old, new = known_to_both(a.settings, b.settings), known_to_both(b.settings, a.settings)
+    allowed = ("seed", "study.path", *({*free(a)} & {*free(b)}))
+    return [str(each) for each in differences(old, new) if not each.within(allowed)]
 
 
 def _other_values(a: Run, b: Run) -> list[str]:

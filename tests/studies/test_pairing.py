@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import pathlib
+import re
 
 import equinox as eqx
 import jax
@@ -18,7 +19,7 @@ from llama_eqx.data.order import Order
 from llama_eqx.model.llama import Llama
 from llama_eqx.model.rotary import PlainRotary
 from llama_eqx.studies.matching import cost, matched, residual
-from llama_eqx.studies.pairing import STUDY, diverged, is_kept, keep, kept_at, position_codes, record_start, tensor_hashes
+from llama_eqx.studies.pairing import STUDY, diverged, in_the_way, is_kept, keep, kept_at, position_codes, record_start, tensor_hashes
 from llama_eqx.studies.registration import load_registration
 from llama_eqx.studies.runs import read_kept
 from llama_eqx.training.meters import dead_updates
@@ -135,10 +136,11 @@ def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     record_start(config, config.model.build(key=jax.random.key(0)), 0)
-    write_config({"seed": 0, "study": {"arm": "silu"}, "train": {"steps": 2000}}, tmp_path / "run")
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2000))
+    write_config(dump(longer), tmp_path / "run")
     (tmp_path / "run" / "provenance.jsonl").write_text(json.dumps({"step": 0, "commit": "abc"}) + "\n")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "val/loss": "NaN"}\n')
-    assert keep(config) == (kept_at(config), None)
+    assert keep(config) == f"filed in {kept_at(config)}"
     run = read_kept(folder / "runs/tune/1m/silu" / kept_at(config).name)
     assert np.isnan(run.metrics[0]["val/loss"])
     assert run.study == json.loads((tmp_path / "run" / STUDY).read_text())
@@ -148,21 +150,60 @@ def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
 
     write_config(dump(config), tmp_path / "run")
     half = kept_at(config).read_bytes()
-    _, older = keep(config)
-    assert older is not None
-    assert older.read_bytes() == half
+    assert in_the_way(config) == kept_at(config)
+    assert re.match(f"not filed: {kept_at(config)} has other settings.*{tmp_path / 'run'}", keep(config))
+    assert [path.read_bytes() for path in kept_at(config).parent.iterdir()] == [half]
+    kept_at(config).unlink()
+    assert keep(config) == f"filed in {kept_at(config)}"
     assert is_kept(config)  # it ended as its numbers were not finite, and would again
     assert diverged(config) == kept_at(config)
-    assert keep(config) == (kept_at(config), None)
+    filed = kept_at(config).read_bytes()
     assert not is_kept(dataclasses.replace(config, guard=dataclasses.replace(config.guard, max_withheld=99)))
-    assert not is_kept(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2000)))
+    assert not is_kept(longer)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1000, "val/loss": 3.0}\n')
-    assert keep(config) == (kept_at(config), None)  # the same once more
+    assert re.match(f"not filed: {kept_at(config)} has the same settings.*{tmp_path / 'run'}", keep(config))
+    assert kept_at(config).read_bytes() == filed
+    kept_at(config).unlink()
+    keep(config)
     assert is_kept(config)
+    assert in_the_way(config) is None
+    assert not is_kept(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)))  # it was longer
     assert diverged(config) is None
     assert is_kept(dataclasses.replace(config, guard=dataclasses.replace(config.guard, max_withheld=99)))
     assert is_kept(asked)  # whose width is yet to be matched
     assert str(tmp_path) not in gzip.decompress(kept_at(config).read_bytes()).decode()
     assert not is_kept(dataclasses.replace(config, seed=9))
     assert not is_kept(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.2)))
+
+
+@pytest.mark.parametrize("change", ["registration", "rate", "damage"])
+def test_a_record_that_may_not_be_compared_any_more_makes_room(change, tmp_path, monkeypatch):
+    folder, run_dir = tmp_path / "experiments" / "ffn", tmp_path / "run"
+    folder.mkdir(parents=True)
+    for name in ("prereg.yaml", "tuned.yaml"):
+        (folder / name).write_bytes((ROOT / "experiments/ffn" / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+
+    def given() -> RunConfig:
+        config = experiment("ffn", "silu", "stage=final", f"run_dir={run_dir}")
+        write_config(dump(config), run_dir)
+        return config
+
+    run_dir.mkdir()
+    for name, text in ((STUDY, "{}"), ("provenance.jsonl", ""), ("metrics.jsonl", '{"step": 1000, "val/loss": 3.0}\n')):
+        (run_dir / name).write_text(text)
+    path = kept_at(given())
+    assert keep(given()) == f"filed in {path}"
+    old = path.read_bytes()
+    if change == "registration":
+        (folder / "prereg.yaml").write_text((folder / "prereg.yaml").read_text().replace("alpha: 0.05", "alpha: 0.01"))
+    elif change == "rate":
+        (folder / "tuned.yaml").write_text("1m: {swiglu: 0.5, silu: 0.5}")
+    else:
+        path.write_bytes(old := old[:-9])
+    assert not is_kept(given())
+    assert in_the_way(given()) is None
+    assert keep(given()) == f"filed in {path}; what was there, and cannot be compared any more, is {path.name}.old1 now"
+    assert path.with_name(f"{path.name}.old1").read_bytes() == old
+    assert is_kept(given())

@@ -198,6 +198,28 @@ def test_an_arm_whose_settings_are_not_those_of_the_others(experiment):
         the()
 
 
+def test_what_changes_nothing_that_is_computed_may_differ_in_an_arm(experiment):
+    _, add = experiment
+
+    def settings(meters=(), microbatch_size=None, max_withheld=3, dropout=0.0):
+        train = {"steps": 100, "meters": list(meters), "microbatch_size": microbatch_size}
+        model = {"dims": {"mlp": 8, "kv_heads": 2}, "dropout": dropout}
+        return {"train": train, "guard": {"max_withheld": max_withheld}, "model": model}
+
+    for seed in range(8):
+        add("worse", seed, 3.05 + seed / 10, settings=settings())
+        add("noisy", seed, 3.05 + seed / 10, settings=settings(dropout=0.1))
+    path = add("worse", 3, 3.95, settings=settings(["update_norm"], 4, 9))
+    the()
+    add("noisy", 3, 3.95, settings=settings(["update_norm"], 4, 9, dropout=0.1))
+    with pytest.raises(DataError, match=r"train\.microbatch_size: None -> 4\n"):  # which activations are dropped depends on it
+        the()
+    add("noisy", 3, 3.95, settings=settings(dropout=0.1))
+    add("worse", 3, float("nan"), settings=settings(max_withheld=9))
+    with pytest.raises(DataError, match=rf"{path.name}: .*guard\.max_withheld: 3 -> 9"):
+        the()
+
+
 def test_runs_of_older_code_lack_newer_settings_and_are_not_refused_for_it(experiment):
     _, add = experiment
     add("worse", 3, 3.95, settings={"train": {"steps": 100}, "new": {"setting": 1}})
