@@ -165,16 +165,16 @@ def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[R
     in_order = (sorted(contrast, key=registration.arms.index) for contrast in registration.all_contrasts().values())
     compared = dict.fromkeys(pair for arms in in_order for pair in itertools.combinations(arms, 2))
     by_seed: dict[int, dict[str, Run]] = {}
-    first: dict[tuple[str, float], Run] = {}
+    alike: dict[tuple[str, float], list[Run]] = {}
     for run in runs:
         yield from ((run, why) for why in outdated(run, registration))
         left = run.study.get("residual")
         if left is not None and abs(left) > 0.001:
             yield run, f"not matched: {left:+.2%} of the reference's {run.settings['study']['match']}"
-        like = first.setdefault((run.arm, run.peak if run.settings["study"]["stage"] == "tune" else 0.0), run)
-        if wrong := _other_settings(like, run):
-            yield run, f"other settings than {like.path.name}: {'; '.join(wrong)}"
+        alike.setdefault((run.arm, run.peak if run.settings["study"]["stage"] == "tune" else 0.0), []).append(run)
         by_seed.setdefault(run.seed, {})[run.arm] = run
+    for group in alike.values():
+        yield from _odd(group)
     for arms in by_seed.values():
         for a, b in compared:
             if a in arms and b in arms and (wrong := _other_values(arms[a], arms[b])):
@@ -184,6 +184,17 @@ def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[R
             for run in together[1:]:
                 if wrong := _other_data(together[0], run):
                     yield run, f"saw other data than {together[0].arm} of seed {run.seed}, from step {wrong[0]} on or before"
+
+
+def _odd(runs: Sequence[Run]) -> Iterator[tuple[Run, str]]:
+    """Those of an arm whose settings are not those of most of its runs; where there is no such majority, all that differ from another."""
+    others = [[like for like in runs if _other_settings(like, run)] for run in runs]
+    few, usual = min(zip(map(len, others), runs, strict=True), key=lambda each: each[0])
+    most = 2 * few < len(runs)
+    for run, found in zip(runs, others, strict=True):
+        for like in [usual] * (usual in found) if most else found[:1]:
+            share = "most of its arm, such as" if most else "half of its arm or more, such as"
+            yield run, f"other settings than {share} {like.path.name}: {'; '.join(_other_settings(like, run))}"
 
 
 def _other_settings(a: Run, b: Run) -> list[str]:

@@ -198,6 +198,26 @@ def test_an_arm_whose_settings_are_not_those_of_the_others(experiment):
         the()
 
 
+@pytest.mark.parametrize(
+    ("odd", "named"),
+    [
+        ([0], [0]),  # the first is no measure
+        ([5, 7], [5, 7]),
+        ([0, 1, 2, 3], range(8)),
+    ],
+)
+def test_of_an_arm_those_are_named_that_are_not_as_most_are(odd, named, experiment):
+    _, add = experiment
+    for seed in odd:
+        add("worse", seed, 3.0 + seed / 10, settings={"model": {"dims": {"mlp": 9, "kv_heads": 2}}})
+    with pytest.raises(DataError, match="other settings than") as found:
+        the()
+    lines = [line for line in str(found.value).splitlines() if "other settings" in line]
+    assert [re.findall(r"_(\d)\.jsonl.*model\.dims\.mlp: (.*)", line)[0] for line in lines] == [
+        (str(seed), "8 -> 9" if seed in odd else "9 -> 8") for seed in named
+    ]
+
+
 def test_what_changes_nothing_that_is_computed_may_differ_in_an_arm(experiment):
     _, add = experiment
 
