@@ -323,8 +323,9 @@ def _guarded(job: Callable[[], None], name: str = "train") -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (HydraException, OmegaConfBaseException) as error:
-        print(_explained(error, name, sys.argv[1:]), file=sys.stderr)
-        return ConfigError.code
+        said = _said_within(error) or _explained(error, name, sys.argv[1:])
+        print(said, file=sys.stderr)
+        return said.code
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _unread():
             return 141
@@ -369,7 +370,14 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
     try:
         return _compose(name, overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # the last is Hydra's word on an option that is no text
-        raise _explained(error, name, overrides) from None
+        raise _said_within(error) or _explained(error, name, overrides) from None
+
+
+def _said_within(error: BaseException | None) -> UserError | None:
+    """What one of the resolvers above had to say, where that is what led to `error`."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _check_recipe(overrides: Sequence[str]) -> None:
@@ -385,12 +393,8 @@ def resolve(config: DictConfig) -> Any:
     try:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, ConfigError):  # said by one of the resolvers above
-                raise cause from None
-            cause = cause.__context__
-        raise ConfigError(str(error).splitlines()[0], where=str(getattr(error, "full_key", "") or "")) from None
+        said = _said_within(error) or ConfigError(str(error).splitlines()[0], where=str(getattr(error, "full_key", "") or ""))
+        raise said from None
     assert isinstance(tree, dict)
     tree.pop("hydra", None)
     return load(tree)

@@ -1,5 +1,7 @@
 """A sweep whose jobs raise, die and run out of time: the others finish, the table says which, and the same command skips what is done."""
 
+import gzip
+import json
 import os
 import pathlib
 import signal
@@ -11,8 +13,10 @@ import pytest
 
 from llama_eqx import compose, load_config, multirun, train
 from llama_eqx.compose import run_verb
+from llama_eqx.config import dump
 from llama_eqx.errors import ConfigError
 from llama_eqx.multirun import Job, MultirunError, labels, run_jobs
+from llama_eqx.studies.pairing import kept_at
 
 LATE = """
 import signal, sys, time
@@ -204,3 +208,33 @@ def test_a_run_of_a_study_is_over_when_it_is_filed(tmp_path, monkeypatch):
         run_verb("train", train.main)
     assert ended.value.code == 0
     assert [[job.number for job in found[name]] for name in ("jobs", "skipped")] == [[0], [1]]
+
+
+def test_a_sweep_of_a_study_says_what_is_wrong_with_its_registration_and_which_run_will_not_be_filed(tmp_path, monkeypatch, capsys):
+    folder, found = tmp_path / "experiments" / "ffn", {}
+    folder.mkdir(parents=True)
+    text = (TEXT.parents[2] / "experiments" / "ffn" / "prereg.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(multirun, "run_jobs", lambda jobs, skipped, **_: found.update(jobs=jobs, skipped=skipped))
+    arm = ["experiment=ffn", "stage=tune", "experiment/ffn=swiglu", "schedule.peak=0.004"]
+
+    def sweep():
+        monkeypatch.setattr(sys, "argv", ["train", "-m", *arm, "seed=1000,1001"])
+        with pytest.raises(SystemExit) as ended:
+            run_verb("train", train.main)
+        return ended.value.code, capsys.readouterr().err
+
+    (folder / "prereg.yaml").write_text(text.replace("rates:", "rates: [0.1] #"))
+    assert sweep() == (
+        2,
+        "error: tuning wants three rates or more, rising, so that the best can lie between others\n"
+        "where: experiments/ffn/prereg.yaml: rates\n",
+    )
+    (folder / "prereg.yaml").write_text(text)
+    short = load_config(*arm, "seed=1001", "train.steps=5")
+    path = kept_at(short)
+    path.parent.mkdir(parents=True)
+    first = {"config": dump(short), "study": {}, "provenance": []}
+    path.write_bytes(gzip.compress(json.dumps(first).encode() + b'\n{"step": 5, "val/loss": 3.0}\n'))
+    assert sweep()[0] == 0
+    assert [job.label for job in found["jobs"]] == ["seed=1000", f"seed=1001 (will not be filed: {path} has other settings)"]
