@@ -78,8 +78,8 @@ def sensitivity(losses: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure
     return made
 
 
-def doses(name: str, points: Sequence[tuple[float, Finding]], margin: float) -> Figure:
-    """A contrast over a quantity, with 95% intervals, where it has one; the axis is that of log(1 + x)."""
+def doses(name: str, points: Sequence[tuple[float, Finding]], margin: float, against: Sequence[str]) -> Figure:
+    """Contrasts with the arms `against` over a quantity, with 95% intervals, where they have one; the axis is that of log(1 + x)."""
     made, axes = figure()
     known = sorted((dose, finding.interval, VERDICTS[finding.verdict]) for dose, finding in points if finding.interval)
     places = [math.log2(1 + dose) for dose, _, _ in known]
@@ -91,7 +91,7 @@ def doses(name: str, points: Sequence[tuple[float, Finding]], margin: float) -> 
         axes.plot([place], [mean], "D", color=color, markersize=6)
     axes.set_xticks(places, [f"{dose:,.0f}" for dose, _, _ in known])
     axes.set_xlabel(name)
-    axes.set_ylabel("difference in loss (nats per token)")
+    axes.set_ylabel(f"loss less that of {' or '.join(against)}\n(nats per token, paired by seed)")
     axes.set_title(f"dose and response, 95% intervals; shaded: within ±{margin:g}", loc="left", fontsize=10)
     return made
 

@@ -99,7 +99,9 @@ def final(config: ReportConfig, question: str) -> Report:
         points = [(dose, finding) for finding in found for contrast, dose in doses.items() if contrast == finding.name]
         if len(points) > 1:
             page.heading(f"Dose and response: {name}")
-            page.figure(name.replace(" ", "_"), plots.doses(name, points, registration.margin), f"difference over {name}")
+            contrasts = (registration.all_contrasts()[contrast] for contrast in doses)
+            against = list(dict.fromkeys(arm for contrast in contrasts for arm, weight in contrast.items() if weight < 0))
+            page.figure(name.replace(" ", "_"), plots.doses(name, points, registration.margin, against), f"difference over {name}")
     if by_position := {arm: _by_position(of) for arm, of in arms.items() if _by_position(of)}:
         page.heading("Loss by position in the row")
         page.figure("positions", plots.buckets(by_position), "loss by position")
@@ -130,11 +132,12 @@ def of_runs(config: ReportConfig) -> Report:
         said += [f"{first[0]} -> {name}: {_count(lines)}. {comparison}"]
     page.heading("Curves")
     shared = set.intersection(*({name for record in run.metrics for name in record} for run in runs.values()))
-    usual = {"optim/grad_norm", "optim/dead_updates", "optim/withheld"}
+    usual = {"optim/grad_norm", "optim/lr", "optim/dead_updates", "optim/withheld"}
     for name, metric, label in (
         ("loss", "train/loss", "training loss (nats per token)"),
         ("validation", "val/loss", "validation loss (nats per token)"),
         ("gradient", "optim/grad_norm", "norm of the gradient"),
+        ("lr", "optim/lr", "learning rate"),
         ("speed", "perf/tokens_per_second", "tokens per second"),
         ("dead_updates", "optim/dead_updates", "share of updates that bfloat16 would lose"),
         *((metric.removeprefix("optim/"), metric, metric) for metric in sorted(shared - usual) if metric.startswith("optim/")),

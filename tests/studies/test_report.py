@@ -266,6 +266,7 @@ def test_the_files(experiment):
     assert "| 5, 6, 7 | H100 | 0123456789ab-dirty (code c2) | 3.11.7 | 0.10.2 |\n" in markdown
     assert "the code was changed between these runs (2 versions of it)" in markdown
     assert page.count("<svg") == 3
+    assert "loss less that of base" in page  # of the picture over a dose
     assert not re.search(r"""(src|href)=["'](?!#)""", page.replace("xlink:", ""))
     used, given = set(re.findall(r'(?:url\(|href=")#([^)"]+)', page)), re.findall(r' id="([^"]+)"', page)
     assert used <= set(given)
@@ -499,7 +500,7 @@ def test_any_two_runs_side_by_side(tmp_path, monkeypatch):
         write_config({"seed": 0, "optimizer": {"b2": b2}, "run_dir": str(folder)}, folder)
         ledger = 5.0 if name == "other" else 4.0
         records = [{"step": step, "train/loss": 9.0 - step + extra * (step > 2), "data/ledger": ledger} for step in range(1, 9)]
-        records[0] |= {"perf/tokens_per_second": 5.0, "optim/grad_norm": 1.0}
+        records[0] |= {"perf/tokens_per_second": 5.0, "optim/grad_norm": 1.0, "optim/lr": 0.1}
         records.append({"step": 8, "val/loss": 3.0 + extra})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         (folder / "sample.txt").write_text(f"written by {name} <b>\n")
@@ -515,6 +516,8 @@ def test_any_two_runs_side_by_side(tmp_path, monkeypatch):
     markdown, page = (path.read_text() for path in written.files)
     assert "optimizer.b2: 0.95 -> 0.9" in markdown
     assert "written by b &lt;b&gt;" in page
+    assert "learning rate" in page
+    assert "optim/lr" not in page
     assert "They were made by other code (c1 and c2)." in written.words
     assert "other code" not in of("a", "other").words
     assert "different data by step 1" in of("a", "other").words
