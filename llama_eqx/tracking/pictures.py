@@ -1,6 +1,7 @@
 """A picture of each thing that can be seen inside a model, as a matplotlib figure: for a notebook, `savefig`, or `wandb.Image`."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def plot_residual(residual: Num[np.ndarray, "depth seq embed"], tokens: Sequence
     image = axes.imshow(np.log10(sizes), aspect="auto", cmap=GROWTH, origin="lower")
     bar = figure.colorbar(image, ax=axes, pad=0.01, format=lambda x, _: f"{10**x:.2g}")
     bar.set_label("root mean square")
-    _label(axes, "residual: how large what leaves each layer is", len(sizes), tokens, sizes.shape[1], embedding=True)
+    _label(axes, "residual: how large what leaves each layer is", len(sizes), tokens)
     return figure
 
 
@@ -56,31 +57,39 @@ def plot_logit_lens(
 ) -> Figure:
     """What would come next if the model ended at each layer, for one row: `words` are the texts of `tokens`, the darker the more probable.
 
-    `text` are the tokens that were read.
+    `text` are the tokens that were read, down the page: rows are many, and words are wide.
     """
     probabilities = np.exp(np.asarray(logprobs, np.float32))
     depth, seq = probabilities.shape
     shown = [[_shown(word, 7) for word in line] for line in words]
-    figure, axes = _axes((depth, seq), text, width=0.2 + 0.06 * max(len(word) for line in shown for word in line))
-    image = axes.imshow(probabilities, aspect="auto", cmap=SHARE, vmin=0, vmax=1, origin="lower")
+    wide = max(0.45, 0.2 + 0.06 * max(len(word) for line in shown for word in line))
+    figure = Figure(figsize=(min(22, max(7.0, wide * depth + 2)), min(22, max(2.6, 0.2 * seq + 1))), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(probabilities.T, aspect="auto", cmap=SHARE, vmin=0, vmax=1)
     for layer, line in enumerate(shown):
         for position, word in enumerate(line):
             agrees = tokens[layer, position] == tokens[-1, position]
             color = "white" if probabilities[layer, position] > 0.6 else "black"
             weight = "bold" if agrees else None
-            axes.text(position, layer, word, ha="center", va="center", fontsize=8, color=color, weight=weight)
+            axes.text(layer, position, word, ha="center", va="center", fontsize=8, color=color, weight=weight)
     figure.colorbar(image, ax=axes, pad=0.01).set_label("probability")
-    title = "logit lens: the most probable next token if the model ended here, bold where it is the last layer's"
-    _label(axes, title, depth, text, seq, embedding=True)
+    axes.set_xticks(range(depth), ["embedding", *map(str, range(depth - 1))], fontsize=7)
+    axes.set_xlabel("layer")
+    if text:
+        axes.set_yticks(range(seq), [_shown(token) for token in text], fontsize=8)
+    axes.set_ylabel("token that was read" if text else "position")
+    title = "logit lens: the most probable next token if the model ended here,\nbold where it is the last layer's"
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.tick_params(length=2, colors=GREY)
     return figure
 
 
 def plot_attention(weights: Num[np.ndarray, "heads seq seq"], tokens: Sequence[str] = (), title: str = "") -> Figure:
     """What each token (down) of one row reads from which (across), head by head in one layer. Colours are by the square root."""
     heads, seq, _ = weights.shape
-    columns = min(heads, 4)
+    columns = min(math.ceil(math.sqrt(heads)), 4)
     rows = -(-heads // columns)
-    side = 3.2 if tokens else 2.4
+    side = max(2.4, 0.1 * seq + 0.9) if tokens else 2.4  # room for a line of text a token
     figure = Figure(figsize=(side * columns + 0.6, side * rows + 0.6), dpi=130, layout="constrained")
     panels = [figure.add_subplot(rows, columns, head + 1) for head in range(heads)]
     for head, axes in enumerate(panels):
@@ -146,15 +155,15 @@ def plot_loss_by_position(results: Mapping[str, Mapping[int, float]]) -> Figure:
     return figure
 
 
-def _axes(shape: tuple[int, ...], tokens: Sequence[str], width: float = 0.32) -> tuple[Figure, Axes]:
+def _axes(shape: tuple[int, ...], tokens: Sequence[str]) -> tuple[Figure, Axes]:
     depth, seq = shape
-    cell = width if tokens or seq <= 40 else 0.06
+    cell = 0.32 if tokens or seq <= 40 else 0.06
     figure = Figure(figsize=(min(22, max(5.0, cell * seq + 2)), max(2.6, 0.3 * depth + 1.4)), dpi=130, layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _label(axes: Axes, title: str, depth: int, tokens: Sequence[str], seq: int, *, embedding: bool) -> None:
-    names = ["embedding", *map(str, range(depth - 1))] if embedding else list(map(str, range(depth)))
+def _label(axes: Axes, title: str, depth: int, tokens: Sequence[str]) -> None:
+    names = ["embedding", *map(str, range(depth - 1))]
     every = max(1, depth // 17)
     axes.set_yticks(range(0, depth, every), names[::every], fontsize=7)
     axes.set_ylabel("layer")

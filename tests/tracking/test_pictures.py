@@ -1,6 +1,7 @@
 """What is drawn is what was given: looked at as data, since nobody looks at a test's picture."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -49,7 +50,24 @@ def test_special_tokens_are_shown_by_their_ids():
 def test_the_lens_is_bold_where_a_layer_agrees_with_the_last():
     axes = saved(plot_logit_lens(np.array([[1, 2], [1, 3]]), np.log([[0.9, 0.1], [0.5, 0.6]]), [["x", "y"], ["x", "z"]], ["p", "q"]))
     assert [(text.get_text(), text.get_weight()) for text in axes.texts] == [("x", "bold"), ("y", "normal"), ("x", "bold"), ("z", "bold")]
-    np.testing.assert_allclose(axes.images[0].get_array(), [[0.9, 0.1], [0.5, 0.6]], rtol=1e-6)
+    np.testing.assert_allclose(axes.images[0].get_array(), [[0.9, 0.5], [0.1, 0.6]], rtol=1e-6)
+    assert [text.get_position() for text in axes.texts] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["embedding", "0"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["p", "q"]
+
+
+def test_of_many_tokens_the_lens_fits_a_page():
+    words = [["return"] * 32] * 5
+    assert plot_logit_lens(np.ones((5, 32), int), np.zeros((5, 32)), words, words[0]).get_figwidth() < 10
+
+
+@pytest.mark.parametrize("seq", [32, 48])
+def test_tokens_beside_attention_do_not_run_together(seq):
+    figure = plot_attention(np.full((4, seq, seq), 1 / seq), ["connection"] * seq)
+    figure.draw_without_rendering()
+    for labels, side in ((figure.axes[0].get_xticklabels(), 0), (figure.axes[0].get_yticklabels(), 1)):
+        ends = sorted((label.get_window_extent().min[side], label.get_window_extent().max[side]) for label in labels)
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ends))
 
 
 @pytest.mark.parametrize("tokens", [(), ["a", "b", "c"]])
