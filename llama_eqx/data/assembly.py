@@ -70,10 +70,19 @@ def plan(task: Task, units: list[Unit], dedup: bool, shard_tokens: int) -> tuple
             f"the {split} split is empty: {sum(documents_of.values())} documents with text, {empty} empty and {refused} refused",
             where="validation_fraction",
             kept="what is encoded",
-            next="another validation_fraction (0 holds nothing out), or more text",
+            next=_another_fraction(task, units),
         )
     duplicates = 0 if kept is None else len(kept) - int(kept.sum())
     return groups, {"duplicates": duplicates, "empty": empty, "refused": refused, "named": named}
+
+
+def _another_fraction(task: Task, units: list[Unit]) -> str:
+    """What to type where a split is empty: the least round fraction with which neither is."""
+    hashes = np.concatenate([np.empty((0, 2), "<u8"), *(np.load(task.path(unit.number, "npy"))["hash"] for unit in units)])
+    for fraction in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9):
+        if 0 < held_out(hashes, fraction).sum() < len(hashes):
+            return f"validation_fraction={fraction} (0 holds nothing out), or more text"
+    return "more text" + ", or validation_fraction=0, which holds nothing out" * bool(len(hashes))
 
 
 def run_shards(task: Task, group: Group, vocab: int, dedup: bool) -> None:

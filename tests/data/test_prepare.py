@@ -270,14 +270,27 @@ def test_the_held_out_texts_are_the_same_in_whatever_files(tmp_path):
     assert 50 < len(first) < 110
 
 
-@pytest.mark.parametrize(("content", "fraction", "split"), [("ab", 0.01, "val"), ("ab", 0.99, "train"), ("", 0.0, "train")])
+@pytest.mark.parametrize(
+    ("content", "fraction", "split"),
+    [
+        (["ab"], 0.01, "val"),
+        (["ab"], 0.99, "train"),
+        ([""], 0.0, "train"),
+        (["ab", "cd", "ef"], 1e-9, "val"),
+        (["ab", "cd", "ef"], 0.999, "train"),
+    ],
+)
 def test_an_empty_split_is_an_error_that_another_fraction_mends(tmp_path, content, fraction, split):
-    (tmp_path / "a.txt").write_text(content)
-    overrides = [f"input={tmp_path}/a.txt", f"output={tmp_path}/out"]
-    with pytest.raises(DataError, match=f"the {split} split is empty"):
+    for i, text in enumerate(content):
+        (tmp_path / f"{i}.txt").write_text(text)
+    overrides = [f"input={tmp_path}/*.txt", f"output={tmp_path}/out"]
+    with pytest.raises(DataError, match=f"the {split} split is empty") as error:
         prepare(config(*overrides, f"validation_fraction={fraction}"))
-    if content:
-        assert prepare(config(*overrides, "validation_fraction=0")).counts["train"]["documents"] == 1
+    advice = [word.strip(",") for word in error.value.next.split() if word.startswith("validation_fraction=")]
+    assert len(advice) == any(content)
+    if advice:
+        documents = {split: count["documents"] for split, count in prepare(config(*overrides, *advice)).counts.items()}
+        assert (sum(documents.values()), documents["val"] > 0) == (len(content), len(content) > 1)
 
 
 def test_what_is_done_is_not_done_again_and_never_for_something_else(corpus, tmp_path, monkeypatch, capsys):
