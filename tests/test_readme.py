@@ -8,6 +8,7 @@ import types
 
 import pytest
 
+from llama_eqx.data.tokenizer import BytesTokenizer
 from llama_eqx.model import attention, feed_forward
 from llama_eqx.model.init import FanInInitConfig
 
@@ -23,6 +24,10 @@ def test_the_python_of_the_readme(tmp_path, monkeypatch):
     exec(PYTHON[0], names)
     assert names["logits"].shape == (2, 16, 300)
     assert names["model"].embed.dtype == "bfloat16"
+    BytesTokenizer().save(tmp_path / "folder" / "tokenizer")
+    (tmp_path / "folder").rename("RUN_DIR")
+    exec(PYTHON[1], names)
+    assert (type(names["text"]), len(names["new"].tokens[0])) == (str, 20)
 
 
 def test_the_variant_of_the_readme(tiny, monkeypatch):
@@ -31,7 +36,7 @@ def test_the_variant_of_the_readme(tiny, monkeypatch):
     module = types.ModuleType("readme_variant")
     vars(module).update(vars(feed_forward), __name__="readme_variant")
     monkeypatch.setitem(sys.modules, "readme_variant", module)
-    exec(PYTHON[1], vars(module))
+    exec(PYTHON[2], vars(module))
     config = module.LowRankGateConfig(rank=16)
     variant = config.build(tiny().dims, FanInInitConfig(gain=1.0), key=jax.random.key(0))
     assert variant.gate_out.shape == (16, 48)
@@ -39,7 +44,7 @@ def test_the_variant_of_the_readme(tiny, monkeypatch):
 
 
 def test_the_guide_shows_the_same_variant():
-    assert SHOWN[0] == PYTHON[1]
+    assert SHOWN[0] == PYTHON[2]
 
 
 def test_the_attention_of_the_guide(tiny, monkeypatch):

@@ -30,11 +30,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     raise DataError("not the file that was saved here: its sha256 differs", where=str(folder / kind.file))
 
 
-def find_tokenizer(folder: Path) -> Tokenizer:
+def find_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of the model in `folder`: a run directory, or a folder of Hugging Face or Meta.
 
     Raises `DataError` when there is none, or it is damaged.
     """
+    folder = Path(folder).expanduser()
     if (folder / "tokenizer" / MARK).is_file():
         return load_tokenizer(folder / "tokenizer")
     if (folder / "tokenizer.json").is_file():
