@@ -1,4 +1,4 @@
-"""Measures of a step that cost something, and so are recorded only when `train.meters` names them."""
+"""Measures of a step that cost something, and so are recorded only when `train.meters` names them; the default names `update_norm`."""
 
 from collections.abc import Callable
 
