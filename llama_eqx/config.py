@@ -15,6 +15,8 @@ from beartype.door import is_bearable
 from llama_eqx.errors import ConfigError
 from llama_eqx.extensions import extensions
 
+TYPO = 0.75  # of difflib's ratio: a letter of four is another; below that a likeness is chance
+
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 class Config:
@@ -134,7 +136,7 @@ def known_to_both(tree: Any, other: Any) -> Any:
 def nearest(word: str, options: Iterable[str]) -> str:
     """A sentence naming the option most like `word`, or all options when none is near."""
     options = sorted(options)
-    if near := difflib.get_close_matches(word, options, 1):
+    if near := difflib.get_close_matches(word, options, 1, TYPO):
         return f"did you mean {near[0]}?"
     return f"one of: {', '.join(options)}" if len(options) <= 30 else "--cfg job shows all of them"
 
@@ -196,4 +198,6 @@ def _wanted(hint: Any, value: Any) -> str:
         return nearest(str(value), map(str, typing.get_args(literal)))
     if any(typing.get_origin(option) is tuple for option in options) and not isinstance(value, tuple):
         return f"wanted a list, [{value}]"
+    if isinstance(value, float) and int in options and value.is_integer():
+        return f"wanted int, {int(value)}"
     return f"wanted {hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace('typing.', '')}"

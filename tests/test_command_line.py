@@ -3,6 +3,7 @@
 import os
 import pathlib
 import pickle
+import re
 import shlex
 import signal
 import subprocess
@@ -42,6 +43,29 @@ def run(monkeypatch, capsys, name, *arguments, job=None, out=None):
         (2, "kv_heads may be one of 1, 2, 4", ["model.dims.kv_heads=3"]),
         (2, "nothing else is ever built", ["model.norm._target_=os.system"]),
         (2, "did you mean steps?", ["+train.stepz=3"]),
+        (2, "did you mean schedule.peak?", ["optimizer.lr=3e-4"]),
+        (2, "did you mean train.batch_size?", ["batch_size=3"]),
+        (2, "did you mean train.steps?", ["trian.steps=3"]),
+        (2, "did you mean model/feed_forward?", ["model/ffn=plain"]),
+        (2, "one of: mesh.compiler_options, mesh.data,", ["mesh.foo=3"]),
+        (2, "one of: auto, blocked, cudnn", ["kernel.name=flash"]),
+        (2, "next: model=NAME mesh=NAME, which", ["plan=llama2_7b_v4-32"]),
+        (2, "next: experiment=NAME rung=10m:", ["rung=10m"]),
+        (2, "next: experiment=norm experiment/norm=layer:", ["experiment/norm=layer"]),
+        (2, "first: data=prepared, data=sft, data=shakespeare, data=test, data=text\n", ["data.path=notes/"]),
+        (2, "next: model/norm=layer\n", ["model.norm=layer"]),
+        (2, "next: model/norm=layer\n", ["model.norm=layer", "--cfg=job"]),
+        (2, "wanted int, 1000\n", ["train.steps=1e3"]),
+        (2, "next: train.steps=1 or more", ["train.steps=-5"]),
+        (2, "next: data=text data.path=notes/\n", ["data=notes/"]),
+        (2, "next: data=text data.path=/notes\n", ["data=/notes"]),
+        (2, "one of: layer, rms, ", ["model/norm=a/b"]),
+        (2, "next: train.steps=5\n", ["train.steps", "5"]),
+        (2, "next: KEY=VALUE, or --help\n", ["help"]),
+        (2, "quotes: 'data.prompt=SEVERAL WORDS'\n", ["data.prompt=To", "be", "or"]),
+        (2, "next: train.steps=5\n", ["--steps", "5"]),
+        (2, "next: train.steps=5\n", ["--train.steps=5"]),
+        (2, "next: schedule.peak=VALUE\n", ["--lr"]),
         (2, "data.path=FOLDER", ["data=text"]),
         (2, "longer than the model's context", ["train.seq_len=512"]),
         (2, "16 tpu devices", ["mesh=v4-32", "data=text", f"data.path={TEXT}", "tokenizer=bytes"]),
@@ -250,6 +274,23 @@ sys.exit(code)
         places = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, name: stream}
         done = subprocess.run([sys.executable, "-c", code], **places, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
     assert (done.returncode, done.stdout or b"", done.stderr or b"") == (141, b"", b"")
+
+
+def test_a_reader_of_the_help_who_leaves():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        done = subprocess.run([sys.executable, "-m", "llama_eqx.train", "--help"], stdout=stream, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_the_package_itself_names_its_verbs():
+    done = subprocess.run([sys.executable, "-m", "llama_eqx"], capture_output=True, text=True)
+    package = pathlib.Path(compose.__file__).parent
+    assert done.returncode == 2
+    assert {*re.findall(r"\w+", done.stderr.split("one of: ")[1].splitlines()[0])} == {
+        path.stem for path in package.glob("[!_]*.py") if '__name__ == "__main__"' in path.read_text()
+    }
 
 
 def test_another_pipe_that_breaks_is_unexpected(capsys):

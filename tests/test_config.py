@@ -34,7 +34,7 @@ def test_dump_is_the_inverse_of_load():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"mpl": 3}, "did you mean mlp"),
+        ({"mlpp": 3}, "did you mean mlp"),
         ({"mlp": "big"}, "mlp"),
         ({"layers": 2.0}, "layers"),
         ({"kv_heads": 3}, "kv_heads may be one of 1, 2, 4"),
@@ -75,3 +75,4 @@ def test_nothing_but_our_configs_is_built(target):
 def test_nearest_lists_all_when_none_is_near():
     assert nearest("mlpp", ["mlp", "embed"]) == "did you mean mlp?"
     assert nearest("zzz", ["mlp", "embed"]) == "one of: embed, mlp"
+    assert nearest("off", ["offline", "disabled"]) == "one of: disabled, offline"

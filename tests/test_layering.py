@@ -7,6 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "llama_eqx"
 VERBS = [
+    "__main__",
     "train",
     "generate",
     "evaluate",

@@ -63,8 +63,9 @@ class TrainConfig(Config):
     def check(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and value < (0 if field.name == "sample_tokens" else 1):
-                raise ConfigError(f"{value} is too small", where=field.name)
+            least = 0 if field.name == "sample_tokens" else 1
+            if isinstance(value, int) and value < least:
+                raise ConfigError(f"{value} is too small", where=field.name, next=f"train.{field.name}={least} or more")
         if not METERS.keys() >= {*self.meters}:
             import_all()
         for name in self.meters:

@@ -348,7 +348,7 @@ def test_unfinished_work_is_not_mixed_with_other(corpus, tmp_path, monkeypatch):
         (["unit_bytes=0"], "unit_bytes"),
         (["prepare.workers=0"], "prepare.workers"),
         (["on_error=skp"], "did you mean skip"),
-        (["prepare.engine=rai"], "did you mean ray"),
+        (["prepare.engine=rai"], "one of: local, ray"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(overrides, said):
