@@ -534,7 +534,7 @@ def _override_of(key: str, overrides: list[str]) -> str:
 
 
 def _keys(name: str, overrides: list[str]) -> list[str]:
-    """Every dotted key and every group, in the composition by those overrides that choose options and compose."""
+    """Every dotted key and every group of a verb, in the composition by those overrides that choose options and compose."""
     groups = [str(path.parent.relative_to(folder)) for folder in conf_dirs() for path in folder.rglob("*.yaml")]
     choices = [override for override in overrides if override.split("=")[0].lstrip("+") in groups]
     try:
@@ -547,4 +547,5 @@ def _keys(name: str, overrides: list[str]) -> list[str]:
             return [path]
         return [path] * bool(path) + [key for name, child in node.items() for key in walk(child, f"{path}.{name}".strip("."))]
 
+    groups = [group for group in groups if name in PLANNED or group.split("/")[0] in config]
     return sorted({*walk(OmegaConf.to_container(config), ""), *groups} - {"."})

@@ -208,6 +208,7 @@ defaults:
         ("train", ["schedule.warmup_steps=5", "schedule=triangle"], "schedule=triangle\n", "next: one of: constant"),
         ("train", ["train.steps_=5", "train.steps=3"], "train.steps_=5\n", "next: did you mean train.steps?"),
         ("generate", ["promts=a"], "promts=a\n", "next: did you mean prompts?"),
+        ("generate", ["model/norm=rms"], "model/norm=rms\n", "next: --cfg job shows all of them"),
     ],
 )
 def test_what_hydra_says_has_the_place_and_the_advice_of_its_own(name, words, where, advice, monkeypatch, capsys, tmp_path):
