@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import errno
 import gc
 import hashlib
@@ -29,7 +28,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llama_eqx import extensions
-from llama_eqx.config import TYPO, Config, load, nearest
+from llama_eqx.advice import check_flags, check_words, instead, no_option, override_of
+from llama_eqx.config import Config, load, nearest
 from llama_eqx.errors import ConfigError, StorageError, UserError
 
 # Keys whose values are text or paths: what a user types after "=" is taken as it stands, whatever commas, quotes or braces it has.
@@ -60,18 +60,6 @@ VERBATIM = (
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 PLACED = ("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name", "--experimental-rerun")  # flags before a place
 PLANNED = ("train", "plan")  # verbs that take the settings planned for a model on a mesh
-
-FLAGS = ("help", "cfg", "resolve", "package", "run", "multirun", "config-path", "config-name", "config-dir", "experimental-rerun", "info",
-         "hydra-help", "version", "shell-completion")  # Hydra's  # fmt: skip
-
-# What others call some of the keys and groups.
-ELSEWHERE = {
-    **dict.fromkeys(("lr", "learning_rate", "max_lr"), "schedule.peak"),
-    **dict.fromkeys(("d_model", "dim", "hidden_size", "n_embd"), "model.dims.embed"),
-    **dict.fromkeys(("n_layer", "n_layers", "num_layers", "num_hidden_layers"), "model.dims.layers"),
-    **dict.fromkeys(("ffn", "ff", "mlp_type"), "model/feed_forward"),
-    **dict.fromkeys(("epochs", "max_steps", "max_iters", "iterations"), "train.steps"),
-}
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 
@@ -211,7 +199,7 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
         if sweep and name not in PLANNED:
             verbs = " and ".join(PLANNED)
             raise ConfigError(f"only {verbs} have sweeps", where=name, next=f"a command for each: python -m llama_eqx.{name} KEY=VALUE")
-        _check_flags(arguments, name)
+        check_flags(arguments, lambda: _keys(name, []))
         _check_groups(overrides)
         if not places:  # which may have more of them
             _check_recipe(overrides)
@@ -380,7 +368,7 @@ def _unexpected(error: Exception) -> int:
 
 def compose(name: str, overrides: list[str]) -> DictConfig:
     """The merged YAML, not yet checked against the dataclasses."""
-    _check_words(name, overrides)
+    check_words(overrides, lambda: _keys(name, []))
     _check_groups(overrides)
     _check_recipe(overrides)
     try:
@@ -404,36 +392,12 @@ def _check_recipe(overrides: Sequence[str]) -> None:
             raise ConfigError(f"recipe has no option {option!r}", where="recipe", next=nearest(option, options))
 
 
-def _check_words(name: str, overrides: Sequence[str]) -> None:
-    """Raises `ConfigError` for `train.steps 5`, `help`, and what follows a value with spaces that has lost its quotes."""
-    for before, word, following in zip(["", *overrides], overrides, [*overrides[1:], ""], strict=False):
-        if "=" in word or word.startswith("~"):
-            continue
-        advice = "KEY=VALUE, or --help"
-        if following and "=" not in following and word in _keys(name, []):
-            advice = f"{word}={following}"
-        elif "=" in before:
-            advice += f"; a value with spaces needs quotes: '{before.partition('=')[0]}=SEVERAL WORDS'"
-        raise ConfigError(f"{word!r} is no KEY=VALUE", where=" ".join(overrides), next=advice)
-
-
 def _check_groups(overrides: Sequence[str]) -> None:
     """Raises `ConfigError` for `model.norm=layer`."""
     for override in overrides:
         key, _, value = override.partition("=")
         if "." in key and value and value[0] not in "{$" and _is_group(group := key.replace(".", "/")):
             raise ConfigError(f"{key} is a group, with / before its name", where=override, next=f"{group}={value}")
-
-
-def _check_flags(arguments: list[str], name: str) -> None:
-    """Raises `ConfigError` for `--steps 5` and `--train.steps=5`, on which Hydra's parser would end with a page."""
-    for flag, following in itertools.pairwise([*arguments, ""]):
-        word, _, value = flag.removeprefix("--").partition("=")
-        if flag.startswith("--") and not any(known.startswith(word) for known in FLAGS):
-            key, keys = word.replace("-", "_"), _keys(name, [])
-            value = value or ("VALUE" if not following or following.startswith("-") or "=" in following else following)
-            key = key if key in keys else _meant(key, keys) or "KEY"
-            raise ConfigError(f"no such flag: --{word}", where=flag, next=f"{key}={value}")
 
 
 def resolve(config: DictConfig) -> Any:
@@ -451,7 +415,7 @@ def resolve(config: DictConfig) -> Any:
 def _compose(name: str, overrides: list[str]) -> DictConfig:
     for group, _, option in (override.lstrip("+").partition("=") for override in overrides):
         if _is_group(group.partition("@")[0]) and (".." in option.split("/") or option.startswith("/")):
-            raise _no_option(group, option, group)
+            raise no_option(group, option, group, conf_dirs())
     outer = GlobalHydra.instance().hydra  # the caller's own, if any
     GlobalHydra.instance().clear()
     try:
@@ -466,10 +430,11 @@ def _explained(error: Exception, name: str, overrides: list[str]) -> ConfigError
     text = str(error)
     if match := re.search(r"Could not find '([\w/]+/[^']+)'", text):
         group = next((str(path) for path in pathlib.PurePath(match[1]).parents if _is_group(str(path))), "")
-        return _no_option(group, match[1].removeprefix(f"{group}/"), _override_of(group, overrides))
+        return no_option(group, match[1].removeprefix(f"{group}/"), override_of(group, overrides), conf_dirs())
     if match := re.search(r"Could not override '(?P<key>[^']+)'|Key '(?P<bare>[^']+)' is not in struct", text):
         key = match["key"] or match["bare"]
-        return ConfigError(f"no such key: {key}", where=_override_of(key, overrides), next=_instead(key, name, overrides))
+        advice = instead(key, _keys(name, overrides), overrides, conf_dirs())
+        return ConfigError(f"no such key: {key}", where=override_of(key, overrides), next=advice)
     if "Ambiguous value" in text:
         return ConfigError(
             "several values for one key make a sweep", where=" ".join(overrides), next="add -m, or quote a value with commas"
@@ -481,56 +446,6 @@ def _explained(error: Exception, name: str, overrides: list[str]) -> ConfigError
     elif "is defined before" in text:
         hint = "in a list of defaults what overrides a group comes last"
     return ConfigError(first, where=" ".join(overrides), next=hint)
-
-
-def _no_option(group: str, option: str, where: str) -> ConfigError:
-    options = [path.stem for folder in conf_dirs() for path in (folder / group).glob("*.yaml") if not path.stem.startswith("_")]
-    is_path = group == "data" and re.search(r"[/.]", option)
-    advice = f"data=text data.path={option}" if is_path else nearest(option, options)
-    return ConfigError(f"{group} has no option {option!r}", where=where, next=advice)
-
-
-def _instead(key: str, name: str, overrides: list[str]) -> str:
-    """What to type instead of, or beside, a key or group that is not there."""
-    if key == "plan":
-        return "model=NAME mesh=NAME, which take what is planned for them by themselves"
-    if key in ("rung", "stage") or key.startswith("experiment/"):
-        experiment = key.partition("/")[2] or "NAME"
-        return f"experiment={experiment} {_override_of(key, overrides)}: it is a part of experiments"
-    group, _, field = key.rpartition(".")
-    group = group.replace(".", "/")
-    if group and _is_group(group):
-        files = sorted(path for folder in conf_dirs() for path in (folder / group).glob("[!_]*.yaml"))
-        if owners := [f"{group}={path.stem}" for path in files if field in (yaml.safe_load(path.read_text()) or {})]:
-            return f"choose what has it first: {', '.join(owners)}"
-    keys = [key for key in _keys(name, overrides) if not key.endswith("_target_") and not key.startswith("hydra")]
-    if meant := _meant(key, keys):
-        return f"did you mean {meant}?"
-    parent = key[: len(key) - len(_last(key))]
-    siblings = [other for other in keys if parent and other.startswith(parent) and parent + _last(other) == other]
-    return f"one of: {', '.join(siblings)}" if 0 < len(siblings) <= 30 else nearest(key, keys)
-
-
-def _meant(key: str, keys: list[str]) -> str:
-    """The key that is meant: by its name elsewhere, beside it, or in another place; "" if none is near."""
-    word, parent = _last(key), key[: len(key) - len(_last(key))]
-    if ELSEWHERE.get(word) in keys:
-        return ELSEWHERE[word]
-    for known in ([other for other in keys if parent + _last(other) == other], keys):
-        if near := difflib.get_close_matches(word, [*map(_last, known)], 1, TYPO):
-            return difflib.get_close_matches(key, [other for other in known if _last(other) == near[0]], 1, 0)[0]
-    return ""
-
-
-def _last(key: str) -> str:
-    return re.split(r"[./]", key)[-1]
-
-
-def _override_of(key: str, overrides: list[str]) -> str:
-    """That of the key or group itself, else the first of a key within it, or a group at another place."""
-    found = [(len(match[0]), override) for override in overrides if (match := re.match(rf"[+~]*{re.escape(key)}(?=[=.@/]|$)", override))]
-    exact = [override for end, override in found if override[end : end + 1] in ("=", "")]
-    return next(iter(exact or [override for _, override in found]), "")
 
 
 def _keys(name: str, overrides: list[str]) -> list[str]:
