@@ -41,7 +41,7 @@ def check_flags(arguments: Sequence[str], keys: Callable[[], list[str]]) -> None
     """Raises `ConfigError` for `--steps 5` and `--train.steps=5`, on which Hydra's parser would end with a page."""
     for flag, following in itertools.pairwise([*arguments, ""]):
         word, _, value = flag.removeprefix("--").partition("=")
-        if flag.startswith("--") and not any(known.startswith(word) for known in FLAGS):
+        if flag.startswith("--") and word not in FLAGS and (not any(known.startswith(word) for known in FLAGS) or word in keys()):
             key, known_keys = word.replace("-", "_"), keys()
             value = value or ("VALUE" if not following or following.startswith("-") or "=" in following else following)
             key = key if key in known_keys else _meant(key, known_keys) or "KEY"

@@ -87,8 +87,16 @@ def conf_dir() -> pathlib.Path:
 
 
 def conf_dirs() -> list[pathlib.Path]:
-    """That folder, and those of the extensions that have one."""
-    return [conf_dir(), *(folder / "conf" for folder in extensions.folders() if (folder / "conf").is_dir())]
+    """That folder, and those of the extensions that have one.
+
+    Raises `ConfigError` for a file of an extension's that this package has too, of which Hydra would take the other.
+    """
+    own, others = conf_dir(), [folder / "conf" for folder in extensions.folders() if (folder / "conf").is_dir()]
+    for folder in others:
+        for path in folder.rglob("*.yaml"):
+            if (own / path.relative_to(folder)).is_file():
+                raise ConfigError("this package has an option of that name", where=str(path), next="another name")
+    return [own, *others]
 
 
 def home(name: str) -> pathlib.Path:
@@ -113,7 +121,8 @@ def load_config(*overrides: str, name: str = "train", plan: bool = True) -> Any:
 def plan_file(overrides: Sequence[str]) -> pathlib.Path:
     """Where the settings planned for a model on a mesh are, or would be."""
     said = _values(overrides)
-    return conf_dir() / "plan" / f"{said.get('model', 'llama3_1m')}_{said.get('mesh', 'local')}.yaml"
+    name = pathlib.PurePath("plan", f"{said.get('model', 'llama3_1m')}_{said.get('mesh', 'local')}.yaml")
+    return next((folder / name for folder in conf_dirs() if (folder / name).is_file()), conf_dir() / name)
 
 
 def planned(name: str, overrides: Sequence[str]) -> list[str]:
@@ -169,6 +178,7 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
     gc.set_threshold(50_000, 20, 20)
     arguments = sys.argv[1:]
     places = [argument for flag, argument in itertools.pairwise(arguments) if flag in PLACED]  # which may have a "=" too
+    places += [argument for argument in arguments if argument.partition("=")[0] in PLACED and "=" in argument]
     overrides = [argument for argument in arguments if re.search(r"^[^-].*=|^~", argument) and argument not in places]
     flags = [argument for argument in arguments if argument not in overrides]
     sweep = bool({"-m", "--multirun"} & {*flags})
@@ -387,7 +397,8 @@ def _said_within(error: BaseException | None) -> UserError | None:
 def _check_recipe(overrides: Sequence[str]) -> None:
     """Raises `ConfigError` for a recipe that is not there: that of a model is optional, so Hydra would go on without a word."""
     options = [path.stem for folder in conf_dirs() for path in (folder / "recipe").glob("*.yaml")]
-    for option in _values(overrides).get("recipe", options[0]).replace('"', "").split(","):
+    chosen = next((value for key, _, value in (override.partition("=") for override in overrides) if key == "recipe"), "")
+    for option in chosen.replace('"', "").split(",") if re.fullmatch(r"[\w.,\"-]+", chosen) else ():
         if option not in options:
             raise ConfigError(f"recipe has no option {option!r}", where="recipe", next=nearest(option, options))
 

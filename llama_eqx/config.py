@@ -1,10 +1,12 @@
 """The base of every config, and the one way from YAML to it."""
 
+import contextlib
 import dataclasses
 import difflib
-import importlib
+import importlib.util
 import keyword
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -13,7 +15,7 @@ from typing import Any, ClassVar, dataclass_transform
 from beartype.door import is_bearable
 
 from llama_eqx.errors import ConfigError
-from llama_eqx.extensions import extensions
+from llama_eqx.extensions import extensions, imported
 
 TYPO = 0.75  # of difflib's ratio: a letter of four is another; below that a likeness is chance
 
@@ -150,18 +152,26 @@ def _config_class(target: str, path: str) -> type[Config]:
     module, _, name = target.rpartition(".")
     packages, where, cls = ("llama_eqx", *extensions()), f"{path}._target_".lstrip("."), None
     if f"{module}.".startswith(tuple(f"{package}." for package in packages)):
-        try:
-            cls = getattr(importlib.import_module(module), name, None)
-        except ImportError as error:
-            if not f"{module}.".startswith(f"{error.name}."):  # there is such a module, which lacks something itself
-                raise ConfigError(f"{module} cannot be imported: {error}", where=where) from None
+        with contextlib.suppress(ModuleNotFoundError):
+            if module.startswith("llama_eqx.") or _defines(module, name):
+                cls = getattr(imported(module), name, None)
     if not (isinstance(cls, type) and issubclass(cls, Config) and cls is not Config):
         raise ConfigError(
             f"{target} is not a config class of {' or '.join(packages)}, and nothing else is ever built",
             where=where,
-            next="a package of your own needs an entry point: docs/variants.md",
+            next="" if module.split(".")[0] in packages else "a package of your own needs an entry point: docs/variants.md",
         )
     return cls
+
+
+def _defines(module: str, name: str) -> bool:
+    """Whether the source of an extension's module has a class of that name: a script that lies in a package is not run by naming it."""
+    if module in extensions():
+        return True
+    imported(module.rpartition(".")[0])
+    loader = getattr(importlib.util.find_spec(module), "loader", None)
+    source = loader.get_source(module) if hasattr(loader, "get_source") else None
+    return re.search(rf"^class {re.escape(name)}\b", source or "", re.MULTILINE) is not None
 
 
 def _converted(value: Any, hint: Any) -> Any:

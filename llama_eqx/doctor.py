@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from llama_eqx.compose import compose, conf_dir, resolve, run_verb
+from llama_eqx.compose import compose, conf_dirs, resolve, run_verb
 
 
 def main(config: Any, overrides: list[str]) -> None:
@@ -29,7 +29,7 @@ def main(config: Any, overrides: list[str]) -> None:
 def published(dims: Any) -> dict[str, Any]:
     """By name, the config of every preset of this width and depth."""
     found = {}
-    for file in sorted((conf_dir() / "model").glob("llama*.yaml")):
+    for file in sorted(path for folder in conf_dirs() for path in (folder / "model").glob("*.yaml")):
         sizes = yaml.safe_load(file.read_text(encoding="utf-8")).get("dims", {})  # composing all of them would take seconds
         if (sizes.get("embed"), sizes.get("layers")) == (dims.embed, dims.layers):
             found[file.stem] = resolve(compose(f"model/{file.stem}", []))["model"]

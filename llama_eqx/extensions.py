@@ -5,23 +5,51 @@ import importlib.metadata
 import importlib.util
 import pathlib
 
+from llama_eqx.errors import ConfigError
+
 
 @functools.cache
 def extensions() -> tuple[str, ...]:
     """The packages that were installed with an entry point of the group "llama_eqx", by which whoever installed them trusts them.
 
-    In their pyproject.toml: `[project.entry-points.llama_eqx]`, and below it `NAME = "PACKAGE"`.
+    In their pyproject.toml: `[project.entry-points.llama_eqx]`, and below it `NAME = "PACKAGE"`. What lies in the working directory, which
+    may have been downloaded, is not installed.
     """
-    return tuple(dict.fromkeys(point.value for point in importlib.metadata.entry_points(group="llama_eqx")))
+    found: dict[str, None] = {}
+    for distribution in importlib.metadata.distributions():
+        points = distribution.entry_points.select(group="llama_eqx")
+        if points and pathlib.Path(str(distribution.locate_file(""))).resolve() != pathlib.Path.cwd():
+            found |= dict.fromkeys(point.value for point in points)
+    return tuple(found)
 
 
 def folders() -> list[pathlib.Path]:
-    """Where the extensions are. One that cannot be found has none, and is missed when its first class is."""
-    specs = [importlib.util.find_spec(name.partition(".")[0]) for name in extensions()]
-    return [pathlib.Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()]
+    """Where the extensions are. Raises `ConfigError` for one that is no package."""
+    return [_folder(name) for name in extensions()]
+
+
+def _folder(name: str) -> pathlib.Path:
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or spec.origin is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"an entry point of the group llama_eqx names {name!r}, which is no package here",
+            where=str(spec.submodule_search_locations) if spec else "",
+            next="the name of a folder with an __init__.py; one that is gone: pip uninstall what installed it",
+        )
+    return pathlib.Path(spec.submodule_search_locations[0])
 
 
 def import_all() -> None:
-    """Imports every extension: what one adds to a registry, as of meters, its `__init__.py` adds."""
+    """Imports every extension: what one adds to a registry, as of meters, its `__init__.py` adds. Raises `ConfigError` when it fails."""
     for name in extensions():
-        importlib.import_module(name)
+        imported(name)
+
+
+def imported(module: str) -> object:
+    """The module. Raises `ConfigError` when its code fails, but `ModuleNotFoundError` when there is none of that name."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError(f"{module} cannot be imported: {type(error).__name__}: {error}", where=module) from error

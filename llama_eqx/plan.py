@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from llama_eqx.compose import conf_dir, load_config, plan_file, quoted, run_verb
+from llama_eqx.compose import conf_dirs, load_config, plan_file, quoted, run_verb
 
 
 def main(config: Any, overrides: list[str]) -> None:
@@ -29,7 +29,7 @@ def main(config: Any, overrides: list[str]) -> None:
             print(f"note: what is found is {filed}", file=sys.stderr)
         else:
             check_writable(path)
-        remats = sorted(path.stem for path in (conf_dir() / "remat").glob("*.yaml"))
+        remats = sorted(path.stem for folder in conf_dirs() for path in (folder / "remat").glob("*.yaml"))
         found = search(lambda *more: variant(*more, plan=False), overrides, remats, MOST if config.search is True else config.search)
         plan = found.plan
         if not other:

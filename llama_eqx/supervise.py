@@ -9,8 +9,9 @@ import time
 from types import FrameType
 
 PREEMPTED = 75  # the code of a run that was told to stop and saved itself
-# By 128 + n launchers, shells and containers say that signal n ended what they had started; 130 is also what a run says of Ctrl-C.
-KILLED = {128 + number: number for number in signal.Signals if number != signal.SIGINT}
+# By 128 + n launchers, shells and containers say that signal n ended what they had started; 130 is also what a run says of Ctrl-C, and 141
+# when nobody reads what it prints.
+KILLED = {128 + number: number for number in signal.Signals if number not in (signal.SIGINT, signal.SIGPIPE)}
 SHORT = 60.0  # seconds: a start that ended sooner made no progress to speak of
 
 

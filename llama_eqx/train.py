@@ -21,7 +21,7 @@ def main(config: Any, overrides: list[str]) -> None:
     run_dir = shlex.quote(config.run_dir)
     same = [override for override in overrides if not override.startswith(("run_dir=", "train.steps="))]
     command = shlex.join(["python", "-m", "llama_eqx.train", *same, f"run_dir={config.run_dir}"])
-    several = f" (on each of the {n} hosts, or by the launcher that started this)" if (n := jax.process_count()) > 1 else ""
+    several = f"\n            on each of the {n} hosts, or by the launcher that started this" if (n := jax.process_count()) > 1 else ""
     try:
         with Preemption(config.checkpoint.grace, next=f"{command} train.steps={config.train.steps}{several}") as preemption:
             result = train(config, preemption)

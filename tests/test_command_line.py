@@ -231,6 +231,10 @@ def test_other_verbs_take_flags_too(monkeypatch, capsys, tmp_path):
     assert (code, "only train and plan have sweeps" in err) == (2, True)
 
 
+def test_a_recipe_may_be_taken_out():
+    assert load_config("model=llama2_7b", "~recipe").train.batch_size == load_config().train.batch_size
+
+
 def test_an_interruption_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     from llama_eqx.errors import Stopped
     from llama_eqx.training import loop

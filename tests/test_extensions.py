@@ -101,10 +101,43 @@ def test_without_the_entry_point_nothing_of_it_is_imported_or_written(lab, tmp_p
     assert not (tmp_path / "model").exists()
 
 
-def test_what_cannot_be_imported_is_named(lab, tmp_path):
-    (tmp_path / "site" / "lab" / "norms.py").write_text("import no_such_library")
-    with pytest.raises(ConfigError, match="cannot be imported: No module named 'no_such_library'"):
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
+        ("from lab import helpers", "ImportError: cannot import name 'helpers' from 'lab'"),
+        ("if", "SyntaxError: invalid syntax"),
+    ],
+)
+def test_what_cannot_be_imported_is_named(lab, tmp_path, line, said):
+    (tmp_path / "site" / "lab" / "norms.py").write_text(f"{line}\n{CODE}")
+    with pytest.raises(ConfigError) as raised:
         load_config("model/norm=nothing")
+    assert raised.value.what.startswith(f"lab.norms cannot be imported: {said}")
+
+
+def test_a_config_runs_no_script_of_an_extension(lab, tmp_path):
+    (tmp_path / "site" / "lab" / "analyse.py").write_text("raise SystemExit('this was run')")
+    with pytest.raises(ConfigError, match="not a config class of llama_eqx or lab"):
+        load({"_target_": "lab.analyse.X"})
+
+
+def test_what_lies_in_the_working_directory_is_not_installed(lab, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "site")
+    extensions.extensions.cache_clear()
+    assert extensions.extensions() == ()
+
+
+def test_what_is_no_package_or_has_the_name_of_another_option_is_refused(lab, tmp_path):
+    folder = tmp_path / "site" / "lab"
+    (folder / "conf" / "model" / "norm" / "rms.yaml").write_text("")
+    with pytest.raises(ConfigError, match="this package has an option of that name"):
+        load_config()
+    (folder / "conf" / "model" / "norm" / "rms.yaml").unlink()
+    (folder / "__init__.py").unlink()
+    importlib.invalidate_caches()
+    with pytest.raises(ConfigError, match="names 'lab', which is no package here"):
+        load_config()
 
 
 def test_a_run_and_a_sweep_by_the_command_line(lab, tmp_path):

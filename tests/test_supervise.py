@@ -42,7 +42,7 @@ def command(log: pathlib.Path, *codes: int, flags: tuple[str, ...] = ()) -> list
         ((75, 75, 0), (), 3, 0, "restart 2"),
         ((-signal.SIGKILL, -signal.SIGABRT, 0), (), 3, 0, "SIGABRT: restart 2"),
         ((137, 134, 0), (), 3, 0, "SIGABRT: restart 2"),
-        *(((code,), (), 1, code, f"exit code {code}: not started again") for code in (1, 2, 3, 4, 5, 6, 130)),
+        *(((code,), (), 1, code, f"exit code {code}: not started again") for code in (1, 2, 3, 4, 5, 6, 130, 141)),
         ((75,), ("--restarts", "2"), 3, 75, "after 2 restarts"),
         *(((code,), ("--short", "2"), 2, 137, "2 starts in a row") for code in (-signal.SIGKILL, 137)),
     ],

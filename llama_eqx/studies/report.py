@@ -111,8 +111,9 @@ def final(config: ReportConfig, question: str) -> Report:
     page.table(["registered", ""], list(said.items()))
     page.text(f"Stopping: {registration.stopping} Exclusion: {registration.exclusion}")
     page.table(["seeds", "on", "commit", "Python", "JAX"], _origins(runs))
-    if len(codes := {code for run in runs for code in run.codes}) > 1:
-        page.text(f"Note: the code was changed between these runs ({len(codes)} versions of it): a difference may be one of code.")
+    for package in dict.fromkeys(package for run in runs for package in run.codes):
+        if (count := len({code for run in runs for code in run.codes.get(package, [])})) > 1:
+            page.text(f"Note: {package} was changed between these runs ({count} versions of it): a difference may be one of code.")
     files = page.write(_output(config, folder(question)), f"report_{config.rung}")
     return Report(files, words)
 
@@ -160,8 +161,9 @@ def compared(a: Run, b: Run) -> str:
     said = [
         "Their training losses are equal to the last bit." if parted is None else f"Their training losses differ from step {parted} on."
     ]
-    if a.codes and b.codes and a.codes != b.codes:
-        said.append(f"They were made by other code ({', '.join(a.codes)} and {', '.join(b.codes)}).")
+    for package in a.codes.keys() & b.codes.keys():
+        if a.codes[package] != b.codes[package]:
+            said.append(f"They were made by other code of {package} ({', '.join(a.codes[package])} and {', '.join(b.codes[package])}).")
     of_data = [dict(zip(*run.series("data/ledger"), strict=True)) for run in (a, b)]
     if wrong := next((step for step in sorted(of_data[0].keys() & of_data[1].keys()) if of_data[0][step] != of_data[1][step]), None):
         said.append(f"They saw different data by step {wrong}, so steps are not paired.")
@@ -216,7 +218,7 @@ def _origins(runs: Sequence[Run]) -> list[list[str]]:
         for origin in run.provenance:
             versions = origin.get("versions", {})
             commit, dash, changed = str(origin.get("commit")).partition("-")  # of changed code it ends with "-dirty"
-            commit = commit[:12] + dash + changed + (f" (code {origin['code']})" if "code" in origin else "")
+            commit = commit[:12] + dash + changed + (f" (code {' '.join(origin['code'].values())})" if "code" in origin else "")
             key = origin.get("computed", {}).get("kind"), commit, versions.get("python"), versions.get("jax")
             found.setdefault(tuple(map(str, key)), set()).add(run.seed)
     return [[", ".join(map(str, sorted(seeds))), *key] for key, seeds in sorted(found.items(), key=lambda item: sorted(item[1]))]

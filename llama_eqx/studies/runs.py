@@ -39,9 +39,13 @@ class Run(NamedTuple):
         return self.settings["schedule"]["peak"]
 
     @property
-    def codes(self) -> list[str]:
-        """Hashes of the code that its starts were made with, where they were recorded."""
-        return list(dict.fromkeys(origin["code"] for origin in self.provenance if "code" in origin))
+    def codes(self) -> dict[str, list[str]]:
+        """By package, the hashes of the code that its starts were made with, where they were recorded."""
+        found: dict[str, list[str]] = {}
+        for origin in self.provenance:
+            for package, code in origin.get("code", {}).items():
+                found[package] = [*dict.fromkeys([*found.get(package, []), code])]
+        return found
 
     def last(self, name: str) -> float:
         """The value of a metric at the last step; infinity, worse than any, when it is not finite or the run did not come so far."""

@@ -44,12 +44,18 @@ def last_line(path: pathlib.Path) -> dict[str, Any] | None:
         return None
 
 
-def code() -> str:
-    """A hash of every source file of this package and of its extensions: two commits may have the same, two changed checkouts another."""
+def code() -> dict[str, str]:
+    """By name, a hash of the source files of this package and of each extension: two commits may have the same, two changed checkouts
+    another.
+    """
+    return {folder.name: _hash(folder) for folder in (PACKAGE, *folders())}
+
+
+def _hash(folder: pathlib.Path) -> str:
     found = hashlib.sha256()
-    for folder in sorted([PACKAGE, *folders()], key=lambda folder: folder.name):
-        for file in sorted(folder.rglob("*.py")):
-            found.update(f"{folder.name}/{file.relative_to(folder)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    for name in sorted(str(file.relative_to(folder)) for file in folder.rglob("*.py")):
+        if not any(part.startswith(".") for part in pathlib.Path(name).parts):  # such as the lock of an editor
+            found.update(f"{name}\0".encode() + hashlib.sha256((folder / name).read_bytes()).digest())
     return found.hexdigest()[:12]
 
 

@@ -9,7 +9,7 @@ from typing import Any, SupportsFloat
 
 import jax
 
-from llama_eqx.config import Config, Difference, differences
+from llama_eqx.config import Config, Difference, differences, known_to_both
 from llama_eqx.errors import StorageError
 from llama_eqx.tracking.console import Console
 from llama_eqx.tracking.jsonl import Jsonl
@@ -51,7 +51,7 @@ class Tracker:
         self._wandb = Wandb(config.wandb, self._run_dir, {**settings, **origin}, self._console.say)
         if start and before and (changed := _changed(before, origin)):
             meant = "losses agree to rounding with those of an uninterrupted run, and no longer bit by bit"
-            if any(each.key == "code" for each in changed):
+            if any(each.within(["code"]) for each in changed):
                 meant = "what follows is computed by other code than what went before"
             self.say(f"warning: not as it was up to step {start}: {', '.join(map(str, changed))}; {meant}")
 
@@ -118,4 +118,7 @@ class Tracker:
 def _changed(before: Mapping[str, Any], origin: Mapping[str, Any]) -> list[Difference]:
     """What bears on the numbers and is known of both starts: the commit only where the code is not, which two commits may share."""
     names = [name for name in origin if name in before and (name != "commit" or "code" not in before)]
-    return differences({name: before[name] for name in names}, {name: origin[name] for name in names})
+    old, new = {name: before[name] for name in names}, {name: origin[name] for name in names}
+    if "code" in old:  # an extension that came or went is nothing of the run's: else it would not be built
+        old["code"], new["code"] = known_to_both(old["code"], new["code"]), known_to_both(new["code"], old["code"])
+    return differences(old, new)

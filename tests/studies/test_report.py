@@ -264,7 +264,7 @@ def test_the_files(experiment):
     assert "| first | 8 |" in markdown
     assert "| 0, 1, 2, 3, 4 | cpu | 0123456789ab (code c1) | 3.11.7 | 0.10.2 |\n" in markdown
     assert "| 5, 6, 7 | H100 | 0123456789ab-dirty (code c2) | 3.11.7 | 0.10.2 |\n" in markdown
-    assert "the code was changed between these runs (2 versions of it)" in markdown
+    assert "llama_eqx was changed between these runs (2 versions of it)" in markdown
     assert page.count("<svg") == 3
     assert "loss less that of base" in page  # of the picture over a dose
     assert not re.search(r"""(src|href)=["'](?!#)""", page.replace("xlink:", ""))
@@ -504,7 +504,7 @@ def test_any_two_runs_side_by_side(tmp_path, monkeypatch):
         records.append({"step": 8, "val/loss": 3.0 + extra})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         (folder / "sample.txt").write_text(f"written by {name} <b>\n")
-        (folder / "provenance.jsonl").write_text(json.dumps({"step": 0, "code": "c2" if name == "b" else "c1"}) + "\n")
+        (folder / "provenance.jsonl").write_text(json.dumps({"step": 0, "code": {"llama_eqx": "c2" if name == "b" else "c1"}}) + "\n")
 
     def of(*names):
         return report(load_config(f"runs=[{','.join(f'outputs/{name}' for name in names)}]", name="report"))
@@ -518,7 +518,7 @@ def test_any_two_runs_side_by_side(tmp_path, monkeypatch):
     assert "written by b &lt;b&gt;" in page
     assert "learning rate" in page
     assert "optim/lr" not in page
-    assert "They were made by other code (c1 and c2)." in written.words
+    assert "They were made by other code of llama_eqx (c1 and c2)." in written.words
     assert "other code" not in of("a", "other").words
     assert "different data by step 1" in of("a", "other").words
     assert "equal to the last bit" in of("a", "other").words

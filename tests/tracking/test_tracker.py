@@ -70,13 +70,14 @@ def test_a_start_tells_of_other_code_and_not_of_another_commit_with_the_same(tmp
     tracker(tmp_path / "run", start=3).close()
     assert "not as it was" not in capsys.readouterr().err
     (package / "model.py").write_text("2")
+    (package / ".#model.py").symlink_to("an.editor@host.1")  # its lock
     tracker(tmp_path / "run", start=4).close()
-    old, same, new = (json.loads(line)["code"] for line in (tmp_path / "run" / "provenance.jsonl").read_text().splitlines())
+    old, same, new = (json.loads(line)["code"]["llama_eqx"] for line in (tmp_path / "run" / "provenance.jsonl").read_text().splitlines())
     assert old == same != new
-    assert f"code: {old} -> {new}; what follows is computed by other code" in capsys.readouterr().err
+    assert f"code.llama_eqx: {old} -> {new}; what follows is computed by other code" in capsys.readouterr().err
     (package / "model.py").rename(package / "other.py")
     tracker(tmp_path / "run", start=5).close()
-    assert f"code: {new} -> " in capsys.readouterr().err
+    assert f"code.llama_eqx: {new} -> " in capsys.readouterr().err
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):
