@@ -169,9 +169,8 @@ def _defines(module: str, name: str) -> bool:
     if module in extensions():
         return True
     imported(module.rpartition(".")[0])
-    loader = getattr(importlib.util.find_spec(module), "loader", None)
-    source = loader.get_source(module) if hasattr(loader, "get_source") else None
-    return re.search(rf"^class {re.escape(name)}\b", source or "", re.MULTILINE) is not None
+    get_source = getattr(getattr(importlib.util.find_spec(module), "loader", None), "get_source", None)
+    return get_source is not None and re.search(rf"^class {re.escape(name)}\b", get_source(module) or "", re.MULTILINE) is not None
 
 
 def _converted(value: Any, hint: Any) -> Any:
