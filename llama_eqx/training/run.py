@@ -256,23 +256,27 @@ def file_tokenizer(config: RunConfig, tokenizer: Tokenizer, beside: Mapping[str,
     files of the same folder that others need, by name.
 
     Once there is a checkpoint the one that was filed stays: its fingerprint does not tell where a generated text ends, or its chat format.
+    A run from before such files were kept gets them now.
     """
     folder, there = pathlib.Path(config.run_dir, TOKENIZER), home(config)
-    filed = None
-    if steps(there / CHECKPOINTS):
+    filed, begun = None, bool(steps(there / CHECKPOINTS))
+    if begun:
         if is_remote(there):
             folder.mkdir(parents=True, exist_ok=True)
             for name in {*children(there / TOKENIZER)} & {MARK, tokenizer.file, *CARRIED}:
                 (folder / name).write_bytes(content(there / TOKENIZER, name))
         with contextlib.suppress(DataError):  # gone or damaged
             filed = load_tokenizer(folder).fingerprint
-    else:
-        for name in CARRIED:  # of a start that came to nothing
-            (folder / name).unlink(missing_ok=True)
+    others = [folder / name for name in CARRIED if name != tokenizer.file]
     if filed != tokenizer.fingerprint:
         tokenizer.save(folder)
+    if filed != tokenizer.fingerprint or not any(file.exists() for file in others):
         for name, file in beside.items():
             (folder / name).write_bytes(file)
+    if not begun:
+        for file in others:  # of a start that came to nothing
+            if file.name not in beside:
+                file.unlink(missing_ok=True)
     if is_remote(there):
         put(there, records(folder.parent) | {f"{TOKENIZER}/{file.name}": file.read_bytes() for file in folder.iterdir()})
 

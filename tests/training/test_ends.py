@@ -99,6 +99,14 @@ def test_a_start_that_came_to_nothing_leaves_nothing_beside_the_tokenizer(tmp_pa
     assert names == {"generation_config.json", "tokenizer.bytes", "tokenizer_kind.json"}
 
 
+def test_a_run_that_keeps_nothing_beside_its_tokenizer_gets_it_when_it_goes_on(tmp_path):
+    config, tokenizer = settings(tmp_path / "run", "data=sft", "data.path=talk.jsonl"), BytesTokenizer()
+    handed_over(config, tokenizer, old=True)
+    for said, kept in ((b"a", b"a"), (b"b", b"a")):
+        file_tokenizer(config, tokenizer, {"chat_template.jinja": said})
+        assert (tmp_path / "run" / "tokenizer" / "chat_template.jinja").read_bytes() == kept
+
+
 @pytest.mark.parametrize("through", ["hf", "run"])
 def test_how_the_first_model_generates_goes_along_with_the_ids_of_this_one(tmp_path, through):
     asked = ["data=text", "data.path=a", "model.context=64", "train.seq_len=64"]
