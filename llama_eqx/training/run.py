@@ -256,7 +256,7 @@ def file_tokenizer(config: RunConfig, tokenizer: Tokenizer, beside: Mapping[str,
     files of the same folder that others need, by name.
 
     Once there is a checkpoint the one that was filed stays: its fingerprint does not tell where a generated text ends, or its chat format.
-    A run from before such files were kept gets them now.
+    A run from before such files were kept gets them now. Nothing is removed from the folder that the tokenizer is read from.
     """
     folder, there = pathlib.Path(config.run_dir, TOKENIZER), home(config)
     filed, begun = None, bool(steps(there / CHECKPOINTS))
@@ -273,7 +273,8 @@ def file_tokenizer(config: RunConfig, tokenizer: Tokenizer, beside: Mapping[str,
     if filed != tokenizer.fingerprint or not any(file.exists() for file in others):
         for name, file in beside.items():
             (folder / name).write_bytes(file)
-    if not begun:
+    source = pathlib.Path(getattr(config.tokenizer, "path", None) or "").expanduser().resolve()
+    if not begun and folder.resolve() not in (source, source.parent):
         for file in others:  # of a start that came to nothing
             if file.name not in beside:
                 file.unlink(missing_ok=True)

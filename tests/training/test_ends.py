@@ -99,6 +99,22 @@ def test_a_start_that_came_to_nothing_leaves_nothing_beside_the_tokenizer(tmp_pa
     assert names == {"generation_config.json", "tokenizer.bytes", "tokenizer_kind.json"}
 
 
+def test_what_lies_where_the_tokenizer_is_read_from_stays_there(tmp_path):
+    folder = tmp_path / "run" / "tokenizer"
+    folder.mkdir(parents=True)
+    for name, text in {
+        "tokenizer.json": tokenizer_json(BytesTokenizer()),
+        "tokenizer.model": "mine",
+        "generation_config.json": "{}",
+    }.items():
+        (folder / name).write_text(text)
+    config = settings(tmp_path / "run", "tokenizer=hf", f"tokenizer.path={folder}")
+    tokenizer = config.tokenizer.build(config.data)
+    file_tokenizer(config, tokenizer, {})
+    names = {file.name for file in folder.iterdir()}
+    assert names == {"generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_kind.json"}
+
+
 def test_a_run_that_keeps_nothing_beside_its_tokenizer_gets_it_when_it_goes_on(tmp_path):
     config, tokenizer = settings(tmp_path / "run", "data=sft", "data.path=talk.jsonl"), BytesTokenizer()
     handed_over(config, tokenizer, old=True)
