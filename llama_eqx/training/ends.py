@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,12 +12,12 @@ from jax.experimental import multihost_utils
 from llama_eqx.checkpoint.native import CHECKPOINTS
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.config import Difference, differences, dump
-from llama_eqx.data.chat import chat_format, template_in
+from llama_eqx.data.chat import chat_format
 from llama_eqx.data.sft import SftConfig
 from llama_eqx.data.tokenizer import HuggingFaceTokenizerConfig, Tokenizer
 from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.interop.conversion import ConvertConfig, convert, require_expressible
-from llama_eqx.interop.files import CARRIED, TOKENIZER, carried, read_json
+from llama_eqx.interop.files import CARRIED, TOKENIZER, carried, mistaken, read_json
 from llama_eqx.interop.huggingface import GENERATION, token_ids
 from llama_eqx.interop.pretrained import format_of, load_pretrained, open_pretrained
 from llama_eqx.interop.weights import Weights, abstract
@@ -26,7 +27,7 @@ from llama_eqx.training.state import TrainState, first_state
 
 # What may differ between a model and the weights that it starts from: none of it changes what the weights compute.
 FREE = ("context", "dropout", "block.dropout", "init", "tokens")
-SETTINGS = "tokenizer_config.json"
+SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 def check_start(config: RunConfig) -> None:
@@ -69,29 +70,41 @@ def start(weights: Weights, config: RunConfig, shardings: TrainState) -> TrainSt
     return jax.jit(lambda model: first_state(model, optimizer, config.guard), donate_argnums=0, out_shardings=shardings)(model)
 
 
-def handed_on(config: RunConfig, tokenizer: Tokenizer, weights: Weights | None) -> dict[str, bytes]:
-    """What the run keeps beside its tokenizer for whoever gets the model from it, by the name of the file.
+def handed_on(config: RunConfig, tokenizer: Tokenizer, weights: Weights | None) -> tuple[dict[str, bytes], list[str]]:
+    """What the run keeps beside its tokenizer for whoever gets the model from it, by the name of the file; and of which it keeps none, as
+    a link leads outside of its folder, or it is not what its name says.
 
     From the folder of `tokenizer=hf` its chat template and the like. Where none is there and conversations are trained on, the template
     of their format. Of the model at `init_from` its settings of generation, with this model's special ids.
-
-    Raises `CheckpointError` for a link that leads outside of a folder, or settings that are none.
     """
-    files, written = {}, None
+    files, trees, left = {}, {}, []
+
+    def keep(name: str, find: Callable[[], pathlib.Path | None]) -> None:
+        try:
+            if file := find():
+                if wrong := mistaken(file, ""):
+                    raise CheckpointError(wrong)
+                if file.suffix == ".json":
+                    trees[name] = read_json(file)
+                files[name] = file.read_bytes()
+        except (CheckpointError, OSError) as error:
+            left.append(f"{name} was left behind: {error.what if isinstance(error, CheckpointError) else error.strerror}")
+
     if isinstance(config.tokenizer, HuggingFaceTokenizerConfig):
         folder = pathlib.Path(config.tokenizer.path or "").expanduser()
-        names = [name for name in CARRIED if name not in ("tokenizer.json", GENERATION)]
-        files = {name: file.read_bytes() for name, file in carried(folder, names).items() if name in names}
-        if SETTINGS in files and "auto_map" in (settings := read_json(folder / SETTINGS)):
-            del settings["auto_map"]  # it names code, which does not go along
-            files[SETTINGS] = _json(settings)
-        written = template_in(folder)
-    if written is None and any(isinstance(source, SftConfig) for _, source in config.data.sources().values()):
-        files["chat_template.jinja"] = chat_format(tokenizer).template.encode()
+        for name in CARRIED:
+            if name not in ("tokenizer.json", GENERATION):
+                keep(name, lambda name=name: carried(folder, [name]).get(name))
+    if trees.get(SETTINGS, {}).pop("auto_map", None) is not None:  # it names code, which does not go along
+        files[SETTINGS] = _json(trees[SETTINGS])
+    written = TEMPLATE in files or any(tree.get("chat_template") for tree in trees.values())
+    if not written and any(isinstance(source, SftConfig) for _, source in config.data.sources().values()):
+        files[TEMPLATE] = chat_format(tokenizer).template.encode()
     given = {} if weights is None else weights.files
-    if file := given.get(GENERATION, given.get(f"{TOKENIZER}/{GENERATION}")):
-        files[GENERATION] = _json({**read_json(file), **token_ids(config.model.tokens)})
-    return files
+    keep(GENERATION, lambda: given.get(GENERATION, given.get(f"{TOKENIZER}/{GENERATION}")))
+    if GENERATION in files:
+        files[GENERATION] = _json({**trees[GENERATION], **token_ids(config.model.tokens)})
+    return files, left
 
 
 def check_export(config: RunConfig) -> None:

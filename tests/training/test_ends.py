@@ -15,7 +15,6 @@ from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.data.chat import FORMATS
 from llama_eqx.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 from llama_eqx.data.tokenizer.export import tokenizer_json
-from llama_eqx.errors import CheckpointError
 from llama_eqx.interop.conversion import ConvertConfig, convert, save_pretrained
 from llama_eqx.model.llama import build_model
 from llama_eqx.training.ends import handed_on, open_start
@@ -38,7 +37,7 @@ def settings(run_dir, *overrides):
 def handed_over(config, tokenizer, *, old=False):
     """The folder that `convert` makes of a run, and its notes. An `old` run keeps nothing beside its tokenizer."""
     config, run_dir = with_vocab(config, tokenizer), pathlib.Path(config.run_dir)
-    file_tokenizer(config, tokenizer, {} if old else handed_on(config, tokenizer, open_start(config)))
+    file_tokenizer(config, tokenizer, {} if old else handed_on(config, tokenizer, open_start(config))[0])
     write_config(config, run_dir)
     with Checkpoints(run_dir / "checkpoints", load_config("checkpoint.every=1").checkpoint) as checkpoints:
         checkpoints.save(1, build_model(config.model, key=jax.random.key(0)), {"step": jnp.int32(1)})
@@ -87,8 +86,16 @@ def test_what_lies_beside_a_tokenizer_json_is_kept_from_the_start(tmp_path):
     assert load_tokenizer(tmp_path / "run" / "tokenizer").fingerprint == tokenizer.fingerprint
     (source / "chat_template.jinja").unlink()
     (source / "chat_template.jinja").symlink_to(secret)
-    with pytest.raises(CheckpointError, match=r"chat_template\.jinja lies outside"):
-        handed_on(config, tokenizer, None)
+    (source / "chat_template.json").write_text("no JSON")
+    (source / "added_tokens.json").write_text("[]")
+    (source / "tokenizer.model").write_text("<!doctype html>")
+    files, left = handed_on(config, tokenizer, None)
+    assert files.keys() == {"tokenizer_config.json", "chat_template.jinja"}
+    assert files["chat_template.jinja"].decode() == FORMATS["llama2"].template
+    said = " ".join(left)
+    for name, wrong in {"tokenizer.model": "a web", "added_tokens.json": "not a", "chat_template.json": "not JSON"}.items():
+        assert f"{name} was left behind: {wrong}" in said
+    assert "chat_template.jinja was left behind: chat_template.jinja lies outside" in said
 
 
 def test_a_start_that_came_to_nothing_leaves_nothing_beside_the_tokenizer(tmp_path):
@@ -132,7 +139,8 @@ def test_how_the_first_model_generates_goes_along_with_the_ids_of_this_one(tmp_p
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.6, "eos_token_id": [9, 10]}))
     asked += ["model.dims.vocab=258"]
     other = settings(tmp_path / "run", *asked, f"init_from={tmp_path / 'base'}", "model.context=128")
-    assert any("model.context=64 keeps it" in note for note in open_start(other).notes)
+    weights = open_start(other)
+    assert any("model.context=64 keeps it" in note for note in weights.notes)
     config = settings(tmp_path / "run", *asked, f"init_from={tmp_path / 'base'}")
     if through == "run":
         handed_over(config, BytesTokenizer())
@@ -141,3 +149,7 @@ def test_how_the_first_model_generates_goes_along_with_the_ids_of_this_one(tmp_p
     folder, _ = handed_over(config, BytesTokenizer())
     found = json.loads((folder / "generation_config.json").read_text())
     assert found == {"do_sample": True, "temperature": 0.6, "bos_token_id": 256, "eos_token_id": 257}
+    for wrong in ("", "[]", "version https://git-lfs.github.com/spec/v1"):
+        (tmp_path / "base" / "generation_config.json").write_text(wrong)
+        files, left = handed_on(other, BytesTokenizer(), weights)
+        assert (files, [note.split(":")[0] for note in left]) == ({}, ["generation_config.json was left behind"])
