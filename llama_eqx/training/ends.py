@@ -27,6 +27,8 @@ from llama_eqx.training.state import TrainState, first_state
 
 # What may differ between a model and the weights that it starts from: none of it changes what the weights compute.
 FREE = ("context", "dropout", "block.dropout", "init", "tokens")
+# In a generation_config.json, beside all that end with `_token_id`: of the tokenizer that it was written for.
+IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "forced_decoder_ids", "sequence_bias")
 SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
@@ -103,7 +105,8 @@ def handed_on(config: RunConfig, tokenizer: Tokenizer, weights: Weights | None) 
     given = {} if weights is None else weights.files
     keep(GENERATION, lambda: given.get(GENERATION, given.get(f"{TOKENIZER}/{GENERATION}")))
     if GENERATION in files:
-        files[GENERATION] = _json({**trees[GENERATION], **token_ids(config.model.tokens)})
+        of_any = {key: value for key, value in trees[GENERATION].items() if key not in IDS and not key.endswith("_token_id")}
+        files[GENERATION] = _json({**of_any, **token_ids(config.model.tokens)})
     return files, left
 
 

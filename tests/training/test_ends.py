@@ -136,7 +136,8 @@ def test_how_the_first_model_generates_goes_along_with_the_ids_of_this_one(tmp_p
     first = with_vocab(settings(tmp_path / "run", *asked), BytesTokenizer())
     save_pretrained(build_model(first.model, key=jax.random.key(1)), tmp_path / "base", format="hf")
     (tmp_path / "base" / "manifest.json").unlink()
-    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.6, "eos_token_id": [9, 10]}))
+    ids = {"eos_token_id": [9, 10], "pad_token_id": 11, "forced_bos_token_id": 12, "suppress_tokens": [13], "bad_words_ids": [[14]]}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.6, **ids}))
     asked += ["model.dims.vocab=258"]
     other = settings(tmp_path / "run", *asked, f"init_from={tmp_path / 'base'}", "model.context=128")
     weights = open_start(other)
