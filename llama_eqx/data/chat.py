@@ -68,6 +68,10 @@ class ChatFormat(abc.ABC):
                 learn += [learned] * len(part)
         return ids, learn
 
+    def wrote(self, template: str) -> bool:
+        """Whether a template may be of this format: no more than its marks are looked for."""
+        return self.mark in template
+
     @abc.abstractmethod
     def pieces(self, messages: Sequence[Message], *, generate: bool) -> list[Piece]:
         """What `encode` encodes, of messages in order."""
@@ -121,6 +125,9 @@ class Llama3(ChatFormat):
 {%- endif -%}
 """
 
+    def wrote(self, template: str) -> bool:
+        return super().wrote(template) and Llama31.mark not in template
+
     def pieces(self, messages: Sequence[Message], *, generate: bool) -> list[Piece]:
         turns = [piece for message in messages for piece in _turn(message["role"], message["content"].strip())]
         return [Piece("<|begin_of_text|>", special=True), *turns, *(_header("assistant") if generate else [])]
@@ -132,7 +139,7 @@ class Llama31(ChatFormat):
     The templates of Llama 3.2 put the day of the call in place of the second date; here it stays, so that the same text gives the same ids.
     """
 
-    roles, mark = Llama3.roles, Llama3.mark
+    roles, mark = Llama3.roles, "Cutting Knowledge Date"
     dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
     template = """\
 {%- set given = messages[0].role == 'system' -%}
@@ -181,7 +188,7 @@ def foreign_template(folder: Path, tokenizer: Tokenizer) -> str | None:
     Raises `DataError` when a file is damaged.
     """
     name, text = template_in(folder) or (None, "")
-    return None if chat_format(tokenizer).mark in text else name
+    return name if name is not None and not chat_format(tokenizer).wrote(text) else None
 
 
 def template_in(folder: Path) -> tuple[str, str] | None:

@@ -73,13 +73,13 @@ def start(weights: Weights, config: RunConfig, shardings: TrainState) -> TrainSt
 
 
 def handed_on(config: RunConfig, tokenizer: Tokenizer, weights: Weights | None) -> tuple[dict[str, bytes], list[str]]:
-    """What the run keeps beside its tokenizer for whoever gets the model from it, by the name of the file; and of which it keeps none, as
-    a link leads outside of its folder, or it is not what its name says.
+    """What the run keeps beside its tokenizer for whoever gets the model from it, by the name of the file; and what is to be said: what
+    is left behind, as a link leads outside of its folder or it is not what its name says, and a template of another format than is learned.
 
     From the folder of `tokenizer=hf` its chat template and the like. Where none is there and conversations are trained on, the template
     of their format. Of the model at `init_from` its settings of generation, with this model's special ids.
     """
-    files, trees, left = {}, {}, []
+    files, trees, remarks = {}, {}, []
 
     def keep(name: str, find: Callable[[], pathlib.Path | None]) -> None:
         try:
@@ -90,7 +90,7 @@ def handed_on(config: RunConfig, tokenizer: Tokenizer, weights: Weights | None) 
                     trees[name] = read_json(file)
                 files[name] = file.read_bytes()
         except (CheckpointError, OSError) as error:
-            left.append(f"{name} was left behind: {error.what if isinstance(error, CheckpointError) else error.strerror}")
+            remarks.append(f"{name} was left behind: {error.what if isinstance(error, CheckpointError) else error.strerror}")
 
     if isinstance(config.tokenizer, HuggingFaceTokenizerConfig):
         folder = pathlib.Path(config.tokenizer.path or "").expanduser()
@@ -99,15 +99,24 @@ def handed_on(config: RunConfig, tokenizer: Tokenizer, weights: Weights | None) 
                 keep(name, lambda name=name: carried(folder, [name]).get(name))
     if trees.get(SETTINGS, {}).pop("auto_map", None) is not None:  # it names code, which does not go along
         files[SETTINGS] = _json(trees[SETTINGS])
-    written = TEMPLATE in files or any(tree.get("chat_template") for tree in trees.values())
-    if not written and any(isinstance(source, SftConfig) for _, source in config.data.sources().values()):
-        files[TEMPLATE] = chat_format(tokenizer).template.encode()
+    templates = {TEMPLATE: files[TEMPLATE].decode(errors="replace")} if TEMPLATE in files else {}
+    templates |= {name: str(tree["chat_template"]) for name, tree in trees.items() if tree.get("chat_template")}
+    if any(isinstance(source, SftConfig) for _, source in config.data.sources().values()):
+        learned = chat_format(tokenizer)
+        if not templates:
+            files[TEMPLATE] = learned.template.encode()
+        remarks += [
+            f"conversations are learned in the format {tokenizer.chat!r}, and the model is handed on with {name}, which is not of it: "
+            "apply_chat_template will give ids that were not learned"
+            for name, template in templates.items()
+            if not learned.wrote(template)
+        ]
     given = {} if weights is None else weights.files
     keep(GENERATION, lambda: given.get(GENERATION, given.get(f"{TOKENIZER}/{GENERATION}")))
     if GENERATION in files:
         of_any = {key: value for key, value in trees[GENERATION].items() if key not in IDS and not key.endswith("_token_id")}
         files[GENERATION] = _json({**of_any, **token_ids(config.model.tokens)})
-    return files, left
+    return files, remarks
 
 
 def check_export(config: RunConfig) -> None:

@@ -79,7 +79,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     changed = once(lambda: claim(config, data.fingerprint)) or []
     if config.checkpoint.store is None:
         check_shared(run_dir)
-    beside, left = once(lambda: handed_on(config, tokenizer, weights)) or ({}, [])
+    beside, remarks = once(lambda: handed_on(config, tokenizer, weights)) or ({}, [])
     once(lambda: file_tokenizer(config, tokenizer, beside))
     source = once(lambda: origin(run_dir, tokenizer.fingerprint, data.fingerprint)) or {}
     saved = home(config) / CHECKPOINTS
@@ -114,7 +114,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
             tracker.say(f"run_dir={run_dir}")
             tracker.say(f"{parameters:,} parameters, {flops.causal:,.0f} FLOPs per token, {layout.mesh.size} x {device_kind}")
             tracker.say(f"{data.train.targets:,} tokens to train on, {data.val.targets:,} held out, vocabulary of {tokenizer.vocab:,}")
-            for warning in warnings(config, tokenizer) + program.remarks + changed + data.notes + left:
+            for warning in warnings(config, tokenizer) + program.remarks + changed + data.notes + remarks:
                 tracker.say(f"warning: {warning}")
             if weights is not None:
                 tracker.say(f"starts from the weights in {config.init_from}")

@@ -305,3 +305,7 @@ def test_a_format_follows_from_the_tokenizer(llama3):
 def test_a_template_of_another_format(file, content, foreign, tmp_path):
     (tmp_path / file).write_text(content)
     assert foreign_template(tmp_path, BytesTokenizer()) == (file if foreign else None)
+
+
+def test_templates_tell_the_formats_apart():
+    assert {(a, b) for a in FORMATS for b in FORMATS if FORMATS[a].wrote(FORMATS[b].template)} == {(name, name) for name in FORMATS}

@@ -84,6 +84,9 @@ def test_what_lies_beside_a_tokenizer_json_is_kept_from_the_start(tmp_path):
     assert (found.chat_template, found.eos_token) == ("{{ messages }}", "</s>")
     assert "auto_map" not in (folder / "tokenizer_config.json").read_text()
     assert load_tokenizer(tmp_path / "run" / "tokenizer").fingerprint == tokenizer.fingerprint
+    for template, foreign in (("{{ messages }}", True), (FORMATS["llama2"].template, False)):
+        (source / "chat_template.jinja").write_text(template)
+        assert any("not of it" in line for line in handed_on(config, tokenizer, None)[1]) is foreign
     (source / "chat_template.jinja").unlink()
     (source / "chat_template.jinja").symlink_to(secret)
     (source / "chat_template.json").write_text("no JSON")
