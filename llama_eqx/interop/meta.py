@@ -39,8 +39,13 @@ def read_meta(folder: pathlib.Path) -> Weights:
     params = read_json(inside(folder, PARAMS))
     shards = [_load(file) for file in _files(folder)]
     copies = _copies(shards, params.get("n_kv_heads"))
-    files = carried(folder)
-    generation = {} if GENERATION not in files or mistaken(files[GENERATION], "") else read_json(files[GENERATION])
+    files, generation, unread = carried(folder), {}, []
+    if GENERATION in files:
+        try:
+            generation = read_json(files[GENERATION])
+        except CheckpointError as error:
+            unread = [f"{GENERATION} was left behind: {error.what}"]
+            del files[GENERATION]
     config, notes = config_from_meta(params, _vocab(shards, params), copies, generation)
     if copies > 1:
         notes.append(f"each key and value head stands in {copies} files: the model has {config.dims.kv_heads}, not {params['n_kv_heads']}")
@@ -50,7 +55,7 @@ def read_meta(folder: pathlib.Path) -> Weights:
         tensors.pop(("lm_head", None), None)
         config = dataclasses.replace(config, tied=True)
     rotary, said = rotary_from_meta(params, config)
-    return Weights(dataclasses.replace(config, rotary=rotary), tensors, files, (*notes, *said))
+    return Weights(dataclasses.replace(config, rotary=rotary), tensors, files, (*unread, *notes, *said))
 
 
 def write_meta(

@@ -6,7 +6,7 @@ from typing import Any
 
 from llama_eqx.dims import Dims
 from llama_eqx.errors import CheckpointError, ConfigError
-from llama_eqx.interop.huggingface import require_llama
+from llama_eqx.interop.huggingface import GENERATION, require_llama
 from llama_eqx.model.attention import GroupedQueryAttentionConfig
 from llama_eqx.model.block import PreNormBlockConfig
 from llama_eqx.model.feed_forward import GatedFeedForwardConfig
@@ -22,11 +22,11 @@ LLAMA3_2 = ((2048, 16), (3072, 28))  # width and depth of the 1B and the 3B
 
 def config_from_meta(params: Mapping[str, Any], vocab: int, copies: int, generation: Mapping[str, Any]) -> tuple[LlamaConfig, list[str]]:
     """The untied model that a `params.json` describes, without its rotary scaling, and what was assumed. Special ids are those of a
-    `generation_config.json`, so far as it says them.
+    `generation_config.json`, so far as it says them: null and -1 say none.
 
     Every key and value head stands in `copies` files, and counts that often in `n_kv_heads`.
 
-    Raises `CheckpointError` naming every key that is missing or asks for what this package does not have.
+    Raises `CheckpointError` naming every key that is missing or asks for what this package does not have, or is no id of the model.
     """
     wrong, sizes = [], ("dim", "n_layers", "n_heads", "multiple_of")
     wrong += [f"{key} is missing" for key in (*sizes, "norm_eps") if key not in params]
@@ -51,7 +51,14 @@ def config_from_meta(params: Mapping[str, Any], vocab: int, copies: int, generat
     # Nothing in the file tells the contexts of Llama 1 and 2 apart; only Llama 1 has this eps, or 65B parameters.
     llama1 = not llama3 and (eps == 1e-6 or (dim, params["n_layers"], params.get("n_kv_heads")) == (8192, 80, None))
     context = (131072 if params.get("use_scaled_rope") else 8192) if llama3 else 2048 if llama1 else 4096
-    ends = generation.get("eos_token_id")
+    given = {which: generation.get(f"{which}_token_id") for which in ("bos", "eos", "pad")}
+    ids = {
+        which: [i for i in (said if which == "eos" and isinstance(said, list) else [said]) if i not in (None, -1)]
+        for which, said in given.items()
+    }
+    wrong = [f"{which}_token_id is {given[which]!r}" for which in ids if not all(type(i) is int and 0 <= i < vocab for i in ids[which])]
+    if wrong:
+        raise CheckpointError("\n".join(f"{line}, wanted ids below {vocab}" for line in wrong), where=GENERATION)
     try:
         config = LlamaConfig(
             dims=Dims(
@@ -74,15 +81,15 @@ def config_from_meta(params: Mapping[str, Any], vocab: int, copies: int, generat
             context=context,
             tokens=SpecialTokens(
                 tokenizer="tiktoken" if llama3 else "sentencepiece",
-                bos=generation.get("bos_token_id", 128000 if llama3 else 1),
-                eos=(128001 if llama3 else 2,) if ends is None else tuple(ends) if isinstance(ends, list) else (ends,),
-                pad=generation.get("pad_token_id"),
+                bos=next(iter(ids["bos"]), 128000 if llama3 else 1),
+                eos=tuple(ids["eos"]) or (128001 if llama3 else 2,),
+                pad=next(iter(ids["pad"]), None),
             ),
         )
     except ConfigError as error:
         raise CheckpointError(f"{error.where}: {error.what}", where=PARAMS) from None
     taken = [f"a context of {context}"]
-    if ends is None:
+    if not ids["eos"]:
         taken.append(f"end-of-text id {config.tokens.eos[0]}")
         taken += ["a base model's (an instruct model has 128008 and 128009 too)"] if llama3 else []
     return config, [f"{PARAMS} does not say, so this is taken: {', '.join(taken)}"]

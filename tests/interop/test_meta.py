@@ -261,6 +261,27 @@ def test_all_differences_are_listed(tmp_path):
     ]
 
 
+def test_special_ids_are_those_that_are_said_of_generation(tmp_path):
+    theirs(tmp_path / "meta", "llama2", 2)
+    file = tmp_path / "meta" / "generation_config.json"
+    for said, ids in (
+        ({"bos_token_id": 3, "eos_token_id": [4, 63], "pad_token_id": 0}, (3, (4, 63), 0)),
+        ({"bos_token_id": None, "eos_token_id": None, "pad_token_id": -1}, (1, (2,), None)),
+    ):
+        file.write_text(json.dumps(said))
+        tokens = open_pretrained(tmp_path / "meta").config.tokens
+        assert (tokens.bos, tokens.eos, tokens.pad) == ids
+    file.write_text('{"bos_token_id": "a", "eos_token_id": [4, 64], "pad_token_id": -2}')
+    with pytest.raises(CheckpointError, match=r"bos_token_id is 'a'[\s\S]*eos_token_id is \[4, 64\][\s\S]*pad_token_id is -2, ") as error:
+        open_pretrained(tmp_path / "meta")
+    assert error.value.where == "generation_config.json"
+    for unread in ("", "[]", "{"):
+        file.write_text(unread)
+        weights = open_pretrained(tmp_path / "meta")
+        assert "generation_config.json was left behind: " in weights.notes[0]
+        assert (weights.config.tokens.eos, "generation_config.json" in weights.files) == ((2,), False)
+
+
 def test_copies_of_a_head_that_differ(tmp_path):
     theirs(tmp_path / "meta", "llama3", 16)
     file = tmp_path / "meta" / "consolidated.05.pth"
