@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import pathlib
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -90,7 +91,7 @@ def read_kept(path: pathlib.Path) -> Run:
         known = json.loads(first)
         metrics = [{k: v if k == "step" else float(v) for k, v in json.loads(line).items()} for line in lines]
         return Run(path, known["config"], known["study"], known["provenance"], metrics)
-    except (OSError, EOFError, ValueError, KeyError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"this is no run that was kept: {error}", where=str(path), next="remove the file and give the run again") from error
 
 

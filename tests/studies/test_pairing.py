@@ -1,7 +1,9 @@
 """What makes arms comparable: sizes that match, values that are the same at step 0, and data that is."""
 
+import contextlib
 import dataclasses
 import gzip
+import itertools
 import json
 import pathlib
 import re
@@ -16,6 +18,7 @@ import yaml
 from llama_eqx import load_config
 from llama_eqx.config import dump
 from llama_eqx.data.order import Order
+from llama_eqx.errors import DataError
 from llama_eqx.model.llama import Llama
 from llama_eqx.model.rotary import PlainRotary
 from llama_eqx.studies.matching import cost, matched, residual
@@ -207,3 +210,19 @@ def test_a_record_that_may_not_be_compared_any_more_makes_room(change, tmp_path,
     assert keep(given()) == f"filed in {path}; what was there, and cannot be compared any more, is {path.name}.old1 now"
     assert path.with_name(f"{path.name}.old1").read_bytes() == old
     assert is_kept(given())
+
+
+def test_whatever_is_damaged_in_a_record_is_told_from_one(tmp_path):
+    path = tmp_path / "seed_0.jsonl.gz"
+    whole = gzip.compress(b'{"config": {"seed": 0}, "study": {}, "provenance": []}\n{"step": 1, "val/loss": 3.0}\n', mtime=0)
+    path.write_bytes(whole)
+    run = read_kept(path)
+    for place, bit in itertools.product(range(len(whole)), range(8)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        with contextlib.suppress(DataError):
+            assert read_kept(path) == run  # some bits say when and where it was compressed
+    first = b'{"config": {}, "study": {}, "provenance": []}\n'
+    for lines in (b"[]", b"{}", first + b"[]", first + b'{"a": null}'):
+        path.write_bytes(gzip.compress(lines))
+        with pytest.raises(DataError, match="no run that was kept"):
+            read_kept(path)
