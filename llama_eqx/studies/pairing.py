@@ -5,7 +5,9 @@ import gzip
 import itertools
 import json
 import math
+import os
 import pathlib
+import uuid
 from typing import Any
 
 import jax
@@ -81,22 +83,62 @@ def keep(config: RunConfig) -> str:
     says what was done.
     """
     run_dir, path, said = pathlib.Path(config.run_dir), kept_at(config), ""
-    if is_kept(config):
-        return f"not filed: {path} has the same settings, and stays as it is; the files of this run are in {run_dir}"
-    if in_the_way(config):
-        instead = f"to file this one, which is in {run_dir}, move or remove that file and give this command again"
-        return f"not filed: {path} has other settings, and stays as it is; {instead}"
-    if path.exists():
-        places = (path.with_name(f"{path.name}.old{n}") for n in itertools.count(1))
-        older = path.rename(next(place for place in places if not place.exists()))
-        said = f"; what was there, and cannot be compared any more, is {older.name} now"
     settings = {key: value for key, value in read_config(run_dir).items() if key != "run_dir"}  # a place of one machine
     first: dict[str, Any] = {"config": settings, "study": json.loads((run_dir / STUDY).read_text(encoding="utf-8"))}
     first["provenance"] = [json.loads(line) for line in (run_dir / "provenance.jsonl").read_text(encoding="utf-8").splitlines()]
-    content = json.dumps(first).encode() + b"\n" + (run_dir / "metrics.jsonl").read_bytes()
+    content = gzip.compress(json.dumps(first).encode() + b"\n" + (run_dir / "metrics.jsonl").read_bytes(), mtime=0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(content, mtime=0))
-    return f"filed in {path}{said}"
+    while True:  # another process may file at the same time
+        if path.is_symlink() and not path.exists():
+            return f"not filed: {path} is a link to what is not here; the files of this run are in {run_dir}"
+        there = None
+        with contextlib.suppress(FileNotFoundError):
+            there = path.read_bytes()
+        if is_kept(config):
+            return f"not filed: {path} has the same settings, and stays as it is; the files of this run are in {run_dir}"
+        if in_the_way(config):
+            instead = f"to file this one, which is in {run_dir}, move or remove that file and give this command again"
+            return f"not filed: {path} has other settings, and stays as it is; {instead}"
+        if there is not None and (older := _set_aside(path, there)):
+            said = f"; what was there, and cannot be compared any more, is {older.name} now"
+        with contextlib.suppress(FileExistsError):
+            _write_new(path, content)
+            return f"filed in {path}{said}"
+
+
+def _set_aside(path: pathlib.Path, content: bytes) -> pathlib.Path | None:
+    """Where the record lies now; None when another process did it, or has filed since."""
+    places = (path.with_name(f"{path.name}.old{n}") for n in itertools.count(1))
+    place = next(place for place in places if not place.exists())
+    with contextlib.suppress(FileExistsError, FileNotFoundError):
+        place.touch(exist_ok=False)  # no other takes it
+        try:
+            path.rename(place)
+        except FileNotFoundError:
+            place.unlink()
+            raise
+        if place.read_bytes() == content:
+            return place
+        _write_new(path, place.read_bytes())
+        place.unlink()
+    return None
+
+
+def _write_new(path: pathlib.Path, content: bytes) -> None:
+    """Whole or not at all. Raises `FileExistsError` when there is one."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        partial.write_bytes(content)
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            if path.exists():
+                raise FileExistsError(path) from None
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def in_the_way(config: RunConfig) -> pathlib.Path | None:

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import os
 import pathlib
 import re
 
@@ -210,6 +211,52 @@ def test_a_record_that_may_not_be_compared_any_more_makes_room(change, tmp_path,
     assert keep(given()) == f"filed in {path}; what was there, and cannot be compared any more, is {path.name}.old1 now"
     assert path.with_name(f"{path.name}.old1").read_bytes() == old
     assert is_kept(given())
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("before", ["", "damaged"])
+def test_of_two_that_file_at_once_one_stays(before, links, tmp_path, monkeypatch):
+    """The other files between what this one looks at and what it writes."""
+    folder, run_dir = tmp_path / "experiments" / "ffn", tmp_path / "run"
+    folder.mkdir(parents=True)
+    run_dir.mkdir()
+    for name in ("prereg.yaml", "tuned.yaml"):
+        (folder / name).write_bytes((ROOT / "experiments/ffn" / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    config = experiment("ffn", "silu", "stage=final", f"run_dir={run_dir}")
+    write_config(dump(config), run_dir)
+    for name, text in ((STUDY, "{}"), ("provenance.jsonl", ""), ("metrics.jsonl", '{"step": 1000, "val/loss": 3.0}\n')):
+        (run_dir / name).write_text(text)
+    path = kept_at(config)
+    assert keep(config) == f"filed in {path}"
+    theirs = path.read_bytes()
+    path.unlink()
+    if before:
+        path.write_bytes(b"damaged")
+    looked = []
+
+    def look(config: RunConfig) -> pathlib.Path | None:
+        found = in_the_way(config)
+        if not looked:
+            if before:
+                path.rename(path.with_name(f"{path.name}.old1"))
+            path.write_bytes(theirs)
+        looked.append(found)
+        return found
+
+    monkeypatch.setattr("llama_eqx.studies.pairing.in_the_way", look)
+    if not links:
+        monkeypatch.setattr(os, "link", lambda old, new: os.stat(old / "no"))
+    (run_dir / "metrics.jsonl").write_text('{"step": 1000, "val/loss": 4.0}\n')
+    assert re.match(f"not filed: {path} has the same settings", keep(config))
+    assert path.read_bytes() == theirs
+    assert [file.read_bytes() for file in path.parent.iterdir() if file != path] == [b"damaged"] * bool(before)
+
+    path.unlink()
+    path.symlink_to("gone")
+    assert re.match(f"not filed: {path} is a link", keep(config))
+    path.unlink()
+    assert keep(config) == f"filed in {path}"
 
 
 def test_whatever_is_damaged_in_a_record_is_told_from_one(tmp_path):
