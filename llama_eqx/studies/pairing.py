@@ -95,7 +95,9 @@ def keep(config: RunConfig) -> str:
         with contextlib.suppress(FileNotFoundError):
             there = path.read_bytes()
         if is_kept(config):
-            return f"not filed: {path} has the same settings, and stays as it is; the files of this run are in {run_dir}"
+            data = read_kept(path).settings.get("data_fingerprint", settings.get("data_fingerprint"))
+            has = "the same settings" if data == settings.get("data_fingerprint") else "the same settings, but other data"
+            return f"not filed: {path} has {has}, and stays as it is; the files of this run are in {run_dir}"
         if in_the_way(config):
             instead = f"to file this one, which is in {run_dir}, move or remove that file and give this command again"
             return f"not filed: {path} has other settings, and stays as it is; {instead}"

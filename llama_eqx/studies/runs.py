@@ -60,8 +60,10 @@ class Run(NamedTuple):
 
 
 def free(run: Run) -> list[str]:
-    """Settings that another run of its arm may have otherwise, as they change nothing of what is computed and measured."""
-    from llama_eqx.training.run import FREE  # and with it JAX
+    """Settings that another run of its arm may have otherwise, as they change nothing of what is computed and measured. Where data and
+    tokenizer lie is among them if there is a fingerprint, which tells whether they are the same.
+    """
+    from llama_eqx.training.run import FREE, movable  # and with it JAX
 
     model = run.settings.get("model", {})
     fixed = {"train.steps", "eval_data"}
@@ -69,7 +71,8 @@ def free(run: Run) -> list[str]:
         fixed |= {"train.microbatch_size"}  # which activations are dropped depends on it
     if math.isinf(run.last("val/loss")):
         fixed |= {"guard.max_withheld"}  # it ended before, as its numbers were not finite, and would again
-    return [key for key in FREE if key not in fixed]
+    elsewhere = movable(run.settings) if "data_fingerprint" in run.settings else []
+    return [*(key for key in FREE if key not in fixed), *elsewhere]
 
 
 def outdated(run: Run, registration: Registration) -> Iterator[str]:

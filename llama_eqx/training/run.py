@@ -150,6 +150,12 @@ FREE = (
 MOVABLE = ("data.path", "data.verify", "tokenizer.path")
 
 
+def movable(settings: dict[str, Any]) -> list[str]:
+    """`MOVABLE`, and with it what it says of the components of a mixture; `settings` in plain containers."""
+    components = [f"data.components.{name}" for name in settings.get("data", {}).get("components", {})]
+    return [*MOVABLE, *(f"{component}.{key}" for component in components for key in ("path", "verify"))]
+
+
 def home(config: RunConfig) -> Place:
     """Where the run's checkpoints are, with its config and records: the run directory, or a folder of the same shape in a store."""
     return place(config.checkpoint.store or config.run_dir)
@@ -221,8 +227,7 @@ def claim(config: RunConfig, fingerprint: str) -> list[str]:
     # Which activations are dropped depends on the microbatch.
     dropout = config.model.dropout or getattr(config.model.block, "dropout", 0)
     free = [key for key in FREE if key != "train.microbatch_size" or not dropout]
-    components = [f"data.components.{name}" for name in getattr(config.data, "components", {})]
-    free += [*MOVABLE, *(f"{component}.{key}" for component in components for key in ("path", "verify"))]
+    free += movable(dump(config))
     begun = bool(steps(there / CHECKPOINTS))
     free += ["init_from"] if begun else []  # it is not read any more
     for folder in (run_dir, there) if is_remote(there) else (run_dir,):

@@ -213,6 +213,27 @@ def test_a_record_that_may_not_be_compared_any_more_makes_room(change, tmp_path,
     assert is_kept(given())
 
 
+def test_a_run_is_kept_wherever_its_data_and_tokenizer_lie(tmp_path, monkeypatch):
+    folder, run_dir = tmp_path / "experiments" / "ffn", tmp_path / "run"
+    folder.mkdir(parents=True)
+    run_dir.mkdir()
+    (folder / "prereg.yaml").write_bytes((ROOT / "experiments/ffn/prereg.yaml").read_bytes())
+    monkeypatch.chdir(tmp_path)
+
+    def given(place: str, fingerprint: str = "f") -> RunConfig:
+        where = ["data=text", f"data.path={place}", "tokenizer=hf", f"tokenizer.path={place}"]
+        config = experiment("ffn", "silu", *where, f"run_dir={run_dir}")
+        write_config({**dump(config), "data_fingerprint": fingerprint}, run_dir)
+        return config
+
+    for name, text in ((STUDY, "{}"), ("provenance.jsonl", ""), ("metrics.jsonl", '{"step": 1000, "val/loss": 3.0}\n')):
+        (run_dir / name).write_text(text)
+    keep(given("here"))
+    assert is_kept(given("there"))
+    assert "has the same settings, and stays" in keep(given("there"))
+    assert "has the same settings, but other data, and stays" in keep(given("there", "g"))
+
+
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("before", ["", "damaged"])
 def test_of_two_that_file_at_once_one_stays(before, links, tmp_path, monkeypatch):

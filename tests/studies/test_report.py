@@ -218,6 +218,25 @@ def test_of_an_arm_those_are_named_that_are_not_as_most_are(odd, named, experime
     ]
 
 
+def test_data_and_tokenizer_of_an_arm_may_lie_elsewhere_if_a_fingerprint_says_that_they_are_the_same(experiment):
+    _, add = experiment
+
+    def settings(place, **data):
+        components = {"a": {"path": f"{place}/a", "verify": None}}
+        return {"data": {"path": place, "components": components}, "tokenizer": {"path": f"{place}/tokenizer"}, **data}
+
+    for seed in range(8):
+        add("worse", seed, 3.0 + seed / 10, settings=settings("there" if seed > 4 else "here", data_fingerprint="f"))
+    the()
+    add("worse", 7, 3.7, settings=settings("here", data_fingerprint="g"))
+    with pytest.raises(DataError, match=r"other settings than most .*: data_fingerprint: f -> g"):
+        the()
+    for seed in range(8):
+        add("worse", seed, 3.0 + seed / 10, settings=settings("there" if seed > 4 else "here"))
+    with pytest.raises(DataError, match=r"data\.path: here -> there; data\.components\.a\.path: here/a -> .*; tokenizer\.path"):
+        the()
+
+
 def test_what_changes_nothing_that_is_computed_may_differ_in_an_arm(experiment):
     _, add = experiment
 
