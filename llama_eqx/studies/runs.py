@@ -208,7 +208,9 @@ def _odd(runs: Sequence[Run]) -> Iterator[tuple[Run, str]]:
 def _other_settings(a: Run, b: Run) -> list[str]:
     """A line for every setting that changes what is computed."""
     old, new = known_to_both(a.settings, b.settings), known_to_both(b.settings, a.settings)
-    allowed = ("seed", "study.path", *({*free(a)} & {*free(b)}))
+    allowed = {"seed", "study.path"} | ({*free(a)} & {*free(b)})
+    sooner = min(a, b, key=lambda run: run.settings.get("guard", {}).get("max_withheld", 0))
+    allowed |= {*free(sooner)} & {"guard.max_withheld"}  # whoever came through with less patience would with more
     return [str(each) for each in differences(old, new) if not each.within(allowed)]
 
 
