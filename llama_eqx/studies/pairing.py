@@ -148,10 +148,10 @@ def in_the_way(config: RunConfig) -> pathlib.Path | None:
     if config.study is None or not (path := kept_at(config)).exists() or is_kept(config):
         return None
     with contextlib.suppress(DataError):  # a damaged one counts for nothing
-        run, why = read_kept(path), []
+        run = read_kept(path)
         with contextlib.suppress(ConfigError):  # no rate yet
-            why = list(outdated(run, load_registration(config.study.question)))
-        return None if why else path
+            return None if next(outdated(run, load_registration(config.study.question)), None) else path
+        return path
     return None
 
 
