@@ -148,6 +148,8 @@ FREE = (
 )
 # What may lie elsewhere when a run goes on: the fingerprint of the data, in which that of the tokenizer is, tells whether it is the same.
 MOVABLE = ("data.path", "data.verify", "tokenizer.path")
+# What a config may leave open, for `with_vocab` to fill in.
+OPEN = ("model.dims.vocab", "model.tokens.bos", "model.tokens.eos")
 
 
 def movable(settings: dict[str, Any]) -> list[str]:
@@ -300,15 +302,15 @@ def finished(config: RunConfig) -> bool:
 def is_over(config: RunConfig, settings: dict[str, Any], metrics: list[dict[str, Any]]) -> bool:
     """Whether `metrics` are those of a whole run of this config; `settings` are those that it was made with, in plain containers."""
     evaluated = any(record["step"] == config.train.steps and "val/loss" in record for record in metrics)
-    return evaluated and is_same(config, settings, FREE)
+    return evaluated and is_same(config, settings, (*FREE, "init_from"))  # which is not read any more
 
 
 def is_same(config: RunConfig, settings: dict[str, Any], free: Sequence[str]) -> bool:
     """Whether `settings`, in plain containers, are those of this config but for those that are `free`."""
-    # What a config leaves open, such as the size of a tokenizer, has been filled in.
     old, new = known_to_both(settings, dump(config)), known_to_both(dump(config), settings)
     free = (*free, "model.dims.mlp") if config.study is not None and config.study.match != "none" else free  # matching sets it
-    return all(each.within(free) for each in differences(old, new) if each.new not in (None, []))
+    filled = [each for each in differences(old, new) if each.new in (None, []) and each.within(OPEN)]
+    return all(each.within(free) for each in differences(old, new) if each not in filled)
 
 
 def check_shared(run_dir: pathlib.Path) -> None:

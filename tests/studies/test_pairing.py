@@ -177,11 +177,24 @@ def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
     assert is_kept(dataclasses.replace(config, guard=dataclasses.replace(config.guard, max_withheld=99)))
     assert is_kept(asked)  # whose width is yet to be matched
     assert str(tmp_path) not in gzip.decompress(kept_at(config).read_bytes()).decode()
+    tokens = dataclasses.replace(config.model.tokens, bos=1, eos=(2,))
+    write_config(dump(dataclasses.replace(config, model=dataclasses.replace(config.model, tokens=tokens))), tmp_path / "run")
+    kept_at(config).unlink()
+    keep(config)
+    assert is_kept(config)  # those of the tokenizer, once it is read
+    for other in ({"init_from": "weights"}, {"train": dataclasses.replace(config.train, distinct_rows=7)}):
+        write_config(dump(dataclasses.replace(config, **other)), tmp_path / "run")
+        kept_at(config).unlink()
+        keep(config)
+        assert not is_kept(config)
+    write_config(dump(config), tmp_path / "run")
+    kept_at(config).unlink()
+    keep(config)
     assert not is_kept(dataclasses.replace(config, seed=9))
     assert not is_kept(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.2)))
 
 
-@pytest.mark.parametrize("change", ["registration", "rate", "damage"])
+@pytest.mark.parametrize("change", ["registration", "registration, and no rate yet", "rate", "damage"])
 def test_a_record_that_may_not_be_compared_any_more_makes_room(change, tmp_path, monkeypatch):
     folder, run_dir = tmp_path / "experiments" / "ffn", tmp_path / "run"
     folder.mkdir(parents=True)
@@ -190,7 +203,8 @@ def test_a_record_that_may_not_be_compared_any_more_makes_room(change, tmp_path,
     monkeypatch.chdir(tmp_path)
 
     def given() -> RunConfig:
-        config = experiment("ffn", "silu", "stage=final", f"run_dir={run_dir}")
+        rate = ["schedule.peak=0.004"] if "no rate" in change else []
+        config = experiment("ffn", "silu", "stage=final", f"run_dir={run_dir}", *rate)
         write_config(dump(config), run_dir)
         return config
 
@@ -200,7 +214,9 @@ def test_a_record_that_may_not_be_compared_any_more_makes_room(change, tmp_path,
     path = kept_at(given())
     assert keep(given()) == f"filed in {path}"
     old = path.read_bytes()
-    if change == "registration":
+    if "registration" in change:
+        if "no rate" in change:
+            (folder / "tuned.yaml").unlink()
         (folder / "prereg.yaml").write_text((folder / "prereg.yaml").read_text().replace("alpha: 0.05", "alpha: 0.01"))
     elif change == "rate":
         (folder / "tuned.yaml").write_text("1m: {swiglu: 0.5, silu: 0.5}")

@@ -10,7 +10,7 @@ from llama_eqx.data.dataset import open_data
 from llama_eqx.data.prepare import prepare
 from llama_eqx.data.tokenizer import BytesTokenizer, HuggingFaceTokenizer, load_tokenizer
 from llama_eqx.errors import CheckpointError
-from llama_eqx.training.run import claim, file_tokenizer, warnings, with_vocab
+from llama_eqx.training.run import claim, file_tokenizer, is_over, warnings, with_vocab
 
 
 class Llama3(BytesTokenizer):
@@ -95,6 +95,8 @@ def test_where_a_run_started_from_is_not_read_and_kept_once_it_has_a_checkpoint(
     assert claim(load_config(*asked, "init_from=there"), "") == ["init_from=there is not read: this run began from here"]
     assert claim(load_config(*asked), "") == claim(load_config(*asked, "init_from=here"), "") == []
     assert read_config(tmp_path)["init_from"] == "here"
+    metrics = [{"step": load_config(*asked).train.steps, "val/loss": 3.0}]
+    assert is_over(load_config(*asked), read_config(tmp_path), metrics)
 
 
 def test_the_tokenizer_that_was_filed_stays_once_there_is_a_checkpoint(tmp_path):
