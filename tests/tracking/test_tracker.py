@@ -65,14 +65,18 @@ def test_a_start_tells_of_other_code_and_not_of_another_commit_with_the_same(tmp
     package.mkdir()
     (package / "model.py").write_text("1")
     monkeypatch.setattr("llama_eqx.tracking.provenance.PACKAGE", package)
-    monkeypatch.setattr("llama_eqx.tracking.tracker.commit", iter(["a", "b", "b-dirty", "b-dirty"]).__next__)
+    monkeypatch.setattr("llama_eqx.tracking.tracker.commit", iter(["a", "b", "b", "b-dirty", "b-dirty"]).__next__)
     tracker(tmp_path / "run").close()
+    tracker(tmp_path / "run", start=3).close()
+    assert "not as it was" not in capsys.readouterr().err
+    (tmp_path / "lab").mkdir()
+    monkeypatch.setattr("llama_eqx.tracking.provenance.folders", lambda: [tmp_path / "lab"])  # of which the run has nothing
     tracker(tmp_path / "run", start=3).close()
     assert "not as it was" not in capsys.readouterr().err
     (package / "model.py").write_text("2")
     (package / ".#model.py").symlink_to("an.editor@host.1")  # its lock
     tracker(tmp_path / "run", start=4).close()
-    old, same, new = (json.loads(line)["code"]["llama_eqx"] for line in (tmp_path / "run" / "provenance.jsonl").read_text().splitlines())
+    old, same, _, new = (json.loads(line)["code"]["llama_eqx"] for line in (tmp_path / "run" / "provenance.jsonl").read_text().splitlines())
     assert old == same != new
     assert f"code.llama_eqx: {old} -> {new}; what follows is computed by other code" in capsys.readouterr().err
     (package / "model.py").rename(package / "other.py")
