@@ -125,6 +125,6 @@ def test_what_resumes_a_run_of_several_processes_says_that_it_is_for_each(tmp_pa
     monkeypatch.setattr("llama_eqx.training.loop.train", lambda config, preemption: told.append(preemption._next) or result)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     main(load_config(f"run_dir={tmp_path}", "compile_cache=false"), [])
-    resume = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("resume"))
-    for line in (resume, told[0]):
-        assert line.endswith(" (on each of the 2 hosts, or by the launcher that started this)") is several
+    resume = capsys.readouterr().out.partition("\nresume ")[2].partition("\nsample ")[0]
+    for said in (resume, told[0]):  # the command has its line to itself, to be copied
+        assert said.splitlines()[1:] == ["            on each of the 2 hosts, or by the launcher that started this"] * several
