@@ -35,6 +35,15 @@ def no_log_of_another_test():
         logging.getLogger(name).handlers = handlers
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file():
+    """A compiled program takes memory maps, of which Linux gives a process 65,530. With the programs of all files XLA runs out of them, and
+    ends by a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def test_data() -> pathlib.Path:
     """The folder with the real tokenizer files and Tiny Shakespeare, which are not part of the project."""
