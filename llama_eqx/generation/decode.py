@@ -16,6 +16,7 @@ from llama_eqx.model.cache import with_rows, with_slots
 from llama_eqx.model.llama import Llama
 from llama_eqx.processes import on_host
 
+LINE = 64  # slots: XLA for GPUs multiplies with a padded copy of a cache that is not of whole lines, at every token
 FEWEST = 128  # slots of the smallest cache; it doubles when it is full, and a token reads no more than there is
 
 
@@ -184,8 +185,8 @@ def told(state: State) -> State:
 
 
 def slots_for(tokens: int, most: int) -> int:
-    """The size of the cache that is to hold that many tokens: a power of two, but never more than `most`."""
-    return min(max(FEWEST, 1 << (tokens - 1).bit_length()), most)
+    """The size of the cache that is to hold that many tokens: a power of two, but no more lines than `most` tokens take."""
+    return min(max(FEWEST, 1 << (tokens - 1).bit_length()), -(-most // LINE) * LINE)
 
 
 @eqx.filter_jit
@@ -198,10 +199,11 @@ def _generate(model: Llama, rows: Rows, rule: Rule) -> State:
 
 def while_growing(state: Any, run: Callable[[Any, int], Any], width: int, new: int) -> Any:
     """`run(state, until)` up to `new` tokens after the `width` that fill the cache, with ever more slots."""
-    slots, most = slots_for(width, width + new - 1), width + new - 1
+    most = width + new - 1
+    slots = slots_for(width, most)
     while True:
-        state = run(state, slots - width + 1)
-        if slots == most:
+        state = run(state, min(slots, most) - width + 1)
+        if slots >= most:
             return state
         slots = slots_for(slots + 1, most)
         state = eqx.tree_at(lambda s: s.cache, state, with_slots(state.cache, slots))

@@ -250,6 +250,12 @@ def test_how_much_goes_through_at_a_time(model, monkeypatch, chunk, widths):
     assert set(seen) == widths
 
 
+def test_a_cache_has_whole_lines_and_no_token_is_drawn_for_them(model):
+    assert [decode.slots_for(*sizes) for sizes in [(16, 20), (100, 383), (300, 383), (4096, 4111), (4097, 4111)]] == [64, 128, 384, 4096, 4160]
+    rows, rule = request.prepared(model, PROMPTS, NEW, Sampling())
+    assert int(decode._generate(model, rows, rule).t) == NEW
+
+
 @pytest.mark.parametrize("every", [1, 5, 100])
 def test_streamed_equals_at_once(model, greedy, every):
     coming, parts, stop = stream_tokens(model, PROMPTS, NEW, every=every, stop=greedy.tokens[0][3:4]), [], greedy.tokens[0][3]
