@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llama_eqx.generation.constraints import History, constrained
 from llama_eqx.generation.request import Rows, Rule, prepared
 from llama_eqx.generation.sampling import Sampling, draw
-from llama_eqx.model.cache import with_rows, with_slots
+from llama_eqx.model.cache import emptied, tokens_in, with_length, with_rows, with_segments, with_slots
 from llama_eqx.model.llama import Llama
 from llama_eqx.processes import on_host
 
@@ -44,7 +44,7 @@ def generate_tokens(
     seed: int = 0,
     first_row: int = 0,
     cache_dtype: DTypeLike | None = None,
-    prefill_chunk: int = 512,
+    prefill_chunk: int | None = None,
     shift: bool = False,
     vocab: int | None = None,
 ) -> Generation:
@@ -53,8 +53,9 @@ def generate_tokens(
     `samples` rows come of each prompt, side by side. Row r of the prompts draws token t of sample s with a key of
     (seed, first_row + r, s, t) alone: many prompts may be split over calls that say where each begins, and draw the same.
     `cache_dtype` is that of the weights unless given. Prompts go through the model `prefill_chunk` tokens at a time, or the power of two
-    below it. With `shift` the beginning of a prompt is left out that would pass the context, but not the model's BOS. With `vocab` only ids
-    below it are drawn: a model may have more than its tokenizer.
+    below it; unless given, 512, or all at once where cuDNN computes attention and they are not too many. With `shift` the beginning of a
+    prompt is left out that would pass the context, but not the model's BOS. With `vocab` only ids below it are drawn: a model may have
+    more than its tokenizer.
 
     Raises `ConfigError` before anything is compiled: for an empty prompt, an id outside of the vocabulary, a length past the context
     and settings out of range.
@@ -112,8 +113,14 @@ def prefill(
     positions = jnp.maximum(start + jnp.cumsum(real, axis=1) - 1, 0)
     last = width - 1 - jnp.argmax(real[:, ::-1], axis=1)
     if width <= chunk or width % chunk:
-        hidden, cache = model.hidden(tokens, positions=positions, segment_ids=real.astype(jnp.int32), cache=cache)
-        return hidden[jnp.arange(batch), last], cache
+        if not isinstance(tokens_in(cache), int):
+            hidden, cache = model.hidden(tokens, positions=positions, segment_ids=real.astype(jnp.int32), cache=cache)
+            return hidden[jnp.arange(batch), last], cache
+        # Known to be empty. The real tokens come first: what follows them needs no mask, with which kernels are slow.
+        order = jnp.argsort(~real, axis=1, stable=True)
+        hidden, cache = model.hidden(jnp.take_along_axis(tokens, order, axis=1), cache=cache)
+        cache = with_segments(cache, jnp.take_along_axis(real, order, axis=1).astype(jnp.int32))
+        return hidden[jnp.arange(batch), real.sum(axis=1) - 1], with_length(cache, width)
 
     def piece(i: Array, so_far: tuple) -> tuple:
         found, cache = so_far
@@ -137,7 +144,7 @@ def begin(model: Llama, rows: Rows, rule: Rule) -> State:
 def prefilled(model: Llama, rows: Rows, rule: Rule, slots: int) -> tuple[Float[Array, "prompts embed"], Any]:
     """The residual of each prompt's last token, and a new cache with the prompts."""
     cache = model.init_cache(len(rows.tokens), slots, None if rule.cache_dtype is None else jnp.dtype(rule.cache_dtype))
-    return prefill(model, cache, rows.tokens, rows.real, rule.prefill_chunk)
+    return prefill(model, emptied(cache), rows.tokens, rows.real, rule.prefill_chunk)
 
 
 def first(model: Llama, hidden: Float[Array, "prompts embed"], cache: Any, rows: Rows, rule: Rule) -> State:

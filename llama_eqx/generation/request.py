@@ -12,8 +12,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation.constraints import Constraint
 from llama_eqx.generation.sampling import Sampling
+from llama_eqx.model.kernel import keeps_no_scores
 from llama_eqx.model.llama import Llama
 
+AT_ONCE = 65536  # tokens of all prompts: a layer of an 8B makes 4 GB of them in bfloat16
 SHORTEST = 16  # prompts are padded to a power of two from here on, so that few lengths are compiled
 
 
@@ -56,7 +58,7 @@ def prepared(
     seed: int = 0,
     first_row: int = 0,
     cache_dtype: DTypeLike | None = None,
-    prefill_chunk: int = 512,
+    prefill_chunk: int | None = None,
     shift: bool = False,
     vocab: int | None = None,
 ) -> tuple[Rows, Rule]:
@@ -67,7 +69,7 @@ def prepared(
     (size,) = model.config.dims.of("vocab")
     known = size if vocab is None else min(vocab, size)
     for name, value, least in [("max_new_tokens", max_new_tokens, 1), ("samples", samples, 1), ("prefill_chunk", prefill_chunk, 1)]:
-        if value < least:
+        if value is not None and value < least:
             raise ConfigError(f"{value} is less than {least}", where=name)
     if not 0 <= top_logprobs <= known:
         raise ConfigError(f"{top_logprobs} of {known} tokens cannot be told", where="top_logprobs")
@@ -85,6 +87,7 @@ def prepared(
         numbers = jnp.arange(len(prompts) * samples)
         rows_and_samples = jnp.stack([first_row + numbers // samples, numbers % samples], axis=1)
         keys = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), pair[0]), pair[1]))(rows_and_samples)
+    chunk = chunk_for(model, tokens) if prefill_chunk is None else prefill_chunk
     rule = Rule(
         constraints=sampling.constraints,
         stop=jnp.asarray(stop, jnp.int32),
@@ -92,11 +95,17 @@ def prepared(
         max_new_tokens=max_new_tokens,
         top_logprobs=top_logprobs,
         cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype).name,
-        prefill_chunk=1 << (prefill_chunk.bit_length() - 1),  # so that it divides the prompts' width
+        prefill_chunk=1 << (chunk.bit_length() - 1),  # so that it divides the prompts' width
         vocab=known,
     )
     as_array = lambda x: None if x is None else jnp.asarray(x)  # noqa: E731
     return Rows(tokens=jnp.asarray(tokens), real=jnp.asarray(real), keys=keys, present=as_array(present)), rule
+
+
+def chunk_for(model: Llama, tokens: Int[np.ndarray, "prompts seq"]) -> int:
+    """How many tokens of each prompt go through the model at a time: all of them, where attention keeps no scores and they are not many."""
+    (head_dim,) = model.config.dims.of("head_dim")
+    return tokens.shape[1] if tokens.size <= AT_ONCE and keeps_no_scores(model.embed.dtype, head_dim) else 512
 
 
 def require_stop(stop: Sequence[int], vocab: int) -> None:

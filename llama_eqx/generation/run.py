@@ -87,7 +87,7 @@ class GenerateConfig(Config):
     top_logprobs: int
     shift: bool
     cache_dtype: Literal["float32", "bfloat16", "float16"] | None
-    prefill_chunk: int
+    prefill_chunk: int | None
     seed: int
     distributed: DistributedConfig
 

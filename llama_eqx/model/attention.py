@@ -61,10 +61,12 @@ class RotaryAttention(Attention):
         if cache is None:
             y = attend(q, k, v, segment_ids=None if segment_ids is None else (segment_ids, segment_ids))
             return tag(self.out(y), "attention_out"), None
-        segment_ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-        start, cache = cache.length, cache.append(k, v, segment_ids)
-        k, v = cache.keys.astype(k.dtype), cache.values.astype(v.dtype)
-        y = attend(q, k, v, start=start, segment_ids=(segment_ids, cache.segment_ids))
+        own = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        start, cache = cache.length, cache.append(k, v, own)
+        filled = cache.length if isinstance(start, int) else cache.keys.shape[1]
+        k, v = cache.keys[:, :filled].astype(k.dtype), cache.values[:, :filled].astype(v.dtype)
+        one_segment = segment_ids is None and filled == q.shape[1]
+        y = attend(q, k, v, start=start, segment_ids=None if one_segment else (own, cache.segment_ids[:, :filled]))
         return tag(self.out(y), "attention_out"), cache
 
 

@@ -15,12 +15,13 @@ class KVCache(eqx.Module):
     """Keys and values of the tokens seen so far, in slots 0 … length - 1 of a fixed number.
 
     What lies in slots past `length` is never seen. Appending past the last slot would overwrite it silently: see `require_room`.
+    Where `length` is a number, `jax.jit` knows it while it traces, and attention reads no slot past it: see `emptied`.
     """
 
     keys: Float[Array, "batch slots kv_heads head_dim"]
     values: Float[Array, "batch slots kv_heads head_dim"]
     segment_ids: Int[Array, "batch slots"]
-    length: Int[Array, ""]
+    length: Int[Array, ""] | int
 
     def append(
         self,
@@ -51,8 +52,9 @@ def slots_of(caches: Any) -> int:
     return jax.tree.leaves(caches, is_leaf=lambda node: isinstance(node, KVCache))[0].keys.shape[-3]
 
 
-def tokens_in(caches: Any) -> Int[Array, ""]:
-    return jax.tree.leaves(caches, is_leaf=lambda node: isinstance(node, KVCache))[0].length.reshape(-1)[0]
+def tokens_in(caches: Any) -> Int[Array, ""] | int:
+    length = jax.tree.leaves(caches, is_leaf=lambda node: isinstance(node, KVCache))[0].length
+    return length if isinstance(length, int) else length.reshape(-1)[0]
 
 
 def require_room(caches: Any, tokens: int) -> None:
@@ -84,7 +86,17 @@ def with_rows(caches: Any, rows: Int[Array, " rows"]) -> Any:
 
 def with_length(caches: Any, length: Int[Array, ""] | int) -> Any:
     """The first `length` tokens alone: what was appended after them is forgotten."""
-    return _each(caches, length=lambda x: jnp.full_like(x, length))
+    return _each(caches, length=lambda x: jnp.full(jnp.shape(x), length, jnp.int32))
+
+
+def emptied(caches: Any) -> Any:
+    """Without tokens, which `jax.jit` then knows while it traces, unless the caches are stacked and a scan is to go over them."""
+    return _each(caches, length=lambda x: 0) if isinstance(caches, tuple) else with_length(caches, 0)
+
+
+def with_segments(caches: Any, segment_ids: Int[Array, "batch seq"]) -> Any:
+    """The first tokens of each row in these segments."""
+    return _each(caches, segment_ids=lambda x: x.at[..., : segment_ids.shape[1]].set(segment_ids))
 
 
 def _each(caches: Any, **changes: Any) -> Any:

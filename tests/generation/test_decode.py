@@ -11,6 +11,9 @@ from llama_eqx.generation import decode, request, stream
 from llama_eqx.generation.decode import generate_tokens
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.stream import stream_tokens
+from llama_eqx.model.kernel.tokenwise import PLATFORM
+from llama_eqx.precision import cast
+from llama_eqx.tag import setting
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [60, 2, 33], [12] * 16]
 NEW = 12
@@ -251,9 +254,20 @@ def test_how_much_goes_through_at_a_time(model, monkeypatch, chunk, widths):
 
 
 def test_a_cache_has_whole_lines_and_no_token_is_drawn_for_them(model):
-    assert [decode.slots_for(*sizes) for sizes in [(16, 20), (100, 383), (300, 383), (4096, 4111), (4097, 4111)]] == [64, 128, 384, 4096, 4160]
+    sizes = {(16, 20): 64, (100, 383): 128, (300, 383): 384, (4096, 4111): 4096, (4097, 4111): 4160}
+    assert {size: decode.slots_for(*size) for size in sizes} == sizes
     rows, rule = request.prepared(model, PROMPTS, NEW, Sampling())
     assert int(decode._generate(model, rows, rule).t) == NEW
+
+
+def test_all_of_a_prompt_goes_through_at_once_where_attention_keeps_no_scores(model, monkeypatch):
+    """On one GPU in 16 bits, unless the prompts are many."""
+    chunk = lambda model, prompts, width: request.chunk_for(model, np.zeros((prompts, width), np.int32))  # noqa: E731
+    half = cast(model, "bfloat16")
+    assert chunk(half, 4, 4096) == 512
+    monkeypatch.setattr("jax.device_count", lambda: 1)
+    with setting(PLATFORM, "gpu"):
+        assert [chunk(half, 4, 4096), chunk(half, 128, 512), chunk(half, 128, 1024), chunk(model, 4, 4096)] == [4096, 512, 512, 512]
 
 
 @pytest.mark.parametrize("every", [1, 5, 100])

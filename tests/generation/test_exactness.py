@@ -7,6 +7,7 @@ import pytest
 
 from llama_eqx import build_model
 from llama_eqx.generation.decode import _generate, found, generate_tokens
+from llama_eqx.generation.layout import for_decoding
 from llama_eqx.generation.request import Rows, prepared
 from llama_eqx.generation.sampling import Sampling
 
@@ -30,6 +31,12 @@ def alone(model, prompts):
     return [generate_tokens(model, [prompt], NEW, top_logprobs=2) for prompt in prompts]
 
 
+@pytest.fixture(scope="module", params=["stacked", "laid out"])
+def either(request, model):
+    """The model as it trains, and as it decodes: there a prompt that goes through at once is computed without a mask."""
+    return model if request.param == "stacked" else for_decoding(model)
+
+
 def assert_the_same(rows, alone):
     """Rows may only part where the two most probable tokens were as good as equal."""
     assert len({tuple(row) for row in rows}) > len(rows) * 0.7
@@ -40,21 +47,21 @@ def assert_the_same(rows, alone):
             assert first - second < NEAR
 
 
-def test_padded_on_the_left(model, prompts, alone):
-    assert_the_same(generate_tokens(model, prompts, NEW).tokens, alone)
+def test_padded_on_the_left(either, prompts, alone):
+    assert_the_same(generate_tokens(either, prompts, NEW).tokens, alone)
 
 
-def test_padded_on_the_right(model, prompts, alone):
-    rows, rule = prepared(model, prompts, NEW, Sampling())
+def test_padded_on_the_right(either, prompts, alone):
+    rows, rule = prepared(either, prompts, NEW, Sampling())
     tokens, real = np.zeros(rows.tokens.shape, np.int32), np.zeros(rows.tokens.shape, bool)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], real[row, : len(prompt)] = prompt, True
     turned = Rows(tokens=jnp.asarray(tokens), real=jnp.asarray(real), keys=None, present=None)
-    assert_the_same(found(jax.device_get(_generate(model, turned, rule))).tokens, alone)
+    assert_the_same(found(jax.device_get(_generate(either, turned, rule))).tokens, alone)
 
 
-def test_prefilled_in_chunks(model, prompts, alone):
-    assert_the_same(generate_tokens(model, prompts, NEW, prefill_chunk=8).tokens, alone)
+def test_prefilled_in_chunks(either, prompts, alone):
+    assert_the_same(generate_tokens(either, prompts, NEW, prefill_chunk=8).tokens, alone)
 
 
 def test_without_a_cache(model, prompts, alone):

@@ -12,7 +12,9 @@ from llama_eqx.model.kernel import KernelConfig, attend
 from llama_eqx.model.kernel.blocked import blocked
 from llama_eqx.model.kernel.plain import plain
 from llama_eqx.model.kernel.shards import Blocks, on_shards
+from llama_eqx.model.kernel.tokenwise import PLATFORM
 from llama_eqx.sharding import MESH_AXES, Layout, Rules
+from llama_eqx.tag import setting
 
 RULES = Rules(axes={"batch": ("data", "fsdp"), "seq": ("sequence",), "heads": ("tensor",), "kv_heads": ("tensor",)})
 
@@ -212,3 +214,24 @@ def test_a_kernel_holds_only_within_its_block(monkeypatch):
     config.block(attend, where.mesh, where.spec)(q, k, v)
     attend(q, k, v)
     assert seen == ["blocked"]
+
+
+def test_what_attention_is_where_no_kernel_was_chosen(monkeypatch):
+    """Whole rows on a GPU are cuDNN's. With padding or in a cache that is not empty they are not, and neither are short or exact ones."""
+    taken, devices = [], jax.device_count
+    for name in ("cudnn", "plain"):
+        monkeypatch.setattr(f"llama_eqx.model.kernel.{name}", lambda q, *rest, name=name: taken.append(name) or q)
+    q, k, v, _ = arrays(1, 256, 256, 2, 2, 8, jnp.bfloat16)
+    for platform, whole in [("cpu", "plain"), ("gpu", "cudnn")]:
+        taken.clear()
+        with setting(PLATFORM, platform):
+            attend(q, k, v)  # which may be split over these devices
+            monkeypatch.setattr("jax.device_count", lambda: 1)
+            attend(q, k, v)
+            attend(q, k, v, segment_ids=ids("padded", 1, 256))
+            attend(q, k, v, start=jnp.asarray(0))
+            attend(*(x[:, :128] for x in (q, k, v)))
+            attend(q[:, :200], k, v)
+            attend(*(x.astype(jnp.float32) for x in (q, k, v)))
+            monkeypatch.setattr("jax.device_count", devices)
+        assert taken == ["plain", whole, *["plain"] * 5]

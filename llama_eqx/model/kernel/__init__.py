@@ -1,20 +1,22 @@
 """Attention proper, softmax(q k^T / sqrt(head_dim)) v, and which kernel computes it.
 
 The model calls `attend` and knows no more. The kernel comes from outside, through `KernelConfig.block`, and holds while a block is traced;
-without one it is the plain one. This package is the only place in the model that may know of a mesh, and with `rotary` of a platform.
+without one it is the plain one, but for whole rows on a GPU, which are cuDNN's where it can. This package is the only place in the model
+that may know of a mesh, and with `rotary` of a platform.
 """
 
 import contextvars
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from llama_eqx.config import Config
 from llama_eqx.errors import ConfigError
-from llama_eqx.model.kernel.cudnn import unfit_for_cudnn
+from llama_eqx.model.kernel.cudnn import cudnn, unfit_for_cudnn
 from llama_eqx.model.kernel.plain import plain
 from llama_eqx.model.kernel.shards import Blocks, Spec, on_shards, ways
 from llama_eqx.model.kernel.splash import unfit_for_splash
@@ -23,7 +25,25 @@ from llama_eqx.tag import setting
 
 Name = Literal["plain", "blocked", "splash", "cudnn"]
 SHORT = 128  # tokens up to which every score at once is as fast
-_KERNEL: contextvars.ContextVar[Callable] = contextvars.ContextVar("kernel", default=plain)
+
+
+def keeps_no_scores(dtype: Any, head_dim: int) -> bool:
+    """Whether attention for which no kernel was chosen keeps no scores of whole rows: where cuDNN can, on an NVIDIA GPU.
+
+    With several devices arrays may be split, which cuDNN's would have to be told.
+    """
+    one_gpu = (PLATFORM.get() or jax.default_backend()) == "gpu" and jax.device_count() == 1
+    return one_gpu and not unfit_for_cudnn(jnp.dtype(dtype), 2, 2, head_dim)
+
+
+def unchosen(q: Array, k: Array, v: Array, start: Any, segment_ids: Any) -> Array:
+    (_, seq, _, head_dim), whole = q.shape, segment_ids is None and isinstance(start, int) and start == 0
+    if whole and seq > SHORT and seq == k.shape[1] and seq % 2 == 0 and keeps_no_scores(q.dtype, head_dim):
+        return cudnn(q, k, v, start, segment_ids)
+    return plain(q, k, v, start, segment_ids)
+
+
+_KERNEL: contextvars.ContextVar[Callable] = contextvars.ContextVar("kernel", default=unchosen)
 
 
 def attend(
