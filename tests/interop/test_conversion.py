@@ -106,7 +106,7 @@ def test_files_that_go_with_a_model(tmp_path, models):
         "tokenizer.json": '{"a": 1}',
         "tokenizer_config.json": '{"b": 2}',
         "special_tokens_map.json": "{}",
-        "chat_template.jinja": "{{ bos_token }}",
+        "chat_template.jinja": "<|start|>{{ bos_token }}",
         "generation_config.json": '{"eos_token_id": [1, 8, 9]}',
     }
     left = {"tokenizer.model": "version https://git-lfs.github.com/spec/v1\n", "README.md": "read me", "run.sh": "echo"}
