@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llama_eqx.generation.constraints import History, constrained
 from llama_eqx.generation.request import Rows, Rule, prepared
 from llama_eqx.generation.sampling import Sampling, draw
+from llama_eqx.model import kernel
 from llama_eqx.model.cache import emptied, tokens_in, with_length, with_rows, with_segments, with_slots
 from llama_eqx.model.llama import Llama
 from llama_eqx.processes import on_host
@@ -118,7 +119,8 @@ def prefill(
             return hidden[jnp.arange(batch), last], cache
         # Known to be empty. The real tokens come first: what follows them needs no mask, with which kernels are slow.
         order = jnp.argsort(~real, axis=1, stable=True)
-        hidden, cache = model.hidden(jnp.take_along_axis(tokens, order, axis=1), cache=cache)
+        with kernel.prompts():
+            hidden, cache = model.hidden(jnp.take_along_axis(tokens, order, axis=1), cache=cache)
         cache = with_segments(cache, jnp.take_along_axis(real, order, axis=1).astype(jnp.int32))
         return hidden[jnp.arange(batch), real.sum(axis=1) - 1], with_length(cache, width)
 

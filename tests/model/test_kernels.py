@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 
 from llama_eqx import load_config
 from llama_eqx.errors import ConfigError
-from llama_eqx.model.kernel import KernelConfig, attend
+from llama_eqx.model.kernel import KernelConfig, attend, prompts
 from llama_eqx.model.kernel.blocked import blocked
 from llama_eqx.model.kernel.plain import plain
 from llama_eqx.model.kernel.shards import Blocks, on_shards
@@ -216,15 +216,15 @@ def test_a_kernel_holds_only_within_its_block(monkeypatch):
     assert seen == ["blocked"]
 
 
-def test_what_attention_is_where_no_kernel_was_chosen(monkeypatch):
-    """Whole rows on a GPU are cuDNN's. With padding or in a cache that is not empty they are not, and neither are short or exact ones."""
+def test_prompts_on_a_gpu(monkeypatch):
+    """Whole rows are cuDNN's. With padding or in a cache that is not empty they are not, and neither are short or exact ones."""
     taken, devices = [], jax.device_count
     for name in ("cudnn", "plain"):
         monkeypatch.setattr(f"llama_eqx.model.kernel.{name}", lambda q, *rest, name=name: taken.append(name) or q)
     q, k, v, _ = arrays(1, 256, 256, 2, 2, 8, jnp.bfloat16)
     for platform, whole in [("cpu", "plain"), ("gpu", "cudnn")]:
         taken.clear()
-        with setting(PLATFORM, platform):
+        with setting(PLATFORM, platform), prompts():
             attend(q, k, v)  # which may be split over these devices
             monkeypatch.setattr("jax.device_count", lambda: 1)
             attend(q, k, v)
@@ -233,5 +233,7 @@ def test_what_attention_is_where_no_kernel_was_chosen(monkeypatch):
             attend(*(x[:, :128] for x in (q, k, v)))
             attend(q[:, :200], k, v)
             attend(*(x.astype(jnp.float32) for x in (q, k, v)))
-            monkeypatch.setattr("jax.device_count", devices)
+        with setting(PLATFORM, platform):
+            attend(q, k, v)  # of no prompt: the plain one itself
+        monkeypatch.setattr("jax.device_count", devices)
         assert taken == ["plain", whole, *["plain"] * 5]

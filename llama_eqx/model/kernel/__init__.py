@@ -1,10 +1,10 @@
 """Attention proper, softmax(q k^T / sqrt(head_dim)) v, and which kernel computes it.
 
 The model calls `attend` and knows no more. The kernel comes from outside, through `KernelConfig.block`, and holds while a block is traced;
-without one it is the plain one, but for whole rows on a GPU, which are cuDNN's where it can. This package is the only place in the model
-that may know of a mesh, and with `rotary` of a platform.
+without one it is the plain one. This package is the only place in the model that may know of a mesh, and with `rotary` of a platform.
 """
 
+import contextlib
 import contextvars
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -25,25 +25,7 @@ from llama_eqx.tag import setting
 
 Name = Literal["plain", "blocked", "splash", "cudnn"]
 SHORT = 128  # tokens up to which every score at once is as fast
-
-
-def keeps_no_scores(dtype: Any, head_dim: int) -> bool:
-    """Whether attention for which no kernel was chosen keeps no scores of whole rows: where cuDNN can, on an NVIDIA GPU.
-
-    With several devices arrays may be split, which cuDNN's would have to be told.
-    """
-    one_gpu = (PLATFORM.get() or jax.default_backend()) == "gpu" and jax.device_count() == 1
-    return one_gpu and not unfit_for_cudnn(jnp.dtype(dtype), 2, 2, head_dim)
-
-
-def unchosen(q: Array, k: Array, v: Array, start: Any, segment_ids: Any) -> Array:
-    (_, seq, _, head_dim), whole = q.shape, segment_ids is None and isinstance(start, int) and start == 0
-    if whole and seq > SHORT and seq == k.shape[1] and seq % 2 == 0 and keeps_no_scores(q.dtype, head_dim):
-        return cudnn(q, k, v, start, segment_ids)
-    return plain(q, k, v, start, segment_ids)
-
-
-_KERNEL: contextvars.ContextVar[Callable] = contextvars.ContextVar("kernel", default=unchosen)
+_KERNEL: contextvars.ContextVar[Callable] = contextvars.ContextVar("kernel", default=plain)
 
 
 def attend(
@@ -62,6 +44,23 @@ def attend(
     The result, and what else a kernel keeps for its backward pass, is tagged "attention".
     """
     return _KERNEL.get()(q, k, v, start, segment_ids)
+
+
+def keeps_no_scores(dtype: Any, head_dim: int) -> bool:
+    """Whether cuDNN can compute the attention of `prompts`: on an NVIDIA GPU that is alone, as arrays may be split over several."""
+    alone = (PLATFORM.get() or jax.default_backend()) == "gpu" and jax.device_count() == 1
+    return alone and not unfit_for_cudnn(jnp.dtype(dtype), 2, 2, head_dim)
+
+
+def prompts() -> contextlib.AbstractContextManager[None]:
+    """While a model is traced under it, whole rows are cuDNN's where `keeps_no_scores`, and the rest plain."""
+
+    def kernel(q: Array, k: Array, v: Array, start: Any, segment_ids: Any) -> Array:
+        (_, seq, _, head_dim), whole = q.shape, segment_ids is None and isinstance(start, int) and start == 0
+        fused = whole and seq > SHORT and seq == k.shape[1] and seq % 2 == 0 and keeps_no_scores(q.dtype, head_dim)
+        return (cudnn if fused else plain)(q, k, v, start, segment_ids)
+
+    return setting(_KERNEL, kernel)
 
 
 class Choice(NamedTuple):
