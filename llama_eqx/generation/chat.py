@@ -118,7 +118,7 @@ def _flat(stream: Any) -> Any:
 
 @eqx.filter_jit
 def _read(
-    model: Llama, cache: Any, tokens: Int[Array, "1 seq"], real: Bool[Array, "1 seq"], start: Int[Array, ""], chunk: int
+    model: Llama, cache: Any, tokens: Int[Array, "1 seq"], real: Bool[Array, "1 seq"], start: Int[Array, ""], chunk: int | None
 ) -> tuple[Float[Array, "1 embed"], Any]:
     return prefill(model, with_length(cache, start), tokens, real, chunk, start)
 

@@ -17,6 +17,7 @@ from llama_eqx.model.cache import emptied, tokens_in, with_length, with_rows, wi
 from llama_eqx.model.llama import Llama
 from llama_eqx.processes import on_host
 
+AT_ONCE = 65536  # tokens of all prompts: a layer of an 8B makes 4 GB of them in bfloat16
 LINE = 64  # slots: XLA for GPUs multiplies with a padded copy of a cache that is not of whole lines, at every token
 FEWEST = 128  # slots of the smallest cache; it doubles when it is full, and a token reads no more than there is
 
@@ -104,13 +105,13 @@ class State(eqx.Module):
 
 
 def prefill(
-    model: Llama, cache: Any, tokens: Int[Array, "batch seq"], real: Bool[Array, "batch seq"], chunk: int, start: Any = 0
+    model: Llama, cache: Any, tokens: Int[Array, "batch seq"], real: Bool[Array, "batch seq"], chunk: int | None, start: Any = 0
 ) -> tuple[Float[Array, "batch embed"], Any]:
     """The residual of each row's last real token, and the cache with all tokens appended; the padding may be on either side.
 
-    The rows have `start` tokens in the cache already. They go through the model `chunk` at a time if that divides them.
+    The rows have `start` tokens in the cache already. They go through the model `chunk` at a time if that divides them, or `chunk_for`.
     """
-    batch, width = tokens.shape
+    (batch, width), chunk = tokens.shape, chunk or chunk_for(model, cache, tokens)
     positions = jnp.maximum(start + jnp.cumsum(real, axis=1) - 1, 0)
     last = width - 1 - jnp.argmax(real[:, ::-1], axis=1)
     if width <= chunk or width % chunk:
@@ -135,6 +136,13 @@ def prefill(
 
     empty = jnp.zeros((batch, model.config.dims.embed), jax.eval_shape(lambda: model.embed[tokens[:, :1]]).dtype)
     return jax.lax.fori_loop(0, width // chunk, piece, (empty, cache))
+
+
+def chunk_for(model: Llama, cache: Any, tokens: Int[Array, "batch seq"]) -> int:
+    """All of the tokens of each row, where attention keeps no scores of them and they are not many."""
+    (head_dim,) = model.config.dims.of("head_dim")
+    whole = isinstance(tokens_in(cache), int) and kernel.keeps_no_scores(model.embed.dtype, head_dim)
+    return tokens.shape[1] if whole and tokens.size <= AT_ONCE else 512
 
 
 def begin(model: Llama, rows: Rows, rule: Rule) -> State:

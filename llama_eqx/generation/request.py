@@ -12,10 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation.constraints import Constraint
 from llama_eqx.generation.sampling import Sampling
-from llama_eqx.model.kernel import keeps_no_scores
 from llama_eqx.model.llama import Llama
 
-AT_ONCE = 65536  # tokens of all prompts: a layer of an 8B makes 4 GB of them in bfloat16
 SHORTEST = 16  # prompts are padded to a power of two from here on, so that few lengths are compiled
 
 
@@ -37,7 +35,7 @@ class Rule(eqx.Module):
     max_new_tokens: int = eqx.field(static=True)
     top_logprobs: int = eqx.field(static=True)
     cache_dtype: str | None = eqx.field(static=True)
-    prefill_chunk: int = eqx.field(static=True)
+    prefill_chunk: int | None = eqx.field(static=True)
     vocab: int = eqx.field(static=True)
 
     def known(self, logits: Float[Array, "*rows vocab"]) -> Float[Array, "*rows vocab"]:
@@ -87,7 +85,6 @@ def prepared(
         numbers = jnp.arange(len(prompts) * samples)
         rows_and_samples = jnp.stack([first_row + numbers // samples, numbers % samples], axis=1)
         keys = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), pair[0]), pair[1]))(rows_and_samples)
-    chunk = chunk_for(model, tokens) if prefill_chunk is None else prefill_chunk
     rule = Rule(
         constraints=sampling.constraints,
         stop=jnp.asarray(stop, jnp.int32),
@@ -95,17 +92,11 @@ def prepared(
         max_new_tokens=max_new_tokens,
         top_logprobs=top_logprobs,
         cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype).name,
-        prefill_chunk=1 << (chunk.bit_length() - 1),  # so that it divides the prompts' width
+        prefill_chunk=prefill_chunk and 1 << (prefill_chunk.bit_length() - 1),  # so that it divides the prompts' width
         vocab=known,
     )
     as_array = lambda x: None if x is None else jnp.asarray(x)  # noqa: E731
     return Rows(tokens=jnp.asarray(tokens), real=jnp.asarray(real), keys=keys, present=as_array(present)), rule
-
-
-def chunk_for(model: Llama, tokens: Int[np.ndarray, "prompts seq"]) -> int:
-    """How many tokens of each prompt go through the model at a time: all of them, where attention keeps no scores and they are not many."""
-    (head_dim,) = model.config.dims.of("head_dim")
-    return tokens.shape[1] if tokens.size <= AT_ONCE and keeps_no_scores(model.embed.dtype, head_dim) else 512
 
 
 def require_stop(stop: Sequence[int], vocab: int) -> None:
