@@ -13,11 +13,12 @@ from llama_eqx.generation.constraints import History, constrained
 from llama_eqx.generation.request import Rows, Rule, prepared
 from llama_eqx.generation.sampling import Sampling, draw
 from llama_eqx.model import kernel
-from llama_eqx.model.cache import emptied, tokens_in, with_length, with_rows, with_segments, with_slots
+from llama_eqx.model.attention import RotaryAttention
+from llama_eqx.model.cache import emptied, is_empty, with_length, with_rows, with_segments, with_slots
 from llama_eqx.model.llama import Llama
 from llama_eqx.processes import on_host
 
-AT_ONCE = 65536  # tokens of all prompts: a layer of an 8B makes 4 GB of them in bfloat16
+AT_ONCE = 32768  # tokens of all prompts: a layer of an 8B makes 2 GB of them in bfloat16
 LINE = 64  # slots: XLA for GPUs multiplies with a padded copy of a cache that is not of whole lines, at every token
 FEWEST = 128  # slots of the smallest cache; it doubles when it is full, and a token reads no more than there is
 
@@ -115,10 +116,10 @@ def prefill(
     positions = jnp.maximum(start + jnp.cumsum(real, axis=1) - 1, 0)
     last = width - 1 - jnp.argmax(real[:, ::-1], axis=1)
     if width <= chunk or width % chunk:
-        if not isinstance(tokens_in(cache), int):
+        if not is_empty(cache):
             hidden, cache = model.hidden(tokens, positions=positions, segment_ids=real.astype(jnp.int32), cache=cache)
             return hidden[jnp.arange(batch), last], cache
-        # Known to be empty. The real tokens come first: what follows them needs no mask, with which kernels are slow.
+        # The real tokens come first: what follows them needs no mask, with which kernels are slow.
         order = jnp.argsort(~real, axis=1, stable=True)
         with kernel.prompts():
             hidden, cache = model.hidden(jnp.take_along_axis(tokens, order, axis=1), cache=cache)
@@ -141,7 +142,8 @@ def prefill(
 def chunk_for(model: Llama, cache: Any, tokens: Int[Array, "batch seq"]) -> int:
     """All of the tokens of each row, where attention keeps no scores of them and they are not many."""
     (head_dim,) = model.config.dims.of("head_dim")
-    whole = isinstance(tokens_in(cache), int) and kernel.keeps_no_scores(model.embed.dtype, head_dim)
+    known = isinstance(model.blocks, tuple) and all(isinstance(getattr(b, "attention", None), RotaryAttention) for b in model.blocks)
+    whole = known and is_empty(cache) and kernel.keeps_no_scores(model.embed.dtype, head_dim)
     return tokens.shape[1] if whole and tokens.size <= AT_ONCE else 512
 
 

@@ -94,6 +94,12 @@ def emptied(caches: Any) -> Any:
     return _each(caches, length=lambda x: 0) if isinstance(caches, tuple) else with_length(caches, 0)
 
 
+def is_empty(caches: Any) -> bool:
+    """Whether they are known to be: `emptied`."""
+    length = tokens_in(caches)
+    return isinstance(length, int) and length == 0
+
+
 def with_segments(caches: Any, segment_ids: Int[Array, "batch seq"]) -> Any:
     """The first tokens of each row in these segments."""
     return _each(caches, segment_ids=lambda x: x.at[..., : segment_ids.shape[1]].set(segment_ids))

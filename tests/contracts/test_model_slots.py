@@ -15,6 +15,8 @@ from llama_eqx import build_model, load_config
 from llama_eqx.compose import conf_dirs
 from llama_eqx.config import load
 from llama_eqx.dims import Dims
+from llama_eqx.generation.layout import for_decoding
+from llama_eqx.model.cache import emptied
 from llama_eqx.model.feed_forward import ACTIVATIONS
 from llama_eqx.precision import PrecisionConfig, cast
 from llama_eqx.remat import RematConfig
@@ -145,6 +147,12 @@ def test_one_forward_serves_all(variant, tokens):
         parts.append(part)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), alone, atol=2e-5)
     assert cache.length.tolist() == [12] * 3
+
+    # All at once, laid out for decoding, into a cache that is known to be empty.
+    laid_out = for_decoding(model)
+    whole, cache = cached_logits(laid_out, tokens, emptied(laid_out.init_cache(2, 15)))
+    np.testing.assert_allclose(whole, alone, atol=2e-5)
+    assert {int(each.length) for each in cache} == {12}
 
 
 def test_bfloat16_stays_bfloat16(variant, tokens):

@@ -13,9 +13,6 @@ from llama_eqx.generation.layout import for_decoding
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.stream import stream_tokens
 from llama_eqx.model.cache import emptied, with_length
-from llama_eqx.model.kernel.tokenwise import PLATFORM
-from llama_eqx.precision import cast
-from llama_eqx.tag import setting
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [60, 2, 33], [12] * 16]
 NEW = 12
@@ -263,15 +260,15 @@ def test_a_cache_has_whole_lines_and_no_token_is_drawn_for_them(model):
 
 
 def test_all_of_a_prompt_goes_through_at_once_where_attention_keeps_no_scores(model, monkeypatch):
-    """On one GPU in 16 bits, unless the prompts are many; not after other tokens, or in a stacked cache."""
-    half = cast(model, "bfloat16")
-    empty = emptied(for_decoding(half).init_cache(1, 8))
-    chunk = lambda model, *shape, cache=empty: decode.chunk_for(model, cache, jax.numpy.zeros(shape, int))  # noqa: E731
-    assert chunk(half, 4, 4096) == 512
-    monkeypatch.setattr("jax.device_count", lambda: 1)
-    with setting(PLATFORM, "gpu"):
-        assert [chunk(half, 4, 4096), chunk(half, 128, 512), chunk(half, 128, 1024), chunk(model, 4, 4096)] == [4096, 512, 512, 512]
-        assert [chunk(half, 4, 4096, cache=cache) for cache in (with_length(empty, 0), emptied(half.init_cache(1, 8)))] == [512, 512]
+    """Unless the prompts are many; not after other tokens, of a stacked model, or with an attention that may keep them."""
+    laid_out = for_decoding(model)
+    empty, own = emptied(laid_out.init_cache(1, 8)), eqx.tree_at(lambda m: m.blocks[0].attention, laid_out, jax.numpy.tanh)
+    chunk = lambda *shape, model=laid_out, cache=empty: decode.chunk_for(model, cache, jax.numpy.zeros(shape, int))  # noqa: E731
+    assert chunk(4, 4096) == 512
+    monkeypatch.setattr("llama_eqx.model.kernel.keeps_no_scores", lambda dtype, head_dim: True)
+    assert [chunk(4, 4096), chunk(8, 4096), chunk(16, 4096)] == [4096, 4096, 512]
+    assert chunk(4, 4096, cache=with_length(empty, 0)) == chunk(4, 4096, model=own) == 512
+    assert chunk(4, 4096, model=model, cache=emptied(model.init_cache(1, 8))) == 512
 
 
 @pytest.mark.parametrize("every", [1, 5, 100])

@@ -1,5 +1,7 @@
 """Every attention kernel against the plain one and against PyTorch's, forward and backward, on one device and on several."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +14,7 @@ from llama_eqx.model.kernel import KernelConfig, attend, prompts
 from llama_eqx.model.kernel.blocked import blocked
 from llama_eqx.model.kernel.plain import plain
 from llama_eqx.model.kernel.shards import Blocks, on_shards
-from llama_eqx.model.kernel.tokenwise import PLATFORM
 from llama_eqx.sharding import MESH_AXES, Layout, Rules
-from llama_eqx.tag import setting
 
 RULES = Rules(axes={"batch": ("data", "fsdp"), "seq": ("sequence",), "heads": ("tensor",), "kv_heads": ("tensor",)})
 
@@ -216,24 +216,27 @@ def test_a_kernel_holds_only_within_its_block(monkeypatch):
     assert seen == ["blocked"]
 
 
+def gpu(version="cuda 13000", capability="9.0"):
+    return SimpleNamespace(platform="gpu", client=SimpleNamespace(platform_version=version), compute_capability=capability)
+
+
 def test_prompts_on_a_gpu(monkeypatch):
     """Whole rows are cuDNN's. With padding or in a cache that is not empty they are not, and neither are short or exact ones."""
-    taken, devices = [], jax.device_count
+    taken = []
     for name in ("cudnn", "plain"):
-        monkeypatch.setattr(f"llama_eqx.model.kernel.{name}", lambda q, *rest, name=name: taken.append(name) or q)
+        monkeypatch.setattr(f"llama_eqx.model.kernel.{name}", lambda q, *rest, name=name, **more: taken.append(name) or q)
     q, k, v, _ = arrays(1, 256, 256, 2, 2, 8, jnp.bfloat16)
-    for platform, whole in [("cpu", "plain"), ("gpu", "cudnn")]:
-        taken.clear()
-        with setting(PLATFORM, platform), prompts():
-            attend(q, k, v)  # which may be split over these devices
-            monkeypatch.setattr("jax.device_count", lambda: 1)
+    monkeypatch.setattr(jax, "devices", lambda: [gpu()])
+    attend(q, k, v)  # of no prompt, by the plain one itself
+    with prompts():
+        jax.make_jaxpr(attend)(q, k, v)  # for whichever platform it is compiled
+        assert sorted(taken) == ["cudnn", "plain"]
+        attend(q, k, v, segment_ids=ids("padded", 1, 256))
+        attend(q, k, v, start=jnp.asarray(0))
+        attend(*(x[:, :128] for x in (q, k, v)))
+        attend(q[:, :200], k, v)
+        attend(*(x.astype(jnp.float32) for x in (q, k, v)))
+        for devices in ([gpu(), gpu()], [gpu("rocm 70000", "gfx942")], [gpu(capability="7.5")]):
+            monkeypatch.setattr(jax, "devices", lambda devices=devices: devices)
             attend(q, k, v)
-            attend(q, k, v, segment_ids=ids("padded", 1, 256))
-            attend(q, k, v, start=jnp.asarray(0))
-            attend(*(x[:, :128] for x in (q, k, v)))
-            attend(q[:, :200], k, v)
-            attend(*(x.astype(jnp.float32) for x in (q, k, v)))
-        with setting(PLATFORM, platform):
-            attend(q, k, v)  # of no prompt: the plain one itself
-        monkeypatch.setattr("jax.device_count", devices)
-        assert taken == ["plain", whole, *["plain"] * 5]
+    assert sorted(taken) == ["cudnn", *["plain"] * 9]

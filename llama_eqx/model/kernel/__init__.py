@@ -1,11 +1,13 @@
 """Attention proper, softmax(q k^T / sqrt(head_dim)) v, and which kernel computes it.
 
-The model calls `attend` and knows no more. The kernel comes from outside, through `KernelConfig.block`, and holds while a block is traced;
-without one it is the plain one. This package is the only place in the model that may know of a mesh, and with `rotary` of a platform.
+The model calls `attend` and knows no more. The kernel comes from outside, through `KernelConfig.block` or, in generation, `prompts`, and
+holds while a block is traced; without one it is the plain one. This package is the only place in the model that may know of a mesh, and
+with `rotary` of a platform.
 """
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -47,9 +49,10 @@ def attend(
 
 
 def keeps_no_scores(dtype: Any, head_dim: int) -> bool:
-    """Whether cuDNN can compute the attention of `prompts`: on an NVIDIA GPU that is alone, as arrays may be split over several."""
-    alone = (PLATFORM.get() or jax.default_backend()) == "gpu" and jax.device_count() == 1
-    return alone and not unfit_for_cudnn(jnp.dtype(dtype), 2, 2, head_dim)
+    """Whether cuDNN can compute the attention of `prompts`: on one NVIDIA GPU, as arrays may be split over several, from Ampere on."""
+    device, *others = jax.devices()
+    able = device.platform == "gpu" and "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+    return able and not others and not unfit_for_cudnn(jnp.dtype(dtype), 2, 2, head_dim)
 
 
 def prompts() -> contextlib.AbstractContextManager[None]:
@@ -57,8 +60,11 @@ def prompts() -> contextlib.AbstractContextManager[None]:
 
     def kernel(q: Array, k: Array, v: Array, start: Any, segment_ids: Any) -> Array:
         (_, seq, _, head_dim), whole = q.shape, segment_ids is None and isinstance(start, int) and start == 0
-        fused = whole and seq > SHORT and seq == k.shape[1] and seq % 2 == 0 and keeps_no_scores(q.dtype, head_dim)
-        return (cudnn if fused else plain)(q, k, v, start, segment_ids)
+        by = functools.partial(plain, start=start, segment_ids=segment_ids)
+        if whole and seq > SHORT and seq == k.shape[1] and seq % 2 == 0 and keeps_no_scores(q.dtype, head_dim):
+            of_cudnn = functools.partial(cudnn, start=start, segment_ids=segment_ids)
+            return jax.lax.platform_dependent(q, k, v, cuda=of_cudnn, default=by)  # arrays may still be a CPU's
+        return by(q, k, v)
 
     return setting(_KERNEL, kernel)
 
