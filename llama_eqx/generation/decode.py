@@ -142,9 +142,8 @@ def prefill(
 def chunk_for(model: Llama, cache: Any, tokens: Int[Array, "batch seq"]) -> int:
     """All of the tokens of each row, where attention keeps no scores of them and they are not many."""
     (head_dim,) = model.config.dims.of("head_dim")
-    known = isinstance(model.blocks, tuple) and all(isinstance(getattr(b, "attention", None), RotaryAttention) for b in model.blocks)
-    whole = known and is_empty(cache) and kernel.keeps_no_scores(model.embed.dtype, head_dim)
-    return tokens.shape[1] if whole and tokens.size <= AT_ONCE else 512
+    few = is_empty(cache) and tokens.size <= AT_ONCE and kernel.keeps_no_scores(model.embed.dtype, head_dim)
+    return tokens.shape[1] if few and all(isinstance(getattr(b, "attention", None), RotaryAttention) for b in model.blocks) else 512
 
 
 def begin(model: Llama, rows: Rows, rule: Rule) -> State:

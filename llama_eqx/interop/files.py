@@ -75,7 +75,7 @@ def mistaken(file: pathlib.Path, otherwise: str) -> str:
         return "an empty file"
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file itself: it was not downloaded (git lfs pull)"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):  # a chat template may begin with <|start|>
+    if start.startswith((b"<!", b"<html", b"<head", b"<body", b"<?xml")):  # a chat template may begin with <|start|>
         return "a web page (HTML), not the file itself: the download was refused or redirected"
     return otherwise
 
