@@ -142,8 +142,9 @@ def prefill(
 def chunk_for(model: Llama, cache: Any, tokens: Int[Array, "batch seq"]) -> int:
     """All of the tokens of each row, where attention keeps no scores of them and they are not many."""
     (head_dim,) = model.config.dims.of("head_dim")
+    blocks: Any = model.blocks  # a tuple where the cache is known to be empty
     few = is_empty(cache) and tokens.size <= AT_ONCE and kernel.keeps_no_scores(model.embed.dtype, head_dim)
-    return tokens.shape[1] if few and all(isinstance(getattr(b, "attention", None), RotaryAttention) for b in model.blocks) else 512
+    return tokens.shape[1] if few and all(isinstance(getattr(b, "attention", None), RotaryAttention) for b in blocks) else 512
 
 
 def begin(model: Llama, rows: Rows, rule: Rule) -> State:
