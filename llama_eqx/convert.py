@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from llama_eqx.compose import run_verb
+from llama_eqx.verb import run_verb
 
 
 def main(config: Any, overrides: list[str]) -> None:

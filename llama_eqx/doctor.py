@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from llama_eqx.compose import compose, conf_dirs, resolve, run_verb
+from llama_eqx.compose import compose, conf_dirs, resolve
+from llama_eqx.verb import run_verb
 
 
 def main(config: Any, overrides: list[str]) -> None:

@@ -6,8 +6,8 @@ import pathlib
 import sys
 from typing import Any
 
-from llama_eqx.compose import run_verb
 from llama_eqx.errors import StorageError
+from llama_eqx.verb import run_verb
 
 
 def main(config: Any, overrides: list[str]) -> None:

@@ -3,7 +3,8 @@
 import sys
 from typing import Any
 
-from llama_eqx.compose import conf_dirs, load_config, plan_file, quoted, run_verb
+from llama_eqx.compose import conf_dirs, load_config, plan_file, quoted
+from llama_eqx.verb import run_verb
 
 
 def main(config: Any, overrides: list[str]) -> None:

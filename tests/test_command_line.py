@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from llama_eqx import compose, generate, load_config, train
-from llama_eqx.compose import _guarded, quoted, run_verb
+from llama_eqx.compose import quoted
+from llama_eqx.verb import guarded, run_verb
 
 TEXT = pathlib.Path(__file__).parent / "golden" / "text.md"
 
@@ -268,8 +269,8 @@ def test_a_reader_who_leaves(name, flush, unbuffered):
     """As `| head` does: nothing is said, and what is printed afterwards goes nowhere."""
     code = f"""
 import sys
-from llama_eqx.compose import _guarded
-code = _guarded(lambda: print("a", file=sys.{name}, flush={flush}))
+from llama_eqx.verb import guarded
+code = guarded(lambda: print("a", file=sys.{name}, flush={flush}))
 print("b", file=sys.{name}, flush=True)
 sys.exit(code)
 """
@@ -302,7 +303,7 @@ def test_another_pipe_that_breaks_is_unexpected(capsys):
     def job():
         raise BrokenPipeError("of a worker")
 
-    assert _guarded(job) == 1
+    assert guarded(job) == 1
     assert "unexpected BrokenPipeError: of a worker" in capsys.readouterr().err
 
 
@@ -346,7 +347,7 @@ def test_help_and_typos_are_quick_and_import_no_jax():
     code = """
 import sys
 from llama_eqx import train
-from llama_eqx.compose import run_verb
+from llama_eqx.verb import run_verb
 sys.argv = ["train", "train.step=3"]
 try:
     run_verb("train", train.main)
@@ -362,7 +363,7 @@ finally:
 def test_what_a_verb_imports_is_not_looked_through_for_garbage():
     code = """
 import gc, sys
-from llama_eqx.compose import run_verb
+from llama_eqx.verb import run_verb
 searches = []
 gc.callbacks.append(lambda phase, _: searches.append(phase))
 def job(config, overrides):

@@ -10,10 +10,10 @@ import jax
 import pytest
 
 from llama_eqx import build_model, extensions, load_config, load_pretrained, save_pretrained
-from llama_eqx.compose import help_text
 from llama_eqx.config import load
 from llama_eqx.errors import ConfigError
 from llama_eqx.training.meters import METERS
+from llama_eqx.verb import help_text
 
 CODE = """
 from llama_eqx.model.norm import Norm, NormConfig

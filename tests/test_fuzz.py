@@ -20,7 +20,7 @@ RATES = ["schedule.peak", "optimizer.clip_norm", "optimizer.eps", "optimizer.wei
 PROCESS = """
 import contextlib, io, json, sys
 from llama_eqx import train
-from llama_eqx.compose import run_verb
+from llama_eqx.verb import run_verb
 from llama_eqx.errors import UserError
 
 def started(config, overrides):
@@ -71,9 +71,9 @@ def misspelt(word: str, rng: random.Random) -> str:
 
 
 def typos(rng: random.Random) -> list[str]:
-    from llama_eqx.compose import _keys, conf_dir
+    from llama_eqx.compose import conf_dir, keys
 
-    keys = [key for key in _keys("train", []) if not key.startswith(("hydra", "_")) and "_target_" not in key and "/" not in key]
+    keys = [key for key in keys("train", []) if not key.startswith(("hydra", "_")) and "_target_" not in key and "/" not in key]
     long = [key for key in keys if "." in key and len(key.rpartition(".")[2]) > 3]
     options = [(group, path.stem) for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml")) if len(path.stem) > 3]
     wrong = [f"{misspelt(key, rng)}=3" for key in rng.choices(long, k=110)]

@@ -22,6 +22,7 @@ VERBS = [
     "dashboard",
     "multirun",
     "compose",
+    "verb",
 ]
 LAYERS = [  # highest first; a module belongs to its longest prefix
     VERBS,
@@ -37,7 +38,7 @@ LAYERS = [  # highest first; a module belongs to its longest prefix
 ]
 LEVEL = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}
 ONLY_IN = {
-    "hydra": ("compose",),
+    "hydra": ("compose", "verb"),
     "omegaconf": ("compose",),
     "wandb": ("tracking.wandb",),
     "grain": ("data",),

@@ -12,11 +12,11 @@ import time
 import pytest
 
 from llama_eqx import compose, load_config, multirun, train
-from llama_eqx.compose import run_verb
 from llama_eqx.config import dump
 from llama_eqx.errors import ConfigError
 from llama_eqx.multirun import Job, MultirunError, labels, run_jobs
 from llama_eqx.studies.pairing import kept_at
+from llama_eqx.verb import run_verb
 
 LATE = """
 import signal, sys, time
@@ -124,11 +124,11 @@ def test_a_sweep_that_is_told_to_stop_tells_its_jobs_and_waits(tmp_path, number,
     program = f"""
 import pathlib, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background has it ignored
-from llama_eqx.compose import _guarded
+from llama_eqx.verb import guarded
 from llama_eqx.multirun import Job, run_jobs
 job = Job(0, "late", [sys.executable, "-c", {LATE!r}], pathlib.Path({str(tmp_path)!r}, "console.txt"))
 settings = {{"cluster": "local", "at_once": 1, "parameters": {{"timeout_min": 9}}, "say": print}}
-sys.exit(_guarded(lambda: run_jobs([job, job], [], folder=job.console.parent / "submitit", **settings)))
+sys.exit(guarded(lambda: run_jobs([job, job], [], folder=job.console.parent / "submitit", **settings)))
 """
     sweep = subprocess.Popen([sys.executable, "-c", program], start_new_session=True, stderr=subprocess.PIPE, text=True)
     console = tmp_path / "console.txt"

@@ -11,9 +11,9 @@ import sys
 import pytest
 
 from llama_eqx import load_config, train
-from llama_eqx.compose import run_verb
 from llama_eqx.errors import StorageError
 from llama_eqx.tracking.tracker import Tracker
+from llama_eqx.verb import run_verb
 from llama_eqx.writer import held
 
 ROOT = pathlib.Path(__file__).parents[1]

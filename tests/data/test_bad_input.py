@@ -9,11 +9,11 @@ import pytest
 
 from llama_eqx import load_config, train
 from llama_eqx import prepare as verb
-from llama_eqx.compose import run_verb
 from llama_eqx.data.dataset import sliding
 from llama_eqx.data.prepare import prepare
 from llama_eqx.data.tokenizer import BytesTokenizer
 from llama_eqx.errors import DataError
+from llama_eqx.verb import run_verb
 
 TINY = [
     *("model.dims.layers=1", "model.dims.embed=16", "model.dims.heads=2", "model.dims.kv_heads=2", "model.dims.head_dim=8"),

@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from llama_eqx import doctor, save_pretrained
-from llama_eqx.compose import run_verb
 from llama_eqx.model.llama import build_model
+from llama_eqx.verb import run_verb
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_typo_is_answered_without_jax():
     code = """
 import sys
 from llama_eqx import doctor
-from llama_eqx.compose import run_verb
+from llama_eqx.verb import run_verb
 sys.argv = ["doctor", "pth=3"]
 try:
     run_verb("doctor", doctor.main)

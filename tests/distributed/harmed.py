@@ -7,7 +7,7 @@ import os
 import pathlib
 import time
 
-from llama_eqx.compose import run_verb
+from llama_eqx.verb import run_verb
 
 
 def job(config, overrides):

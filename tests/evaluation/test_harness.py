@@ -12,7 +12,7 @@ import pytest
 
 from llama_eqx import evaluate as verb
 from llama_eqx import load_config
-from llama_eqx.compose import run_verb
+from llama_eqx.verb import run_verb
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 with warnings.catch_warnings():

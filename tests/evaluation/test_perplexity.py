@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from llama_eqx import evaluate as verb
 from llama_eqx import load_config, load_pretrained, save_pretrained
-from llama_eqx.compose import run_verb
 from llama_eqx.errors import NonFiniteError
 from llama_eqx.evaluation import perplexity
 from llama_eqx.evaluation.perplexity import evaluate, half_width
+from llama_eqx.verb import run_verb
 
 LENGTH = 16
 TENSOR = ["mesh=cpu-8", "mesh.tensor=2", "sharding=fsdp_tensor"]

@@ -18,7 +18,7 @@ import transformers
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from llama_eqx import build_model, generate, generate_tokens, load_config, load_pretrained, save_pretrained
-from llama_eqx.compose import conf_dir, run_verb
+from llama_eqx.compose import conf_dir
 from llama_eqx.data.chat import chat_format
 from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer, HuggingFaceTokenizer, TiktokenTokenizer, find_tokenizer
 from llama_eqx.data.tokenizer.export import tokenizer_json
@@ -30,6 +30,7 @@ from llama_eqx.generation.run import loaded
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.text import _continuation, following, stops_at, up_to
 from llama_eqx.generation.text import continued as continued_text
+from llama_eqx.verb import run_verb
 
 TEXT = "The quick brown fox, aged 1234, jumps over the lazy dog.\n" * 20
 PROMPT = "The fox <|eot_id|>"

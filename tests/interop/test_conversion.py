@@ -19,7 +19,6 @@ from llama_eqx import convert as verb
 from llama_eqx import load_config
 from llama_eqx.checkpoint.manifest import find_damage, read_manifest, verify
 from llama_eqx.checkpoint.save import Checkpoints
-from llama_eqx.compose import run_verb
 from llama_eqx.data.tokenizer import BytesTokenizer, find_tokenizer
 from llama_eqx.errors import CheckpointError, StorageError
 from llama_eqx.interop import conversion, huggingface, meta
@@ -28,6 +27,7 @@ from llama_eqx.interop.pretrained import load_pretrained, open_pretrained
 from llama_eqx.model.llama import build_model
 from llama_eqx.precision import cast
 from llama_eqx.sharding import parameter_names
+from llama_eqx.verb import run_verb
 
 transformers.utils.logging.disable_progress_bar()
 ROOT = pathlib.Path(__file__).parents[2]

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from llama_eqx import convert, load_pretrained, train
-from llama_eqx.compose import run_verb
 from llama_eqx.data.tokenizer import TiktokenTokenizer
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
+from llama_eqx.verb import run_verb
 
 transformers.utils.logging.disable_progress_bar()
 SIZES = {"layers": 2, "embed": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 96}

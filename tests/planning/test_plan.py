@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from llama_eqx.planning.chips import CHIPS
 from llama_eqx.planning.compile import TooBig, build_mesh
 from llama_eqx.planning.estimate import Estimate, Traffic
 from llama_eqx.planning.plan import figures, make_plan, report, shrink
+from llama_eqx.verb import guarded
 
 TINY = ["tokenizer=bytes", "model.dims.vocab=320", "train.seq_len=128", "train.batch_size=16"]
 
@@ -129,8 +131,8 @@ def test_a_run_that_is_out_of_memory_names_its_plan(monkeypatch, capsys):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes\nmore")
 
     for verb, named in (("train", True), ("generate", False)):
-        monkeypatch.setattr(compose.sys, "argv", [f"llama_eqx/{verb}.py", "model=llama2_7b", "data.path=my notes"])
-        assert compose._guarded(job) == 1
+        monkeypatch.setattr(sys, "argv", [f"llama_eqx/{verb}.py", "model=llama2_7b", "data.path=my notes"])
+        assert guarded(job) == 1
         said = capsys.readouterr().err
         assert "Out of memory allocating 7 bytes" in said
         assert ("python -m llama_eqx.plan model=llama2_7b 'data.path=my notes' says which part to shrink" in said) is named
