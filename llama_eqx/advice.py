@@ -38,7 +38,9 @@ def check_words(overrides: Sequence[str], keys: Callable[[], list[str]]) -> None
 
 
 def check_flags(arguments: Sequence[str], keys: Callable[[], list[str]]) -> None:
-    """Raises `ConfigError` for `--steps 5` and `--train.steps=5`, on which Hydra's parser would end with a page."""
+    """Raises `ConfigError` for `--steps 5` and `--train.steps=5`, on which Hydra's parser would end with a page, and for -m with --cfg."""
+    if {"-m", "--multirun"} & {*arguments} and {"-c", "--cfg"} & {argument.partition("=")[0] for argument in arguments}:
+        raise ConfigError("-m makes a config for each job, and --cfg shows one", where="-m", next="--cfg job with the values of one job")
     for flag, following in itertools.pairwise([*arguments, ""]):
         word, _, value = flag.removeprefix("--").partition("=")
         if flag.startswith("--") and word not in FLAGS and (not any(known.startswith(word) for known in FLAGS) or word in keys()):

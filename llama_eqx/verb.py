@@ -98,7 +98,8 @@ def help_text(name: str) -> str:
     options: dict[str, list[str]] = {}
     folders = compose.conf_dirs() if folder == compose.conf_dir() else [folder]
     for group, option in sorted((str(path.parent.relative_to(top)), path.stem) for top in folders for path in top.glob("*/**/*.yaml")):
-        if not option.startswith("_") and option != pathlib.Path(group).name:  # parts of options, and verbs with a folder of their own
+        # Not parts of options, verbs with a folder of their own, and settings that nobody chooses by name.
+        if not option.startswith("_") and option != pathlib.Path(group).name and group != "plan":
             options.setdefault(group, []).append(option)
     return said.replace("$APP_CONFIG_GROUPS", "\n".join(f"{group}: {', '.join(found)}" for group, found in options.items()))
 

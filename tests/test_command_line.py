@@ -56,6 +56,7 @@ def run(monkeypatch, capsys, name, *arguments, job=None, out=None):
         (2, "first: data=prepared, data=sft, data=shakespeare, data=test, data=text\n", ["data.path=notes/"]),
         (2, "next: model/norm=layer\n", ["model.norm=layer"]),
         (2, "next: model/norm=layer\n", ["model.norm=layer", "--cfg=job"]),
+        (2, "next: --cfg job with the values of one job\n", ["-m", "seed=0,1", "--cfg", "job"]),
         (2, "wanted int, 1000\n", ["train.steps=1e3"]),
         (2, "next: train.steps=1 or more", ["train.steps=-5"]),
         (2, "next: data=text data.path=notes/\n", ["data=notes/"]),

@@ -67,6 +67,7 @@ def test_a_variant_is_chosen_built_and_kept(lab, tmp_path):
     tokens = jax.numpy.arange(8)[None]
     assert jax.numpy.array_equal(load_pretrained(tmp_path / "model")(tokens), model(tokens))
     assert ["nothing" in help_text(verb) for verb in ("train", "report")] == [True, False]
+    assert "\nplan: " not in help_text("train")
 
 
 def test_a_typo_is_answered_with_its_options(lab):
