@@ -1,6 +1,5 @@
 """Settings that make a run fast on its mesh: those that cannot fit or look slow are put aside, the rest is compiled, the best is filed."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
@@ -242,23 +241,26 @@ def _unwritable(path: pathlib.Path, why: str | None) -> StorageError:
 
 def file_plan(path: pathlib.Path, found: Found, asked: str, before: Callable[[], RunConfig]) -> str:
     """Writes what was found to `path`, from which train takes it for this model on this mesh, with what is known of it and of the others.
-    A plan that is there is compiled as the others were, and stays unless it is beaten.
+    A plan that is there is compiled as the others were, and stays unless it is beaten or compiles no more.
 
     `asked` is the override that began the search, `before()` the config by the plan that is there. The result says what became of it.
 
     Raises `StorageError` when it cannot be written.
     """
-    old = None
+    old, was = None, ""
     if path.is_file():
-        with contextlib.suppress(ConfigError):  # what is there is no run any more
+        try:
             old = make_plan(before())
+            was = f"with {_line(old)}"
+        except ConfigError as error:
+            was = f"that cannot be compiled any more ({error.what.splitlines()[0]})"
     if old and old.fits and (_share(old) or 0) >= (_share(found.plan) or 0):
         return f"kept as it was, not beaten: {_line(old)}; without it, what was found here would be written"
     libtpu = importlib.metadata.version("libtpu")
     lines = [
         f"# {_line(found.plan)}, of {(found.plan.may or 0) / GIB:.2f} GiB",
         f"# Found by {asked} with jax {jax.__version__} and libtpu {libtpu}.",
-        *([f"# In place of a plan with {_line(old)}."] if old else []),
+        *([f"# In place of a plan {was}."] if was else []),
         "# Tried:",
         *(f"#   {' '.join(candidate.overrides)}: {_line(other)}" for candidate, other in found.tried),
         "overrides:",
@@ -268,7 +270,7 @@ def file_plan(path: pathlib.Path, found: Found, asked: str, before: Callable[[],
         path.write_text("\n".join(lines) + "\n")
     except OSError as error:
         raise _unwritable(path, error.strerror) from error
-    return "written: train takes it for this model on this mesh"
+    return f"written{f', in place of a plan {was}' if was else ''}: train takes it for this model on this mesh"
 
 
 def _share(plan: Plan) -> float | None:

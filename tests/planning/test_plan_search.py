@@ -218,7 +218,13 @@ def test_a_plan_that_is_there_stays_unless_it_is_beaten(monkeypatch, tmp_path):
         said, text = filed(before)
         assert "- remat=full" in text
         assert "# In place of a plan with " in text
-        assert said.startswith("written")
+        assert said.startswith("written, in place of a plan with ")
+
+    def no_run():
+        raise ConfigError("the compiler fails")
+
+    assert "a plan that cannot be compiled any more (the compiler fails)" in file_plan(path, found, "search=true", no_run)
+    assert "# In place of a plan that cannot be compiled any more (the compiler fails)." in path.read_text()
 
 
 def test_a_place_that_cannot_be_written_is_found_first(tmp_path, monkeypatch):
