@@ -124,6 +124,7 @@ def test_what_resumes_a_run_of_several_processes_says_that_it_is_for_each(tmp_pa
     result = SimpleNamespace(evaluation=evaluation, sample="", speed={}, run_dir=tmp_path, checkpoint=tmp_path, export=None)
     monkeypatch.setattr("llama_eqx.training.loop.train", lambda config, preemption: told.append(preemption._next) or result)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: processes > 1)
     main(load_config(f"run_dir={tmp_path}", "compile_cache=false"), [])
     resume = capsys.readouterr().out.partition("\nresume ")[2].partition("\nsample ")[0]
     for said in (resume, told[0]):  # the command has its line to itself, to be copied
