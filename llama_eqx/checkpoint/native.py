@@ -160,7 +160,9 @@ def _create(checkpoint: pathlib.Path, name: str, leaf: Any) -> Any:
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
     }
-    return tensorstore.open({**_spec(checkpoint, name), "metadata": metadata}, create=True, delete_existing=True).result()
+    # TensorStore would leave chunks of nothing but zeros out, and Orbax takes those for lost.
+    spec = {**_spec(checkpoint, name), "metadata": metadata, "store_data_equal_to_fill_value": True}
+    return tensorstore.open(spec, create=True, delete_existing=True).result()
 
 
 def _reader(checkpoint: pathlib.Path, name: str, held: dict[str, np.ndarray]) -> Callable[[tuple[slice, ...]], np.ndarray]:

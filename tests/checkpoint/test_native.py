@@ -49,6 +49,15 @@ def test_half_precision_stays_half_unless_asked(tmp_path, model):
     assert equal(wide, cast(half, jnp.float32))
 
 
+def test_zeros_are_weights_too(tmp_path, model):
+    """As a bias begins, or the second factor of an update of low rank."""
+    projection = model.blocks.attention.o_proj
+    zeroed = eqx.tree_at(lambda m: m.blocks.attention.o_proj, model, jnp.asarray(projection).at[0].set(0))
+    zeroed = eqx.tree_at(lambda m: m.final_norm.weight, zeroed, jnp.zeros_like(jnp.asarray(model.final_norm.weight)))
+    save_native(zeroed, tmp_path / "zeroed")
+    assert equal(load_native(tmp_path / "zeroed"), zeroed)
+
+
 def test_narrowing_rounds_as_jax_does(saved, model):
     assert equal(load_native(saved, dtype="bfloat16"), cast(model, jnp.bfloat16))
 
