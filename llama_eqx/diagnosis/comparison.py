@@ -15,6 +15,7 @@ from tqdm import tqdm
 from llama_eqx.diagnosis.reference import transformers_parts
 from llama_eqx.diagnosis.report import Finding, Report
 from llama_eqx.diagnosis.settings import rotary_differences, said_phase_error
+from llama_eqx.errors import ConfigError
 from llama_eqx.interop.pretrained import open_pretrained
 from llama_eqx.interop.table import halves_to_pairs, pairs_to_halves
 from llama_eqx.interop.weights import Weights, abstract
@@ -75,8 +76,17 @@ def _tokens(vocab: int) -> Int[np.ndarray, "batch seq"]:
 
 
 def model_parts(weights: Weights, tokens: Int[np.ndarray, "batch seq"]) -> Parts:
-    """The residual after the embedding and after each half of each layer, and the logits, as this package computes them in float32."""
+    """The residual after the embedding and after each half of each layer, and the logits, as this package computes them in float32.
+
+    Raises `ConfigError` for a class of model other than `LlamaConfig`.
+    """
     config = weights.config
+    if type(config) is not LlamaConfig:
+        raise ConfigError(
+            f"a {type(config).__name__} computes in its own way, and only Llama's can be taken apart",
+            where="model",
+            next="llama_eqx.load_pretrained reads it: its logits on tokens of yours can be compared",
+        )
     model = abstract(config)
     rotation = config.rotary.build(config.dims)(jnp.asarray(POSITIONS))
 

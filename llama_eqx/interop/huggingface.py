@@ -331,6 +331,8 @@ def require_llama(config: LlamaConfig, whose: str) -> tuple[RMSNormConfig, Plain
             if getattr(found, name) != value:
                 raise CheckpointError(f"{whose} Llama has {name}={value}, not {getattr(found, name)}", where=f"{slot}.{name}")
 
+    if type(config) is not LlamaConfig:  # a model of one's own, which may compute anything with Llama's slots
+        raise CheckpointError(f"{whose} Llama has no {type(config).__name__}", where="model")
     require("attention", GroupedQueryAttentionConfig)
     require("feed_forward", GatedFeedForwardConfig, activation="silu")
     require("norm", RMSNormConfig)

@@ -12,10 +12,10 @@ import pytest
 from llama_eqx import save_pretrained
 from llama_eqx.diagnosis import comparison
 from llama_eqx.diagnosis.comparison import FAR, LENGTH, POSITIONS, compare, compare_weights, model_parts
-from llama_eqx.errors import CheckpointError
+from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.interop.pretrained import open_pretrained
 from llama_eqx.interop.weights import of_model
-from llama_eqx.model.llama import build_model
+from llama_eqx.model.llama import LlamaConfig, build_model
 from llama_eqx.model.norm import RMSNormConfig
 
 # Random weights are alike in all layers: to be seen, an exchange of rows needs no more.
@@ -184,6 +184,9 @@ def test_what_cannot_be_compared(folders, model, tiny):
     other = build_model(tiny("model.dims.layers=2"), key=jax.random.key(0))
     _, findings = compare_weights(of_model(model), of_model(other), 1e-4)
     assert [finding.what for finding in findings] == ["layers is 3 and 2"]
+    own = type("Own", (LlamaConfig,), {})(**vars(model.config))
+    with pytest.raises(ConfigError, match="a Own computes in its own way"):
+        compare_weights(of_model(own.build(key=jax.random.key(0))), of_model(model), 1e-4)
     with pytest.raises(CheckpointError, match="transformers cannot read it"):
         compare(str(folders / "native"), "transformers", 1e-4)
 

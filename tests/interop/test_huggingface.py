@@ -22,6 +22,7 @@ from llama_eqx.interop.pretrained import load_pretrained
 from llama_eqx.interop.table import TABLE, from_torch, to_torch, torch_shape
 from llama_eqx.model.block import PreNormBlockConfig
 from llama_eqx.model.feed_forward import GatedFeedForwardConfig, PlainFeedForwardConfig
+from llama_eqx.model.llama import LlamaConfig
 from llama_eqx.model.norm import LayerNormConfig
 from llama_eqx.model.rotary import Llama3RotaryConfig, PlainRotaryConfig
 from llama_eqx.precision import cast
@@ -343,6 +344,15 @@ def test_models_that_cannot_be_written_name_the_slot(tmp_path, changes, slot):
         save_pretrained(eqx.filter_eval_shape(lambda key: config.build(key=key), jax.random.key(0)), tmp_path / "hf", format="hf")
     assert error.value.where == slot
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["hf", "meta"])
+def test_a_model_of_ones_own_is_not_written_as_llama(tmp_path, format):
+    """With all of Llama's slots it may still compute anything."""
+    config = config_from_huggingface(SIZES)
+    own = type("Own", (LlamaConfig,), {})(**vars(config))
+    with pytest.raises(CheckpointError, match="Llama has no Own"):
+        save_pretrained(own.build(key=jax.random.key(0)), tmp_path / format, format=format)
 
 
 def test_dropout_does_not_hinder_writing(tmp_path):
