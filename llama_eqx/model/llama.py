@@ -80,7 +80,8 @@ class Llama(eqx.Module):
             # The stacked cache is carried and indexed by layer: as an input and output of the scan it would be copied whole.
             (x, caches), (block, layer) = carry, each
             cache = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, layer, keepdims=False), caches)
-            x, cache = block(x, rotation, segment_ids, cache, None if block_keys is None else jax.random.fold_in(block_keys, layer))
+            layer_key = None if block_keys is None else jax.random.fold_in(block_keys, layer)
+            x, cache = block(x, rotation.in_layer(layer), segment_ids, cache, layer_key)
             caches = jax.tree.map(lambda c, new: jax.lax.dynamic_update_index_in_dim(c, new, layer, axis=0), caches, cache)
             return (x, caches), None
 
@@ -90,7 +91,7 @@ class Llama(eqx.Module):
             given: Any = cache if isinstance(cache, tuple) else (None,) * len(blocks)
             for layer, (block, held) in enumerate(zip(blocks, given, strict=True)):
                 layer_key = None if block_keys is None else jax.random.fold_in(block_keys, layer)
-                x, held = block(x, rotation, segment_ids, held, layer_key)
+                x, held = block(x, rotation.in_layer(layer), segment_ids, held, layer_key)
                 caches.append(held)
             return self.final_norm(x), None if cache is None else tuple(caches)
         unroll = getattr(self.blocks, "unroll", 1)  # of blocks that a policy has wrapped

@@ -38,6 +38,10 @@ class Rotation(eqx.Module):
         turned = jnp.concatenate([r(r(a * cos) - r(b * sin)), r(r(b * cos) + r(a * sin))], axis=-1)
         return turned.astype(x.dtype)
 
+    def in_layer(self, layer: Int[Array, ""] | int) -> "Rotation":
+        """That of a layer, counted from 0. In Llama's models it is the same in all of them."""
+        return self
+
 
 def turn(
     x: Float[Array, "batch seq n head_dim"], cos: Float32[Array, "#batch seq 1 half"], sin: Float32[Array, "#batch seq 1 half"]
@@ -118,6 +122,38 @@ class PlainRotaryConfig(RotaryConfig):
 
     def build(self, dims: Dims) -> PlainRotary:
         return PlainRotary(theta=self.theta, head_dim=dims.head_dim, round_at=self.round_at)
+
+
+class NopeRotation(Rotation):
+    every: int = eqx.field(static=True)
+
+    def in_layer(self, layer: Int[Array, ""] | int) -> Rotation:
+        turns = (layer + 1) % self.every > 0
+        return Rotation(cos=jnp.where(turns, self.cos, 1), sin=jnp.where(turns, self.sin, 0), rounded=self.rounded)
+
+
+class NopeRotary(PlainRotary):
+    """No rotation in every `every`-th layer, whose attention sees no positions (Yang et al., 2025, arXiv 2501.18795). With 1 no layer has
+    one (Kazemnejad et al., 2023, arXiv 2305.19466).
+    """
+
+    every: int = eqx.field(static=True)
+
+    def __call__(self, positions: Int[Array, "#batch seq"]) -> NopeRotation:
+        return NopeRotation(**vars(super().__call__(positions)), every=self.every)
+
+
+class NopeRotaryConfig(RotaryConfig):
+    theta: float
+    every: int
+    round_at: RoundAt
+
+    def check(self) -> None:
+        super().check()
+        self.within(1, float("inf"), "every")
+
+    def build(self, dims: Dims) -> NopeRotary:
+        return NopeRotary(theta=self.theta, head_dim=dims.head_dim, round_at=self.round_at, every=self.every)
 
 
 class Llama3Rotary(Rotary):

@@ -21,7 +21,7 @@ from llama_eqx.interop.huggingface import huggingface_tensors
 from llama_eqx.model.feed_forward import GatedFeedForwardConfig
 from llama_eqx.model.llama import build_model
 from llama_eqx.model.norm import RMSNorm, RMSNormConfig
-from llama_eqx.model.rotary import PlainRotaryConfig
+from llama_eqx.model.rotary import NopeRotaryConfig, PlainRotaryConfig
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -360,3 +360,18 @@ def test_reads_what_transformers_writes(tmp_path, tied, shard):
     check_near(model, reference)
     check_frequencies(model, reference)
     check_gradients(model, reference)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_layers_without_positions_agree_with_smollm3(pair, every):
+    model, plain = pair("llama3_8b", layers=4)
+    config = {**plain.config.to_dict(), "no_rope_layer_interval": every, "use_cache": False}
+    config = {key: config[key] for key in ("head_dim", *transformers.SmolLM3Config().to_dict()) if key in config}
+    reference = transformers.SmolLM3ForCausalLM._from_config(transformers.SmolLM3Config(**config), attn_implementation="eager").eval()
+    reference.load_state_dict(plain.state_dict())
+    assert reference.config.no_rope_layers == [int((layer + 1) % every > 0) for layer in range(4)]
+    rotary = NopeRotaryConfig(theta=model.config.rotary.theta, every=every, round_at="none")
+    ours = eqx.tree_at(lambda m: m.rotary, model, rotary.build(model.config.dims), is_leaf=lambda x: x is model.rotary)
+    assert logits_difference(ours, reference, NEAR) < LOGITS
+    assert logits_difference(ours, reference, PADDED, REAL) < LOGITS
+    assert logits_difference(model, reference, NEAR) > 100 * LOGITS
