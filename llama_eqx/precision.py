@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llama_eqx.config import Config
+from llama_eqx.wrapped import outside
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -22,13 +23,12 @@ class PrecisionConfig(Config):
     compute: Dtype
 
     def apply(self, model: Any) -> Any:
-        """Embedding, last norm and head as the loss sees them. The blocks follow one layer at a time, by `block`."""
+        """What lies outside of the blocks as the loss sees it. The blocks follow one layer at a time, by `block`."""
         if self.params == self.compute:
             return model
-        table = Lookup(model.embed, self.compute)
-        outside = cast((model.final_norm, model.lm_head), self.compute)
-        where = lambda m: (m.embed, m.final_norm, m.lm_head)  # noqa: E731
-        return eqx.tree_at(where, model, (table, *outside), is_leaf=lambda x: x is None)
+        parts = outside(model)
+        new = {name: cast(part, self.compute) for name, part in parts.items()} | {"embed": Lookup(model.embed, self.compute)}
+        return eqx.tree_at(lambda m: [getattr(m, name) for name in parts], model, list(new.values()), is_leaf=lambda x: x is None)
 
     def block(self, block: Callable) -> Callable:
         """A block whose weights are cast inside the scan, so that one layer's copy exists at a time."""

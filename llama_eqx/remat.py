@@ -13,7 +13,8 @@ from llama_eqx.tag import tag
 # What a block tags, in the order of computation: "input" is the residual that enters it, "residual" that between its halves,
 # "attention" all that an attention kernel keeps. What leaves a block and the embedding are "residual" too, for traces: the backward pass
 # of a block asks for neither.
-NAMES = ("input", "q", "k", "v", "attention", "attention_out", "residual", "gate", "up", "down")
+# A variant's own names are to be added: NAMES.append("head_gate").
+NAMES = ["input", "q", "k", "v", "attention", "attention_out", "residual", "gate", "up", "down"]
 
 policies = jax.checkpoint_policies
 Policy = Callable[..., Any]

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from llama_eqx.config import Config
 from llama_eqx.dims import Dims
 from llama_eqx.errors import ConfigError
+from llama_eqx.wrapped import outside
 
 Axes = tuple[str, ...]
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
@@ -176,14 +177,14 @@ class Layout:
         return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
     def gathered(self, model: Any) -> Any:
-        """`model` with embedding, last norm and head gathered along the mesh axes that split batch or seq, as the loss sees it.
+        """`model` with what lies outside of its blocks gathered along the mesh axes that split batch or seq, as the loss sees it.
 
         Left to itself the partitioner would compute with slices of them, and reduce activations instead of gathering weights.
         """
-        outside = lambda m: (m.embed, m.final_norm, m.lm_head)  # noqa: E731
+        parts = lambda m: [*outside(m).values()]  # noqa: E731
         tokens = (name for axis in ("batch", "seq") for name in self.rules.axes.get(axis, ()))
         whole = Layout(self.mesh, self.rules.without(*tokens)).shardings(model)
-        return eqx.tree_at(outside, model, jax.lax.with_sharding_constraint(outside(model), outside(whole)), is_leaf=lambda x: x is None)
+        return eqx.tree_at(parts, model, jax.lax.with_sharding_constraint(parts(model), parts(whole)), is_leaf=lambda x: x is None)
 
     def constrain_residual(self, block: Callable) -> Callable:
         """A block whose residual is split by batch (and sequence) alone where it enters and leaves. Rules of `residual` split its width

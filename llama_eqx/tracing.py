@@ -12,6 +12,7 @@ from llama_eqx.config import nearest
 from llama_eqx.errors import ConfigError
 from llama_eqx.model.kernel.plain import visible
 from llama_eqx.model.llama import Llama
+from llama_eqx.remat import NAMES
 from llama_eqx.tag import Probe, Seen, probing
 
 # By name, what of a block's tags a trace is computed from.
@@ -46,7 +47,7 @@ def trace(
     logit_lens: `Lens` of each of these: last norm and head applied to it (nostalgebraist, 2020, "interpreting GPT: the logit lens").
     attention_weights: what each token reads from which, [layers, batch, heads, seq, seq], in float32.
     attention_entropy: in nats, of these weights, [layers, batch, heads, seq]; what is large is computed in one layer at a time.
-    q k v attention_out gate up down: these as they are, q and k after their rotation, [layers, batch, seq, …].
+    q k v attention_out gate up down, and what else `remat.NAMES` has: as they are, q and k after their rotation, [layers, batch, seq, …].
 
     Arrays are split over devices as the model and the tokens are. A model under policies is seen as `policy_view` shows it, but not under
     rematerialisation, whose activations do not leave a block.
@@ -55,9 +56,10 @@ def trace(
     """
     if isinstance(model.blocks, tuple):
         raise ConfigError("this model is laid out for decoding and shows nothing", where="model", next="trace the one it was made from")
+    sources = {name: TRACES.get(name, (name,)) for name in names}
     for name in names:
-        if name not in TRACES:
-            raise ConfigError(f"nothing to trace is called {name}", where="names", next=nearest(name, TRACES))
+        if name not in TRACES and name not in NAMES:
+            raise ConfigError(f"nothing to trace is called {name}", where="names", next=nearest(name, [*TRACES, *NAMES]))
     read = visible(0, tokens.shape[1], tokens.shape[1], None if segment_ids is None else (segment_ids, segment_ids))
 
     def lens(x: Float[Array, "batch seq embed"]) -> Lens:
@@ -72,11 +74,11 @@ def trace(
     }
 
     def of_layer(seen: Seen) -> dict[str, Any]:
-        if missing := [name for name in names for source in TRACES[name] if not seen[source]]:
+        if missing := [name for name in names for source in sources[name] if not seen[source]]:
             raise ConfigError(f"this model has nothing called {', '.join(missing)}", where="names", next="a variant has tags of its own")
-        return {name: compute.get(name, lambda x: x)(*(seen[source][-1] for source in TRACES[name])) for name in names}
+        return {name: compute.get(name, lambda x: x)(*(seen[source][-1] for source in sources[name])) for name in names}
 
-    probe = Probe({source for name in names for source in TRACES[name]}, of_layer)
+    probe = Probe({source for name in names for source in sources[name]}, of_layer)
     with probing(probe):
         model.hidden(tokens, positions=positions, segment_ids=segment_ids)
     for name in {"residual", "logit_lens"} & set(names):

@@ -1,5 +1,6 @@
 """Precision, FLOPs, schedules and decay: what is done to a tree from outside."""
 
+import dataclasses
 import pathlib
 
 import equinox as eqx
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from jaxtyping import Array, Float
 
 from llama_eqx import build_model, load_config
 from llama_eqx.flops import flops_per_token, mfu
+from llama_eqx.model.llama import Llama
 from llama_eqx.precision import PrecisionConfig
 from llama_eqx.remat import RematConfig
 from llama_eqx.sharding import MESH_AXES, Layout, Rules, parameter_names
@@ -38,6 +41,23 @@ def test_gradients_of_the_table_add_up_in_float32(tiny):
     tokens = jnp.zeros((1, 4096), jnp.int32)
     gradient = jax.grad(lambda model: jnp.sum(MIXED.apply(model).embed[tokens].astype(jnp.float32)))(model)
     np.testing.assert_array_equal(gradient.embed[0], 4096)
+
+
+class Both(Llama):
+    """A model of one's own, with a second head."""
+
+    second: Float[Array, "embed vocab"]
+
+
+def test_what_a_model_of_ones_own_adds_is_under_the_policies_too(tiny):
+    plain = build_model(tiny(), key=jax.random.key(0))
+    model = Both(**{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}, second=plain.embed.T)
+    assert MIXED.apply(model).second.dtype == MIXED.apply(model).final_norm.weight.dtype == jnp.bfloat16
+    mesh = jax.make_mesh((1, 4, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:4])
+    layout = Layout(mesh, load_config("sharding=fsdp").sharding)
+    model = jax.device_put(model, layout.shardings(model))
+    assert not model.second.sharding.is_fully_replicated
+    assert jax.jit(layout.gathered)(model).second.sharding.is_fully_replicated
 
 
 @pytest.mark.parametrize(

@@ -78,13 +78,64 @@ def test_the_attention_of_the_guide(tiny, monkeypatch):
     assert not jax.numpy.allclose(hotter(tokens), reference(tokens), atol=1e-3)
 
 
+def test_the_loss_of_the_guide(tiny, monkeypatch):
+    """Against PyTorch's own smoothing."""
+    import jax
+    import numpy as np
+    import torch
+
+    from llama_eqx.batch import Batch
+    from llama_eqx.training import loss
+
+    module = types.ModuleType("guide_loss")
+    vars(module).update(vars(loss), __name__="guide_loss", jax=jax, jnp=jax.numpy)
+    monkeypatch.setitem(sys.modules, "guide_loss", module)
+    exec(SHOWN[2], vars(module))
+    model, rng = tiny().build(key=jax.random.key(0)), np.random.default_rng(0)
+    tokens, targets = jax.numpy.asarray(rng.integers(0, 64, (2, 2, 8)), "int32")
+    mask = jax.numpy.asarray(rng.random((2, 8)) < 0.7, "float32")
+    smoothed = module.SmoothedConfig(chunk=None, share=0.1).build(lambda model: model, None)
+    objective, sums = smoothed(model, Batch(tokens, targets, mask), None)
+    counted = np.asarray(mask) > 0
+    logits, kept = torch.tensor(np.asarray(model(tokens)))[counted], torch.tensor(np.asarray(targets)).long()[counted]
+    for smoothing, found in ((0.1, objective), (0.0, sums.cross_entropy), (1.0, sums.terms["uniform"])):
+        wanted = torch.nn.functional.cross_entropy(logits, kept, label_smoothing=smoothing, reduction="sum")
+        assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+    assert sums.weight == mask.sum()
+
+
+def test_the_frozen_weights_of_the_guide(tiny, monkeypatch):
+    import jax
+    import optax
+    from jaxtyping import PyTree
+
+    from llama_eqx.sharding import parameter_names
+    from llama_eqx.training import optimizer
+
+    module = types.ModuleType("guide_optimizer")
+    vars(module).update(vars(optimizer), __name__="guide_optimizer", parameter_names=parameter_names, PyTree=PyTree)
+    monkeypatch.setitem(sys.modules, "guide_optimizer", module)
+    exec(SHOWN[3], vars(module))
+    model = tiny().build(key=jax.random.key(0))
+    train = module.NormsAloneConfig(clip_norm=1.0, weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-8).build()
+    state = train.init(model)
+    update, _ = train.update(jax.tree.map(jax.numpy.ones_like, model), state, model)
+    moved = optax.apply_updates(model, update)
+    same = [bool((a == b).all()) for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(model), strict=True)]
+    norms = ["norm" in name for name in parameter_names(model)]
+    assert same == [not norm for norm in norms]
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 3 * sum(
+        leaf.size for leaf, norm in zip(jax.tree.leaves(model), norms, strict=True) if norm
+    )
+
+
 def test_the_meter_of_the_guide():
     import jax.numpy as jnp
 
     from llama_eqx.training import meters
 
     names = {**vars(meters), "METERS": {}}
-    exec(SHOWN[2], names)
+    exec(SHOWN[4], names)
     gradient = types.SimpleNamespace(embed=jnp.full((2, 8), 0.5))
     assert names["METERS"]["embedding_gradient"](None, gradient, None) == 2.0
 

@@ -10,9 +10,11 @@ import transformers
 from llama_eqx import build_model, load_config, save_pretrained, trace
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation.layout import for_decoding
+from llama_eqx.model.feed_forward import GatedFeedForward
 from llama_eqx.precision import PrecisionConfig
-from llama_eqx.remat import RematConfig
+from llama_eqx.remat import NAMES, NamedRematConfig, RematConfig
 from llama_eqx.sharding import Layout
+from llama_eqx.tag import tag
 from llama_eqx.tracing import TRACES
 from llama_eqx.training.loss import policy_view
 
@@ -124,3 +126,21 @@ def test_names_that_are_not_there(model, tiny):
     plain = build_model(tiny("model/feed_forward=plain"), key=jax.random.key(0))
     with pytest.raises(ConfigError, match="this model has nothing called gate"):
         trace(plain, TOKENS, ("residual", "gate"))
+
+
+def test_a_name_of_ones_own_is_seen_and_kept(tiny, monkeypatch):
+    class Own(GatedFeedForward):
+        def __call__(self, x):
+            return tag(super().__call__(x), "mine")
+
+    model = build_model(tiny(), key=jax.random.key(0))
+    model = eqx.tree_at(lambda m: m.blocks.feed_forward, model, Own(**vars(model.blocks.feed_forward)))
+    with pytest.raises(ConfigError, match="called mine"):
+        trace(model, TOKENS, ("mine",))
+    with pytest.raises(ConfigError, match="called mine"):
+        NamedRematConfig(names=("mine",), offloaded=())
+    monkeypatch.setattr("llama_eqx.tracing.NAMES", [*NAMES, "mine"])
+    monkeypatch.setattr("llama_eqx.remat.NAMES", [*NAMES, "mine"])
+    seen = trace(model, TOKENS, ("mine", "down"))
+    np.testing.assert_array_equal(seen["mine"], seen["down"])
+    NamedRematConfig(names=("mine",), offloaded=())

@@ -1,6 +1,7 @@
 """What training minimises, and the policies under which the loss sees the model."""
 
-from collections.abc import Callable
+import abc
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import equinox as eqx
@@ -19,29 +20,46 @@ from llama_eqx.wrapped import Wrapped
 
 
 class LossSums(NamedTuple):
-    """Over the targets of a batch: their cross-entropy in nats and their weight, which is their number where the mask has ones."""
+    """Over the targets of a batch: their cross-entropy in nats and their weight, which is their number where the mask has ones.
+
+    `terms` are other sums over them, by name. Each is recorded as `train/NAME`, divided by the weight.
+    """
 
     cross_entropy: Float32[Array, ""]
     weight: Float32[Array, ""]
+    terms: Mapping[str, Float32[Array, ""]] = {}
 
 
 # Of a model, a batch and a key for dropout, if any: the sum over the targets to be minimised, and the sums to be reported.
 Loss = Callable[[Llama, Batch, PRNGKeyArray | None], tuple[Float32[Array, ""], LossSums]]
 
 
-class LossConfig(Config):
-    """Cross-entropy in nats over the targets that the mask counts.
-
-    `chunk` is how many tokens a device takes through the head at a time, None for all: its logits are chunk × vocab.
-    `z_loss` adds that multiple of log² Z, which keeps logits from drifting; PaLM has 1e-4.
+class Objective(Config):
+    """What is minimised. `chunk` is how many tokens a device takes through the head at a time, None for all, where held-out text is scored
+    and wherever else `head_losses` is asked.
     """
 
     chunk: int | None
-    z_loss: float
 
     def check(self) -> None:
         if self.chunk is not None and self.chunk < 1:
             raise ConfigError(f"{self.chunk} is not a number of tokens", where="chunk", next="loss.chunk=null takes all at once")
+
+    @abc.abstractmethod
+    def build(self, view: Callable[[Llama], Llama], layout: Layout) -> Loss:
+        """A loss of `view(model)`, which is the model under the run's policies."""
+
+
+class LossConfig(Objective):
+    """Cross-entropy in nats over the targets that the mask counts; the logits of a device are chunk × vocab.
+
+    `z_loss` adds that multiple of log² Z, which keeps logits from drifting; PaLM has 1e-4.
+    """
+
+    z_loss: float
+
+    def check(self) -> None:
+        super().check()
         if self.z_loss < 0:
             raise ConfigError(f"{self.z_loss} would reward what it is to prevent", where="z_loss", next="loss.z_loss=1e-4, or 0")
 

@@ -1,13 +1,13 @@
 """Measures of a step that cost something, and so are recorded only when `train.meters` names them; the default names `update_norm`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float32, PyTree
 
-Meter = Callable[[PyTree, PyTree, PyTree], Float32[Array, ""]]
+Meter = Callable[[PyTree, PyTree, PyTree], Float32[Array, ""] | Mapping[str, Float32[Array, ""]]]
 
 
 def update_norm(model: PyTree, gradient: PyTree, update: PyTree) -> Float32[Array, ""]:
@@ -30,5 +30,5 @@ def dead_updates(model: PyTree, gradient: PyTree, update: PyTree) -> Float32[Arr
 
 
 # By name, a function of the model before the step, of the gradient before clipping, and of what is added to the model. Each becomes the
-# metric `optim/<name>`.
+# metric `optim/<name>`, or where it gives several by name, `optim/<name>/<part>`.
 METERS: dict[str, Meter] = {"update_norm": update_norm, "dead_updates": dead_updates}

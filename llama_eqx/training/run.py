@@ -31,7 +31,7 @@ from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.provenance import commit, versions
 from llama_eqx.tracking.tracker import TrackingConfig
 from llama_eqx.training.guard import GuardConfig
-from llama_eqx.training.loss import LossConfig
+from llama_eqx.training.loss import Objective
 from llama_eqx.training.meters import METERS
 from llama_eqx.training.optimizer import OptimizerConfig
 from llama_eqx.training.profile import ProfileConfig
@@ -85,7 +85,7 @@ class RunConfig(Config):
     precision: PrecisionConfig
     remat: Remat
     kernel: KernelConfig
-    loss: LossConfig
+    loss: Objective
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     guard: GuardConfig

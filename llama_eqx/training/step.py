@@ -1,7 +1,7 @@
 """One update of the parameters, as a pure function on arrays."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -44,8 +44,9 @@ def make_gradient(
             return (new[0], layout.place(new[1])), None
 
         zeros = layout.place(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model))
-        begin = LossSums(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)), zeros
         parts = split(batch, microbatch_size, layout)
+        _, sums = jax.eval_shape(lambda parts: loss(model, jax.tree.map(lambda rows: rows[0], parts), key), parts)
+        begin = jax.tree.map(lambda each: jnp.zeros((), jnp.float32), sums), zeros
         return jax.lax.scan(add, begin, (parts, jnp.arange(len(parts.tokens))))[0]
 
     return summed
@@ -65,8 +66,8 @@ def make_step(
     The gradient is that of the mean over the batch's targets, added up over microbatches if there are any.
     When loss or gradient is not finite, or a spike to the `guard`, the update is withheld on the device. Of an update of a finite gradient
     whatever is not finite is withheld. `optim/withheld` is then 1, in the last case only if `meters` has `update_norm`.
-    Metrics: `train/loss` in nats per token, `optim/lr`, `optim/grad_norm` (global, before clipping), `optim/withheld`, the `meters`
-    and, with a guard that looks for them, `optim/spike`, 1 for a spike.
+    Metrics: `train/loss` in nats per token, the terms of the loss, `optim/lr`, `optim/grad_norm` (global, before clipping),
+    `optim/withheld`, the `meters` and, with a guard that looks for them, `optim/spike`, 1 for a spike.
     """
     summed = make_gradient(loss, layout, microbatch_size)
 
@@ -98,9 +99,15 @@ def make_step(
 
         new = layout.place(TrainState(state.step + 1, kept[0], kept[1], history))
         measured = {f"optim/{name}": METERS[name](state.model, gradient, update) for name in meters}
+        measured = {
+            f"{name}/{part}".rstrip("/"): value
+            for name, found in measured.items()
+            for part, value in (found.items() if isinstance(found, Mapping) else [("", found)])
+        }
         whole = good & jnp.isfinite(measured.get("optim/update_norm", norm))
         metrics = {"train/loss": mean, "optim/lr": lr, "optim/grad_norm": norm, "optim/withheld": 1.0 - whole}
-        return new, metrics | measured | spikes
+        terms = {f"train/{name}": term / weight for name, term in sums.terms.items()}
+        return new, terms | metrics | measured | spikes
 
     return step
 

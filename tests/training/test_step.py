@@ -13,6 +13,7 @@ from llama_eqx.errors import ConfigError
 from llama_eqx.precision import cast
 from llama_eqx.sharding import MESH_AXES, Layout
 from llama_eqx.training.loss import policy_view
+from llama_eqx.training.meters import METERS
 from llama_eqx.training.program import jitted_step, make_program
 from llama_eqx.training.state import TrainState
 from llama_eqx.training.step import make_step, split
@@ -34,10 +35,16 @@ def batch(rows=16, seq=12):
     return Batch(tokens[:, :-1], tokens[:, 1:], jnp.asarray(mask, jnp.float32))
 
 
-def update(where, model, microbatch_size):
+def update(where, model, microbatch_size, meters=()):
     config = load_config("optimizer.clip_norm=1e9")
     optimizer, view = config.optimizer.build(), policy_view(config.precision, config.remat, where)
-    step = make_step(optimizer, lambda step: jnp.float32(0.1), config.loss.build(view, where), where, microbatch_size)
+    plain = config.loss.build(view, where)
+
+    def loss(model, batch, key):
+        objective, sums = plain(model, batch, key)
+        return objective, sums._replace(terms={"targets": (batch.targets * batch.loss_mask).sum()})
+
+    step = make_step(optimizer, lambda step: jnp.float32(0.1), loss, where, microbatch_size, meters=meters)
     state = TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
     state, rows = jax.device_put((state, batch()), (where.shardings(state), where.shardings(batch())))
     new, metrics = eqx.filter_jit(step)((rows, jax.random.key(0)), state)
@@ -55,10 +62,20 @@ def test_microbatches_add_up_to_the_batch(option, shape, microbatch_size, tiny):
     where = layout(option, *shape)
     metrics, gradient = update(where, model, microbatch_size)
     wanted_metrics, wanted = update(layout("fsdp", 1, 1, 1, 1), model, None)
-    for name in ("train/loss", "optim/grad_norm"):
+    for name in ("train/loss", "train/targets", "optim/grad_norm"):
         np.testing.assert_allclose(metrics[name], wanted_metrics[name], rtol=1e-5)
+    rows = batch()
+    np.testing.assert_allclose(wanted_metrics["train/targets"], np.average(rows.targets, weights=rows.loss_mask), rtol=1e-5)
     for a, b in zip(gradient, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_meter_may_give_several_numbers(tiny, monkeypatch):
+    norms = lambda model, gradient, update: {"embed": jnp.linalg.norm(gradient.embed), "layers": jnp.float32(1)}  # noqa: E731
+    monkeypatch.setitem(METERS, "norms", norms)
+    metrics, gradient = update(layout("fsdp", 1, 1, 1, 1), build_model(tiny(), key=jax.random.key(0)), None, ("norms", "update_norm"))
+    assert {name for name in metrics if "norms" in name} == {"optim/norms/embed", "optim/norms/layers"}
+    np.testing.assert_allclose(metrics["optim/norms/embed"], 10 * np.linalg.norm(gradient[0]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("option", ["adamw", "lion"])
