@@ -17,6 +17,7 @@ from llama_eqx.errors import DataError
 TEXT, LINES, PARQUET = ".txt", ".jsonl", ".parquet"
 COMPRESSED = (".gz", ".zst")
 UNREAD = "cannot read: "
+NO_TEXT = "not UTF-8 text"
 IN_FOLDERS = (*(f"{suffix}{pressed}" for suffix in (TEXT, ".md", LINES) for pressed in ("", *COMPRESSED)), PARQUET)
 
 
@@ -101,7 +102,7 @@ def records(piece: Piece, field: str, *, skip: bool) -> Iterator[Record]:
         kind = _kind(source)
         if kind == PARQUET:
             for number, content in enumerate(_rows(piece, field), piece.first + 1):
-                yield Record(number, None, f"no text in the column {field}") if content is None else _record(number, content)
+                yield _row(number, content, field)
             return
         with _open(source, to_end=skip and kind == LINES) as file:
             if kind == LINES:
@@ -209,12 +210,23 @@ def _line(number: int, line: bytes, field: str) -> Record:
 
 
 def _record(number: int, content: bytes) -> Record:
+    """Of a file or a line of it. One may begin with a mark of the byte order, and a NUL says that it is another encoding, or no text."""
     if b"\0" not in content:
         try:
             return Record(number, content.decode("utf-8-sig"))
         except UnicodeDecodeError:
             pass
-    return Record(number, None, "not UTF-8 text")
+    return Record(number, None, NO_TEXT)
+
+
+def _row(number: int, content: bytes | None, field: str) -> Record:
+    """As of a line, any character is text: a mark of the byte order and a NUL too."""
+    if content is None:
+        return Record(number, None, f"no text in the column {field}")
+    try:
+        return Record(number, content.decode())
+    except UnicodeDecodeError:
+        return Record(number, None, NO_TEXT)
 
 
 def _unread(before: int, error: Exception) -> Record:

@@ -100,6 +100,18 @@ def test_rows_of_parquet_are_read_by_group(tmp_path):
     assert read(tmp_path / "b.parquet", field="body") == [[(1, "é", "")]]
 
 
+def test_text_is_the_same_in_a_row_and_in_a_line(tmp_path):
+    texts = ["\ufeffabc", "abc", "a\0b", "\ufeff", "\0"]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}, ensure_ascii=i % 2 > 0) + "\n" for i, text in enumerate(texts)))
+    [rows], [lines] = read(tmp_path / "a.parquet"), read(tmp_path / "a.jsonl")
+    assert rows == lines
+    assert [record.text for record in rows] == texts
+    broken = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, *pyarrow.array([b"caf\xe9"]).buffers()[1:]])
+    parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "b.parquet")
+    assert read(tmp_path / "b.parquet") == [[(1, None, "not UTF-8 text")]]
+
+
 def test_a_parquet_file_without_the_column_is_named(tmp_path):
     parquet.write_table(pyarrow.table({"texts": ["a"], "n": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="no column 'text'") as error:
