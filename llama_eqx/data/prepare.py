@@ -21,7 +21,7 @@ from llama_eqx.data.assembly import plan, run_shards
 from llama_eqx.data.corpus import DataConfig, Document, Part
 from llama_eqx.data.engine import EngineConfig
 from llama_eqx.data.shards import COUNTS, FORMAT, open_dataset, write_index
-from llama_eqx.data.sources import Source, find, pieces, records
+from llama_eqx.data.sources import Source, find, pieces, plain, records
 from llama_eqx.data.tokenizer import TokenizerConfig
 from llama_eqx.data.units import Task, cut_units, hashes, held_out, keep_loaded, run_unit, whole
 from llama_eqx.errors import ConfigError, DataError, StorageError
@@ -184,7 +184,7 @@ def _then(path: Path, count: int) -> list[int] | None:
 
 def _sources(where: str) -> list[Source]:
     sources = find(where, "input")
-    if unclear := [source.name for source in sources if source.name.removesuffix(".gz").removesuffix(".zst").endswith(".json")]:
+    if unclear := [source.name for source in sources if plain(source).endswith(".json")]:
         raise DataError(
             "a .json file could be anything", where=", ".join(unclear[:5]), next="name it .jsonl if each of its lines is an object"
         )

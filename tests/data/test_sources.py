@@ -64,6 +64,15 @@ def test_what_is_compressed_reads_the_same(tmp_path, ending, copies):
     assert read(tmp_path / f"b.md{ending}") == [[(0, "abc\r\n", "")]]
 
 
+@pytest.mark.parametrize("name", ["a.ndjson", "a.JSONL", "a.JSONL.GZ", "a.NDJson.zst"])
+def test_lines_are_known_by_any_of_their_names(tmp_path, name):
+    content = b'{"text": "a"}\n{"text": "b"}\n'
+    (tmp_path / name).write_bytes(pack(content, f".{name.lower().split('.')[-1]}"))
+    parts = read(tmp_path / name, 14)
+    assert [record.text for part in parts for record in part] == ["a", "b"]
+    assert len(parts) == (2 if name in ("a.ndjson", "a.JSONL") else 1)  # what is compressed is not cut
+
+
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 def test_what_is_cut_off_or_not_compressed_is_a_problem(tmp_path, ending):
     whole = pack(b"".join(b'{"text": "%d"}\n' % (i**9) for i in range(30_000)), ending)
@@ -135,10 +144,11 @@ def test_a_file_that_grew_is_refused(tmp_path):
 
 
 def test_a_folder_gives_what_can_be_read_in_order_and_a_glob_what_matches(tmp_path):
-    for name in ("b/a.txt", "a.md", "b.jsonl.gz", "c.parquet", "d.txt.zst", "e.py", "f.json", "g.txt.bz2"):
+    for name in ("b/a.txt", "a.md", "b.jsonl.gz", "c.parquet", "d.txt.zst", "e.py", "f.json", "g.txt.bz2", "h.NDJSON.GZ", "i.TXT"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert [source.name for source in find(str(tmp_path), "input")] == ["a.md", "b/a.txt", "b.jsonl.gz", "c.parquet", "d.txt.zst"]
+    known = ["a.md", "b/a.txt", "b.jsonl.gz", "c.parquet", "d.txt.zst", "h.NDJSON.GZ", "i.TXT"]
+    assert [source.name for source in find(str(tmp_path), "input")] == known
     assert [source.name for source in find(f"{tmp_path}/**/*.[pt]*", "input")] == ["b/a.txt", "c.parquet", "d.txt.zst", "e.py", "g.txt.bz2"]
     with pytest.raises(DataError, match="nothing matches") as error:
         find(f"{tmp_path}/*.none", "input")
