@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import gzip
 import hashlib
 import json
@@ -337,6 +338,44 @@ def test_unfinished_work_is_not_mixed_with_other(corpus, tmp_path, monkeypatch):
     os.utime(folder / "a1.txt", (0, 0))
     with pytest.raises(DataError, match=r"modified: .*a1\.txt"):
         prepare(config(*overrides))
+
+
+def test_two_do_not_write_into_one_folder(corpus, tmp_path, monkeypatch):
+    overrides, other = [f"input={corpus[0]}", f"output={tmp_path}/out"], [f"input={corpus[0]}", f"output={tmp_path}/out", "bos=false"]
+    plan, modified = module.plan, module._modified
+
+    def second(*arguments):
+        for again in (overrides, other):
+            with pytest.raises(ConfigError, match=f"process {os.getpid()} on .* is writing here") as error:
+                prepare(config(*again))
+            assert error.value.where == str(tmp_path / "out")
+            assert "output=ANOTHER" in error.value.next
+        return plan(*arguments)
+
+    monkeypatch.setattr(module, "plan", second)
+    prepare(config(*overrides))
+    monkeypatch.setattr(module, "plan", plan)
+    prepare(config(f"input={corpus[0]}", f"output={tmp_path}/alone"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+    def first(sources):
+        """Finishes after the other has looked whether there is a dataset."""
+        monkeypatch.setattr(module, "_modified", modified)
+        prepare(config(*overrides[:1], f"output={tmp_path}/between"))
+        return modified(sources)
+
+    monkeypatch.setattr(module, "_modified", first)
+    with pytest.raises(DataError, match=r"there is a dataset here, and not this one:\n +bos: True -> False"):
+        prepare(config(*other[:1], f"output={tmp_path}/between", "bos=false"))
+    assert contents(tmp_path / "between") == contents(tmp_path / "alone")
+
+
+def test_where_there_are_no_locks_it_is_prepared_all_the_same(corpus, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", no_locks)
+    assert prepare(config(f"input={corpus[0]}", f"output={tmp_path}/out")).shards
 
 
 @pytest.mark.parametrize(
