@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llama_eqx.data.shards import SPLITS, ShardWriter, token_dtype
+from llama_eqx.data.sources import LINES, kind_of
 from llama_eqx.data.units import NAMED, Task, Unit, held_out, whole
 from llama_eqx.errors import DataError
 
@@ -58,7 +59,7 @@ def plan(task: Task, units: list[Unit], dedup: bool, shard_tokens: int) -> tuple
             name = next(piece.source.name for piece in unit.pieces if piece.number == number)
             named.append(f"{name}:{record + before[number]}: {problem}" if record else f"{name}: {problem}")
         for piece, (number, lines) in zip(unit.pieces, what["lines"], strict=True):
-            before[number] += lines if piece.source.name.endswith(".jsonl") else 0  # others are not cut, or know it
+            before[number] += lines if kind_of(piece.source) == LINES else 0  # others are not cut, or know it
         tokens += int(documents["tokens"][stays & ~apart].sum())
         if tokens >= shard_tokens or unit is units[-1]:
             groups.append(Group(len(groups), tuple(members)))

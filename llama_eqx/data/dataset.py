@@ -1,6 +1,8 @@
 """From a config to rows to train and to evaluate on, and the order in which they are drawn."""
 
+import glob
 import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 from llama_eqx.data.corpus import DataConfig, SourceConfig
@@ -87,13 +89,27 @@ class _Opened(NamedTuple):
 
 
 def _open(source: SourceConfig, tokenizer: Tokenizer) -> _Opened:
-    if isinstance(source, SftConfig):
-        data, learned = encode_conversations(source, tokenizer)
-    else:
-        data, learned = tokenize(source, tokenizer), {}
+    try:
+        if isinstance(source, SftConfig):
+            data, learned = encode_conversations(source, tokenizer)
+        else:
+            data, learned = tokenize(source, tokenizer), {}
+    except DataError as error:
+        if not (path := _not_here(source)):
+            raise
+        there = f"if {path} is there in the folder in which the run was started, type this there: it is relative, and not in {Path.cwd()}"
+        raise DataError(error.what, where=error.where, kept=error.kept, next=f"{there}\nelse {error.next}") from error
     skipped = source.skipped()
     notes = [f"{len(skipped):,} records or files cannot be read and are skipped, the first at {skipped[0]}"] if skipped else []
     return _Opened(data, learned, notes)
+
+
+def _not_here(source: SourceConfig) -> str | None:
+    """The path of a source if it is relative, and there is nothing in the working directory that it names."""
+    path = getattr(source, "path", None)
+    if not path or Path(path).expanduser().is_absolute() or Path(path).exists() or glob.glob(path, recursive=True):
+        return None
+    return path
 
 
 def _check_not_empty(source: SourceConfig, split: Split) -> None:

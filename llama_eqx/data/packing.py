@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from llama_eqx.data.cache import cache_dir, publish
-from llama_eqx.data.shards import DELETE, Split, check_sealed, seal
+from llama_eqx.data.shards import DELETE, Edges, Split, check_sealed, seal
 from llama_eqx.errors import DataError
 
 FORMAT = 2  # counts the changes of what is written: an index of another format is made anew
@@ -123,12 +123,12 @@ def _index(split: Split, learned: Split | None, seq_len: int, fill: Fill, long_d
 
 
 def document_bounds(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """[documents] int64 each: where the documents of a split begin, and how many tokens they have."""
+    """[documents] int64 each: where the documents of a split begin, and how many tokens they have. Raises `DataError` as `Edges` does."""
     first, begins, lengths = 0, [], []
     for shard in split.shards:
-        offsets = shard.offsets()
-        begins.append(offsets[:-1] + first)
-        lengths.append(np.diff(offsets))
+        some, ends = Edges(shard).of(np.arange(shard.documents))
+        begins.append(some + first)
+        lengths.append(ends - some)
         first += shard.tokens
     return np.concatenate(begins), np.concatenate(lengths)
 

@@ -5,10 +5,13 @@ together to shards. What a unit or a shard is depends on the files and settings 
 so the result does not depend on who does which when, and what is there after an interruption is not done again.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +24,14 @@ from llama_eqx.data.assembly import plan, run_shards
 from llama_eqx.data.corpus import DataConfig, Document, Part
 from llama_eqx.data.engine import EngineConfig
 from llama_eqx.data.shards import COUNTS, FORMAT, open_dataset, write_index
-from llama_eqx.data.sources import Source, find, pieces, records
+from llama_eqx.data.sources import Source, find, pieces, plain, records
 from llama_eqx.data.tokenizer import TokenizerConfig
 from llama_eqx.data.units import Task, cut_units, hashes, held_out, keep_loaded, run_unit, whole
 from llama_eqx.errors import ConfigError, DataError, StorageError
+from llama_eqx.writer import NO_LOCKS
 
 MODIFIED = "modified.json"
+LOCK = ".writer"  # among the unfinished work, and gone with it
 
 
 class PrepareConfig(Config):
@@ -134,38 +139,67 @@ def prepare(config: PrepareConfig) -> Prepared:
     partial, modified = output / "partial", _modified(sources)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        _claim(partial / "units.json", {**encoding, "modified": modified})
-        tokenizer.save(output / "tokenizer")
-        keep_loaded(tokenizer)
-        task = Task(
-            partial, tokenizer.fingerprint, config.field, config.bos, config.eos, config.on_error == "skip", config.validation_fraction
-        )
-        units = cut_units(sources, config.unit_bytes, config.field)
-        with config.prepare.open() as pool:
-            todo = [unit for unit in units if not task.path(unit.number, "json").exists()]
-            weights = [sum(piece.weight for piece in unit.pieces) for unit in units]
-            read = sum(weights[unit.number] for unit in todo)
-            with _bar("tokenizing", "B", sum(weights), sum(weights) - read) as bar:
-                for i in pool(run_unit, [(task, unit) for unit in todo]):
-                    bar.update(weights[todo[i].number])
-            groups, dropped = plan(task, units, config.dedup, config.shard_tokens)
-            _claim(partial / "shards.json", assembly)
-            todo = [group for group in groups if not (partial / f"group-{group.number:05}.json").exists()]
-            with _bar("writing", " shards", len(groups), len(groups) - len(todo)) as bar:
-                for _ in pool(run_shards, [(task, group, tokenizer.vocab, config.dedup) for group in todo]):
-                    bar.update()
-        written = [json.loads((partial / f"group-{group.number:05}.json").read_text()) for group in groups]
-        shards = [(split, entry) for group in written for split, entry in group]
-        settings = {name: value for name, value in (encoding | assembly).items() if name not in ("format", "tokenizer", "sources")}
-        with whole(output / MODIFIED) as file:  # not in the index: data that is the same has the same fingerprint
-            file.write(json.dumps(modified).encode())
-        write_index(output, tokenizer, shards, encoding["sources"], settings=settings, dropped=dropped)
-        shutil.rmtree(partial)
+        with _alone(partial / LOCK):
+            if (output / "index.json").exists():  # another has finished it since
+                return _finished(output, encoding | assembly, sources)
+            _claim(partial / "units.json", {**encoding, "modified": modified})
+            tokenizer.save(output / "tokenizer")
+            keep_loaded(tokenizer)
+            task = Task(
+                partial, tokenizer.fingerprint, config.field, config.bos, config.eos, config.on_error == "skip", config.validation_fraction
+            )
+            units = cut_units(sources, config.unit_bytes, config.field)
+            with config.prepare.open() as pool:
+                todo = [unit for unit in units if not task.path(unit.number, "json").exists()]
+                weights = [sum(piece.weight for piece in unit.pieces) for unit in units]
+                read = sum(weights[unit.number] for unit in todo)
+                with _bar("tokenizing", "B", sum(weights), sum(weights) - read) as bar:
+                    for i in pool(run_unit, [(task, unit) for unit in todo]):
+                        bar.update(weights[todo[i].number])
+                groups, dropped = plan(task, units, config.dedup, config.shard_tokens)
+                _claim(partial / "shards.json", assembly)
+                todo = [group for group in groups if not (partial / f"group-{group.number:05}.json").exists()]
+                with _bar("writing", " shards", len(groups), len(groups) - len(todo)) as bar:
+                    for _ in pool(run_shards, [(task, group, tokenizer.vocab, config.dedup) for group in todo]):
+                        bar.update()
+            written = [json.loads((partial / f"group-{group.number:05}.json").read_text()) for group in groups]
+            shards = [(split, entry) for group in written for split, entry in group]
+            settings = {name: value for name, value in (encoding | assembly).items() if name not in ("format", "tokenizer", "sources")}
+            with whole(output / MODIFIED) as file:  # not in the index: data that is the same has the same fingerprint
+                file.write(json.dumps(modified).encode())
+            write_index(output, tokenizer, shards, encoding["sources"], settings=settings, dropped=dropped)
     except OSError as error:
         raise StorageError(
             f"cannot write: {error}", where=str(output), kept=f"the work in {partial}", next="the same command continues"
         ) from error
     return _finished(output, encoding | assembly, sources, verify=False)._replace(read=read, seconds=time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """As the only one on this machine that holds the lock in a file; it ends with its process. There is no heartbeat as in `writer`: with
+    another thread, workers could not be forked.
+
+    Raises `ConfigError` naming the holder.
+    """
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"{file.read() or 'another process'} is writing here",
+                where=str(path.parent.parent),
+                kept="its work is untouched",
+                next="wait for its end, or output=ANOTHER",
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def _modified(sources: list[Source]) -> list[int]:
@@ -184,7 +218,7 @@ def _then(path: Path, count: int) -> list[int] | None:
 
 def _sources(where: str) -> list[Source]:
     sources = find(where, "input")
-    if unclear := [source.name for source in sources if source.name.removesuffix(".gz").removesuffix(".zst").endswith(".json")]:
+    if unclear := [source.name for source in sources if plain(source).endswith(".json")]:
         raise DataError(
             "a .json file could be anything", where=", ".join(unclear[:5]), next="name it .jsonl if each of its lines is an object"
         )
@@ -218,10 +252,10 @@ def _compare(old: dict[str, Any], new: dict[str, Any], folder: Path, what: str) 
 def _finished(folder: Path, settings: dict[str, Any], sources: list[Source], *, verify: bool | None = None) -> Prepared:
     """Raises `DataError` when the dataset in `folder` is another or damaged; `verify` as in `open_dataset`."""
     data = open_dataset(folder, remedy="delete this folder, and the same command makes it anew", verify=verify)
+    shutil.rmtree(folder / "partial", ignore_errors=True)
     index = json.loads((folder / "index.json").read_text())
     old = {name: index[name] for name in ("format", "tokenizer", "sources")} | index["settings"]
     _compare(old, settings, folder, "a dataset")
-    shutil.rmtree(folder / "partial", ignore_errors=True)
     now = _modified(sources)
     then = _then(folder / MODIFIED, len(sources)) or now
     touched = [source.name for source, a, b in zip(sources, then, now, strict=True) if a != b]

@@ -1,7 +1,6 @@
 """From documents one after another to rows of equal length: three ways, each a function of the row's number."""
 
 import abc
-import bisect
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from jaxtyping import Int, UInt
 
 from llama_eqx.batch import Batch
 from llama_eqx.data.packing import PackIndex
-from llama_eqx.data.shards import Split, token_dtype
+from llama_eqx.data.shards import Edges, Split, token_dtype
 from llama_eqx.errors import DataError
 
 MAPS = 400  # shards that are mapped at once: each takes file descriptors
@@ -45,7 +44,7 @@ class Rows(abc.ABC):
     def read(self, rows: Int[np.ndarray, " batch"]) -> Batch:
         """Those rows; where a number is -1, a row of padding.
 
-        Raises `DataError` naming shard and offset for an id that is not in the vocabulary.
+        Raises `DataError` naming shard and offset for an id that is not in the vocabulary, and as `Edges` does.
         """
 
     @abc.abstractmethod
@@ -115,10 +114,10 @@ class Documents(Rows):
     def read(self, rows: Int[np.ndarray, " batch"]) -> Batch:
         ids = self._tokens.windows(rows * self.seq_len)
         begins = np.zeros(ids.shape, bool)
-        for line, row in zip(begins, rows.tolist(), strict=True):
-            if row >= 0:
-                line[self._tokens.starts(row * self.seq_len, self.seq_len + 1)] = True
         real = rows >= 0
+        firsts = rows[real] * self.seq_len
+        for line, starts in zip(np.flatnonzero(real).tolist(), self._tokens.starts(firsts, self.seq_len + 1), strict=True):
+            begins[line, starts] = True
         ends = begins[:, 1:].copy()
         begins[:, 0] = True
         lines, columns = np.divmod(np.flatnonzero(begins[:, :-1]), self.seq_len)
@@ -304,22 +303,24 @@ class Tokens:
             found.append(self._map(shard).ids[first : first + end - begin] if fits else self.split.read(begin, end))
         return found
 
-    def starts(self, begin: int, length: int) -> np.ndarray:
-        """Which of the tokens from `begin` on begin a document, counted from it."""
-        shard = bisect.bisect_right(self._firsts, begin) - 1
-        if begin + length > self._firsts[shard + 1]:
-            return self.split.starts(begin, begin + length) - begin
-        first = begin - int(self._firsts[shard])
-        offsets = self._map(shard).starts
-        a, b = offsets.searchsorted([first, first + length])
-        return offsets[a:b] - first
+    def starts(self, begins: Int[np.ndarray, " count"], length: int) -> list[np.ndarray]:
+        """Which of the `length` tokens from each of `begins` on begin a document, counted from it."""
+        found = [np.empty(0, np.int64)] * len(begins)
+        shards, firsts, whole = self._places(begins, np.full(len(begins), length))
+        for shard in np.unique(shards[whole]).tolist():
+            here = np.flatnonzero(whole & (shards == shard))
+            for row, starts in zip(here.tolist(), self._map(shard).edges.within(firsts[here], firsts[here] + length), strict=True):
+                found[row] = starts - firsts[row]
+        for row in np.flatnonzero(~whole).tolist():
+            found[row] = self.split.starts(int(begins[row]), int(begins[row]) + length) - begins[row]
+        return found
 
     def documents_before(self, tokens: Int[np.ndarray, " count"]) -> Int[np.ndarray, " count"]:
         """How many documents begin before each token."""
         found, shards = np.empty(len(tokens), np.int64), np.searchsorted(self._firsts[1:-1], tokens, side="right")
         for shard in np.unique(shards).tolist():
             here = shards == shard
-            found[here] = self._documents[shard] + self._map(shard).starts.searchsorted(tokens[here] - self._firsts[shard])
+            found[here] = self._documents[shard] + self._map(shard).edges.before(tokens[here] - self._firsts[shard])
         return found
 
     def _places(self, begins: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -331,17 +332,17 @@ class Tokens:
         if shard not in self._maps:
             if len(self._maps) == MAPS:
                 self._maps.clear()
-            ids, starts = self.split.shards[shard].ids(), self.split.shards[shard].offsets()[:-1]
+            ids, edges = self.split.shards[shard].ids(), Edges(self.split.shards[shard])
             windows = np.lib.stride_tricks.sliding_window_view(ids, min(self._window, len(ids)))
-            self._maps[shard] = Mapped(ids, starts, windows)
+            self._maps[shard] = Mapped(ids, edges, windows)
         return self._maps[shard]
 
 
 class Mapped(NamedTuple):
-    """The files of a shard: its ids, where documents begin, and the windows of ids that begin with each id, as a view."""
+    """The files of a shard: its ids, the edges of documents, and the windows of ids that begin with each id, as a view."""
 
     ids: np.ndarray
-    starts: np.ndarray
+    edges: Edges
     windows: np.ndarray
 
 

@@ -27,7 +27,7 @@ from llama_eqx.data.shards import (
     token_dtype,
     write_index,
 )
-from llama_eqx.data.sources import Record, Source, find, lines, remedy
+from llama_eqx.data.sources import LINES, Record, Source, find, kind_of, lines, remedy
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import ConfigError, DataError
 
@@ -86,7 +86,7 @@ class SftConfig(CorpusConfig):
             raise ConfigError("data=sft needs data.path=FILE.jsonl", where="data.path")
         empty, found = True, find(self.path, "data.path")
         if Path(self.path).expanduser().is_dir():
-            found = [source for source in found if ".jsonl" in source.name]
+            found = [source for source in found if kind_of(source) == LINES]
         for source in found:
             for line in lines(source, skip=self.on_error == "skip"):
                 where = f"{source.path}:{line.number}" if line.number else source.path

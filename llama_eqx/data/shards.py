@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError
@@ -79,6 +80,48 @@ class Shard:
         }
 
 
+class Edges:
+    """Where the documents of a shard begin and end among its ids. Each offset is tested when it is looked up, so that no pass over all is
+    needed: all of these raise `DataError` naming shard and document where offsets do not rise from 0 to the number of ids."""
+
+    def __init__(self, shard: Shard):
+        self._shard, self._offsets = shard, shard.offsets()
+
+    def of(self, documents: Int[np.ndarray, " count"]) -> tuple[Int[np.ndarray, " count"], Int[np.ndarray, " count"]]:
+        """With which id each of some documents begins, and the one after its last."""
+        begins, ends = self._offsets[documents], self._offsets[documents + 1]
+        last, tokens = self._shard.documents - 1, self._shard.tokens
+        # Only the first begins at 0 and only the last ends with the ids: the signs are the same, and none is outside.
+        wrong = (begins >= ends) | (np.sign(begins) != np.sign(documents)) | (np.sign(tokens - ends) != np.sign(last - documents))
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise DataError(
+                f"a document from id {begins[at]} up to id {ends[at]}, of {tokens}: the offsets are out of order or of another shard",
+                where=f"{self._shard.file('offsets')}, document {documents[at]}",
+                next=AGAIN,
+            )
+        return begins, ends
+
+    def before(self, ids: Int[np.ndarray, " count"]) -> Int[np.ndarray, " count"]:
+        """How many documents begin before each of some ids."""
+        found = self._offsets.searchsorted(ids)
+        self._test_around(found, found)
+        return found
+
+    def within(self, starts: Int[np.ndarray, " count"], stops: Int[np.ndarray, " count"]) -> list[np.ndarray]:
+        """For each stretch, with which ids from its start up to its stop a document begins."""
+        first, last = self._offsets.searchsorted(starts), self._offsets.searchsorted(stops)
+        self._test_around(first, last)
+        return [self._offsets[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+
+    def _test_around(self, first: np.ndarray, last: np.ndarray) -> None:
+        """Tests what searches have found, and both neighbours: a search that an offset out of order has misled ends beside that."""
+        begin = np.maximum(np.minimum(first, last) - 2, 0)
+        end = np.minimum(np.maximum(first, last) + 1, self._shard.documents)
+        counts = end - begin
+        self.of(np.repeat(begin - np.cumsum(counts) + counts, counts) + np.arange(counts.sum()))
+
+
 @dataclass(frozen=True)
 class Split:
     """Documents one after another over all shards, each between BOS and EOS where the dataset has them.
@@ -123,9 +166,7 @@ class Split:
         """[count] int64: the tokens in `start` up to `stop` with which a document begins."""
         found = [np.empty(0, np.int64)]
         for shard, begin, end, first in self._runs(start, stop):
-            offsets = shard.offsets()[:-1]
-            inside = slice(*np.searchsorted(offsets, (begin, end)))
-            found.append(offsets[inside] - begin + first)
+            found.append(Edges(shard).within(np.array([begin]), np.array([end]))[0] - begin + first)
         return np.concatenate(found)
 
     def documents_in(self, start: int, stop: int) -> range:
@@ -133,14 +174,15 @@ class Split:
         numbers = []
         for token in (start, stop - 1) if start < stop else ():
             i, begin = self._place(self._tokens, token)
-            numbers.append(self._documents[i] + int(np.searchsorted(self.shards[i].offsets(), begin, side="right")) - 1)
+            numbers.append(self._documents[i] + int(Edges(self.shards[i]).before(np.array([begin + 1]))[0]) - 1)
         return range(numbers[0], numbers[1] + 1) if numbers else range(0)
 
     def bounds(self, number: int) -> tuple[int, int]:
         """The token with which a document begins, and the one after its last. Raises `IndexError`."""
         i, inside = self._place(self._documents, number)
-        begin, end = self.shards[i].offsets()[inside : inside + 2].tolist()
-        return self._tokens[i] + begin, self._tokens[i] + end
+        near = np.clip([inside, inside - 1, inside + 1], 0, self.shards[i].documents - 1)  # an edge may be wrong by what lies beyond it
+        begins, ends = Edges(self.shards[i]).of(near)
+        return self._tokens[i] + int(begins[0]), self._tokens[i] + int(ends[0])
 
     def document(self, number: int) -> np.ndarray:
         """The ids of a document, with its BOS and EOS. Raises `IndexError`."""

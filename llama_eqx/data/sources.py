@@ -1,4 +1,7 @@
-"""Files of text: which there are, the pieces they can be read in, and the documents in each."""
+"""Files of text: which there are, the pieces they can be read in, and the documents in each.
+
+What is in a file is told by the end of its name, in capitals or not; what is said of .jsonl holds of .ndjson, which is another name for it.
+"""
 
 import glob
 import gzip
@@ -17,7 +20,9 @@ from llama_eqx.errors import DataError
 TEXT, LINES, PARQUET = ".txt", ".jsonl", ".parquet"
 COMPRESSED = (".gz", ".zst")
 UNREAD = "cannot read: "
-IN_FOLDERS = (*(f"{suffix}{pressed}" for suffix in (TEXT, ".md", LINES) for pressed in ("", *COMPRESSED)), PARQUET)
+NO_TEXT = "not UTF-8 text"
+ALSO_LINES = ".ndjson"
+IN_FOLDERS = (*(f"{suffix}{pressed}" for suffix in (TEXT, ".md", LINES, ALSO_LINES) for pressed in ("", *COMPRESSED)), PARQUET)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def find(where: str, key: str) -> list[Source]:
     """
     path = Path(where).expanduser()
     if path.is_dir():
-        root, files = path, [file for file in path.rglob("*") if file.name.endswith(IN_FOLDERS)]
+        root, files = path, [file for file in path.rglob("*") if file.name.lower().endswith(IN_FOLDERS)]
     else:
         # What comes before the first wildcard, so that names do not depend on what else matches.
         root = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
@@ -81,9 +86,9 @@ def pieces(number: int, source: Source, size: int | None, field: str) -> list[Pi
 
     Raises `DataError` for a .parquet file that is none or has no text in the column `field`.
     """
-    if _kind(source) == PARQUET:
+    if kind_of(source) == PARQUET:
         return _row_groups(number, source, size, field)
-    cut = size if size and source.name.endswith(LINES) else max(1, source.size)
+    cut = size if size and kind_of(source) == LINES and not _compression(source) else max(1, source.size)
     starts = range(0, max(1, source.size), cut)
     return [Piece(number, source, start, min(start + cut, source.size), 0, min(cut, source.size - start)) for start in starts]
 
@@ -98,13 +103,12 @@ def records(piece: Piece, field: str, *, skip: bool) -> Iterator[Record]:
     try:
         if (size := os.stat(source.path).st_size) != source.size:
             raise DataError(f"{size} bytes, and a moment ago it had {source.size}", where=source.path, next="wait until it is written")
-        kind = _kind(source)
-        if kind == PARQUET:
+        if kind_of(source) == PARQUET:
             for number, content in enumerate(_rows(piece, field), piece.first + 1):
-                yield Record(number, None, f"no text in the column {field}") if content is None else _record(number, content)
+                yield _row(number, content, field)
             return
-        with _open(source, to_end=skip and kind == LINES) as file:
-            if kind == LINES:
+        with _open(source, to_end=skip and kind_of(source) == LINES) as file:
+            if kind_of(source) == LINES:
                 for number, line in enumerate(_lines(file, piece), 1):
                     yield _line(number, line, field)
             else:
@@ -151,22 +155,32 @@ def remedy(record: Record) -> str:
     return "mend this record, or take it out" if record.number else "convert it to UTF-8"
 
 
-def _kind(source: Source) -> str:
-    name = source.name
-    for suffix in COMPRESSED:
-        name = name.removesuffix(suffix)
-    return next((kind for kind in (LINES, PARQUET) if name.endswith(kind)), TEXT)
+def kind_of(source: Source) -> str:
+    """`LINES`, `PARQUET`, or `TEXT` for whatever else."""
+    name = plain(source)
+    return PARQUET if name.endswith(PARQUET) else LINES if name.endswith((LINES, ALSO_LINES)) else TEXT
+
+
+def plain(source: Source) -> str:
+    """Its name in small letters, without what says that it is compressed."""
+    return source.name.lower().removesuffix(_compression(source))
+
+
+def _compression(source: Source) -> str:
+    """The one of `COMPRESSED` with which its name ends, or ""."""
+    return next((suffix for suffix in COMPRESSED if source.name.lower().endswith(suffix)), "")
 
 
 def _open(source: Source, *, to_end: bool) -> Any:
     """With `to_end` a compressed file is read to its end first: that lines before it are not what they were may show only there."""
-    if to_end and source.name.endswith(COMPRESSED):
+    compression = _compression(source)
+    if to_end and compression:
         with _open(source, to_end=False) as file:
             while file.read(2**20):
                 pass
-    if source.name.endswith(".gz"):
+    if compression == ".gz":
         return gzip.open(source.path)
-    if source.name.endswith(".zst"):
+    if compression == ".zst":
         import pyarrow
 
         return io.BufferedReader(pyarrow.CompressedInputStream(source.path, "zstd"), 2**20)
@@ -187,7 +201,7 @@ def _lines(file: Any, piece: Piece) -> Iterator[bytes]:
 def _lines_before(piece: Piece) -> int:
     """Of the file, before a piece of it."""
     count, left, last = 0, piece.start, b"\n"
-    if _kind(piece.source) == LINES and piece.start:
+    if kind_of(piece.source) == LINES and piece.start:
         with open(piece.source.path, "rb") as file:
             while left > 0 and (block := file.read(min(2**20, left))):
                 count, left, last = count + block.count(b"\n"), left - len(block), block[-1:]
@@ -209,12 +223,23 @@ def _line(number: int, line: bytes, field: str) -> Record:
 
 
 def _record(number: int, content: bytes) -> Record:
+    """Of a file or a line of it. One may begin with a mark of the byte order, and a NUL says that it is another encoding, or no text."""
     if b"\0" not in content:
         try:
             return Record(number, content.decode("utf-8-sig"))
         except UnicodeDecodeError:
             pass
-    return Record(number, None, "not UTF-8 text")
+    return Record(number, None, NO_TEXT)
+
+
+def _row(number: int, content: bytes | None, field: str) -> Record:
+    """As of a line, any character is text: a mark of the byte order and a NUL too."""
+    if content is None:
+        return Record(number, None, f"no text in the column {field}")
+    try:
+        return Record(number, content.decode())
+    except UnicodeDecodeError:
+        return Record(number, None, NO_TEXT)
 
 
 def _unread(before: int, error: Exception) -> Record:
@@ -230,9 +255,9 @@ def _row_groups(number: int, source: Source, size: int | None, field: str) -> li
             names, metadata = file.schema_arrow.names, file.metadata
             if field not in names:
                 raise DataError(f"no column {field!r}", where=source.path, next=nearest(field, names))
-            kind = file.schema_arrow.field(field).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise DataError(f"the column {field!r} has {kind}, not text", where=source.path, next=nearest(field, names))
+            has = file.schema_arrow.field(field).type
+            if not (pyarrow.types.is_string(has) or pyarrow.types.is_large_string(has)):
+                raise DataError(f"the column {field!r} has {has}, not text", where=source.path, next=nearest(field, names))
             column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == field)
             found, start, first, weight, rows = [], 0, 0, 0, 0
             for i in range(metadata.num_row_groups):

@@ -136,6 +136,16 @@ def test_an_id_that_is_not_in_the_vocabulary_ends_the_run_at_its_batch(prepared,
     assert f"{prepared / 'here' / 'train-00000.ids.npy'}, offset " in error
 
 
+@pytest.mark.parametrize("rows", ["documents", "packed"])
+def test_an_offset_that_is_out_of_order_ends_the_run(prepared, run, rows):
+    offsets = np.load(prepared / "here" / "train-00000.offsets.npy", mmap_mode="r+")
+    offsets[5], offsets[9] = -7, offsets[3]
+    code, error, _ = run("data=prepared", f"data.path={prepared / 'here'}", "data.verify=false", f"data.rows={rows}")
+    assert code == 3
+    assert "the offsets are out of order" in error
+    assert f"{prepared / 'here' / 'train-00000.offsets.npy'}, document " in error
+
+
 def test_an_empty_component_of_a_mixture_ends_before_the_first_step(made, tmp_path, run):
     (tmp_path / "nothing.txt").write_text("")
     mixture = ["data=mixture", f"data.components.prose.path={tmp_path / 'nothing.txt'}", "tokenizer=bytes"]

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import gzip
 import hashlib
 import json
@@ -220,26 +221,26 @@ def test_a_bad_line_ends_all_by_name_or_is_counted(tmp_path):
     lines[123] = '{"text": "cut'
     lines[200] = '{"texts": "x"}'
     lines[201] = '{"text": "\\ud800"}'
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.NDJSON").write_text("\n".join(lines))
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     overrides = [f"input={tmp_path}/*.*", f"output={tmp_path}/out", "unit_bytes=500"]
     for workers in (1, 2):
         with pytest.raises(DataError, match="not a JSON object") as error:
             prepare(config(*overrides, f"prepare.workers={workers}"))
-        assert error.value.where == f"{tmp_path}/a.jsonl:124"
+        assert error.value.where == f"{tmp_path}/a.NDJSON:124"
         assert "on_error=skip" in error.value.next
     whole = gzip.compress(b'{"text": "\xe4\xbd\xa0"}\n')
     (tmp_path / "c.jsonl.gz").write_bytes(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])  # of the checksum
     done = prepare(config(*overrides[:1], f"output={tmp_path}/skipped", "unit_bytes=500", "on_error=skip"))
     assert done.refused == 5
-    assert [name.split(": ")[0] for name in done.named] == ["a.jsonl:124", "a.jsonl:201", "a.jsonl:202", "b.txt", "c.jsonl.gz"]
+    assert [name.split(": ")[0] for name in done.named] == ["a.NDJSON:124", "a.NDJSON:201", "a.NDJSON:202", "b.txt", "c.jsonl.gz"]
     prepare(config(*overrides[:1], f"output={tmp_path}/chars", "on_error=skip", "tokenizer=chars"))
     assert "\u4f60" not in load_tokenizer(tmp_path / "chars" / "tokenizer").characters
     data = opened(tmp_path / "skipped")
     assert data.train.documents + data.val.documents == 297
     for split in (data.train, data.val):
         for i, text in enumerate(texts(split)):
-            assert split.source(i) == f"a.jsonl:{int(text.split()[1]) + 1}"
+            assert split.source(i) == f"a.NDJSON:{int(text.split()[1]) + 1}"
 
 
 def test_text_that_the_tokenizer_does_not_know_is_named(tmp_path):
@@ -339,6 +340,44 @@ def test_unfinished_work_is_not_mixed_with_other(corpus, tmp_path, monkeypatch):
         prepare(config(*overrides))
 
 
+def test_two_do_not_write_into_one_folder(corpus, tmp_path, monkeypatch):
+    overrides, other = [f"input={corpus[0]}", f"output={tmp_path}/out"], [f"input={corpus[0]}", f"output={tmp_path}/out", "bos=false"]
+    plan, modified = module.plan, module._modified
+
+    def second(*arguments):
+        for again in (overrides, other):
+            with pytest.raises(ConfigError, match=f"process {os.getpid()} on .* is writing here") as error:
+                prepare(config(*again))
+            assert error.value.where == str(tmp_path / "out")
+            assert "output=ANOTHER" in error.value.next
+        return plan(*arguments)
+
+    monkeypatch.setattr(module, "plan", second)
+    prepare(config(*overrides))
+    monkeypatch.setattr(module, "plan", plan)
+    prepare(config(f"input={corpus[0]}", f"output={tmp_path}/alone"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+    def first(sources):
+        """Finishes after the other has looked whether there is a dataset."""
+        monkeypatch.setattr(module, "_modified", modified)
+        prepare(config(*overrides[:1], f"output={tmp_path}/between"))
+        return modified(sources)
+
+    monkeypatch.setattr(module, "_modified", first)
+    with pytest.raises(DataError, match=r"there is a dataset here, and not this one:\n +bos: True -> False"):
+        prepare(config(*other[:1], f"output={tmp_path}/between", "bos=false"))
+    assert contents(tmp_path / "between") == contents(tmp_path / "alone")
+
+
+def test_where_there_are_no_locks_it_is_prepared_all_the_same(corpus, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", no_locks)
+    assert prepare(config(f"input={corpus[0]}", f"output={tmp_path}/out")).shards
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -361,8 +400,8 @@ def test_input_that_is_not_there_or_unclear_is_refused(tmp_path):
     with pytest.raises(DataError, match="nothing matches") as error:
         prepare(config(f"input={tmp_path}/*.txt", f"output={tmp_path}/out"))
     assert "input=" in error.value.next
-    (tmp_path / "a.json.gz").write_bytes(b"")
-    with pytest.raises(DataError, match=r"\.json"):
+    (tmp_path / "a.JSON.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a \.json file could be anything"):
         prepare(config(f"input={tmp_path}/*", f"output={tmp_path}/out"))
     assert not (tmp_path / "out").exists()
 

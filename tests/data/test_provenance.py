@@ -17,6 +17,7 @@ from llama_eqx.batch import Batch
 from llama_eqx.checkpoint.manifest import read_manifest
 from llama_eqx.data.dataset import open_data
 from llama_eqx.data.pipeline import Parts, Progress
+from llama_eqx.data.prepare import prepare
 from llama_eqx.data.provenance import provenance
 from llama_eqx.data.tokenizer import BytesTokenizer
 from llama_eqx.errors import CheckpointError, ConfigError, DataError
@@ -111,6 +112,29 @@ def test_what_cannot_be_traced_is_said(run, data, tmp_path):
     with pytest.raises(DataError, match="no longer what the run was trained on"):
         trace(run, 1, 0)
     changed.write_text(before)
+
+
+@pytest.mark.parametrize(("kind", "path"), [("prepared", "a"), ("sft", "*.jsonl")])
+def test_data_at_a_relative_path_is_looked_for_where_the_run_was_started(tmp_path, monkeypatch, kind, path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("a.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?", "response": f"{i}."}) + "\n" for i in range(60)))
+    prepare(load_config("input=a.jsonl", "field=prompt", "output=a", "tokenizer=bytes", "validation_fraction=0.2", name="prepare"))
+
+    def opened(path):
+        return open_data(load_config(f"data={kind}", f"data.path={path}", "data.rows=packed").data, BytesTokenizer(), seq_len=SEQ, seed=0)
+
+    opened(path)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(DataError) as error:
+        opened(path)
+    assert f"if {path} is there in the folder in which the run was started, type this there" in error.value.next
+    assert str(tmp_path / "here") in error.value.next
+    pathlib.Path("b").write_text("no data")
+    for other in ("b", tmp_path / "no"):  # it is not for being relative that these are no data
+        with pytest.raises(DataError) as error:
+            opened(other)
+        assert "was started" not in error.value.next
 
 
 def test_a_document_has_the_loss_in_its_row_that_it_has_alone(run, data):

@@ -141,10 +141,10 @@ def test_a_damaged_compressed_file_is_left_out_whole(sft, tmp_path):
     config = sft([{"prompt": "a" * i, "response": "b"} for i in range(30)], "data.on_error=skip")
     content = bytearray(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     content[-8] ^= 1  # of the checksum
-    (tmp_path / "b.jsonl.gz").write_bytes(content)
+    (tmp_path / "b.ndJSON.gz").write_bytes(content)
     data = opened(dataclasses.replace(config, path=str(tmp_path)))
     assert len(learned(data.train) + learned(data.val)) == 30
-    assert data.notes == [f"1 records or files cannot be read and are skipped, the first at {tmp_path / 'b.jsonl.gz'}"]
+    assert data.notes == [f"1 records or files cannot be read and are skipped, the first at {tmp_path / 'b.ndJSON.gz'}"]
     with pytest.raises(DataError, match="cannot read") as error:
         opened(dataclasses.replace(config, path=str(tmp_path), on_error="refuse"))
     assert error.value.next == "download or copy this file again, or data.on_error=skip"

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from llama_eqx.data.corpus import TextConfig
 from llama_eqx.data.encoding import CHUNK, tokenize
+from llama_eqx.data.packing import document_bounds
+from llama_eqx.data.rows import Tokens
 from llama_eqx.data.shards import open_dataset
 from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer, Tokenizer, load_tokenizer
 from llama_eqx.errors import DataError
@@ -259,6 +261,41 @@ def test_an_id_outside_the_vocabulary_is_named_when_it_is_read(split):
     with pytest.raises(DataError, match="id 300 is not in the vocabulary of 300") as error:
         read.read(2, 6)
     assert error.value.where == f"{read.shards[1].file('ids')}, offset 1"
+
+
+@pytest.mark.parametrize("wrong", [-7, 0, 99, "same as before", "as after"])
+@pytest.mark.parametrize("at", range(9))
+def test_an_offset_out_of_order_is_named_by_whoever_it_would_mislead(split, wrong, at):
+    """Every lookup gives what it gave before, or says which document."""
+    read = split([[1, 2], [3]], [[i] * (1 + i % 3) for i in range(8)])
+    tokens, shard = Tokens(read), read.shards[1]
+    stretches = [(i, j) for i in range(read.tokens) for j in range(i, read.tokens + 1, 3)]
+    lookups = [
+        *((read.bounds, i) for i in range(read.documents)),
+        *((function, *stretch) for function in (read.starts, read.documents_in) for stretch in stretches),
+        *((tokens.documents_before, np.array([i])) for i in range(read.tokens + 1)),
+        *((tokens.starts, np.array([i, 3]), n) for n in range(1, 6) for i in range(read.tokens - n + 1)),
+        (document_bounds, read),
+    ]
+    good = [found(function(*arguments)) for function, *arguments in lookups]
+    offsets = np.load(shard.file("offsets"), mmap_mode="r+")
+    before = offsets.copy()
+    offsets[at] = {"same as before": before[at - 1], "as after": before[(at + 1) % 9]}.get(wrong, wrong)
+    if offsets[at] == before[at]:
+        return
+    refused = []
+    for (function, *arguments), known in zip(lookups, good, strict=True):
+        try:
+            assert found(function(*arguments)) == known
+        except DataError as error:
+            refused.append(error.where)
+    assert 3 <= len(refused) < len(lookups)
+    assert {f"{shard.file('offsets')}, document {i}" for i in (at - 1, at)} >= set(refused)
+
+
+def found(what):
+    """Of a lookup, to be compared."""
+    return list(what) if isinstance(what, range) else [np.asarray(part).tolist() for part in what]
 
 
 def test_a_file_of_another_shape_is_named_when_it_is_read(split):

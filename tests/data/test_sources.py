@@ -64,6 +64,15 @@ def test_what_is_compressed_reads_the_same(tmp_path, ending, copies):
     assert read(tmp_path / f"b.md{ending}") == [[(0, "abc\r\n", "")]]
 
 
+@pytest.mark.parametrize("name", ["a.ndjson", "a.JSONL", "a.JSONL.GZ", "a.NDJson.zst"])
+def test_lines_are_known_by_any_of_their_names(tmp_path, name):
+    content = b'{"text": "a"}\n{"text": "b"}\n'
+    (tmp_path / name).write_bytes(pack(content, f".{name.lower().split('.')[-1]}"))
+    parts = read(tmp_path / name, 14)
+    assert [record.text for part in parts for record in part] == ["a", "b"]
+    assert len(parts) == (2 if name in ("a.ndjson", "a.JSONL") else 1)  # what is compressed is not cut
+
+
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 def test_what_is_cut_off_or_not_compressed_is_a_problem(tmp_path, ending):
     whole = pack(b"".join(b'{"text": "%d"}\n' % (i**9) for i in range(30_000)), ending)
@@ -100,6 +109,18 @@ def test_rows_of_parquet_are_read_by_group(tmp_path):
     assert read(tmp_path / "b.parquet", field="body") == [[(1, "é", "")]]
 
 
+def test_text_is_the_same_in_a_row_and_in_a_line(tmp_path):
+    texts = ["\ufeffabc", "abc", "a\0b", "\ufeff", "\0"]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}, ensure_ascii=i % 2 > 0) + "\n" for i, text in enumerate(texts)))
+    [rows], [lines] = read(tmp_path / "a.parquet"), read(tmp_path / "a.jsonl")
+    assert rows == lines
+    assert [record.text for record in rows] == texts
+    broken = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, *pyarrow.array([b"caf\xe9"]).buffers()[1:]])
+    parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "b.parquet")
+    assert read(tmp_path / "b.parquet") == [[(1, None, "not UTF-8 text")]]
+
+
 def test_a_parquet_file_without_the_column_is_named(tmp_path):
     parquet.write_table(pyarrow.table({"texts": ["a"], "n": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="no column 'text'") as error:
@@ -123,10 +144,11 @@ def test_a_file_that_grew_is_refused(tmp_path):
 
 
 def test_a_folder_gives_what_can_be_read_in_order_and_a_glob_what_matches(tmp_path):
-    for name in ("b/a.txt", "a.md", "b.jsonl.gz", "c.parquet", "d.txt.zst", "e.py", "f.json", "g.txt.bz2"):
+    for name in ("b/a.txt", "a.md", "b.jsonl.gz", "c.parquet", "d.txt.zst", "e.py", "f.json", "g.txt.bz2", "h.NDJSON.GZ", "i.TXT"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert [source.name for source in find(str(tmp_path), "input")] == ["a.md", "b/a.txt", "b.jsonl.gz", "c.parquet", "d.txt.zst"]
+    known = ["a.md", "b/a.txt", "b.jsonl.gz", "c.parquet", "d.txt.zst", "h.NDJSON.GZ", "i.TXT"]
+    assert [source.name for source in find(str(tmp_path), "input")] == known
     assert [source.name for source in find(f"{tmp_path}/**/*.[pt]*", "input")] == ["b/a.txt", "c.parquet", "d.txt.zst", "e.py", "g.txt.bz2"]
     with pytest.raises(DataError, match="nothing matches") as error:
         find(f"{tmp_path}/*.none", "input")
