@@ -172,15 +172,18 @@ def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[R
     groups = registration.same_data or (registration.arms,)
     in_order = (sorted(contrast, key=registration.arms.index) for contrast in registration.all_contrasts().values())
     compared = dict.fromkeys(pair for arms in in_order for pair in itertools.combinations(arms, 2))
-    by_seed: dict[int, dict[str, Run]] = {}
+    by_seed: dict[tuple[int, float], dict[str, Run]] = {}
     alike: dict[tuple[str, float], list[Run]] = {}
     for run in runs:
         yield from ((run, why) for why in outdated(run, registration))
         left = run.study.get("residual")
         if left is not None and abs(left) > 0.001:
             yield run, f"not matched: {left:+.2%} of the reference's {run.settings['study']['match']}"
-        alike.setdefault((run.arm, run.peak if run.settings["study"]["stage"] == "tune" else 0.0), []).append(run)
-        by_seed.setdefault(run.seed, {})[run.arm] = run
+        rate = run.peak if run.settings["study"]["stage"] == "tune" else 0.0
+        alike.setdefault((run.arm, rate), []).append(run)
+        first = by_seed.setdefault((run.seed, rate), {}).setdefault(run.arm, run)
+        if first is not run:
+            yield run, f"{named([run])} has a record already: {first.path}"
     for group in alike.values():
         yield from _odd(group)
     for arms in by_seed.values():

@@ -85,6 +85,19 @@ def test_runs_that_nobody_registered_count_for_nothing_and_are_named(experiment)
         the()
 
 
+@pytest.mark.parametrize("loss", [3.0, 4.0])
+def test_of_two_records_of_a_run_neither_is_chosen(loss, experiment):
+    folder, add = experiment
+    other = add("worse", 3, loss)
+    other = other.rename(other.with_name("zz.jsonl.gz"))
+    path = add("worse", 3, 3.0)
+    with pytest.raises(DataError) as found:
+        the()
+    told, there = (str(each.relative_to(pathlib.Path.cwd())) for each in (other, path))
+    assert f"{told}: worse (seed 3) has a record already: {there}" in str(found.value)
+    assert not list(folder.glob("report*"))
+
+
 def test_diverged_runs_count_and_no_size_is_made_up_for_them(experiment):
     _, add = experiment
     add("same", 0, 3.0, steps=60)  # it ended before its time, and so counts as worse than any other
@@ -303,6 +316,15 @@ def test_tuning_finds_the_rate_of_each_arm(experiment):
     add("base", 10, 1.0, stage="tune", peak=0.008)  # at a rate, of a seed and an arm that nobody registered
     add("base", 12, 1.0, stage="tune", peak=0.001)
     add("noisy", 10, 1.0, stage="tune", peak=0.001)
+    path = add("worse", 10, 4.0, stage="tune", peak=0.001, ledger=8.0)
+    with pytest.raises(DataError, match="saw other data than base of seed 10"):
+        the("stage=tune")
+    add("worse", 10, 4.03, stage="tune", peak=0.001)
+    again = path.with_name("zz.jsonl.gz")
+    again.write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match=rf"worse at 0\.001 \(seed 10\) has a record already: .*/{path.name}"):
+        the("stage=tune")
+    again.unlink()
     words = the("stage=tune").words
     assert yaml.safe_load((folder / "tuned.yaml").read_text()) == {"1m": {"base": 0.002, "worse": 0.004}}
     assert "worse, 0.004, is the highest registered" in words
