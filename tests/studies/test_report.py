@@ -154,7 +154,10 @@ def test_without_controls_nothing_is_claimed_of_them(experiment):
         ({"registration": "0000"}, "another registration"),
         ({"tensors": "float32[4] cc"}, "began with other values than base of seed 3: embed"),
         ({"ledger": 8.0}, "saw other data than base of seed 3"),
+        ({"ledger": None}, "no data/ledger says whether it saw the data of base of seed 3"),
         ({"residual": 0.02}, "not matched: +2.00% of the reference's parameters"),
+        ({"residual": float("nan")}, "not matched: +nan% of the reference's parameters"),
+        ({"residual": None}, "what is left of the reference's parameters was not recorded"),
         ({"settings": {"model": {"dims": {"mlp": 9, "kv_heads": 2}}}}, "other settings than"),
         ({"settings": {"schedule": {"peak": 0.5}}}, "schedule.peak: 0.002 -> 0.5"),
     ],
@@ -166,6 +169,32 @@ def test_runs_that_do_not_belong_together_are_refused(options, said, experiment)
         the()
     assert said in str(found.value)
     assert str(path.relative_to(pathlib.Path.cwd())) in str(found.value)
+
+
+@pytest.mark.parametrize(("arm", "match", "refused"), [("worse", "none", True), ("base", "flops", True), ("less", "none", False)])
+def test_arms_of_a_contrast_are_matched_alike_and_a_control_may_be_of_another_size(arm, match, refused, experiment):
+    _, add = experiment
+    for seed in range(8):
+        add(arm, seed, 3.0 + seed / 10, match=match, residual=None if match == "none" else 0.0)
+    said = rf"worse/.*: study\.match is {'none' if arm == 'worse' else 'parameters'}, and "
+    with pytest.raises(DataError, match=said) if refused else contextlib.nullcontext():
+        the()
+
+
+def test_runs_without_a_ledger_are_told_from_those_logged_at_other_steps(experiment):
+    """Which run of a group comes first does not matter, and of data that no run recorded nothing is said."""
+    _, add = experiment
+    path = add("base", 3, 3.0, ledger=None)
+    with pytest.raises(DataError, match=rf"base/{path.name}: no data/ledger says whether it saw the data of worse of seed 3") as found:
+        the()
+    assert str(found.value).count("data/ledger") == 1
+    for arm in ("worse", "same", "noisy", "less"):
+        add(arm, 3, 3.0, ledger=None)
+    the()
+    for arm in ("base", "same", "noisy", "less"):
+        add(arm, 3, 3.0)
+    add("worse", 3, 3.0, ledger=8.0, logged=40)
+    the()
 
 
 @pytest.mark.parametrize(
