@@ -19,7 +19,9 @@ from llama_eqx.processes import on_host
 
 
 class Speculation(NamedTuple):
-    """What was generated, and how many tokens came of one reading of the large model."""
+    """What was generated, and how many tokens of the longest row came of one reading of the large model, but for the first, which the
+    prompt gives.
+    """
 
     generation: Generation
     tokens_per_round: float
@@ -57,7 +59,7 @@ def generate_speculatively(
     cut = lambda array: [row[:length].tolist() for row, length in zip(array, state.lengths, strict=True)]  # noqa: E731
     tokens = cut(state.new)
     new = Generation(tokens=tokens, logprobs=cut(state.logprobs), top=[[[]] * len(row) for row in tokens])
-    return Speculation(new, (int(state.t) - 1) / max(int(state.rounds), 1))
+    return Speculation(new, (int(state.lengths.max()) - 1) / max(int(state.rounds), 1))
 
 
 class Drafts(eqx.Module):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from llama_eqx.config import differences, known_to_both
 from llama_eqx.errors import DataError
-from llama_eqx.studies.registration import Registration, folder, tuned
+from llama_eqx.studies.registration import Contrast, Registration, folder, tuned
 from llama_eqx.tracking.jsonl import read_metrics
 
 LEDGER = "data/ledger"
@@ -170,28 +170,49 @@ def complete(runs: Sequence[Run], registration: Registration) -> None:
 
 def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[Run, str]]:
     groups = registration.same_data or (registration.arms,)
-    in_order = (sorted(contrast, key=registration.arms.index) for contrast in registration.all_contrasts().values())
-    compared = dict.fromkeys(pair for arms in in_order for pair in itertools.combinations(arms, 2))
-    by_seed: dict[int, dict[str, Run]] = {}
+    compared = _pairs(registration.all_contrasts(), registration)
+    alike_in_size = _pairs(registration.contrasts, registration)  # a control may be a handicap in size
+    by_seed: dict[tuple[int, float], dict[str, Run]] = {}
     alike: dict[tuple[str, float], list[Run]] = {}
     for run in runs:
         yield from ((run, why) for why in outdated(run, registration))
-        left = run.study.get("residual")
-        if left is not None and abs(left) > 0.001:
-            yield run, f"not matched: {left:+.2%} of the reference's {run.settings['study']['match']}"
-        alike.setdefault((run.arm, run.peak if run.settings["study"]["stage"] == "tune" else 0.0), []).append(run)
-        by_seed.setdefault(run.seed, {})[run.arm] = run
+        left, match = run.study.get("residual"), _match(run)
+        if left is None and match != "none":
+            yield run, f"not known to be matched: what is left of the reference's {match} was not recorded"
+        elif left is not None and not abs(left) <= 0.001:  # NaN too
+            yield run, f"not matched: {left:+.2%} of the reference's {match}"
+        rate = run.peak if run.settings["study"]["stage"] == "tune" else 0.0
+        alike.setdefault((run.arm, rate), []).append(run)
+        first = by_seed.setdefault((run.seed, rate), {}).setdefault(run.arm, run)
+        if first is not run:
+            yield run, f"{named([run])} has a record already: {first.path}"
     for group in alike.values():
         yield from _odd(group)
     for arms in by_seed.values():
         for a, b in compared:
             if a in arms and b in arms and (wrong := _other_values(arms[a], arms[b])):
                 yield arms[b], f"began with other values than {a} of seed {arms[a].seed}: {', '.join(wrong)}"
+        for a, b in alike_in_size:
+            if a in arms and b in arms and _match(arms[a]) != _match(arms[b]):
+                yield arms[b], f"study.match is {_match(arms[b])}, and {_match(arms[a])} for {a} of seed {arms[a].seed}"
         for group in groups:
             together = [arms[arm] for arm in group if arm in arms]
-            for run in together[1:]:
-                if wrong := _other_data(together[0], run):
-                    yield run, f"saw other data than {together[0].arm} of seed {run.seed}, from step {wrong[0]} on or before"
+            recorded = [run for run in together if run.series(LEDGER)[0]]
+            for first, run in itertools.product(recorded[:1], together):
+                if not run.series(LEDGER)[0]:
+                    yield run, f"no {LEDGER} says whether it saw the data of {first.arm} of seed {run.seed}"
+                elif wrong := _other_data(first, run):
+                    yield run, f"saw other data than {first.arm} of seed {run.seed}, from step {wrong[0]} on or before"
+
+
+def _pairs(contrasts: Mapping[str, Contrast], registration: Registration) -> list[tuple[str, str]]:
+    """Arms that are in one contrast, each pair once and in the order of the registration."""
+    in_order = (sorted(contrast, key=registration.arms.index) for contrast in contrasts.values())
+    return [*dict.fromkeys(pair for arms in in_order for pair in itertools.combinations(arms, 2))]
+
+
+def _match(run: Run) -> str:
+    return run.settings["study"]["match"]
 
 
 def _odd(runs: Sequence[Run]) -> Iterator[tuple[Run, str]]:

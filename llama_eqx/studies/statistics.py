@@ -35,12 +35,13 @@ def sign_flip_p(differences: Differences) -> float:
     "The Design of Experiments", section 21). With n differences it is never below 2^(1-n).
     """
     d = np.asarray(differences, float)
+    least = abs(d.sum()) - 1e-12 * np.abs(d).sum()  # sums that are equal but for rounding, which goes by the terms, count
     if len(d) <= EXACT:
         signs = np.array(list(itertools.product((1, -1), repeat=len(d) - 1))).reshape(-1, len(d) - 1)
         sums = np.abs(d[0] + signs @ d[1:])  # the other half mirrors these
-        return float((sums >= abs(d.sum()) * (1 - 1e-12)).mean())
+        return float((sums >= least).mean())
     signs = np.random.default_rng(0).choice((1, -1), (SAMPLED, len(d)))
-    beyond = int((np.abs(signs @ d) >= abs(d.sum()) * (1 - 1e-12)).sum())
+    beyond = int((np.abs(signs @ d) >= least).sum())
     return (beyond + 1) / (SAMPLED + 1)
 
 

@@ -1,5 +1,7 @@
 """Speculative decoding: the tokens of the large model when greedy, and its distribution when not."""
 
+import math
+
 import equinox as eqx
 import jax
 import numpy as np
@@ -46,6 +48,14 @@ def test_a_draft_by_the_model_itself_is_kept(model):
     ours = generate_speculatively(model, for_decoding(model), PROMPTS[:1], 57, drafted=3)
     assert ours.generation.tokens == long.tokens
     assert ours.tokens_per_round == 4
+    assert generate_speculatively(model, model, PROMPTS[:1], 3, drafted=3).tokens_per_round == 2  # of four, what was asked for
+    stop = [long.tokens[0][4]]
+    for prompts in (PROMPTS[:1], PROMPTS[:2]):
+        rows = generate_tokens(model, prompts, NEW, stop=stop).tokens
+        ours = generate_speculatively(model, model, prompts, NEW, drafted=5, stop=stop)
+        longest = max(map(len, rows)) - 1  # up to where it stops
+        assert (ours.generation.tokens, ours.tokens_per_round) == (rows, longest / math.ceil(longest / 6))
+    assert len({*map(len, rows)}) == 2
 
 
 def test_the_distribution_is_that_of_the_model(model):

@@ -367,7 +367,7 @@ def test_a_draft_and_beams(folders, monkeypatch, capsys):
     arguments = [f"checkpoint={folder}", "prompt=The fox", "max_new_tokens=12", "temperature=0"]
     plain = printed(monkeypatch, capsys, *arguments)
     drafted = printed(monkeypatch, capsys, *arguments, f"draft={folder}", "drafted=2", said=(notes := []))
-    assert (drafted, notes) == (plain, ["3.00 tokens of each reading of the model, with 2 drafted"])
+    assert (drafted, notes) == (plain, ["2.75 tokens of each reading of the model, with 2 drafted"])
     assert printed(monkeypatch, capsys, *arguments, "beams=1") == plain
     best, second = lines(printed(monkeypatch, capsys, *arguments, "beams=3", "samples=2"))
     assert best["score"] > second["score"]

@@ -32,14 +32,29 @@ EFFECTS = {"base": (0, 0), "worse": (0.05, 0.004), "same": (0, 0.004), "noisy": 
 
 
 def run_of(
-    arm, seed, loss, *, stage="final", peak=0.002, registration, tensors="float32[4] aa", ledger=7.0, residual=None, steps=100, settings=()
+    arm,
+    seed,
+    loss,
+    *,
+    stage="final",
+    peak=0.002,
+    registration,
+    tensors="float32[4] aa",
+    ledger=7.0,
+    match="parameters",
+    residual=0.0,
+    logged=50,
+    steps=100,
+    settings=(),
 ):
-    study = {"question": "known", "arm": arm, "stage": stage, "rung": "1m", "registration": registration, "match": "parameters"}
+    study = {"question": "known", "arm": arm, "stage": stage, "rung": "1m", "registration": registration, "match": match}
     dims = {"mlp": 8, "kv_heads": 2}
     config = {"seed": seed, "study": study, "schedule": {"peak": peak}, "train": {"steps": 100}, "model": {"dims": dims}, **dict(settings)}
     record = {"tensors": {"embed": tensors, "blocks.feed_forward.up_proj": "float32[4,8] bb"}, "parameters": 1000, "flops_per_token": 6000}
     record |= {"position_codes": 128, "residual": residual}
-    metrics = [{"step": 50, "train/loss": loss + 1, "data/ledger": ledger, "perf/tokens_per_second": 9.0, "optim/grad_norm": 1.0}]
+    metrics = [{"step": logged, "train/loss": loss + 1, "data/ledger": ledger, "perf/tokens_per_second": 9.0, "optim/grad_norm": 1.0}]
+    if ledger is None:
+        del metrics[0]["data/ledger"]
     metrics += [{"step": steps, "val/loss": loss, "val/bits_per_byte": loss / 2, "val/loss_at_1": loss, "val/loss_at_64": loss - 1}]
     origin = {"step": 0, "commit": "0123456789abcdef" + "-dirty" * (seed > 4), "versions": {"python": "3.11.7", "jax": "0.10.2"}}
     origin["code"] = {"llama_eqx": "c2" if seed > 4 else "c1"}

@@ -85,6 +85,19 @@ def test_runs_that_nobody_registered_count_for_nothing_and_are_named(experiment)
         the()
 
 
+@pytest.mark.parametrize("loss", [3.0, 4.0])
+def test_of_two_records_of_a_run_neither_is_chosen(loss, experiment):
+    folder, add = experiment
+    other = add("worse", 3, loss)
+    other = other.rename(other.with_name("zz.jsonl.gz"))
+    path = add("worse", 3, 3.0)
+    with pytest.raises(DataError) as found:
+        the()
+    told, there = (str(each.relative_to(pathlib.Path.cwd())) for each in (other, path))
+    assert f"{told}: worse (seed 3) has a record already: {there}" in str(found.value)
+    assert not list(folder.glob("report*"))
+
+
 def test_diverged_runs_count_and_no_size_is_made_up_for_them(experiment):
     _, add = experiment
     add("same", 0, 3.0, steps=60)  # it ended before its time, and so counts as worse than any other
@@ -141,7 +154,10 @@ def test_without_controls_nothing_is_claimed_of_them(experiment):
         ({"registration": "0000"}, "another registration"),
         ({"tensors": "float32[4] cc"}, "began with other values than base of seed 3: embed"),
         ({"ledger": 8.0}, "saw other data than base of seed 3"),
+        ({"ledger": None}, "no data/ledger says whether it saw the data of base of seed 3"),
         ({"residual": 0.02}, "not matched: +2.00% of the reference's parameters"),
+        ({"residual": float("nan")}, "not matched: +nan% of the reference's parameters"),
+        ({"residual": None}, "what is left of the reference's parameters was not recorded"),
         ({"settings": {"model": {"dims": {"mlp": 9, "kv_heads": 2}}}}, "other settings than"),
         ({"settings": {"schedule": {"peak": 0.5}}}, "schedule.peak: 0.002 -> 0.5"),
     ],
@@ -153,6 +169,32 @@ def test_runs_that_do_not_belong_together_are_refused(options, said, experiment)
         the()
     assert said in str(found.value)
     assert str(path.relative_to(pathlib.Path.cwd())) in str(found.value)
+
+
+@pytest.mark.parametrize(("arm", "match", "refused"), [("worse", "none", True), ("base", "flops", True), ("less", "none", False)])
+def test_arms_of_a_contrast_are_matched_alike_and_a_control_may_be_of_another_size(arm, match, refused, experiment):
+    _, add = experiment
+    for seed in range(8):
+        add(arm, seed, 3.0 + seed / 10, match=match, residual=None if match == "none" else 0.0)
+    said = rf"worse/.*: study\.match is {'none' if arm == 'worse' else 'parameters'}, and "
+    with pytest.raises(DataError, match=said) if refused else contextlib.nullcontext():
+        the()
+
+
+def test_runs_without_a_ledger_are_told_from_those_logged_at_other_steps(experiment):
+    """Which run of a group comes first does not matter, and of data that no run recorded nothing is said."""
+    _, add = experiment
+    path = add("base", 3, 3.0, ledger=None)
+    with pytest.raises(DataError, match=rf"base/{path.name}: no data/ledger says whether it saw the data of worse of seed 3") as found:
+        the()
+    assert str(found.value).count("data/ledger") == 1
+    for arm in ("worse", "same", "noisy", "less"):
+        add(arm, 3, 3.0, ledger=None)
+    the()
+    for arm in ("base", "same", "noisy", "less"):
+        add(arm, 3, 3.0)
+    add("worse", 3, 3.0, ledger=8.0, logged=40)
+    the()
 
 
 @pytest.mark.parametrize(
@@ -303,6 +345,15 @@ def test_tuning_finds_the_rate_of_each_arm(experiment):
     add("base", 10, 1.0, stage="tune", peak=0.008)  # at a rate, of a seed and an arm that nobody registered
     add("base", 12, 1.0, stage="tune", peak=0.001)
     add("noisy", 10, 1.0, stage="tune", peak=0.001)
+    path = add("worse", 10, 4.0, stage="tune", peak=0.001, ledger=8.0)
+    with pytest.raises(DataError, match="saw other data than base of seed 10"):
+        the("stage=tune")
+    add("worse", 10, 4.03, stage="tune", peak=0.001)
+    again = path.with_name("zz.jsonl.gz")
+    again.write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match=rf"worse at 0\.001 \(seed 10\) has a record already: .*/{path.name}"):
+        the("stage=tune")
+    again.unlink()
     words = the("stage=tune").words
     assert yaml.safe_load((folder / "tuned.yaml").read_text()) == {"1m": {"base": 0.002, "worse": 0.004}}
     assert "worse, 0.004, is the highest registered" in words

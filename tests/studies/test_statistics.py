@@ -1,5 +1,7 @@
 """Against scipy, and against examples that were published with their numbers."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -36,6 +38,21 @@ def test_against_scipy(n):
     assert equivalence_p(d, 0.8) == pytest.approx(max(side.pvalue for side in sides))
 
 
+@pytest.mark.parametrize(
+    "tenths",
+    [
+        [1, 2, -3],
+        [1] * 3 + [-1] * 3,
+        [10**6, 1, -2, 4],  # no two sums are equal
+        *np.random.default_rng(0).integers(-9, 10, (5, 8)).tolist(),
+    ],
+)
+def test_signs_with_equal_sums_are_counted_as_in_integers(tenths):
+    sums = [abs(sum(sign * d for sign, d in zip(signs, tenths, strict=True))) for signs in itertools.product((1, -1), repeat=len(tenths))]
+    exact = sum(each >= abs(sum(tenths)) for each in sums) / len(sums)
+    assert sign_flip_p([d / 10 for d in tenths]) == exact
+
+
 def test_the_sign_test_takes_what_is_infinite():
     d = [0.3, np.inf, 0.1, 2.0, -0.01, 5.0, np.inf, 0.2, 0.0, np.nan]  # seven above, one below, two neither
     assert sign_p(d) == sign_p(np.negative(d)) == pytest.approx(stats.binomtest(7, 8).pvalue)
@@ -46,6 +63,7 @@ def test_many_differences_are_sampled():
     d = np.random.default_rng(0).normal(0.2, 1, 40)
     assert sign_flip_p(d) == pytest.approx(stats.ttest_1samp(d, 0).pvalue, rel=0.1)
     assert sign_flip_p(np.ones(40)) == pytest.approx(1e-5, rel=0.01)
+    assert sign_flip_p([0.1, 0.2, -0.3] * 10) == 1
 
 
 def test_equivalence_is_the_shorter_interval_within_the_margin():
