@@ -195,7 +195,7 @@ def _copies(shards: list[Shard], kv_heads: int | None) -> int:
         groups = [shards[i : i + copies] for i in range(0, len(shards), copies)]
         return all(np.array_equal(group[0][name], other[name]) for name in names for group in groups for other in group[1:])
 
-    return next((copies for copies in (8, 4, 2) if len(shards) % copies == 0 and equal(copies)), 1)
+    return next((copies for copies in range(len(shards), 1, -1) if len(shards) % copies == 0 and equal(copies)), 1)
 
 
 def _tensors(config: LlamaConfig, shards: list[Shard], embed_axis: str, copies: int, where: str) -> dict[Key, Tensor]:

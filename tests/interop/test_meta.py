@@ -282,6 +282,16 @@ def test_special_ids_are_those_that_are_said_of_generation(tmp_path):
         assert (weights.config.tokens.eos, "generation_config.json" in weights.files) == ((2,), False)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_however_many_copies_of_a_head_are_recognised(tmp_path, kv_heads):
+    sizes = {"vocab": 48, "layers": 1, "embed": 96, "heads": 12, "kv_heads": kv_heads, "head_dim": 8, "mlp": 48}
+    model = build(load_config("model=llama2_70b", *(f"model.dims.{axis}={size}" for axis, size in sizes.items())).model)
+    save_pretrained(model, tmp_path / "meta", format="meta", shards=12)
+    assert json.loads((tmp_path / "meta" / "params.json").read_text())["n_kv_heads"] == 12
+    for x, y in zip(*map(jax.tree.leaves, (load_pretrained(tmp_path / "meta"), model)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_copies_of_a_head_that_differ(tmp_path):
     theirs(tmp_path / "meta", "llama3", 16)
     file = tmp_path / "meta" / "consolidated.05.pth"
