@@ -31,7 +31,7 @@ def read_meta(folder: pathlib.Path) -> Weights:
     """The Llama in a folder of Meta's, in one file or several. Tensors are mapped, not read.
 
     Files are unpickled with `weights_only=True`, which calls nothing that they name. Key and value heads that stand in several files, as
-    in the 405B's sixteen, are recognised by being equal.
+    in the 405B's sixteen, are recognised by being equal, and so is a tied table.
 
     Raises `CheckpointError` when the folder is not a complete Llama that this package can express; differences are all listed.
     """
@@ -52,7 +52,8 @@ def read_meta(folder: pathlib.Path) -> Weights:
     embed_axis = "vocab" if _rows_are_split(shards, config.dims.embed) else "embed"
     tensors = _tensors(config, shards, embed_axis, copies, where=str(folder))
     if _is_tied(tensors):
-        tensors.pop(("lm_head", None), None)
+        if tensors.pop(("lm_head", None), None) is not None:
+            notes.append(f"{HEAD} equals {EMBED}, so one tied table is taken")
         config = dataclasses.replace(config, tied=True)
     rotary, said = rotary_from_meta(params, config)
     return Weights(dataclasses.replace(config, rotary=rotary), tensors, files, (*unread, *notes, *said))

@@ -192,6 +192,7 @@ def test_what_is_read_computes_the_same_and_returns_byte_for_byte(tmp_path, gene
     weights = open_pretrained(tmp_path / "meta")
     assert weights.config.dims.kv_heads == GENERATIONS[generation]["kv_heads"]
     assert weights.config.tied is (generation == "llama3_2")
+    assert any("one tied table is taken" in note for note in weights.notes) is weights.config.tied
     assert_agrees(cast(load_pretrained(tmp_path / "meta"), "float32"), tmp_path / "meta")
     convert(ConvertConfig(from_=str(tmp_path / "meta"), to=str(tmp_path / "hf"), format="hf", dtype=None, shards=None))
     if generation.startswith("llama3"):  # in such small sizes nothing else tells
