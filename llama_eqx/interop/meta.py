@@ -251,7 +251,7 @@ def _joined(parts: list[list[np.ndarray]], axis: int, name: str) -> Tensor:
                 raise CheckpointError(f"{name} stands in several files, and they do not agree", where=f"head {i}")
         return found[0] if len(found) == 1 else np.concatenate(found, axis)
 
-    return Tensor(shape, first.dtype, read)
+    return Tensor(shape, np.dtype(jnp.result_type(*(part[0].dtype for part in parts))), read)
 
 
 def _mapped(tensor: Tensor, order: Callable[[np.ndarray], np.ndarray]) -> Tensor:

@@ -197,9 +197,9 @@ def rows_of(tensor: Tensor, inputs: int, dtype: np.dtype) -> Iterator[np.ndarray
 
 
 def parameter_tree(weights: Weights, dtype: np.dtype | None) -> dict[str, Any]:
-    """Shape and dtype of every parameter by name, layers stacked, as a manifest lists them."""
+    """Shape and dtype of every parameter by name, layers stacked, as a manifest lists them: a dtype that holds the values of all layers."""
     tree: dict[str, Any] = {}
     for (name, layer), tensor in weights.tensors.items():
-        layers = [] if layer is None else [layer + 1]
-        tree[name] = jax.ShapeDtypeStruct((*layers, *tensor.shape), tensor.dtype if dtype is None else dtype)
+        layers, kind = [] if layer is None else [layer + 1], tensor.dtype if dtype is None else dtype
+        tree[name] = jax.ShapeDtypeStruct((*layers, *tensor.shape), jnp.promote_types(kind, tree[name].dtype) if name in tree else kind)
     return tree

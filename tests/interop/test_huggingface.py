@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from llama_eqx.dims import Dims
 from llama_eqx.errors import CheckpointError, StorageError
 from llama_eqx.interop import huggingface
-from llama_eqx.interop.conversion import save_pretrained
+from llama_eqx.interop.conversion import ConvertConfig, convert, save_pretrained
 from llama_eqx.interop.huggingface import config_from_huggingface, config_to_huggingface, huggingface_tensors
 from llama_eqx.interop.pretrained import load_pretrained
 from llama_eqx.interop.table import TABLE, from_torch, to_torch, torch_shape
@@ -107,14 +107,21 @@ def test_dtype_on_request(folder, dtype):
     assert_same(load_pretrained(folder, dtype), cast(build(SIZES), jnp.dtype(dtype).name))
 
 
-def test_layers_filed_in_two_dtypes(folder):
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_filed_in_two_dtypes(folder, tmp_path, layer):
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].astype(jnp.bfloat16)
+    up = f"model.layers.{layer}.mlp.up_proj.weight"
+    tensors[up] = tensors[up].astype(jnp.bfloat16)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(jnp.bfloat16)
     save_file(tensors, folder / "model.safetensors")
     model = load_pretrained(folder)
     assert model.blocks.feed_forward.up_proj.dtype == jnp.float32
     assert model.final_norm.weight.dtype == jnp.bfloat16
+    notes = convert(ConvertConfig(from_=str(folder), to=str(tmp_path / "native"), format="native", dtype=None, shards=None))
+    assert notes[0].endswith("in one that holds them all: blocks.feed_forward.up_proj in float32")
+    assert_same(load_pretrained(tmp_path / "native"), model)
+    notes = convert(ConvertConfig(from_=str(folder), to=str(tmp_path / "half"), format="native", dtype="float16", shards=None))
+    assert not any("holds them all" in note for note in notes)
 
 
 def test_table_has_every_parameter():

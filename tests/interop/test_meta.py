@@ -262,6 +262,17 @@ def test_all_differences_are_listed(tmp_path):
     ]
 
 
+def test_parts_of_a_tensor_in_two_dtypes(tmp_path):
+    theirs(tmp_path / "meta", "llama2", 2)
+    file, name = tmp_path / "meta" / "consolidated.01.pth", "layers.1.feed_forward.w1.weight"
+    part = torch.load(file, weights_only=True)
+    part[name] = part[name].float() + 1e-6
+    torch.save(part, file)
+    convert(ConvertConfig(from_=str(tmp_path / "meta"), to=str(tmp_path / "again"), format="meta", dtype=None, shards=1))
+    (_, (whole,)) = read(tmp_path / "again")
+    assert torch.equal(whole[name][256:], part[name])
+
+
 def test_special_ids_are_those_that_are_said_of_generation(tmp_path):
     theirs(tmp_path / "meta", "llama2", 2)
     file = tmp_path / "meta" / "generation_config.json"
