@@ -14,7 +14,7 @@ from llama_eqx.dims import Dims
 from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.interop.files import carried, inside, mistaken, read_json, refuse_code, write_json
 from llama_eqx.interop.table import TABLE, from_torch, to_torch, torch_shape
-from llama_eqx.interop.weights import Key, Tensor, Weights, compare, of_model, pieces, rows_of, tensor_shapes
+from llama_eqx.interop.weights import Key, Tensor, Weights, compare, of_model, pieces, require_tensors, rows_of, tensor_shapes
 from llama_eqx.model.attention import GroupedQueryAttentionConfig
 from llama_eqx.model.block import PreNormBlockConfig
 from llama_eqx.model.feed_forward import GatedFeedForwardConfig
@@ -43,6 +43,7 @@ def read_huggingface(folder: pathlib.Path) -> Weights:
     found = {name: tensor for tensors in filed.values() for name, tensor in tensors.items()}
     if twice := [name for name in found if sum(name in tensors for tensors in filed.values()) > 1]:
         raise CheckpointError("\n".join(f"in more than one file: {name}" for name in twice), where=str(folder))
+    require_tensors(config, len(found), where=str(folder))
     shapes = tensor_shapes(config)
     names = {key: TABLE[key[0]].huggingface.format(layer=key[1]) for key in shapes}
     expected = {names[key]: torch_shape(shape, TABLE[key[0]].inputs) for key, shape in shapes.items()}
@@ -166,7 +167,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
     for key in ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
         if key not in config:
             wrong.append(f"{key} is missing")
-        elif type(config[key]) is not int or config[key] < 1:
+        elif not is_size(config[key]):
             wrong.append(f"{key} is {config[key]!r}, wanted a size")
     for key, value in {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
         if (found := config.get(key, None if key == "model_type" else value)) != value:
@@ -204,6 +205,11 @@ def config_from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
         )
     except ConfigError as error:
         raise CheckpointError(f"{error.where}: {error.what}", where="config.json") from None
+
+
+def is_size(value: object) -> bool:
+    """Whether a value of JSON can be the size of an axis."""
+    return type(value) is int and 0 < value < 2**31
 
 
 def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:

@@ -173,6 +173,12 @@ def test_all_differences_are_listed(folder):
     ]
 
 
+def test_of_layers_beyond_all_sense_the_tensors_are_not_listed(folder):
+    change_config(folder, num_hidden_layers=1000)
+    with pytest.raises(CheckpointError, match=r"^error: the settings ask for 1,000 layers, and there are \d+ tensors\nwhere"):
+        load_pretrained(folder)
+
+
 def test_integer_weights_are_refused(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
@@ -316,6 +322,7 @@ def test_config_round_trip(config):
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"vocab_size": None}, "vocab_size"),
         ({"hidden_size": "32"}, "hidden_size"),
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers is 2147483648, wanted a size"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"num_key_value_heads": 3}, "kv_heads"),
         ({"rms_norm_eps": "1e-5"}, "eps"),

@@ -273,6 +273,15 @@ def test_parts_of_a_tensor_in_two_dtypes(tmp_path):
     assert torch.equal(whole[name][256:], part[name])
 
 
+def test_a_table_with_more_rows_than_are_said(tmp_path):
+    theirs(tmp_path / "meta", "llama2", 2)
+    for said, notes in ((60, 1), (64, 0), (None, 0), (-1, 0)):
+        params(tmp_path / "meta", vocab_size=said)
+        weights = open_pretrained(tmp_path / "meta")
+        assert weights.config.dims.vocab == 64
+        assert len([note for note in weights.notes if "says vocab_size=60, and the table of embeddings has 64 rows" in note]) == notes
+
+
 def test_special_ids_are_those_that_are_said_of_generation(tmp_path):
     theirs(tmp_path / "meta", "llama2", 2)
     file = tmp_path / "meta" / "generation_config.json"
@@ -324,6 +333,13 @@ def test_copies_of_a_head_that_differ(tmp_path):
         (lambda folder: (folder / "params.json").write_text("{}"), "dim is missing[\\s\\S]*norm_eps is missing"),
         (lambda folder: (folder / "params.json").write_text("<html>"), "a web page"),
         (lambda folder: params(folder, n_heads="many"), "n_heads is 'many', wanted a size"),
+        (
+            lambda folder: params(folder, dim=None, n_heads=None, n_layers=2**31),
+            "dim is None, .*\\s+n_layers is 2147.*\\s+n_heads is None, ",
+        ),
+        (lambda folder: params(folder, n_layers=1000), "^error: the settings ask for 1,000 layers, and there are 22 tensors\nwhere"),
+        (lambda folder: params(folder, vocab_size=65), "vocab_size is 65, and the table of embeddings has 64 rows"),
+        (lambda folder: params(folder, vocab_size="64"), "vocab_size is '64', "),
         (lambda folder: params(folder, n_heads=48), "is not a multiple of n_heads"),
         (lambda folder: params(folder, n_kv_heads=5), "kv_heads"),
         (lambda folder: params(folder, quantization_args={"scheme": "int4"}), "quantization_args"),
