@@ -57,7 +57,7 @@ def read_huggingface(folder: pathlib.Path) -> Weights:
         one, inputs = found[names[key]], TABLE[key[0]].inputs
         return Tensor(shape, DTYPES[one.kind], lambda index: from_torch(one.map(), inputs, shape)[index])
 
-    return Weights(config, {key: tensor(key, shape) for key, shape in shapes.items()}, carried(folder), ())
+    return Weights(config, {key: tensor(key, shape) for key, shape in shapes.items()}, carried(folder), tuple(_strange_ids(config)))
 
 
 def write_huggingface(
@@ -273,6 +273,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a name stands there twice")
     return found
+
+
+def _strange_ids(config: LlamaConfig) -> Iterator[str]:
+    """What is to be said of special ids: models that were tuned by others do have padding outside of their tables, and -1 is none."""
+    tokens, vocab = config.tokens, config.dims.vocab or 0
+    for which, ids in {"bos": (tokens.bos,), "eos": tokens.eos, "pad": (tokens.pad,)}.items():
+        if strange := [i for i in ids if i is not None and not -1 <= i < vocab]:
+            yield f"{CONFIG}: {which}_token_id is {strange[0]}, outside of the vocabulary of {vocab}"
 
 
 def _counts(name: str, config: LlamaConfig) -> bool:

@@ -18,7 +18,7 @@ from llama_eqx.errors import CheckpointError, StorageError
 from llama_eqx.interop import huggingface
 from llama_eqx.interop.conversion import ConvertConfig, convert, save_pretrained
 from llama_eqx.interop.huggingface import config_from_huggingface, config_to_huggingface, huggingface_tensors
-from llama_eqx.interop.pretrained import load_pretrained
+from llama_eqx.interop.pretrained import load_pretrained, open_pretrained
 from llama_eqx.interop.table import TABLE, from_torch, to_torch, torch_shape
 from llama_eqx.model.block import PreNormBlockConfig
 from llama_eqx.model.feed_forward import GatedFeedForwardConfig, PlainFeedForwardConfig
@@ -177,6 +177,15 @@ def test_of_layers_beyond_all_sense_the_tensors_are_not_listed(folder):
     change_config(folder, num_hidden_layers=1000)
     with pytest.raises(CheckpointError, match=r"^error: the settings ask for 1,000 layers, and there are \d+ tensors\nwhere"):
         load_pretrained(folder)
+
+
+def test_special_ids_outside_of_the_vocabulary_are_noted(folder):
+    assert open_pretrained(folder).notes == ()
+    change_config(folder, bos_token_id=10**30, eos_token_id=[2, SIZES["vocab_size"]], pad_token_id=-1)
+    assert [note.partition(", outside")[0] for note in open_pretrained(folder).notes] == [
+        f"config.json: bos_token_id is {10**30}",
+        f"config.json: eos_token_id is {SIZES['vocab_size']}",
+    ]
 
 
 def test_integer_weights_are_refused(folder):
