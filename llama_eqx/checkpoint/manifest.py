@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from llama_eqx.checkpoint.store import MANIFEST, Place, checksums, content, put
 from llama_eqx.crash import crash_point
 from llama_eqx.errors import CheckpointError, StorageError
+from llama_eqx.writer import NO_LOCKS
 
 
 class Damage(NamedTuple):
@@ -35,23 +37,33 @@ class Damage(NamedTuple):
 def appearing(path: pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.Path]:
     """A folder to fill, which becomes `path` in one move when the block ends well; else nothing of it stays.
 
-    A process that is killed leaves `.NAME.unfinished` beside it, which the next attempt clears away.
+    A process that is killed leaves `.NAME.unfinished` and `.NAME.lock` beside it, which the next attempt clears away.
 
-    Raises `StorageError` when there is something at `path` (an empty folder is nothing) unless it may be replaced, or the disk fails.
+    Raises `StorageError` when there is something at `path` (an empty folder is nothing) unless it may be replaced, when another process
+    fills a folder for the same `path`, or the disk fails.
     """
     path = pathlib.Path(os.path.abspath(os.path.expanduser(path)))
     unfinished, old = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.old")
     try:
-        if os.path.lexists(path) and not replace and (not path.is_dir() or any(path.iterdir())):
-            raise StorageError("it exists already", where=str(path), kept="what is in it", next="name another folder, or remove this one")
-        for rest in (unfinished, old):
-            shutil.rmtree(rest, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        if replace and path.exists():
-            path.rename(old)
-        unfinished.replace(path)
-        sync(path.parent)
+        with contextlib.suppress(FileExistsError):
+            path.parent.mkdir(parents=True)
+        with _alone(path):
+            if os.path.lexists(path) and not replace and (not path.is_dir() or any(path.iterdir())):
+                raise StorageError(
+                    "it exists already", where=str(path), kept="what is in it", next="name another folder, or remove this one"
+                )
+            try:
+                for rest in (unfinished, old):
+                    shutil.rmtree(rest, ignore_errors=True)
+                unfinished.mkdir()
+                yield unfinished
+                if replace and path.exists():
+                    path.rename(old)
+                unfinished.replace(path)
+                sync(path.parent)
+            finally:
+                for rest in (unfinished, old):
+                    shutil.rmtree(rest, ignore_errors=True)
     except OSError as error:
         raise StorageError(
             f"it could not be saved: {error.strerror or error}",
@@ -59,9 +71,27 @@ def appearing(path: pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.
             kept="nothing of it",
             next="free some space or mend the permissions there, or name another folder",
         ) from error
-    finally:
-        for rest in (unfinished, old):
-            shutil.rmtree(rest, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path) -> Iterator[None]:
+    """As the only one who writes `path`, where the file system knows locks. The lock of a process that was killed is free."""
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(stream.fileno()).st_nlink == 0:  # its holder removed it after it was opened here: the next one has a new one
+                raise BlockingIOError
+        except BlockingIOError:
+            kept, advice = "what it has written", "wait until it has ended, or name another folder"
+            raise StorageError("another process is writing there", where=str(path), kept=kept, next=advice) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 class Digest:

@@ -17,7 +17,7 @@ from llama_eqx.errors import CheckpointError
 from llama_eqx.interop.files import inside, mistaken, refuse_code
 from llama_eqx.interop.huggingface import CONFIG, DTYPES, EMBED, HEAD, INDEX, SINGLE, Filed, config_from_huggingface, filed_tensors
 from llama_eqx.interop.table import TABLE, torch_shape
-from llama_eqx.interop.weights import tensor_axes, tensor_shapes
+from llama_eqx.interop.weights import require_tensors, tensor_axes, tensor_shapes
 from llama_eqx.model.llama import LlamaConfig
 
 CONFIG_KEYS = {
@@ -151,6 +151,10 @@ def _check_index(weight_map: Mapping[str, str], total: Any, files: Files) -> lis
 def _check_names(config: LlamaConfig, found: Mapping[str, tuple[str, Filed]]) -> list[Finding]:
     """Tensors that are missing, too many, of another shape or of a dtype that is not read. A wrong size is said once, by its key."""
     findings, sizes, expected = [], defaultdict(list), {}
+    try:
+        require_tensors(config, len(found), where=CONFIG)
+    except CheckpointError as error:
+        return [Finding("error", CONFIG, error.what, "mend num_hidden_layers")]
     axes = tensor_axes(config)
     for key, shape in tensor_shapes(config).items():
         inputs, name, *_ = TABLE[key[0]]

@@ -117,7 +117,7 @@ def _write(weights: Weights, folder: pathlib.Path, format: Format, dtype: np.dty
             case "meta":
                 notes = meta.write_meta(weights, folder, dtype, shards, bar.update)
             case "native":
-                _write_native(weights, folder, dtype, tree, bar.update)
+                notes = _write_native(weights, folder, dtype, tree, bar.update)
     _copy_files(weights, folder, format, notes)
     write_manifest(folder, tree, format=format)
     return notes
@@ -125,15 +125,18 @@ def _write(weights: Weights, folder: pathlib.Path, format: Format, dtype: np.dty
 
 def _write_native(
     weights: Weights, folder: pathlib.Path, dtype: np.dtype | None, tree: Mapping[str, Any], advance: Callable[[int], object]
-) -> None:
-    write = write_native(weights.config, folder, tree)
+) -> list[str]:
+    write, widened = write_native(weights.config, folder, tree), {}
     for (name, layer), tensor in weights.tensors.items():
-        kind = tensor.dtype if dtype is None else dtype
+        kind = tree[name].dtype  # of all layers, which are one array here
+        if dtype is None and tensor.dtype != kind:
+            widened[name] = f"{name} in {kind}"
         for index in pieces(tensor.shape, max(kind.itemsize, tensor.dtype.itemsize), axis=0):
             x = np.ascontiguousarray(tensor.read(index), kind)
             write(name, index if layer is None else (layer, *index), x)
             advance(x.nbytes)
             del x  # which may be a view of the tensor, and would hold it while the next one is fetched
+    return [f"layers of several dtypes are written in one that holds them all: {', '.join(widened.values())}"] if widened else []
 
 
 def _copy_files(weights: Weights, folder: pathlib.Path, format: Format, notes: list[str]) -> None:

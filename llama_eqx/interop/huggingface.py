@@ -14,7 +14,7 @@ from llama_eqx.dims import Dims
 from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.interop.files import carried, inside, mistaken, read_json, refuse_code, write_json
 from llama_eqx.interop.table import TABLE, from_torch, to_torch, torch_shape
-from llama_eqx.interop.weights import Key, Tensor, Weights, compare, of_model, pieces, rows_of, tensor_shapes
+from llama_eqx.interop.weights import Key, Tensor, Weights, compare, of_model, pieces, require_tensors, rows_of, tensor_shapes
 from llama_eqx.model.attention import GroupedQueryAttentionConfig
 from llama_eqx.model.block import PreNormBlockConfig
 from llama_eqx.model.feed_forward import GatedFeedForwardConfig
@@ -43,6 +43,7 @@ def read_huggingface(folder: pathlib.Path) -> Weights:
     found = {name: tensor for tensors in filed.values() for name, tensor in tensors.items()}
     if twice := [name for name in found if sum(name in tensors for tensors in filed.values()) > 1]:
         raise CheckpointError("\n".join(f"in more than one file: {name}" for name in twice), where=str(folder))
+    require_tensors(config, len(found), where=str(folder))
     shapes = tensor_shapes(config)
     names = {key: TABLE[key[0]].huggingface.format(layer=key[1]) for key in shapes}
     expected = {names[key]: torch_shape(shape, TABLE[key[0]].inputs) for key, shape in shapes.items()}
@@ -56,7 +57,7 @@ def read_huggingface(folder: pathlib.Path) -> Weights:
         one, inputs = found[names[key]], TABLE[key[0]].inputs
         return Tensor(shape, DTYPES[one.kind], lambda index: from_torch(one.map(), inputs, shape)[index])
 
-    return Weights(config, {key: tensor(key, shape) for key, shape in shapes.items()}, carried(folder), ())
+    return Weights(config, {key: tensor(key, shape) for key, shape in shapes.items()}, carried(folder), tuple(_strange_ids(config)))
 
 
 def write_huggingface(
@@ -166,7 +167,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
     for key in ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
         if key not in config:
             wrong.append(f"{key} is missing")
-        elif type(config[key]) is not int or config[key] < 1:
+        elif not is_size(config[key]):
             wrong.append(f"{key} is {config[key]!r}, wanted a size")
     for key, value in {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
         if (found := config.get(key, None if key == "model_type" else value)) != value:
@@ -204,6 +205,11 @@ def config_from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
         )
     except ConfigError as error:
         raise CheckpointError(f"{error.where}: {error.what}", where="config.json") from None
+
+
+def is_size(value: object) -> bool:
+    """Whether a value of JSON can be the size of an axis."""
+    return type(value) is int and 0 < value < 2**31
 
 
 def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
@@ -267,6 +273,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a name stands there twice")
     return found
+
+
+def _strange_ids(config: LlamaConfig) -> Iterator[str]:
+    """What is to be said of special ids: models that were tuned by others do have padding outside of their tables, and -1 is none."""
+    tokens, vocab = config.tokens, config.dims.vocab or 0
+    for which, ids in {"bos": (tokens.bos,), "eos": tokens.eos, "pad": (tokens.pad,)}.items():
+        if strange := [i for i in ids if i is not None and not -1 <= i < vocab]:
+            yield f"{CONFIG}: {which}_token_id is {strange[0]}, outside of the vocabulary of {vocab}"
 
 
 def _counts(name: str, config: LlamaConfig) -> bool:

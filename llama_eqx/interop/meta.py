@@ -14,9 +14,9 @@ import numpy as np
 from llama_eqx.errors import CheckpointError
 from llama_eqx.interop.files import carried, inside, mistaken, read_json, refuse_code, write_json
 from llama_eqx.interop.huggingface import GENERATION
-from llama_eqx.interop.params import PARAMS, config_from_meta, config_to_meta, losses, rotary_from_meta
+from llama_eqx.interop.params import PARAMS, check_vocab, config_from_meta, config_to_meta, losses, rotary_from_meta
 from llama_eqx.interop.table import TABLE, from_torch, halves_to_pairs, pairs_to_halves, torch_shape
-from llama_eqx.interop.weights import Index, Key, Tensor, Weights, pieces, rows_of, tensor_axes, tensor_shapes
+from llama_eqx.interop.weights import Index, Key, Tensor, Weights, pieces, require_tensors, rows_of, tensor_axes, tensor_shapes
 from llama_eqx.model.llama import LlamaConfig
 
 EMBED, HEAD = TABLE["embed"].meta, TABLE["lm_head"].meta
@@ -31,7 +31,7 @@ def read_meta(folder: pathlib.Path) -> Weights:
     """The Llama in a folder of Meta's, in one file or several. Tensors are mapped, not read.
 
     Files are unpickled with `weights_only=True`, which calls nothing that they name. Key and value heads that stand in several files, as
-    in the 405B's sixteen, are recognised by being equal.
+    in the 405B's sixteen, are recognised by being equal, and so is a tied table.
 
     Raises `CheckpointError` when the folder is not a complete Llama that this package can express; differences are all listed.
     """
@@ -51,8 +51,10 @@ def read_meta(folder: pathlib.Path) -> Weights:
         notes.append(f"each key and value head stands in {copies} files: the model has {config.dims.kv_heads}, not {params['n_kv_heads']}")
     embed_axis = "vocab" if _rows_are_split(shards, config.dims.embed) else "embed"
     tensors = _tensors(config, shards, embed_axis, copies, where=str(folder))
+    notes += check_vocab(params, config.dims.vocab or 0)
     if _is_tied(tensors):
-        tensors.pop(("lm_head", None), None)
+        if tensors.pop(("lm_head", None), None) is not None:
+            notes.append(f"{HEAD} equals {EMBED}, so one tied table is taken")
         config = dataclasses.replace(config, tied=True)
     rotary, said = rotary_from_meta(params, config)
     return Weights(dataclasses.replace(config, rotary=rotary), tensors, files, (*unread, *notes, *said))
@@ -173,7 +175,7 @@ def _as_torch(x: np.ndarray) -> Any:
     return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if x.dtype == jnp.bfloat16 else torch.from_numpy(x)
 
 
-def _rows_are_split(shards: list[Shard], embed: int) -> bool:
+def _rows_are_split(shards: list[Shard], embed: object) -> bool:
     """Whether the table of embeddings is dealt out by rows, as since Llama 3, or by columns."""
     return len(shards) > 1 and EMBED in shards[0] and shards[0][EMBED].shape[-1] == embed
 
@@ -185,7 +187,7 @@ def _vocab(shards: list[Shard], params: Mapping[str, Any]) -> int:
     return rows * len(shards) if _rows_are_split(shards, params.get("dim", 0)) else rows
 
 
-def _copies(shards: list[Shard], kv_heads: int | None) -> int:
+def _copies(shards: list[Shard], kv_heads: object) -> int:
     """How many files in a row hold the same key and value head."""
     names = [TABLE[f"blocks.attention.{name}"].meta.format(layer=0) for name in ("k_proj", "v_proj")]
     if len(shards) != kv_heads or not all(name in shard for shard in shards for name in names):
@@ -195,12 +197,13 @@ def _copies(shards: list[Shard], kv_heads: int | None) -> int:
         groups = [shards[i : i + copies] for i in range(0, len(shards), copies)]
         return all(np.array_equal(group[0][name], other[name]) for name in names for group in groups for other in group[1:])
 
-    return next((copies for copies in (8, 4, 2) if len(shards) % copies == 0 and equal(copies)), 1)
+    return next((copies for copies in range(len(shards), 1, -1) if len(shards) % copies == 0 and equal(copies)), 1)
 
 
 def _tensors(config: LlamaConfig, shards: list[Shard], embed_axis: str, copies: int, where: str) -> dict[Key, Tensor]:
     """Every tensor put together from its parts in the files. Raises `CheckpointError` listing all that is missing or does not fit."""
     tensors, lines, count = {}, [], len(shards)
+    require_tensors(config, len(shards[0]), where=where)
     shapes, axes = tensor_shapes(config), tensor_axes(config)
     names = {key: TABLE[key[0]].meta.format(layer=key[1]) for key in shapes}
     if all(HEAD not in shard for shard in shards):
@@ -250,7 +253,7 @@ def _joined(parts: list[list[np.ndarray]], axis: int, name: str) -> Tensor:
                 raise CheckpointError(f"{name} stands in several files, and they do not agree", where=f"head {i}")
         return found[0] if len(found) == 1 else np.concatenate(found, axis)
 
-    return Tensor(shape, first.dtype, read)
+    return Tensor(shape, np.dtype(jnp.result_type(*(part[0].dtype for part in parts))), read)
 
 
 def _mapped(tensor: Tensor, order: Callable[[np.ndarray], np.ndarray]) -> Tensor:

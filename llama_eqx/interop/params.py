@@ -6,7 +6,7 @@ from typing import Any
 
 from llama_eqx.dims import Dims
 from llama_eqx.errors import CheckpointError, ConfigError
-from llama_eqx.interop.huggingface import GENERATION, require_llama
+from llama_eqx.interop.huggingface import GENERATION, is_size, require_llama
 from llama_eqx.model.attention import GroupedQueryAttentionConfig
 from llama_eqx.model.block import PreNormBlockConfig
 from llama_eqx.model.feed_forward import GatedFeedForwardConfig
@@ -33,7 +33,7 @@ def config_from_meta(params: Mapping[str, Any], vocab: int, copies: int, generat
     wrong += [
         f"{key} is {params[key]!r}, wanted a size"
         for key in (*sizes, "n_kv_heads")
-        if params.get(key) is not None and (type(params[key]) is not int or params[key] < 1)
+        if key in params and not is_size(params[key]) and (key, params[key]) != ("n_kv_heads", None)
     ]
     multiplier = params.get("ffn_dim_multiplier")
     for key in ("ffn_dim_multiplier", "norm_eps", "rope_theta"):
@@ -93,6 +93,20 @@ def config_from_meta(params: Mapping[str, Any], vocab: int, copies: int, generat
         taken.append(f"end-of-text id {config.tokens.eos[0]}")
         taken += ["a base model's (an instruct model has 128008 and 128009 too)"] if llama3 else []
     return config, [f"{PARAMS} does not say, so this is taken: {', '.join(taken)}"]
+
+
+def check_vocab(params: Mapping[str, Any], rows: int) -> list[str]:
+    """What is to be said of a table that has more rows than `vocab_size`: -1 and null, as in Llama 2's files, say nothing.
+
+    Raises `CheckpointError` when it has fewer.
+    """
+    said = params.get("vocab_size")
+    if said in (None, -1, rows):
+        return []
+    if not is_size(said) or said > rows:
+        advice = f"set vocab_size to {rows}, or find the weights of this file"
+        raise CheckpointError(f"vocab_size is {said!r}, and the table of embeddings has {rows} rows", where=PARAMS, next=advice)
+    return [f"{PARAMS} says vocab_size={said}, and the table of embeddings has {rows} rows, which are all kept"]
 
 
 def config_to_meta(config: LlamaConfig, shards: int) -> dict[str, Any]:

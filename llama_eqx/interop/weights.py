@@ -91,6 +91,12 @@ def abstract(config: LlamaConfig) -> Llama:
     return eqx.filter_eval_shape(lambda key: config.build(key=key), jax.eval_shape(lambda: jax.random.key(0)))
 
 
+def require_tensors(config: LlamaConfig, found: int, *, where: str) -> None:
+    """Raises `CheckpointError` for more layers than tensors were found: to list what is missing of a billion takes all memory."""
+    if config.dims.layers > found:
+        raise CheckpointError(f"the settings ask for {config.dims.layers:,} layers, and there are {found:,} tensors", where=where)
+
+
 def compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, where: str) -> None:
     """Raises `CheckpointError` with a line for every tensor that is missing, of another shape, or too many."""
     lines = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
@@ -197,9 +203,9 @@ def rows_of(tensor: Tensor, inputs: int, dtype: np.dtype) -> Iterator[np.ndarray
 
 
 def parameter_tree(weights: Weights, dtype: np.dtype | None) -> dict[str, Any]:
-    """Shape and dtype of every parameter by name, layers stacked, as a manifest lists them."""
+    """Shape and dtype of every parameter by name, layers stacked, as a manifest lists them: a dtype that holds the values of all layers."""
     tree: dict[str, Any] = {}
     for (name, layer), tensor in weights.tensors.items():
-        layers = [] if layer is None else [layer + 1]
-        tree[name] = jax.ShapeDtypeStruct((*layers, *tensor.shape), tensor.dtype if dtype is None else dtype)
+        layers, kind = [] if layer is None else [layer + 1], tensor.dtype if dtype is None else dtype
+        tree[name] = jax.ShapeDtypeStruct((*layers, *tensor.shape), jnp.promote_types(kind, tree[name].dtype) if name in tree else kind)
     return tree

@@ -138,6 +138,12 @@ BROKEN = {
     ),
     "layers": (config(num_hidden_layers=2), "error", CONFIG, "9 tensors are not part of this model: model.layers.2.input_layernorm.weight"),
     "more layers": (config(num_hidden_layers=5), "error", CONFIG, "18 tensors are missing: model.layers.{3-4}.input_layernorm.weight"),
+    "layers beyond all sense": (
+        config(num_hidden_layers=1000),
+        "error",
+        CONFIG,
+        "the settings ask for 1,000 layers, and there are 30 tensors",
+    ),
     "vocabulary": (config(vocab_size=80), "error", CONFIG, "vocab_size is 80, and by the weights it is 64"),
     "mlp": (config(intermediate_size=64), "error", CONFIG, "intermediate_size is 64, and by the weights it is 48"),
     "dtype": (config(dtype="bfloat16"), "warning", CONFIG, "dtype is bfloat16, and the weights are float32: transformers rounds them"),

@@ -84,6 +84,7 @@ BROKEN = {
         ),
         "missing tensor": (lambda f, _: edit_pickle(f, lambda s: s.pop(WQ)), "params.json", f"missing: {WQ}"),
         "sizes": (lambda f, change: change(f / "params.json", n_kv_heads=4), "params.json", "layers.0.attention.wk.weight"),
+        "vocabulary": (lambda f, change: change(f / "params.json", vocab_size=32000), "params.json", "vocab_size is 32000, and the table"),
         "pointer": (
             lambda f, _: (f / "consolidated.00.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
             "consolidated.00.pth",

@@ -1,5 +1,7 @@
 """From every format to every other: the same bytes, in little memory, complete or not there."""
 
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -17,7 +19,7 @@ import transformers
 
 from llama_eqx import convert as verb
 from llama_eqx import load_config
-from llama_eqx.checkpoint.manifest import find_damage, read_manifest, verify
+from llama_eqx.checkpoint.manifest import appearing, find_damage, read_manifest, verify
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.data.tokenizer import BytesTokenizer, find_tokenizer
 from llama_eqx.errors import CheckpointError, StorageError
@@ -217,9 +219,35 @@ source, target = sys.argv[1:]
 conversion.convert(conversion.ConvertConfig(from_=source, to=target, format="hf", dtype=None, shards=None))
 """
     assert subprocess.run([sys.executable, "-c", script, tmp_path / "hf", tmp_path / "new"], cwd=ROOT, check=False).returncode == -9
-    assert sorted(os.listdir(tmp_path)) == [".new.unfinished", "hf"]
+    assert sorted(os.listdir(tmp_path)) == [".new.lock", ".new.unfinished", "hf"]
     convert(job(tmp_path / "hf", tmp_path / "new", "hf"))
     assert sorted(os.listdir(tmp_path)) == ["hf", "new"]
+
+
+def test_two_processes_that_write_one_folder(tmp_path, monkeypatch):
+    """The second is refused at once, and also one that came as the first removed its lock; where no locks are known, both go on."""
+    lock, flock = tmp_path / ".other.lock", fcntl.flock
+
+    def too_late(file, how):
+        lock.unlink()
+        flock(file, how)
+
+    def unknown(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with appearing(tmp_path / "new") as folder:
+        (folder / "mine").write_text("whole")
+        with pytest.raises(StorageError, match="another process is writing there") as error, appearing(tmp_path / "new", replace=True):
+            pass
+        assert error.value.next == "wait until it has ended, or name another folder"
+    assert [file.relative_to(tmp_path).as_posix() for file in sorted(tmp_path.rglob("*"))] == ["new", "new/mine"]
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    with pytest.raises(StorageError, match="another process is writing there"), appearing(tmp_path / "other"):
+        pass
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    with appearing(tmp_path / "other") as folder:
+        (folder / "mine").write_text("whole")
+    assert sorted(os.listdir(tmp_path)) == ["new", "other"]
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, models, monkeypatch):

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 from llama_eqx.dims import Dims
 from llama_eqx.errors import CheckpointError, StorageError
 from llama_eqx.interop import huggingface
-from llama_eqx.interop.conversion import save_pretrained
+from llama_eqx.interop.conversion import ConvertConfig, convert, save_pretrained
 from llama_eqx.interop.huggingface import config_from_huggingface, config_to_huggingface, huggingface_tensors
-from llama_eqx.interop.pretrained import load_pretrained
+from llama_eqx.interop.pretrained import load_pretrained, open_pretrained
 from llama_eqx.interop.table import TABLE, from_torch, to_torch, torch_shape
 from llama_eqx.model.block import PreNormBlockConfig
 from llama_eqx.model.feed_forward import GatedFeedForwardConfig, PlainFeedForwardConfig
@@ -108,14 +108,21 @@ def test_dtype_on_request(folder, dtype):
     assert_same(load_pretrained(folder, dtype), cast(build(SIZES), jnp.dtype(dtype).name))
 
 
-def test_layers_filed_in_two_dtypes(folder):
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_filed_in_two_dtypes(folder, tmp_path, layer):
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].astype(jnp.bfloat16)
+    up = f"model.layers.{layer}.mlp.up_proj.weight"
+    tensors[up] = tensors[up].astype(jnp.bfloat16)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(jnp.bfloat16)
     save_file(tensors, folder / "model.safetensors")
     model = load_pretrained(folder)
     assert model.blocks.feed_forward.up_proj.dtype == jnp.float32
     assert model.final_norm.weight.dtype == jnp.bfloat16
+    notes = convert(ConvertConfig(from_=str(folder), to=str(tmp_path / "native"), format="native", dtype=None, shards=None))
+    assert notes[0].endswith("in one that holds them all: blocks.feed_forward.up_proj in float32")
+    assert_same(load_pretrained(tmp_path / "native"), model)
+    notes = convert(ConvertConfig(from_=str(folder), to=str(tmp_path / "half"), format="native", dtype="float16", shards=None))
+    assert not any("holds them all" in note for note in notes)
 
 
 def test_table_has_every_parameter():
@@ -164,6 +171,21 @@ def test_all_differences_are_listed(folder):
         "shape: model.layers.0.self_attn.k_proj.weight is (32, 32), wanted (16, 32)",
         "not part of this model: model.layers.0.self_attn.k_proj.bias",
         "not part of this model: model.layers.3.mlp.up_proj.weight",
+    ]
+
+
+def test_of_layers_beyond_all_sense_the_tensors_are_not_listed(folder):
+    change_config(folder, num_hidden_layers=1000)
+    with pytest.raises(CheckpointError, match=r"^error: the settings ask for 1,000 layers, and there are \d+ tensors\nwhere"):
+        load_pretrained(folder)
+
+
+def test_special_ids_outside_of_the_vocabulary_are_noted(folder):
+    assert open_pretrained(folder).notes == ()
+    change_config(folder, bos_token_id=10**30, eos_token_id=[2, SIZES["vocab_size"]], pad_token_id=-1)
+    assert [note.partition(", outside")[0] for note in open_pretrained(folder).notes] == [
+        f"config.json: bos_token_id is {10**30}",
+        f"config.json: eos_token_id is {SIZES['vocab_size']}",
     ]
 
 
@@ -310,6 +332,7 @@ def test_config_round_trip(config):
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"vocab_size": None}, "vocab_size"),
         ({"hidden_size": "32"}, "hidden_size"),
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers is 2147483648, wanted a size"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"num_key_value_heads": 3}, "kv_heads"),
         ({"rms_norm_eps": "1e-5"}, "eps"),

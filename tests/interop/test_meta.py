@@ -192,6 +192,7 @@ def test_what_is_read_computes_the_same_and_returns_byte_for_byte(tmp_path, gene
     weights = open_pretrained(tmp_path / "meta")
     assert weights.config.dims.kv_heads == GENERATIONS[generation]["kv_heads"]
     assert weights.config.tied is (generation == "llama3_2")
+    assert any("one tied table is taken" in note for note in weights.notes) is weights.config.tied
     assert_agrees(cast(load_pretrained(tmp_path / "meta"), "float32"), tmp_path / "meta")
     convert(ConvertConfig(from_=str(tmp_path / "meta"), to=str(tmp_path / "hf"), format="hf", dtype=None, shards=None))
     if generation.startswith("llama3"):  # in such small sizes nothing else tells
@@ -261,6 +262,26 @@ def test_all_differences_are_listed(tmp_path):
     ]
 
 
+def test_parts_of_a_tensor_in_two_dtypes(tmp_path):
+    theirs(tmp_path / "meta", "llama2", 2)
+    file, name = tmp_path / "meta" / "consolidated.01.pth", "layers.1.feed_forward.w1.weight"
+    part = torch.load(file, weights_only=True)
+    part[name] = part[name].float() + 1e-6
+    torch.save(part, file)
+    convert(ConvertConfig(from_=str(tmp_path / "meta"), to=str(tmp_path / "again"), format="meta", dtype=None, shards=1))
+    (_, (whole,)) = read(tmp_path / "again")
+    assert torch.equal(whole[name][256:], part[name])
+
+
+def test_a_table_with_more_rows_than_are_said(tmp_path):
+    theirs(tmp_path / "meta", "llama2", 2)
+    for said, notes in ((60, 1), (64, 0), (None, 0), (-1, 0)):
+        params(tmp_path / "meta", vocab_size=said)
+        weights = open_pretrained(tmp_path / "meta")
+        assert weights.config.dims.vocab == 64
+        assert len([note for note in weights.notes if "says vocab_size=60, and the table of embeddings has 64 rows" in note]) == notes
+
+
 def test_special_ids_are_those_that_are_said_of_generation(tmp_path):
     theirs(tmp_path / "meta", "llama2", 2)
     file = tmp_path / "meta" / "generation_config.json"
@@ -280,6 +301,16 @@ def test_special_ids_are_those_that_are_said_of_generation(tmp_path):
         weights = open_pretrained(tmp_path / "meta")
         assert "generation_config.json was left behind: " in weights.notes[0]
         assert (weights.config.tokens.eos, "generation_config.json" in weights.files) == ((2,), False)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_however_many_copies_of_a_head_are_recognised(tmp_path, kv_heads):
+    sizes = {"vocab": 48, "layers": 1, "embed": 96, "heads": 12, "kv_heads": kv_heads, "head_dim": 8, "mlp": 48}
+    model = build(load_config("model=llama2_70b", *(f"model.dims.{axis}={size}" for axis, size in sizes.items())).model)
+    save_pretrained(model, tmp_path / "meta", format="meta", shards=12)
+    assert json.loads((tmp_path / "meta" / "params.json").read_text())["n_kv_heads"] == 12
+    for x, y in zip(*map(jax.tree.leaves, (load_pretrained(tmp_path / "meta"), model)), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_copies_of_a_head_that_differ(tmp_path):
@@ -302,6 +333,13 @@ def test_copies_of_a_head_that_differ(tmp_path):
         (lambda folder: (folder / "params.json").write_text("{}"), "dim is missing[\\s\\S]*norm_eps is missing"),
         (lambda folder: (folder / "params.json").write_text("<html>"), "a web page"),
         (lambda folder: params(folder, n_heads="many"), "n_heads is 'many', wanted a size"),
+        (
+            lambda folder: params(folder, dim=None, n_heads=None, n_layers=2**31),
+            "dim is None, .*\\s+n_layers is 2147.*\\s+n_heads is None, ",
+        ),
+        (lambda folder: params(folder, n_layers=1000), "^error: the settings ask for 1,000 layers, and there are 22 tensors\nwhere"),
+        (lambda folder: params(folder, vocab_size=65), "vocab_size is 65, and the table of embeddings has 64 rows"),
+        (lambda folder: params(folder, vocab_size="64"), "vocab_size is '64', "),
         (lambda folder: params(folder, n_heads=48), "is not a multiple of n_heads"),
         (lambda folder: params(folder, n_kv_heads=5), "kv_heads"),
         (lambda folder: params(folder, quantization_args={"scheme": "int4"}), "quantization_args"),
