@@ -244,9 +244,10 @@ def claim(config: RunConfig, tokenizer: str, data: str) -> list[str]:
         found = _changed(old, new, free, moved, where=folder / CONFIG, next=advice)
     # Older manifests have no settings, but a hash of config.yaml, which changes with what is free too.
     fingerprints = {"tokenizer_fingerprint": facts.get("tokenizer", tokenizer), "data_fingerprint": facts.get("data", data)}
-    old = facts.get("settings", new) | fingerprints
+    # A setting that they have not heard of, or that is no more, is left to config.yaml, where it can be mended by hand.
+    old, now = facts.get("settings", new) | fingerprints, {**new, "tokenizer_fingerprint": tokenizer}
     advice = "give another run_dir, or the settings, tokenizer and data of the run there"
-    filed = _changed(old, {**new, "tokenizer_fingerprint": tokenizer}, free, where=manifest, next=advice)
+    filed = _changed(known_to_both(old, now), known_to_both(now, old), free, where=manifest, next=advice)
     found = found if folders else filed
     other = [difference for difference in found if begun and difference.key == "init_from"]
     new |= {difference.key: difference.old for difference in other}  # what is written says where the weights came from

@@ -131,6 +131,12 @@ def test_a_checkpoint_says_what_it_was_made_with_where_config_yaml_does_not(tmp_
         assert not (tmp_path / "config.yaml").exists()  # else the right settings would be refused from then on
         claim(load_config(*asked), "bytes", "text")
 
+    once = read_config(tmp_path) | {"of_yore": 1}
+    del once["train"]["unroll"], once["seed"]
+    (tmp_path / "checkpoints" / "4").mkdir()
+    write_manifest(tmp_path / "checkpoints" / "4", {}, settings=once)
+    assert again() == []  # from before there were these settings
+
     saved("6", "settings")  # as it once was
     assert "config.yaml was missing" in again("seed=1")[0]
     with pytest.raises(CheckpointError, match="data_fingerprint: text -> other"):
