@@ -1,10 +1,35 @@
 """`python -m llama_eqx.train`: trains a model from YAML and the command line, and says what came of it."""
 
+import os
 import shlex
+import signal
 import sys
+import threading
 from typing import Any
 
-from llama_eqx.verb import run_verb
+from llama_eqx.errors import Stopped
+
+
+def leave_when_told() -> None:
+    """From now on SIGTERM, SIGUSR1 and SIGHUP end this process with 75 and a line that says so: outside of training nothing is to be saved.
+
+    A thread does it, since the main thread may be in C code, where Python runs no handler. `Preemption` takes over while it is entered.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signals = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
+    for number in signals:
+        signal.signal(number, lambda *_: None)
+
+    def listen() -> None:
+        while (number := os.read(reader, 1)[0]) not in signals:
+            pass
+        stopped = Stopped(f"{signal.Signals(number).name}: nothing was being trained", code=75)
+        print(stopped, file=sys.stderr, flush=True)
+        os._exit(stopped.code)
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
 
 
 def main(config: Any, overrides: list[str]) -> None:
@@ -58,4 +83,8 @@ sample      python -m llama_eqx.generate checkpoint={config.checkpoint.store or 
 
 
 if __name__ == "__main__":
+    if not {"-m", "--multirun"} & {*sys.argv}:  # a sweep has jobs to wait for
+        leave_when_told()
+    from llama_eqx.verb import run_verb  # Hydra, which takes a moment
+
     run_verb("train", main)

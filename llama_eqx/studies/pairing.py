@@ -22,7 +22,7 @@ from llama_eqx.model.rotary import Rotary
 from llama_eqx.sharding import parameter_names
 from llama_eqx.studies.matching import cost, residual
 from llama_eqx.studies.registration import folder, load_registration
-from llama_eqx.studies.runs import free, outdated, read_kept
+from llama_eqx.studies.runs import free, outdated, read_kept, read_provenance
 from llama_eqx.training.run import RunConfig, is_same
 
 STUDY = "study.json"
@@ -80,12 +80,12 @@ def keep(config: RunConfig) -> str:
     """Files a finished run under `experiments/`: a line with its config, `study.json` and provenance, then its metrics as they are.
 
     A record that is there stays, and this run is not filed; but for one that may not be compared any more, which is set aside. The result
-    says what was done.
+    says what was done. Raises `DataError` when a line of the provenance is none.
     """
     run_dir, path, said = pathlib.Path(config.run_dir), kept_at(config), ""
     settings = {key: value for key, value in read_config(run_dir).items() if key != "run_dir"}  # a place of one machine
     first: dict[str, Any] = {"config": settings, "study": json.loads((run_dir / STUDY).read_text(encoding="utf-8"))}
-    first["provenance"] = [json.loads(line) for line in (run_dir / "provenance.jsonl").read_text(encoding="utf-8").splitlines()]
+    first["provenance"] = read_provenance(run_dir / "provenance.jsonl")
     content = gzip.compress(json.dumps(first).encode() + b"\n" + (run_dir / "metrics.jsonl").read_bytes(), mtime=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:  # another process may file at the same time

@@ -103,9 +103,20 @@ def read_run(run_dir: pathlib.Path) -> Run:
     from llama_eqx.checkpoint.native import read_config
 
     study, origin = run_dir / "study.json", run_dir / "provenance.jsonl"
-    provenance = [json.loads(line) for line in origin.read_text(encoding="utf-8").splitlines()] if origin.exists() else []
+    provenance = read_provenance(origin) if origin.exists() else []
     known = json.loads(study.read_text(encoding="utf-8")) if study.exists() else {}
     return Run(run_dir, read_config(run_dir), known, provenance, read_metrics(run_dir / "metrics.jsonl"))
+
+
+def read_provenance(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The starts in a `provenance.jsonl`. Raises `DataError` naming a line that is no record of one."""
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise DataError("this line is no record of a start", where=f"{path}:{number}", next="remove the line") from error
+    return found
 
 
 def kept(question: str, stage: str, rung: str) -> list[Run]:

@@ -36,6 +36,12 @@ def computed(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"processes": jax.process_count(), "devices": len(found), "kind": found[0].device_kind, **chosen}
 
 
+def jax_settings() -> dict[str, Any]:
+    """JAX's own settings that bear on numbers: on what is drawn, and on how exactly is computed."""
+    names = ("enable_x64", "default_prng_impl", "threefry_partitionable", "default_matmul_precision")
+    return {name: getattr(jax.config, f"jax_{name}") for name in names}
+
+
 def last_line(path: pathlib.Path) -> dict[str, Any] | None:
     """The last record of a file of JSON lines, None where there is none that can be read."""
     try:

@@ -13,7 +13,7 @@ from llama_eqx.config import Config, Difference, differences, known_to_both
 from llama_eqx.errors import StorageError
 from llama_eqx.tracking.console import Console
 from llama_eqx.tracking.jsonl import Jsonl
-from llama_eqx.tracking.provenance import code, commit, computed, last_line, versions
+from llama_eqx.tracking.provenance import code, commit, computed, jax_settings, last_line, versions
 from llama_eqx.tracking.wandb import Wandb, WandbConfig
 
 
@@ -38,7 +38,7 @@ class Tracker:
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        origin = {"code": code(), "commit": commit(), "versions": versions(), "computed": computed(settings)}
+        origin = {"code": code(), "commit": commit(), "versions": versions(), "computed": computed(settings), "jax": jax_settings()}
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             before = last_line(self._run_dir / "provenance.jsonl")
@@ -51,6 +51,8 @@ class Tracker:
         self._wandb = Wandb(config.wandb, self._run_dir, {**settings, **origin}, self._console.say)
         if start and before and (changed := _changed(before, origin)):
             meant = "losses agree to rounding with those of an uninterrupted run, and no longer bit by bit"
+            if any(each.within(["jax"]) for each in changed):
+                meant = "what follows is computed, and dropout drawn, under other settings of JAX"
             if any(each.within(["code"]) for each in changed):
                 meant = "what follows is computed by other code than what went before"
             self.say(f"warning: not as it was up to step {start}: {', '.join(map(str, changed))}; {meant}")

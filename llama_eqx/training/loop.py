@@ -76,7 +76,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     check_export(config)
     weights = open_start(config)
     require_same(data.fingerprint, "tokens")
-    changed = once(lambda: claim(config, data.fingerprint)) or []
+    changed = once(lambda: claim(config, tokenizer.fingerprint, data.fingerprint)) or []
     if config.checkpoint.store is None:
         check_shared(run_dir)
     beside, remarks = once(lambda: handed_on(config, tokenizer, weights)) or ({}, [])

@@ -4,16 +4,17 @@ import contextlib
 import dataclasses
 import hashlib
 import pathlib
+import shlex
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, TOKENIZER, read_config, write_config
-from llama_eqx.checkpoint.restore import steps
+from llama_eqx.checkpoint.restore import Damaged, manifest_of, steps
 from llama_eqx.checkpoint.save import CheckpointConfig
-from llama_eqx.checkpoint.store import Place, bring, children, content, is_remote, place, put, records
-from llama_eqx.config import Config, differences, dump, known_to_both, nearest
+from llama_eqx.checkpoint.store import MANIFEST, Place, bring, children, content, is_remote, place, put, records
+from llama_eqx.config import Config, Difference, differences, dump, known_to_both, nearest
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from llama_eqx.data.tokenizer.base import MARK
@@ -216,34 +217,38 @@ def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
     return said
 
 
-def claim(config: RunConfig, fingerprint: str) -> list[str]:
-    """Writes `config.yaml` and the data's fingerprint into the run directory, or compares them with those of the run to be resumed. What
-    a run left in a store is brought here.
+def claim(config: RunConfig, tokenizer: str, data: str) -> list[str]:
+    """Writes `config.yaml` and the fingerprint of the data into the run directory, or compares them with those of the run to be resumed.
+    What a run left in a store is brought here. `tokenizer` and `data` are fingerprints.
+
+    The manifest of the newest checkpoint says them too: it is compared whether there is a `config.yaml` or not.
 
     The result says what has changed since, if it bears on the numbers, and what is not read any more.
 
     Raises `CheckpointError` listing every difference that would make it another run, `StorageError` when it cannot be written.
     """
     run_dir, there = pathlib.Path(config.run_dir), home(config)
-    new, found = {**dump(config), "data_fingerprint": fingerprint}, []
+    new, found = {**dump(config), "data_fingerprint": data}, []
     # Which activations are dropped depends on the microbatch.
     dropout = config.model.dropout or getattr(config.model.block, "dropout", 0)
     free = [key for key in FREE if key != "train.microbatch_size" or not dropout]
     free += movable(dump(config))
     begun = bool(steps(there / CHECKPOINTS))
     free += ["init_from"] if begun else []  # it is not read any more
-    for folder in (run_dir, there) if is_remote(there) else (run_dir,):
-        if CONFIG not in children(folder):
-            continue
-        found = differences(read_config(folder), new)
+    manifest, facts = _newest(there / CHECKPOINTS)
+    folders = [folder for folder in ((run_dir, there) if is_remote(there) else (run_dir,)) if CONFIG in children(folder)]
+    for folder in folders:
+        old = _settings(folder, replaceable="settings" in facts or not begun)
         moved = ["checkpoint.store"] if folder is run_dir else []  # the checkpoints would be left behind
-        if changed := [str(difference) for difference in found if not difference.within(free) or difference.within(moved)]:
-            raise CheckpointError(
-                "this run directory holds another run:\n" + "\n".join(changed),
-                where=str(folder / CONFIG),
-                kept="the run there is untouched",
-                next="give another run_dir, or the settings of the run there" if folder is run_dir else "give another checkpoint.store",
-            )
+        advice = "give another run_dir, or the settings of the run there" if folder is run_dir else "give another checkpoint.store"
+        found = _changed(old, new, free, moved, where=folder / CONFIG, next=advice)
+    # Older manifests have no settings, but a hash of config.yaml, which changes with what is free too.
+    fingerprints = {"tokenizer_fingerprint": facts.get("tokenizer", tokenizer), "data_fingerprint": facts.get("data", data)}
+    # A setting that they have not heard of, or that is no more, is left to config.yaml, where it can be mended by hand.
+    old, now = facts.get("settings", new) | fingerprints, {**new, "tokenizer_fingerprint": tokenizer}
+    advice = "give another run_dir, or the settings, tokenizer and data of the run there"
+    filed = _changed(known_to_both(old, now), known_to_both(now, old), free, where=manifest, next=advice)
+    found = found if folders else filed
     other = [difference for difference in found if begun and difference.key == "init_from"]
     new |= {difference.key: difference.old for difference in other}  # what is written says where the weights came from
     try:
@@ -255,7 +260,42 @@ def claim(config: RunConfig, fingerprint: str) -> list[str]:
         raise StorageError(f"cannot write: {error.strerror}", where=config.run_dir, next="another place: run_dir=FOLDER") from error
     stretched = "the learning rate now takes the course of a run of that length"
     said = [f"{difference}; {stretched}" for difference in found if difference.key == "train.steps"]
+    if begun and not folders and "settings" not in facts:
+        said.append(f"{CONFIG} was missing, and the newest checkpoint does not say its settings: whether these are the same is not known")
     return said + [f"init_from={each.new} is not read: this run began from {each.old or 'new weights'}" for each in other if each.new]
+
+
+def _settings(folder: Place, *, replaceable: bool) -> dict[str, Any]:
+    """What `config.yaml` says. `replaceable`: nothing is lost with it."""
+    try:
+        return read_config(folder)
+    except CheckpointError as error:
+        path = folder / CONFIG
+        remove = ["gcloud", "storage", "rm"] if is_remote(folder) else ["rm"]
+        advice = f"{shlex.join([*remove, str(path)])}, then the same command: the newest checkpoint says its settings too"
+        if not replaceable:
+            advice = "bring back a copy of this file, or give another run_dir"
+        raise CheckpointError(error.what, where=error.where, kept="the run there is untouched", next=error.next or advice) from error
+
+
+def _newest(folder: Place) -> tuple[Place, dict[str, Any]]:
+    """The newest manifest in a folder of checkpoints that can be read, and what it says; nothing where there is none."""
+    for step in reversed(steps(folder)):
+        with contextlib.suppress(Damaged):
+            return folder / str(step) / MANIFEST, manifest_of(folder / str(step))
+    return folder, {}
+
+
+def _changed(
+    old: dict[str, Any], new: dict[str, Any], free: Sequence[str], fixed: Sequence[str] = (), *, where: Place, next: str
+) -> list[Difference]:
+    """What differs, which is `free` and not `fixed`. Raises `CheckpointError` listing what is not."""
+    found = differences(old, new)
+    if changed := [str(difference) for difference in found if not difference.within(free) or difference.within(fixed)]:
+        raise CheckpointError(
+            "this run directory holds another run:\n" + "\n".join(changed), where=str(where), kept="the run there is untouched", next=next
+        )
+    return found
 
 
 def file_tokenizer(config: RunConfig, tokenizer: Tokenizer, beside: Mapping[str, bytes]) -> None:
@@ -327,8 +367,8 @@ def check_shared(run_dir: pathlib.Path) -> None:
 
 
 def origin(run_dir: pathlib.Path, tokenizer: str, data: str) -> dict[str, Any]:
-    """What a checkpoint says of where it comes from: hashes of the config as it stands in the run directory, of tokenizer and data, the
-    commit of the code and the versions of the libraries.
+    """What a checkpoint says of where it comes from: the config as it stands in the run directory and its hash, those of tokenizer and
+    data, the commit of the code and the versions of the libraries. `claim` compares settings, tokenizer and data.
     """
-    config = hashlib.sha256((run_dir / CONFIG).read_bytes()).hexdigest()
-    return {"config": config, "tokenizer": tokenizer, "data": data, "commit": commit(), "versions": versions()}
+    config = {"config": hashlib.sha256((run_dir / CONFIG).read_bytes()).hexdigest(), "settings": read_config(run_dir)}
+    return {**config, "tokenizer": tokenizer, "data": data, "commit": commit(), "versions": versions()}

@@ -142,8 +142,11 @@ def test_what_a_run_leaves_is_kept_and_read(tmp_path, monkeypatch, models):
     record_start(config, config.model.build(key=jax.random.key(0)), 0)
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2000))
     write_config(dump(longer), tmp_path / "run")
-    (tmp_path / "run" / "provenance.jsonl").write_text(json.dumps({"step": 0, "commit": "abc"}) + "\n")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "val/loss": "NaN"}\n')
+    (tmp_path / "run" / "provenance.jsonl").write_text('{"step": 0}\n{"st')
+    with pytest.raises(DataError, match=r"run/provenance\.jsonl:2\nnext: remove the line"):
+        keep(config)
+    (tmp_path / "run" / "provenance.jsonl").write_text(json.dumps({"step": 0, "commit": "abc"}) + "\n")
     assert keep(config) == f"filed in {kept_at(config)}"
     run = read_kept(folder / "runs/tune/1m/silu" / kept_at(config).name)
     assert np.isnan(run.metrics[0]["val/loss"])

@@ -594,3 +594,7 @@ def test_any_two_runs_side_by_side(tmp_path, monkeypatch):
     assert "other code" not in of("a", "other").words
     assert "different data by step 1" in of("a", "other").words
     assert "equal to the last bit" in of("a", "other").words
+    with (tmp_path / "outputs/other/provenance.jsonl").open("a") as file:
+        file.write('{"a": 1')
+    with pytest.raises(DataError, match=r"no record of a start\nwhere: .*other/provenance\.jsonl:2\nnext: remove the line"):
+        of("a", "other")

@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from llama_eqx.config import load
 from llama_eqx.errors import ConfigError, StorageError
 from llama_eqx.tracking.console import Console
-from llama_eqx.tracking.provenance import commit, versions
+from llama_eqx.tracking.provenance import commit, last_line, versions
 from llama_eqx.tracking.tracker import Tracker, TrackingConfig
 
 WANDB = {
@@ -58,6 +59,18 @@ def test_a_start_tells_what_is_no_longer_as_it_was(tmp_path, capsys, before, aft
     assert (said or "\n") in err + "\n"
     assert ("not as it was" in err) is bool(said)
     assert [json.loads(line)["step"] for line in (tmp_path / "provenance.jsonl").read_text().splitlines()] == [0, 3]
+
+
+def test_a_start_tells_of_other_settings_of_jax_where_they_were_recorded(tmp_path, capsys):
+    tracker(tmp_path).close()
+    with jax.enable_x64(True), jax.default_prng_impl("rbg"):
+        tracker(tmp_path, start=3).close()
+    said = "jax.enable_x64: False -> True, jax.default_prng_impl: threefry2x32 -> rbg; what follows is computed, and dropout drawn, under"
+    assert f"not as it was up to step 3: {said} other settings of JAX" in capsys.readouterr().err
+    record = tmp_path / "provenance.jsonl"
+    record.write_text(json.dumps({name: value for name, value in last_line(record).items() if name != "jax"}) + "\n")  # as it once was
+    tracker(tmp_path, start=4).close()
+    assert "not as it was" not in capsys.readouterr().err
 
 
 def test_a_start_tells_of_other_code_and_not_of_another_commit_with_the_same(tmp_path, capsys, monkeypatch):

@@ -120,9 +120,14 @@ def test_records_that_a_checkpoint_outlived_are_said_to_be_lost(finished, tmp_pa
 
 
 @pytest.mark.parametrize("change", ["seed=1", "train.seq_len=16", "optimizer.b2=0.9", "model.dims.mlp=64", "data.holdout=tuning"])
-def test_another_run_is_refused(finished, change):
+def test_another_run_is_refused(finished, change, tmp_path):
     with pytest.raises(CheckpointError, match="another run"):
         train(config(finished.run_dir, change))
+    shutil.copytree(finished.run_dir / "checkpoints", tmp_path / "checkpoints")  # and nothing else
+    with pytest.raises(CheckpointError, match="another run") as error:
+        train(config(tmp_path, change))
+    assert f"{change.partition('=')[0]}: " in error.value.what
+    assert error.value.where == str(tmp_path / "checkpoints/8/manifest.json")
 
 
 def test_numbers_that_are_not_finite_end_the_run(tmp_path):

@@ -90,6 +90,28 @@ def test_before_the_first_step():
     assert "before the first step" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [([], 75, "SIGTERM: nothing was being trained; exit code 75 (start me again)\n"), (["-m"], -signal.SIGTERM, "")],
+)
+def test_while_it_is_imported(arguments, code, said, tmp_path):
+    """A sweep does not say that nothing is being trained, as its jobs may be."""
+    (tmp_path / "hydra.py").write_text("import hashlib\nprint('ready', flush=True)\nhashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**8)\n")
+    places = os.pathsep.join(map(str, (tmp_path, pathlib.Path(__file__).parents[2])))
+    child = subprocess.Popen(
+        [sys.executable, "-m", "llama_eqx.train", *arguments],
+        env={**os.environ, "PYTHONPATH": places},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGTERM)
+    assert child.communicate(timeout=50) == ("", said)
+    assert child.returncode == code
+
+
 def test_when_the_grace_is_over():
     code, out, err = told("busy", signal.SIGTERM, grace=0.5)
     assert (code, out) == (75, "")

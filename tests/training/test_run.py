@@ -5,12 +5,13 @@ from tokenizers import Tokenizer as Library
 from tokenizers.models import WordLevel
 
 from llama_eqx import load_config
+from llama_eqx.checkpoint.manifest import write_manifest
 from llama_eqx.checkpoint.native import read_config
 from llama_eqx.data.dataset import open_data
 from llama_eqx.data.prepare import prepare
 from llama_eqx.data.tokenizer import BytesTokenizer, HuggingFaceTokenizer, load_tokenizer
 from llama_eqx.errors import CheckpointError
-from llama_eqx.training.run import claim, file_tokenizer, is_over, warnings, with_vocab
+from llama_eqx.training.run import claim, file_tokenizer, is_over, origin, warnings, with_vocab
 
 
 class Llama3(BytesTokenizer):
@@ -37,13 +38,13 @@ def test_the_ends_of_a_text_are_all_that_the_tokenizer_knows(model, tokenizer, b
 @pytest.mark.parametrize("dropout", ["model.dropout=0.1", "model.block.dropout=0.1"])
 def test_with_dropout_another_microbatch_is_another_run(tmp_path, dropout):
     asked = ["tokenizer=bytes", f"run_dir={tmp_path}", "train.batch_size=4"]
-    claim(load_config(*asked, "model.dropout=0", "model.block.dropout=0"), "")
-    claim(load_config(*asked, "model.dropout=0", "model.block.dropout=0", "train.microbatch_size=2"), "")
+    claim(load_config(*asked, "model.dropout=0", "model.block.dropout=0"), "", "")
+    claim(load_config(*asked, "model.dropout=0", "model.block.dropout=0", "train.microbatch_size=2"), "", "")
     asked[1] = f"run_dir={tmp_path / 'dropout'}"
     (tmp_path / "dropout").mkdir()
-    claim(load_config(*asked, "model.dropout=0", "model.block.dropout=0", dropout), "")
+    claim(load_config(*asked, "model.dropout=0", "model.block.dropout=0", dropout), "", "")
     with pytest.raises(CheckpointError, match="microbatch_size"):
-        claim(load_config(*asked, "model.dropout=0", "model.block.dropout=0", dropout, "train.microbatch_size=2"), "")
+        claim(load_config(*asked, "model.dropout=0", "model.block.dropout=0", dropout, "train.microbatch_size=2"), "", "")
 
 
 def test_what_is_seldom_meant_is_warned_of():
@@ -65,7 +66,8 @@ def test_a_run_goes_on_where_its_data_lies_elsewhere_and_not_with_other_data(tmp
 
     def goes_on(name, *overrides):
         config = load_config(*overrides, f"run_dir={tmp_path / name}")
-        claim(config, open_data(config.data, config.tokenizer.build(config.data), seq_len=16, seed=0).fingerprint)
+        tokenizer = config.tokenizer.build(config.data)
+        claim(config, tokenizer.fingerprint, open_data(config.data, tokenizer, seq_len=16, seed=0).fingerprint)
 
     def settings(folder):
         mixture = ["data=mixture", "data@data.components.code=prepared", f"data.components.code.path={tmp_path / folder / 'shards'}"]
@@ -85,18 +87,77 @@ def test_a_run_goes_on_where_its_data_lies_elsewhere_and_not_with_other_data(tmp
 
 def test_where_a_run_started_from_is_not_read_and_kept_once_it_has_a_checkpoint(tmp_path):
     asked = ["tokenizer=hf", f"run_dir={tmp_path}"]
-    claim(load_config(*asked, "init_from=here", "tokenizer.path=here"), "")
+    claim(load_config(*asked, "init_from=here", "tokenizer.path=here"), "", "")
     asked.append("tokenizer.path=there")  # as of the data, its content is in the fingerprint
-    claim(load_config(*asked, "init_from=here"), "")
+    claim(load_config(*asked, "init_from=here"), "", "")
     with pytest.raises(CheckpointError, match="init_from: here -> there"):
-        claim(load_config(*asked, "init_from=there"), "")
+        claim(load_config(*asked, "init_from=there"), "", "")
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     (tmp_path / "checkpoints" / "3" / "manifest.json").touch()
-    assert claim(load_config(*asked, "init_from=there"), "") == ["init_from=there is not read: this run began from here"]
-    assert claim(load_config(*asked), "") == claim(load_config(*asked, "init_from=here"), "") == []
+    assert claim(load_config(*asked, "init_from=there"), "", "") == ["init_from=there is not read: this run began from here"]
+    assert claim(load_config(*asked), "", "") == claim(load_config(*asked, "init_from=here"), "", "") == []
     assert read_config(tmp_path)["init_from"] == "here"
     metrics = [{"step": load_config(*asked).train.steps, "val/loss": 3.0}]
     assert is_over(load_config(*asked), read_config(tmp_path), metrics)
+
+
+def test_a_checkpoint_says_what_it_was_made_with_where_config_yaml_does_not(tmp_path):
+    asked = ["tokenizer=bytes", "data=text", "data.path=here", f"run_dir={tmp_path}", "init_from=here"]
+
+    def saved(step, *without):
+        facts = origin(tmp_path, "bytes", "text")
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+        write_manifest(tmp_path / "checkpoints" / step, {}, **{name: fact for name, fact in facts.items() if name not in without})
+
+    def again(*overrides, tokenizer="bytes", data="text"):
+        (tmp_path / "config.yaml").unlink()
+        return claim(load_config(*asked, *overrides), tokenizer, data)
+
+    claim(load_config(*asked), "bytes", "text")
+    saved("3")
+    assert again() == []
+    assert read_config(tmp_path)["data_fingerprint"] == "text"
+    said = again("train.steps=7", "data.path=there", "init_from=there", "train.log_every=3", "remat=full")
+    assert said[0].startswith("train.steps: ")
+    assert said[1] == "init_from=there is not read: this run began from here"
+    assert read_config(tmp_path)["init_from"] == "here"
+    for differs, overrides, fingerprints in (
+        ("seed: 0 -> 1", ["seed=1"], {}),
+        ("data_fingerprint: text -> other", [], {"data": "other"}),
+        ("tokenizer_fingerprint: bytes -> other", [], {"tokenizer": "other"}),
+    ):
+        with pytest.raises(CheckpointError, match=f"another run:\n +{differs}\nwhere: .*/3/manifest.json\n(.*\n)*next: give"):
+            again(*overrides, **fingerprints)
+        assert not (tmp_path / "config.yaml").exists()  # else the right settings would be refused from then on
+        claim(load_config(*asked), "bytes", "text")
+
+    once = read_config(tmp_path) | {"of_yore": 1}
+    del once["train"]["unroll"], once["seed"]
+    (tmp_path / "checkpoints" / "4").mkdir()
+    write_manifest(tmp_path / "checkpoints" / "4", {}, settings=once)
+    assert again() == []  # from before there were these settings
+
+    saved("6", "settings")  # as it once was
+    assert "config.yaml was missing" in again("seed=1")[0]
+    with pytest.raises(CheckpointError, match="data_fingerprint: text -> other"):
+        again("seed=1", data="other")
+
+
+def test_a_config_that_was_emptied_is_removed_where_a_checkpoint_says_the_same(tmp_path):
+    config = load_config("tokenizer=bytes", f"run_dir={tmp_path}")
+
+    def advice():
+        (tmp_path / "config.yaml").write_text("")
+        with pytest.raises(CheckpointError, match="is not a mapping") as error:
+            claim(config, "", "")
+        return error.value.next
+
+    assert advice().startswith(f"rm {tmp_path / 'config.yaml'}, then the same command")
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    write_manifest(tmp_path / "checkpoints" / "3", {}, data="")
+    assert advice() == "bring back a copy of this file, or give another run_dir"
+    write_manifest(tmp_path / "checkpoints" / "3", {}, settings={})
+    assert advice().startswith("rm ")
 
 
 def test_the_tokenizer_that_was_filed_stays_once_there_is_a_checkpoint(tmp_path):
