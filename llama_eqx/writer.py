@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from llama_eqx.errors import ConfigError, StorageError
 
@@ -57,7 +57,10 @@ def held(run_dir: str | os.PathLike[str]) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             stack.callback(os.close, file)
-            locked, before = _lock(file, folder), _read(file)
+            try:
+                locked, before = lock(file), _read(file)
+            except BlockingIOError:
+                raise _refusal(folder, _read(file)) from None
             if before and (not locked or before.get("machine") != machine()) and not _silent(folder, file):
                 raise _refusal(folder, before)
             own = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid(), "since": time.time()}
@@ -84,12 +87,13 @@ def machine() -> str:
         return socket.gethostname()
 
 
-def _lock(file: int, folder: pathlib.Path) -> bool:
-    """Whether there is now a lock on the file; False where the file system has none."""
+def lock(file: int | IO) -> bool:
+    """Whether there is now a lock on an open file, which ends with its being closed; False where the file system has none.
+
+    Raises `BlockingIOError` when another process has it.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise _refusal(folder, _read(file)) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise

@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from llama_eqx.checkpoint.store import MANIFEST, Place, checksums, content, put
 from llama_eqx.crash import crash_point
 from llama_eqx.errors import CheckpointError, StorageError
-from llama_eqx.writer import NO_LOCKS
+from llama_eqx.writer import lock
 
 
 class Damage(NamedTuple):
@@ -76,22 +75,19 @@ def appearing(path: pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.
 @contextlib.contextmanager
 def _alone(path: pathlib.Path) -> Iterator[None]:
     """As the only one who writes `path`, where the file system knows locks. The lock of a process that was killed is free."""
-    lock = path.with_name(f".{path.name}.lock")
-    with lock.open("w") as stream:
+    beside = path.with_name(f".{path.name}.lock")
+    with beside.open("w") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(stream)
             if os.fstat(stream.fileno()).st_nlink == 0:  # its holder removed it after it was opened here: the next one has a new one
                 raise BlockingIOError
         except BlockingIOError:
             kept, advice = "what it has written", "wait until it has ended, or name another folder"
             raise StorageError("another process is writing there", where=str(path), kept=kept, next=advice) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
 
 
 class Digest:

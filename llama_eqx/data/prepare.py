@@ -6,7 +6,6 @@ so the result does not depend on who does which when, and what is there after an
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from llama_eqx.data.sources import Source, find, pieces, plain, records
 from llama_eqx.data.tokenizer import TokenizerConfig
 from llama_eqx.data.units import Task, cut_units, hashes, held_out, keep_loaded, run_unit, whole
 from llama_eqx.errors import ConfigError, DataError, StorageError
-from llama_eqx.writer import NO_LOCKS
+from llama_eqx.writer import lock
 
 MODIFIED = "modified.json"
 LOCK = ".writer"  # among the unfinished work, and gone with it
@@ -184,7 +183,7 @@ def _alone(path: Path) -> Iterator[None]:
     """
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except BlockingIOError:
             file.seek(0)
             raise ConfigError(
@@ -193,9 +192,6 @@ def _alone(path: Path) -> Iterator[None]:
                 kept="its work is untouched",
                 next="wait for its end, or output=ANOTHER",
             ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

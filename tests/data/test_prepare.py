@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import fcntl
 import gzip
 import hashlib
 import json
@@ -374,7 +375,7 @@ def test_where_there_are_no_locks_it_is_prepared_all_the_same(corpus, tmp_path, 
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(module.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     assert prepare(config(f"input={corpus[0]}", f"output={tmp_path}/out")).shards
 
 
