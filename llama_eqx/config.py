@@ -180,7 +180,9 @@ def _converted(value: Any, hint: Any) -> Any:
         return tuple(_converted(child, inner) for child in value)
     if isinstance(value, Mapping):
         return {key: _converted(child, inner) for key, child in value.items()}
-    return float(value) if type(value) is int and float in options and int not in options else value
+    if type(value) is int and float in options and int not in options:
+        return float(value) if abs(value) < 2**1000 else math.inf  # which is refused
+    return value
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -23,10 +23,10 @@ class Dims(Config):
     def check(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and value < 1:
+            if value is not None and not 1 <= value < 2**31:
                 raise ConfigError(f"{value} is not a size", where=field.name)
         if self.heads % self.kv_heads:
-            divisors = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+            divisors = [n for n in range(1, min(self.heads, 1024) + 1) if self.heads % n == 0]
             raise ConfigError(
                 f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}",
                 where="kv_heads",

@@ -20,7 +20,7 @@ def test_lists_become_tuples_and_ints_floats_where_declared():
     assert hash(example) == hash(Example(rate=1.0, betas=(0.9, 1), name=None))
 
 
-@pytest.mark.parametrize("wrong", [{"rate": "fast"}, {"rate": True}, {"betas": ["a"]}, {"name": 3}])
+@pytest.mark.parametrize("wrong", [{"rate": "fast"}, {"rate": True}, {"rate": 10**400}, {"betas": ["a"]}, {"name": 3}])
 def test_a_value_of_another_type_is_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Example(**({"rate": 1.0, "betas": (), "name": None} | wrong))
@@ -40,6 +40,7 @@ def test_dump_is_the_inverse_of_load():
         ({"kv_heads": 3}, "kv_heads may be one of 1, 2, 4"),
         ({"head_dim": 3}, "odd"),
         ({"embed": 0}, "not a size"),
+        ({"head_dim": 10**400}, "not a size"),
     ],
 )
 def test_load_names_the_place(change, said):

@@ -1,6 +1,5 @@
 """Meta's `params.json`: sizes and settings of a Llama, some of which are not said."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +36,7 @@ def config_from_meta(params: Mapping[str, Any], vocab: int, copies: int, generat
     ]
     multiplier = params.get("ffn_dim_multiplier")
     for key in ("ffn_dim_multiplier", "norm_eps", "rope_theta"):
-        if params.get(key) is not None and (type(params[key]) not in (int, float) or not 0 < params[key] < math.inf):
+        if params.get(key) is not None and (type(params[key]) not in (int, float) or not 0 < params[key] < 1e30):
             wrong.append(f"{key} is {params[key]!r}, wanted a positive number")
     for key in ("quantization_args", "lora_args", "vision_chunk_size", "moe_args"):
         if params.get(key):

@@ -144,7 +144,7 @@ class LlamaConfig(Config):
     tokens: SpecialTokens
 
     def check(self) -> None:
-        self.within(1, float("inf"), "context")
+        self.within(1, 2**31, "context")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{self.dropout} is not a probability below 1", where="dropout")
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from llama_eqx.checkpoint.native import CHECKPOINTS
+from llama_eqx.checkpoint.native import CHECKPOINTS, read_config
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.config import Difference, differences, dump
 from llama_eqx.data.chat import chat_format
@@ -19,7 +19,7 @@ from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.interop.conversion import ConvertConfig, convert, require_expressible
 from llama_eqx.interop.files import CARRIED, TOKENIZER, carried, mistaken, read_json
 from llama_eqx.interop.huggingface import GENERATION, token_ids
-from llama_eqx.interop.pretrained import format_of, load_pretrained, open_pretrained
+from llama_eqx.interop.pretrained import format_of, load_pretrained, located, open_pretrained
 from llama_eqx.interop.weights import Weights, abstract
 from llama_eqx.model.llama import LlamaConfig
 from llama_eqx.training.run import RunConfig, home
@@ -60,6 +60,17 @@ def open_start(config: RunConfig) -> Weights | None:
         said = f"the weights are of a context of {there}, and this model, with what it exports, of {here}: model.context={there} keeps it"
         weights = dataclasses.replace(weights, notes=(*weights.notes, said))
     return weights
+
+
+def seen_before(config: RunConfig, data: str) -> list[str]:
+    """What is to be said where the weights at `init_from` saw the data with this fingerprint in the order in which they come now."""
+    if not _starts_elsewhere(config) or format_of(config.init_from or "") != "native":
+        return []
+    there = read_config(located(config.init_from or "")[0])
+    told = [there.get("data_fingerprint"), there.get("seed"), there.get("train", {}).get("seq_len")]
+    if told != [data, config.seed, config.train.seq_len]:
+        return []
+    return [f"the run at init_from had this seed and these data: its rows come again, and seed={config.seed + 1} takes others"]
 
 
 def start(weights: Weights, config: RunConfig, shardings: TrainState) -> TrainState:

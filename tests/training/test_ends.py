@@ -1,6 +1,7 @@
 """What a run keeps for whoever gets the model from it, without training, and read by `transformers`."""
 
 import base64
+import dataclasses
 import json
 import pathlib
 
@@ -17,8 +18,8 @@ from llama_eqx.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, Tik
 from llama_eqx.data.tokenizer.export import tokenizer_json
 from llama_eqx.interop.conversion import ConvertConfig, convert, save_pretrained
 from llama_eqx.model.llama import build_model
-from llama_eqx.training.ends import handed_on, open_start
-from llama_eqx.training.run import file_tokenizer, with_vocab
+from llama_eqx.training.ends import handed_on, open_start, seen_before
+from llama_eqx.training.run import claim, file_tokenizer, with_vocab
 
 SIZES = {"layers": 1, "embed": 8, "heads": 2, "kv_heads": 1, "head_dim": 4, "mlp": 8}
 TALK = [
@@ -131,6 +132,20 @@ def test_a_run_that_keeps_nothing_beside_its_tokenizer_gets_it_when_it_goes_on(t
     for said, kept in ((b"a", b"a"), (b"b", b"a")):
         file_tokenizer(config, tokenizer, {"chat_template.jinja": said})
         assert (tmp_path / "run" / "tokenizer" / "chat_template.jinja").read_bytes() == kept
+
+
+def test_rows_that_the_weights_have_seen_are_told(tmp_path):
+    """Those of a run with the same seed, data and length of rows; of a folder without a run nothing is known."""
+    first = with_vocab(settings(tmp_path / "first"), BytesTokenizer())
+    save_pretrained(build_model(first.model, key=jax.random.key(0)), first.run_dir, format="native")
+    again = dataclasses.replace(first, run_dir=str(tmp_path / "again"), init_from=first.run_dir)
+    assert seen_before(again, "0abc") == []
+    claim(dataclasses.replace(first, run_dir=str(tmp_path / "run")), "tokenizer", "0abc")
+    (tmp_path / "run" / "config.yaml").replace(tmp_path / "first" / "config.yaml")
+    assert [note.endswith("seed=1 takes others") for note in seen_before(again, "0abc")] == [True]
+    for other in ({"seed": 1}, {"train": dataclasses.replace(first.train, seq_len=64)}, {"init_from": None}):
+        assert seen_before(dataclasses.replace(again, **other), "0abc") == []
+    assert seen_before(again, "1abc") == []
 
 
 @pytest.mark.parametrize("through", ["hf", "run"])
