@@ -47,6 +47,12 @@ def in_int8(model: Llama) -> Llama:
     return jax.tree.map(lambda n: quantised(n) if isinstance(n, kinds) else n, model, is_leaf=lambda n: isinstance(n, kinds))
 
 
+def unpacked(model: Llama) -> list[str]:
+    """The classes in the slots of a laid-out model's blocks that this does not know: they stay as they are, in 8 bits too."""
+    parts = [getattr(block, slot, None) for block in model.blocks for slot in ("attention", "feed_forward")]  # pyright: ignore
+    return sorted({type(part).__name__ for part in parts if part and not isinstance(part, PackedAttention | PackedFeedForward)})
+
+
 def _packed(block: eqx.Module) -> eqx.Module:
     attention, feed_forward = getattr(block, "attention", None), getattr(block, "feed_forward", None)
     if type(attention) is GroupedQueryAttention:

@@ -25,7 +25,7 @@ from llama_eqx.data.tokenizer import Tokenizer, find_tokenizer
 from llama_eqx.errors import ConfigError, DataError, StorageError, UserError
 from llama_eqx.generation.chat import Chat
 from llama_eqx.generation.decode import Generation
-from llama_eqx.generation.layout import for_decoding, in_int8
+from llama_eqx.generation.layout import for_decoding, in_int8, unpacked
 from llama_eqx.generation.prompts import Asked, read_prompts, reason
 from llama_eqx.generation.request import require_stop
 from llama_eqx.generation.sampling import Sampling
@@ -327,7 +327,7 @@ def loaded(config: GenerateConfig, checkpoint: str, tokenizer: Tokenizer) -> Lla
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 2**20  # noqa: E731
     say(
         f"int8: {size(model):.0f} MiB -> {size(quantised):.0f} MiB; perplexity of the first {len(ids)} tokens of {file.name} "
-        f"{before:.4f} -> {after:.4f} ({after / before - 1:+.2%})",
+        f"{before:.4f} -> {after:.4f} ({after / before - 1:+.2%})" + "".join(f"; {name} stays as it is" for name in unpacked(model)),
         file=sys.stderr,
     )
     return quantised

@@ -8,7 +8,7 @@ import pytest
 
 from llama_eqx import build_model
 from llama_eqx.generation.decode import generate_tokens
-from llama_eqx.generation.layout import PackedAttention, PackedFeedForward, for_decoding, in_int8
+from llama_eqx.generation.layout import PackedAttention, PackedFeedForward, for_decoding, in_int8, unpacked
 from llama_eqx.precision import cast
 
 PROMPTS = [[5, 6, 7, 8, 9], [3], [60, 2, 33]]
@@ -43,6 +43,8 @@ def test_the_same_tokens(models):
     model, laid_out = models
     assert type(laid_out.blocks[0].attention) is PackedAttention
     assert (type(laid_out.blocks[0].feed_forward) is PackedFeedForward) == (type(model.blocks.feed_forward).__name__ == "GatedFeedForward")
+    kinds = {type(model.blocks.attention).__name__, type(model.blocks.feed_forward).__name__}
+    assert unpacked(laid_out) == sorted(kinds - {"GroupedQueryAttention", "GatedFeedForward"})
     assert generate_tokens(laid_out, PROMPTS, 12, samples=2).tokens == generate_tokens(model, PROMPTS, 12, samples=2).tokens
     assert generate_tokens(laid_out, PROMPTS[:1], 12).tokens == generate_tokens(model, PROMPTS[:1], 12).tokens
     assert for_decoding(laid_out) is laid_out
