@@ -104,6 +104,48 @@ def test_the_loss_of_the_guide(tiny, monkeypatch):
     assert sums.weight == mask.sum()
 
 
+@pytest.mark.parametrize("policy", ["none", "full", "dots"])
+def test_the_added_term_of_the_guide(tiny, policy):
+    """In a feed-forward of a model under policies: the gradient of the loss and the terms of all layers together."""
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+    from jaxtyping import Array, Float32
+
+    from llama_eqx import load_config
+    from llama_eqx.remat import RematConfig
+    from llama_eqx.sharding import Layout
+    from llama_eqx.training.loss import policy_view
+
+    names = {"jax": jax, "jnp": jnp, "Array": Array, "Float32": Float32}
+    exec(SHOWN[3], names)
+    told = []
+
+    class Added(feed_forward.GatedFeedForward):
+        def __call__(self, x):
+            y = super().__call__(x)
+            term = jnp.sum(y.astype(jnp.float32) ** 2)
+            told.append(term)
+            return names["minimising"](y, term)
+
+    plain = tiny().build(key=jax.random.key(0))
+    model = eqx.tree_at(lambda m: m.blocks.feed_forward, plain, Added(**vars(plain.blocks.feed_forward)))
+    tokens, config = jnp.arange(48).reshape(8, 6), load_config()
+    view = policy_view(config.precision, RematConfig(policy=policy), Layout(config.mesh.build(), config.sharding))
+    found = jax.jit(jax.grad(lambda model: view(model)(tokens).mean()))(model)
+
+    def both(model):  # layer by layer, where the terms can be seen
+        blocks = [jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks) for i in range(plain.config.dims.layers)]
+        model = eqx.tree_at(lambda m: m.blocks, model, tuple(blocks))
+        told.clear()
+        return model(tokens).mean() + sum(told)
+
+    names["minimising"] = lambda y, term: y
+    wanted = jax.grad(both)(model)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert jnp.allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
 def test_the_frozen_weights_of_the_guide(tiny, monkeypatch):
     import jax
     import optax
@@ -115,7 +157,7 @@ def test_the_frozen_weights_of_the_guide(tiny, monkeypatch):
     module = types.ModuleType("guide_optimizer")
     vars(module).update(vars(optimizer), __name__="guide_optimizer", parameter_names=parameter_names, PyTree=PyTree)
     monkeypatch.setitem(sys.modules, "guide_optimizer", module)
-    exec(SHOWN[3], vars(module))
+    exec(SHOWN[4], vars(module))
     model = tiny().build(key=jax.random.key(0))
     train = module.NormsAloneConfig(clip_norm=1.0, weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-8).build()
     state = train.init(model)
@@ -135,7 +177,7 @@ def test_the_meter_of_the_guide():
     from llama_eqx.training import meters
 
     names = {**vars(meters), "METERS": {}}
-    exec(SHOWN[4], names)
+    exec(SHOWN[5], names)
     gradient = types.SimpleNamespace(embed=jnp.full((2, 8), 0.5))
     assert names["METERS"]["embedding_gradient"](None, gradient, None) == 2.0
 
