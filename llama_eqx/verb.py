@@ -23,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from llama_eqx import compose
 from llama_eqx.advice import check_flags
 from llama_eqx.errors import ConfigError, StorageError, UserError
+from llama_eqx.extensions import folders
 
 # What the system says of a place that cannot be written: full, read-only, not ours, or no place at all.
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
@@ -216,5 +217,9 @@ def _unread() -> bool:
 
 def _unexpected(error: Exception) -> int:
     traceback.print_exc()
-    print(UserError(f"unexpected {type(error).__name__}: {error}", next="please report this with the lines above"), file=sys.stderr)
+    own = tuple(f"{folder}{os.sep}" for folder in folders())
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(own)]
+    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    advice = "look there: this line is of an extension" if frames else "please report this with the lines above"
+    print(UserError(f"unexpected {type(error).__name__}: {error}", where=where, next=advice), file=sys.stderr)
     return 1

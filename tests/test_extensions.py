@@ -13,7 +13,7 @@ from llama_eqx import build_model, extensions, load_config, load_pretrained, sav
 from llama_eqx.config import load
 from llama_eqx.errors import ConfigError
 from llama_eqx.training.meters import METERS
-from llama_eqx.verb import help_text
+from llama_eqx.verb import guarded, help_text
 
 CODE = """
 from llama_eqx.model.norm import Norm, NormConfig
@@ -68,6 +68,19 @@ def test_a_variant_is_chosen_built_and_kept(lab, tmp_path):
     assert jax.numpy.array_equal(load_pretrained(tmp_path / "model")(tokens), model(tokens))
     assert ["nothing" in help_text(verb) for verb in ("train", "report")] == [True, False]
     assert "\nplan: " not in help_text("train")
+
+
+def test_an_error_in_it_is_its_own(lab, capsys):
+    def job():
+        METERS["largest"](None, None, None)
+
+    importlib.import_module("lab")
+    assert guarded(job) == 1
+    said = capsys.readouterr().err
+    assert "error: unexpected AttributeError: 'NoneType' object has no attribute 'embed'\nwhere: " in said
+    assert said.endswith("lab/__init__.py:5\nnext: look there: this line is of an extension\n")
+    assert guarded(lambda: 1 // 0) == 1
+    assert capsys.readouterr().err.endswith("next: please report this with the lines above\n")
 
 
 def test_a_typo_is_answered_with_its_options(lab):
