@@ -155,6 +155,13 @@ def is_first() -> bool:
     return global_state.process_id == 0
 
 
+def count() -> int:
+    """How many processes there are: `jax.process_count`, but it starts no backend either."""
+    from jax._src.distributed import global_state
+
+    return global_state.num_processes or 1
+
+
 def of_first(number: int) -> int:
     """The number that process 0 gives."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
@@ -177,13 +184,13 @@ def on_host(tree: PyTree[jax.Array]) -> PyTree[np.ndarray]:
     return jax.tree.map(whole, tree)
 
 
-def require_same(text: str, what: str) -> None:
+def require_same(text: str, what: str, where: str) -> None:
     """Raises `DataError` in every process when they do not all give the same `text`."""
     found = np.ravel(multihost_utils.process_allgather(np.uint32(zlib.crc32(text.encode()))))
     if others := np.flatnonzero(found != found[0]).tolist():
         raise DataError(
             f"processes {', '.join(map(str, others))} have other {what} than process 0",
-            where="data",
+            where=where,
             next="the same files and the same versions of the libraries on every machine",
         )
 

@@ -13,6 +13,7 @@ PREEMPTED = 75  # the code of a run that was told to stop and saved itself
 # when nobody reads what it prints.
 KILLED = {128 + number: number for number in signal.Signals if number not in (signal.SIGINT, signal.SIGPIPE)}
 SHORT = 60.0  # seconds: a start that ended sooner made no progress to speak of
+IMPORTED = 5.0  # seconds: told to stop sooner, it had not begun
 
 
 def main() -> None:
@@ -64,7 +65,8 @@ def supervise(command: list[str], *, restarts: int, short: int) -> int:
         started += 1
         killed = KILLED.get(code, -code if code < 0 else None)
         ended = f"exit code {code}" if killed is None else signal.Signals(killed).name
-        in_a_row = in_a_row + 1 if killed and time.monotonic() - begun < SHORT else 0
+        lasted = time.monotonic() - begun
+        in_a_row = in_a_row + 1 if (killed and lasted < SHORT) or (code == PREEMPTED and lasted < IMPORTED) else 0
         shown = code if code >= 0 else 128 - code
         if killed is None and code != PREEMPTED:
             if code:

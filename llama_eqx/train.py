@@ -36,6 +36,7 @@ def main(config: Any, overrides: list[str]) -> None:
     import jax
 
     from llama_eqx.errors import NonFiniteError
+    from llama_eqx.processes import count
     from llama_eqx.studies.pairing import keep
     from llama_eqx.training.loop import train  # after the config has been checked, so that a typo is answered at once
     from llama_eqx.training.preemption import Preemption
@@ -46,8 +47,7 @@ def main(config: Any, overrides: list[str]) -> None:
     run_dir = shlex.quote(config.run_dir)
     same = [override for override in overrides if not override.startswith(("run_dir=", "train.steps="))]
     command = shlex.join(["python", "-m", "llama_eqx.train", *same, f"run_dir={config.run_dir}"])
-    hosts = jax.process_count() if jax.distributed.is_initialized() else 1  # which starts the backend, before a mesh splits its CPU
-    several = f"\n            on each of the {hosts} hosts, or by the launcher that started this" if hosts > 1 else ""
+    several = f"\n            on each of the {n} hosts, or by the launcher that started this" if (n := count()) > 1 else ""
     try:
         with Preemption(config.checkpoint.grace, next=f"{command} train.steps={config.train.steps}{several}") as preemption:
             result = train(config, preemption)

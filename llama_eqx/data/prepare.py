@@ -23,7 +23,7 @@ from llama_eqx.data.assembly import plan, run_shards
 from llama_eqx.data.corpus import DataConfig, Document, Part
 from llama_eqx.data.engine import EngineConfig
 from llama_eqx.data.shards import COUNTS, FORMAT, open_dataset, write_index
-from llama_eqx.data.sources import Source, find, pieces, plain, records
+from llama_eqx.data.sources import TEXT, Source, find, kind_of, pieces, plain, records
 from llama_eqx.data.tokenizer import TokenizerConfig
 from llama_eqx.data.units import Task, cut_units, hashes, held_out, keep_loaded, run_unit, whole
 from llama_eqx.errors import ConfigError, DataError, StorageError
@@ -129,7 +129,7 @@ def prepare(config: PrepareConfig) -> Prepared:
         "format": FORMAT,
         "tokenizer": tokenizer.fingerprint,
         **{name: getattr(config, name) for name in ("field", "bos", "eos", "on_error", "unit_bytes")},
-        "sources": [{"name": source.name, "size": source.size} for source in sources],
+        "sources": [{"name": source.name, "size": source.size} | _read_as(source) for source in sources],
     }
     assembly = {name: getattr(config, name) for name in ("validation_fraction", "dedup", "shard_tokens")}
     if (output / "index.json").exists():
@@ -196,6 +196,13 @@ def _alone(path: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def _read_as(source: Source) -> dict[str, str]:
+    """The kind of a file that was text while only `.jsonl` and `.parquet` in small letters were not: the work of then is another."""
+    kind = kind_of(source)
+    old = source.name.removesuffix(".gz").removesuffix(".zst")
+    return {} if kind == TEXT or old.endswith(kind) else {"kind": kind}
 
 
 def _modified(sources: list[Source]) -> list[int]:

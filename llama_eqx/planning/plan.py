@@ -21,6 +21,8 @@ from llama_eqx.sharding import MESH_AXES, Layout
 from llama_eqx.training.program import make_program
 from llama_eqx.training.run import RunConfig, with_vocab
 
+FORMULA = 1.1  # how far the memory by formula may be off
+
 
 class PlanConfig(RunConfig):
     """A run, and whether to `search` for settings that make it fast on its mesh; a number ends it when so many of them fit."""
@@ -198,14 +200,14 @@ def shrink(plan: Plan, variant: Callable[..., RunConfig]) -> str:
     refused, composed = "", False
     for overrides in smaller if plan.may else []:
         try:
-            config = variant(*overrides)
+            config = dataclasses.replace(variant(*overrides), model=plan.config.model)  # whose vocabulary is known
             layout = Layout(build_mesh(config.mesh), config.sharding)
             memory = memory_by_part(config, make_program(config, layout), layout)
         except ConfigError as error:
             refused = refused or error.what
             continue
         composed = True
-        if max(scale, 1.0) * memory.total < (plan.may or 0):
+        if FORMULA * max(scale, 1.0) * memory.total < (plan.may or 0):
             return f"{said}; it would fit with {' '.join(overrides)}"
     if refused and not composed:
         return f"{said}; whether less would fit is not known, as no such run could be made: {refused}"

@@ -24,6 +24,7 @@ from llama_eqx.model.llama import Llama
 from llama_eqx.processes import of_first, once, require_same, watched
 from llama_eqx.studies.pairing import record_start
 from llama_eqx.tracking.jsonl import read_metrics
+from llama_eqx.tracking.provenance import code, jax_settings
 from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.ends import check_export, check_start, export, handed_on, open_start, seen_before
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
@@ -75,7 +76,9 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     run_dir = pathlib.Path(config.run_dir)
     check_export(config)
     weights = open_start(config)
-    require_same(data.fingerprint, "tokens")
+    require_same(data.fingerprint, "tokens", where="data")
+    if jax.process_count() > 1:
+        require_same(str((code(), jax.__version__, jax_settings())), "code, or another JAX or settings of it,", where="llama_eqx")
     changed = once(lambda: claim(config, tokenizer.fingerprint, data.fingerprint)) or []
     if config.checkpoint.store is None:
         check_shared(run_dir)

@@ -341,6 +341,20 @@ def test_unfinished_work_is_not_mixed_with_other(corpus, tmp_path, monkeypatch):
         prepare(config(*overrides))
 
 
+@pytest.mark.parametrize(("name", "same"), [("a.ndjson", False), ("a.JSONL", False), ("a.jsonl", True), ("a.txt", True)])
+def test_what_was_prepared_while_an_ending_was_text_is_another(tmp_path, monkeypatch, name, same):
+    (tmp_path / name).write_text('{"text": "To be."}\n{"text": "Not to be."}\n')
+    again = config(f"input={tmp_path / name}", f"output={tmp_path}/out", "validation_fraction=0")
+    with monkeypatch.context() as before:
+        before.setattr(module, "_read_as", lambda source: {})
+        prepare(again)
+    if same:
+        prepare(again)
+    else:
+        with pytest.raises(DataError, match="there is a dataset here, and not this one"):
+            prepare(again)
+
+
 def test_two_do_not_write_into_one_folder(corpus, tmp_path, monkeypatch):
     overrides, other = [f"input={corpus[0]}", f"output={tmp_path}/out"], [f"input={corpus[0]}", f"output={tmp_path}/out", "bos=false"]
     plan, modified = module.plan, module._modified

@@ -40,6 +40,35 @@ def test_two_processes_are_one_device(tmp_path):
     one_process_goes_on_where_two_ended(folder / "fsdp", alone)
 
 
+def launched(*overrides, **environment):
+    """Two processes by the launcher, which are not told how many devices they have. The exit code, and what was said."""
+    alone = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    (folder,) = (override.partition("=")[2] for override in overrides if override.startswith("data.path="))
+    pathlib.Path(folder).write_text("To be, or not to be. " * 200)
+    small = ["tokenizer=bytes", "data=text", "train.seq_len=16", "train.batch_size=8", "train.steps=1", "train.sample_tokens=0"]
+    small += ["model.dims.layers=1", "tracking.wandb.mode=disabled"]
+    command = [sys.executable, ROOT / "scripts" / "launch_local.py", "2", *small, *overrides]
+    done = subprocess.run(command, env=alone | environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_launcher_splits_virtual_devices_among_its_processes(tmp_path):
+    code, said = launched(f"data.path={tmp_path}/text.txt", f"run_dir={tmp_path}/run")
+    assert code == 0, said
+    (start,) = (tmp_path / "run" / "provenance.jsonl").read_text().splitlines()
+    assert [json.loads(start)["computed"][name] for name in ("processes", "devices")] == [2, 8]
+
+
+def test_processes_that_compute_otherwise_are_refused(tmp_path):
+    """As those with other code, which is compared with JAX's settings: here one process has 64 bits."""
+    odd = "import os\nif os.environ.get('JAX_PROCESS_ID') == '1':\n    os.environ['JAX_ENABLE_X64'] = '1'\n"
+    (tmp_path / "sitecustomize.py").write_text(odd)
+    code, said = launched(f"data.path={tmp_path}/text.txt", f"run_dir={tmp_path}/run", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert code == 3, said
+    assert "processes 1 have other code, or another JAX or settings of it, than process 0" in said
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def run_two_processes(folder):
     """What process 1 says."""
     with socket.socket() as free:

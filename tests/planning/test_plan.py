@@ -109,6 +109,12 @@ def test_advice_is_computed(plan, may, advice):
         assert make_plan(better).memory.total < small.may
 
 
+def test_advice_where_the_tokenizer_settles_the_vocabulary(plan):
+    """Which the overrides that are tried do not say."""
+    small = dataclasses.replace(plan, compiled=None, needs=plan.memory.total, may=int(0.7 * plan.memory.total))
+    assert "it would fit with" in shrink(small, lambda *more: config("mesh=cpu-8", "model.dims.vocab=null", *more))
+
+
 def test_no_advice_where_no_candidate_can_be_composed(plan):
     def variant(*more):
         raise ConfigError("no such option", where="model")

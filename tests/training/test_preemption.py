@@ -7,7 +7,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import jax
 import pytest
 
 from llama_eqx import load_config
@@ -145,8 +144,7 @@ def test_what_resumes_a_run_of_several_processes_says_that_it_is_for_each(tmp_pa
     told, evaluation = [], SimpleNamespace(loss=1.0, bits_per_byte=1.0, tokens=1)
     result = SimpleNamespace(evaluation=evaluation, sample="", speed={}, run_dir=tmp_path, checkpoint=tmp_path, export=None)
     monkeypatch.setattr("llama_eqx.training.loop.train", lambda config, preemption: told.append(preemption._next) or result)
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: processes > 1)
+    monkeypatch.setattr("llama_eqx.processes.count", lambda: processes)
     main(load_config(f"run_dir={tmp_path}", "compile_cache=false"), [])
     resume = capsys.readouterr().out.partition("\nresume ")[2].partition("\nsample ")[0]
     for said in (resume, told[0]):  # the command has its line to itself, to be copied
