@@ -195,7 +195,8 @@ def _receive(place: Place, deadline: float, timeout: float, config: dict[str, An
     try:
         server = socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
     except OSError as error:
-        raise ConfigError(f"cannot listen at port {port}: {error.strerror}", where="distributed.coordinator", next="another port") from None
+        advice = "another port; or, if two processes are told that they are number 0, another number for one"
+        raise ConfigError(f"cannot listen at port {port}: {error.strerror}", where="distributed.coordinator", next=advice) from None
     with server:
         while len(lines) < place.processes - 1 and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
@@ -236,11 +237,12 @@ def _receive(place: Place, deadline: float, timeout: float, config: dict[str, An
 
 def _call(place: Place, deadline: float, timeout: float, config: dict[str, Any]) -> tuple[dict[str, Line], dict[str, Any]]:
     host, _, port = place.coordinator.rpartition(":")
-    hello = {"process": place.process, "host": socket.gethostname(), "config": config}
+    hello, last = {"process": place.process, "host": socket.gethostname(), "config": config}, ""
     while (left := deadline - time.monotonic()) > 0:
         try:
             line = Line(socket.create_connection((host.strip("[]"), int(port)), left))
-        except OSError:  # it is not there yet
+        except OSError as error:  # it is not there yet
+            last = f" ({error.strerror or error})"
             time.sleep(min(0.2, left))
             continue
         line.wait(left + 10)  # process 0 may have begun to wait later
@@ -254,7 +256,7 @@ def _call(place: Place, deadline: float, timeout: float, config: dict[str, Any])
         if answer:
             raise _refusal(answer["error"])
         time.sleep(min(0.2, left))
-    raise _refusal(f"process 0 of {place.processes} did not answer at {place.coordinator} within {timeout:g} s")
+    raise _refusal(f"process 0 of {place.processes} did not answer at {place.coordinator} within {timeout:g} s{last}")
 
 
 def _refusal(text: str) -> ConfigError:
