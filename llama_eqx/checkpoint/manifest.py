@@ -77,18 +77,20 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
     """As the only one who writes `path`, where the file system knows locks. The lock of a process that was killed is free."""
     beside = path.with_name(f".{path.name}.lock")
     with beside.open("w") as stream:
-        mine = True
         try:
             lock(stream)
             if os.fstat(stream.fileno()).st_nlink == 0:  # its holder removed it after it was opened here: the next one has a new one
                 raise BlockingIOError
-            yield
         except BlockingIOError:
-            mine, kept, advice = False, "what it has written", "wait until it has ended, or name another folder"
+            kept, advice = "what it has written", "wait until it has ended, or name another folder"
             raise StorageError("another process is writing there", where=str(path), kept=kept, next=advice) from None
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
+        try:
+            yield
         finally:
-            if mine:
-                beside.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
 
 
 class Digest:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -232,8 +233,8 @@ def test_two_processes_that_write_one_folder(tmp_path, monkeypatch):
         lock.unlink()
         flock(file, how)
 
-    def unknown(file, how):
-        raise OSError(errno.ENOLCK, "No locks available")
+    def unknown(file, how, number=errno.ENOLCK):
+        raise OSError(number, os.strerror(number))
 
     with appearing(tmp_path / "new") as folder:
         (folder / "mine").write_text("whole")
@@ -247,6 +248,9 @@ def test_two_processes_that_write_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", unknown)
     with appearing(tmp_path / "other") as folder:
         (folder / "mine").write_text("whole")
+    monkeypatch.setattr(fcntl, "flock", functools.partial(unknown, number=errno.EIO))
+    with pytest.raises(StorageError, match="could not be saved: Input/output error"), appearing(tmp_path / "third"):
+        pass
     assert sorted(os.listdir(tmp_path)) == ["new", "other"]
 
 
