@@ -26,9 +26,8 @@ class PrecisionConfig(Config):
         """What lies outside of the blocks as the loss sees it. The blocks follow one layer at a time, by `block`."""
         if self.params == self.compute:
             return model
-        parts = outside(model)
-        new = {name: cast(part, self.compute) for name, part in parts.items()} | {"embed": Lookup(model.embed, self.compute)}
-        return eqx.tree_at(lambda m: [getattr(m, name) for name in parts], model, list(new.values()), is_leaf=lambda x: x is None)
+        seen = [Lookup(part, self.compute) if name == "embed" else cast(part, self.compute) for name, part in outside(model).items()]
+        return eqx.tree_at(lambda m: [*outside(m).values()], model, seen, is_leaf=lambda x: x is None)
 
     def block(self, block: Callable) -> Callable:
         """A block whose weights are cast inside the scan, so that one layer's copy exists at a time."""

@@ -34,7 +34,7 @@ Score = Callable[[Llama, Batch], Scores]
 
 
 def make_score(view: Callable[[Llama], Llama], layout: Layout, chunk: int | None) -> Score:
-    """A function to be jitted. The scores are whole on every device, so that each process can sum them. `chunk` as in `LossConfig`."""
+    """A function to be jitted. The scores are whole on every device, so that each process can sum them. `chunk` as in `Objective`."""
 
     def score(model: Llama, batch: Batch) -> Scores:
         model = view(model)
