@@ -36,7 +36,8 @@ VOCAB, MEAN = 32_000, 700  # ids; tokens of a document, on average
 
 def dataset(tokens: int, *, sparse: bool = False, shard_tokens: int = 2**28) -> pathlib.Path:
     """A folder of token shards, made once: random ids, or a sparse file of zeros, in documents of geometric length."""
-    from llama_eqx.data.shards import HEADER, Shard, ShardWriter, token_dtype, write_index
+    from llama_eqx.data.shard import Shard, token_dtype
+    from llama_eqx.data.shards import HEADER, ShardWriter, write_index
     from llama_eqx.data.tokenizer import BytesTokenizer
 
     folder = pathlib.Path(tempfile.gettempdir(), f"llama_eqx-benchmark-{tokens}{'-sparse' * sparse}")

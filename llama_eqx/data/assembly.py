@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from llama_eqx.data.shards import SPLITS, ShardWriter, token_dtype
+from llama_eqx.data.shard import token_dtype
+from llama_eqx.data.shards import SPLITS, ShardWriter
 from llama_eqx.data.sources import LINES, kind_of
 from llama_eqx.data.units import NAMED, Task, Unit, held_out, whole
 from llama_eqx.errors import DataError

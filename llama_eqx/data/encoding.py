@@ -12,7 +12,8 @@ from tqdm import tqdm
 from llama_eqx.data.cache import cache_dir, publish
 from llama_eqx.data.corpus import DataConfig, Part
 from llama_eqx.data.prepared import PreparedConfig
-from llama_eqx.data.shards import AGAIN, DELETE, FORMAT, ShardWriter, TokenData, open_dataset, token_dtype, write_index
+from llama_eqx.data.shard import AGAIN, token_dtype
+from llama_eqx.data.shards import DELETE, FORMAT, ShardWriter, TokenData, open_dataset, write_index
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError
 

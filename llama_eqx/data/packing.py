@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from llama_eqx.data.cache import cache_dir, publish
-from llama_eqx.data.shards import DELETE, Edges, Split, check_sealed, seal
+from llama_eqx.data.shard import Edges
+from llama_eqx.data.shards import DELETE, Split, check_sealed, seal
 from llama_eqx.errors import DataError
 
 FORMAT = 2  # counts the changes of what is written: an index of another format is made anew

@@ -11,7 +11,8 @@ from jaxtyping import Int, UInt
 
 from llama_eqx.batch import Batch
 from llama_eqx.data.packing import PackIndex
-from llama_eqx.data.shards import Edges, Split, token_dtype
+from llama_eqx.data.shard import Edges, token_dtype
+from llama_eqx.data.shards import Split
 from llama_eqx.errors import DataError
 
 MAPS = 400  # shards that are mapped at once: each takes file descriptors

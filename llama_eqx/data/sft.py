@@ -14,17 +14,16 @@ from tqdm import tqdm
 from llama_eqx.data.cache import cache_dir, publish
 from llama_eqx.data.chat import ROLES, chat_format, check
 from llama_eqx.data.corpus import CorpusConfig, Document, Part
+from llama_eqx.data.shard import Shard, token_dtype
 from llama_eqx.data.shards import (
     DELETE,
     FORMAT,
-    Shard,
     ShardWriter,
     Split,
     TokenData,
     check_sealed,
     open_dataset,
     seal,
-    token_dtype,
     write_index,
 )
 from llama_eqx.data.sources import LINES, Record, Source, find, kind_of, lines, remedy

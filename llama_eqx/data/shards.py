@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
+from llama_eqx.data.shard import AGAIN, Edges, Shard, token_dtype
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError
 
@@ -30,96 +30,9 @@ COUNTS = ("tokens", "documents", "bytes")
 VERIFIED = 2**30  # bytes: up to here a dataset is hashed whenever it is opened
 HEADER = 128  # bytes, of each .npy file
 OWN = "leave tokenizer=... out, so that it is the data's own"
-AGAIN = "restore the folder, or write another with python -m llama_eqx.prepare"
 DELETE = "delete this folder; it is made anew"
 SUMS = "sha256.json"
 HOLD_OUT = "python -m llama_eqx.prepare validation_fraction=0.01 with the same input and another output"
-
-
-def token_dtype(vocab: int) -> np.dtype:
-    """The type of ids below `vocab` on disk."""
-    return np.dtype("<u2" if vocab <= 2**16 else "<u4")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """`path` is that of its files without their endings. `bytes` are those of the text in UTF-8, `tokens` include BOS and EOS.
-
-    Files are mapped when they are first read. A shard holds no map itself, so that it can be pickled.
-    """
-
-    path: Path
-    tokens: int
-    documents: int
-    bytes: int
-    vocab: int
-
-    def ids(self) -> np.ndarray:
-        """[tokens], mapped. Raises `DataError` when the file is not what the index says; so do the next two."""
-        return _mapped(self.file("ids"), *self.content["ids"])
-
-    def offsets(self) -> np.ndarray:
-        """[documents + 1] int64, mapped: document i has the ids from offset i up to offset i + 1."""
-        return _mapped(self.file("offsets"), *self.content["offsets"])
-
-    def origins(self) -> np.ndarray:
-        """[documents, 2] int64, mapped: the number of the source, and of the record in it."""
-        return _mapped(self.file("origins"), *self.content["origins"])
-
-    def file(self, kind: str) -> Path:
-        return self.path.with_name(f"{self.path.name}.{kind}.npy")
-
-    @property
-    def content(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape and type of each file."""
-        offset = np.dtype("<i8")
-        return {
-            "ids": ((self.tokens,), token_dtype(self.vocab)),
-            "offsets": ((self.documents + 1,), offset),
-            "origins": ((self.documents, 2), offset),
-        }
-
-
-class Edges:
-    """Where the documents of a shard begin and end among its ids. Each offset is tested when it is looked up, so that no pass over all is
-    needed: all of these raise `DataError` naming shard and document where offsets do not rise from 0 to the number of ids."""
-
-    def __init__(self, shard: Shard):
-        self._shard, self._offsets = shard, shard.offsets()
-
-    def of(self, documents: Int[np.ndarray, " count"]) -> tuple[Int[np.ndarray, " count"], Int[np.ndarray, " count"]]:
-        """With which id each of some documents begins, and the one after its last."""
-        begins, ends = self._offsets[documents], self._offsets[documents + 1]
-        last, tokens = self._shard.documents - 1, self._shard.tokens
-        # Only the first begins at 0 and only the last ends with the ids: the signs are the same, and none is outside.
-        wrong = (begins >= ends) | (np.sign(begins) != np.sign(documents)) | (np.sign(tokens - ends) != np.sign(last - documents))
-        if wrong.any():
-            at = int(wrong.argmax())
-            raise DataError(
-                f"a document from id {begins[at]} up to id {ends[at]}, of {tokens}: the offsets are out of order or of another shard",
-                where=f"{self._shard.file('offsets')}, document {documents[at]}",
-                next=AGAIN,
-            )
-        return begins, ends
-
-    def before(self, ids: Int[np.ndarray, " count"]) -> Int[np.ndarray, " count"]:
-        """How many documents begin before each of some ids."""
-        found = self._offsets.searchsorted(ids)
-        self._test_around(found, found)
-        return found
-
-    def within(self, starts: Int[np.ndarray, " count"], stops: Int[np.ndarray, " count"]) -> list[np.ndarray]:
-        """For each stretch, with which ids from its start up to its stop a document begins."""
-        first, last = self._offsets.searchsorted(starts), self._offsets.searchsorted(stops)
-        self._test_around(first, last)
-        return [self._offsets[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True)]
-
-    def _test_around(self, first: np.ndarray, last: np.ndarray) -> None:
-        """Tests what searches have found, and both neighbours: a search that an offset out of order has misled ends beside that."""
-        begin = np.maximum(np.minimum(first, last) - 2, 0)
-        end = np.minimum(np.maximum(first, last) + 1, self._shard.documents)
-        counts = end - begin
-        self.of(np.repeat(begin - np.cumsum(counts) + counts, counts) + np.arange(counts.sum()))
 
 
 @dataclass(frozen=True)
@@ -392,18 +305,6 @@ def _damage(file: Path, size: int, sha256: str, verify: bool) -> str | None:
     except OSError as error:
         return str(error.strerror)
     return None
-
-
-@functools.lru_cache(maxsize=400)  # each map holds a file descriptor, and a process often has no more than 1024
-def _mapped(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    try:
-        array = np.load(file, mmap_mode="r").view(np.ndarray)  # a plain array: slices of np.memmap are slow
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"damaged token shard: {error}", where=str(file), next=AGAIN) from error
-    if (array.shape, array.dtype) != (shape, dtype):
-        what = f"{array.dtype} {list(array.shape)} in this file, and the index says {dtype} {list(shape)}"
-        raise DataError(what, where=str(file), next=AGAIN)
-    return array
 
 
 @functools.lru_cache(maxsize=4)

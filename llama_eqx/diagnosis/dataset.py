@@ -5,7 +5,8 @@ import pathlib
 import numpy as np
 from tqdm import tqdm
 
-from llama_eqx.data.shards import HOLD_OUT, Shard, open_dataset
+from llama_eqx.data.shard import Shard
+from llama_eqx.data.shards import HOLD_OUT, open_dataset
 from llama_eqx.data.tokenizer import load_tokenizer
 from llama_eqx.diagnosis.files import check_files
 from llama_eqx.diagnosis.report import Finding, Report

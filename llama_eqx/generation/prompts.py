@@ -20,7 +20,7 @@ class Asked(NamedTuple):
 
 
 def read_prompts(prompt: str | None, file: str | None, tokenizer: Tokenizer) -> list[Asked]:
-    """`prompt`, or those of `file`: one a line or, if its name ends with .jsonl, an object a line with a `prompt` or `messages`.
+    """`prompt`, or those of `file`: one a line or, if its name ends with .jsonl or .ndjson, an object a line with a `prompt` or `messages`.
 
     Raises `DataError` naming the line: for JSON that is none, an empty prompt, raw text among conversations, and what the tokenizer does
     not know.
@@ -33,7 +33,7 @@ def read_prompts(prompt: str | None, file: str | None, tokenizer: Tokenizer) -> 
         lines = pathlib.Path(os.path.expanduser(file)).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the prompts: {reason(error)}", where=file, next="prompts=FILE, .jsonl or a prompt a line") from None
-    plain = not file.endswith(".jsonl")
+    plain = not file.lower().endswith((".jsonl", ".ndjson"))
     asked, kinds = [], {}
     for number, line in enumerate(lines, 1):
         where = f"{file}:{number}"

@@ -47,7 +47,8 @@ def split(tmp_path):
     """`split([[1, 2], [3]], [[4]])` is a split of two shards, with those documents."""
     import numpy as np
 
-    from llama_eqx.data.shards import Shard, ShardWriter, Split, token_dtype
+    from llama_eqx.data.shard import Shard, token_dtype
+    from llama_eqx.data.shards import ShardWriter, Split
 
     made = itertools.count()
 

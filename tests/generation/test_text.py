@@ -234,10 +234,11 @@ def test_text_up_to_a_string_in_any_parts(strings):
 def test_what_ends_a_line_of_prompts(tmp_path):
     """A line feed does, and none of what Python's splitlines takes for an end beside it; a BOM is no part of the text."""
     texts = ["a\u2028b", "c\x85d", "e\x0cf"]
-    plain, objects = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    plain, objects, capitals = tmp_path / "p.txt", tmp_path / "p.jsonl", tmp_path / "p.NDJSON"
     plain.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(texts).encode())
     objects.write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in texts).encode())
-    for file in (plain, objects):
+    capitals.write_bytes(objects.read_bytes())
+    for file in (plain, objects, capitals):
         asked = read_prompts(None, str(file), BytesTokenizer())
         assert [each.given["prompt"] for each in asked] == texts
         assert [each.where for each in asked] == [f"{file}:{number}" for number in (1, 2, 3)]
