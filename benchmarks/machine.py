@@ -1,6 +1,6 @@
 """Measures what this machine can do at best: `python -m benchmarks.machine [--rounds 5] [--out benchmarks/results/machine.json]`.
 
-Measures copies in memory, a file written through to the disk and read back from the page cache, and the matrix products of a step of
+Times copies in memory, a file written through to the disk and read back from the page cache, and the matrix products of a step of
 `benchmarks.training`, each alone. A step cannot be faster than the sum of its products. XLA and PyTorch compute the same products in turn,
 in float32, on all cores.
 """
