@@ -1,1 +1,1 @@
-"""Measurements side by side with what a user would run instead."""
+"""Measurements, side by side with what a user would run instead."""

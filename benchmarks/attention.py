@@ -1,8 +1,8 @@
-"""Seconds of attention forward and backward by kernel and row length on this machine, best of five, interleaved.
+"""Times attention, forward and backward, by kernel and row length on this machine: the best of five interleaved runs.
 
     python benchmarks/attention.py [tokens…]
 
-Prints one JSON line per length: of `plain` and `blocked` seconds and the compiler's temporary bytes.
+Prints one JSON line per length: for `plain` and `blocked`, the seconds and the compiler's temporary bytes.
 """
 
 import json

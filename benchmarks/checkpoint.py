@@ -1,9 +1,9 @@
 """What checkpoints cost: `python -m benchmarks.checkpoint [--mb 500] [--folder FOLDER] [--out benchmarks/results/checkpoint.json]`.
 
-Every figure is a median, all in one process, and each rate stands beside the plain one that it is to be held against: the stall of the
-training loop beside a copy of the same bytes in memory, a save beside writing the same bytes to the same disk with fsync, in nine
-interleaved rounds; a restore beside reading the same files, five times each. A save ends when its folder has its name; the one before is
-removed after that.
+Every figure is a median, and all are measured in one process. Each rate is compared with a plain operation. In nine interleaved rounds, the
+stall of the training loop is compared with a copy of the same bytes in memory, and a save with writing the same bytes to the same disk with
+fsync. A restore is compared with reading the same files, five times each. A save ends when its folder has its name; the previous checkpoint
+is removed after that.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def forget(folder: pathlib.Path) -> None:
 
 
 def measured(megabytes: int, folder: pathlib.Path) -> tuple[dict[str, Any], str]:
-    """The figures, and a table of them."""
+    """Returns the figures and a table of them."""
     key = jax.random.key(0)
     rows = megabytes * 10**6 // 4 // LEAVES // 1024
     tree = {f"w{i}": jax.random.normal(jax.random.fold_in(key, i), (rows, 1024)) for i in range(LEAVES)}
@@ -63,7 +63,7 @@ def measured(megabytes: int, folder: pathlib.Path) -> tuple[dict[str, Any], str]
         return seconds(lambda: [np.array(leaf, copy=True) for leaf in tree.values()])
 
     def written() -> float:
-        """The bytes as they are, a file a leaf, on the disk."""
+        """Seconds to write the bytes as they are to the disk, one file per leaf."""
         raw = folder / "raw"
         raw.mkdir()
 
@@ -90,10 +90,10 @@ def measured(megabytes: int, folder: pathlib.Path) -> tuple[dict[str, Any], str]
             saves.append(time.perf_counter() - begun)
             checkpoints.wait(last=True)
 
-        saved()  # makes threads and imports
+        saved()  # starts threads and imports
         stalls.clear(), saves.clear()
         copies, disks = [], []
-        for _ in range(ROUNDS):  # what a shared disk takes changes by the minute: each save is held against the bare bytes just before
+        for _ in range(ROUNDS):  # a shared disk's speed changes by the minute: compare each save with the bare bytes just before
             copies.append(copied())
             disks.append(written())
             saved()

@@ -1,10 +1,11 @@
 """Greedy decoding side by side: `python -m benchmarks.decoding [--models 27m 110m] [--batches 1 8] [--peers …] [--out FILE]`.
 
-Every side runs in a process of its own, in interleaved rounds, on random weights and prompts of the same shapes. The rate is that of the
-tokens after the first: what `new` tokens take longer than one. Prints a table and writes it, with everything measured, to `--out`, where
-further rounds are added to those that are there.
+Every side runs in a process of its own, in interleaved rounds, on random weights and prompts of the same shapes. The rate counts the tokens
+after the first: their time is that of `new` tokens minus that of one. Prints a table and writes it, with everything measured, to `--out`,
+where further rounds are added to those that are there.
 
-On a card whose bandwidth is known it also says what share of it decoding uses, and of its arithmetic the prompt.
+On a card whose bandwidth is known, it also reports the share of the bandwidth that decoding uses and the share of the peak FLOP/s that the
+prompt uses.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from llama_eqx.flops import PEAK_FLOPS
 MODELS = {
     "smoke": {"vocab": 256, "layers": 2, "embed": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 176},
     "27m": {"vocab": 8192, "layers": 8, "embed": 512, "heads": 8, "kv_heads": 4, "head_dim": 64, "mlp": 1408},
-    # As many parameters as 27m, with keys and values for every head and for one: what experiments/attention compares.
+    # As many parameters as 27m, with keys and values for every head or for one head: what experiments/attention compares.
     "27m_multi_head": {"vocab": 8192, "layers": 8, "embed": 512, "heads": 8, "kv_heads": 8, "head_dim": 64, "mlp": 1237},
     "27m_multi_query": {"vocab": 8192, "layers": 8, "embed": 512, "heads": 8, "kv_heads": 1, "head_dim": 64, "mlp": 1536},
     "110m": {"vocab": 32000, "layers": 12, "embed": 768, "heads": 12, "kv_heads": 12, "head_dim": 64, "mlp": 2048},
@@ -31,7 +32,7 @@ MODELS = {
     "8b": {"vocab": 128256, "layers": 32, "embed": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "mlp": 14336},
 }
 TIED = {"110m", "1b"}
-# Bytes/s of a card's memory by JAX's device_kind, from the vendor's datasheets.
+# The memory bandwidth of a card in bytes/s, by JAX's device_kind, from the vendor's datasheets.
 BANDWIDTH = {"NVIDIA A100-SXM4-80GB": 2.039e12, "NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12}
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_eqx": ("benchmarks.decoding_ours", {}),
@@ -99,7 +100,7 @@ def main() -> None:
 
 
 def table(records: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """Medians over the rounds; the ratio is ours over theirs."""
+    """Returns the medians over the rounds as Markdown. The ratio is ours over theirs."""
     lines = ["| model | batch | side | tokens/s | spread | GB/s | prompt, ms | ours / this |", "|---|---|---|---|---|---|---|---|"]
     for record in records:
         medians = {side: median(found, "tokens_per_second") for side, found in record["answers"].items() if found}
@@ -113,7 +114,7 @@ def table(records: list[dict[str, Any]], settings: dict[str, Any]) -> str:
 
 
 def shares(records: list[dict[str, Any]], settings: dict[str, Any]) -> list[str]:
-    """A line for each of our rates on a card that is known: how much of what it can do."""
+    """Returns a line for each of our rates: on a known card, the share of its bandwidth and of its peak FLOP/s."""
     lines = []
     for record in records:
         found = record["answers"]["llama_eqx"]
@@ -136,21 +137,21 @@ def median(found: list[dict[str, Any]], name: str) -> float:
 
 
 def bytes_per_step(model: str, batch: int, settings: dict[str, Any]) -> float:
-    """What a token cannot but read: the weights that are multiplied with, and of what is there the keys and values, with half of `new`."""
+    """Bytes that a token has to read: the weights of the products, and the keys and values of the prompt and of half of `new`."""
     d, size = MODELS[model], 2 if settings["precision"] == "bfloat16" else 4
     cache = 2 * d["layers"] * d["kv_heads"] * d["head_dim"] * batch * (settings["prompt"] + settings["new"] / 2)
     return size * (d["layers"] * per_layer(model) + d["vocab"] * d["embed"] + cache)
 
 
 def prompt_flops(model: str, batch: int, settings: dict[str, Any]) -> float:
-    """Of the prompts' tokens in every layer, with causal attention, and of one token each in the head."""
+    """FLOPs of the prompts: all their tokens in every layer, with causal attention, and one token of each prompt in the head."""
     d, prompt = MODELS[model], settings["prompt"]
-    attention = 2 * d["heads"] * d["head_dim"] * prompt  # of a token: 4 for each that it reads, of which there are half
+    attention = 2 * d["heads"] * d["head_dim"] * prompt  # per token: 4 for each token that it reads, half of the prompt on average
     return batch * (prompt * d["layers"] * (2 * per_layer(model) + attention) + 2 * d["vocab"] * d["embed"])
 
 
 def per_layer(model: str) -> int:
-    """The parameters of a layer's products."""
+    """Returns the number of parameters in the products of a layer."""
     d = MODELS[model]
     return d["embed"] * d["head_dim"] * (2 * d["heads"] + 2 * d["kv_heads"]) + 3 * d["embed"] * d["mlp"]
 

@@ -1,4 +1,4 @@
-"""Greedy decoding by this package: `generate_tokens` on a model laid out for it, or with `stacked` as it comes from a checkpoint."""
+"""Greedy decoding by this package: `generate_tokens` on a model laid out for decoding or, with `stacked`, as it comes from a checkpoint."""
 
 from benchmarks.task import Task
 

@@ -1,8 +1,9 @@
-"""How far bfloat16 leads a model off, by position: `python -m benchmarks.drift [CHECKPOINT] [--prompts 16] [--new 128] [--out FILE]`.
+"""How far bfloat16 drifts from float32, by position: `python -m benchmarks.drift [CHECKPOINT] [--prompts 16] [--new 128] [--out FILE]`.
 
-Random prompts of 32 tokens are continued greedily in float32, and that text is read again in bfloat16. By position in the new text: how
-far logits are off, how often another token is the most probable one, and how many of the texts that bfloat16 writes by itself have parted.
-Without a checkpoint the model has 27M random weights, whose best logits are closer to each other than those of a trained one.
+Random prompts of 32 tokens are continued greedily in float32, and bfloat16 then reads that text. Reports, by position in the new text, how
+far the logits are off, how often another token is the most probable one, and how many of the texts that bfloat16 writes by itself have
+diverged.
+Without a checkpoint the model has 27M random weights. Its best logits are closer to each other than those of a trained model.
 """
 
 import argparse

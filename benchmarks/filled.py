@@ -1,7 +1,7 @@
 """Milliseconds per token against the tokens in the cache, for several maxima: `python -m benchmarks.filled [--maxima …] [--out FILE]`.
 
-What a token costs should not depend on how many there might be. Prints the median of each maximum over every 256 tokens of the cache, and
-draws all of it beside `--out`.
+The cost of a token should not depend on the maximum. Prints the median for each maximum over every 256 tokens of the cache, and plots all
+times beside `--out`.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
             filled += len(part[0])
             found.append((filled, 1e3 * (now - begun) / len(part[0])))
             begun = now
-        return found[1:]  # the first has the prompt in it
+        return found[1:]  # the first includes the prompt
 
     for maximum in arguments.maxima:
         times(maximum)  # compiles

@@ -1,14 +1,14 @@
-"""How costs grow: `python -m benchmarks.growth [compile again warm context resume start] [--out benchmarks/results/growth.json]`.
+"""Measures how costs grow: `python -m benchmarks.growth [compile again warm context resume start] [--out benchmarks/results/growth.json]`.
 
-    compile   seconds to trace and compile the training step, by layers, which are one scan
+    compile   seconds to trace and compile the training step, by the number of layers, which run in one scan
     again     the same in a new process that finds the program in the compile cache
-    warm      that as a share of the first time, for a step of a real size: llama2_7b's, split over 8 virtual devices, by layers
-    context   training tokens a second, by the tokens of a row, with as many tokens a batch
+    warm      the same as a share of the first time, for a step of a real size: llama2_7b's, split over 8 virtual devices, by layers
+    context   training tokens a second, by the tokens of a row, with the same number of tokens per batch
     resume    seconds from the command to the first new step, by the steps that the run has behind it
     start     seconds from opening an index to its first batch of packed rows, by the tokens of the corpus (sparse files)
 
-Prints a table, and draws the curves beside `--out`. A token's time by the filled cache is in `benchmarks.filled`, a device's memory by the
-devices in `benchmarks.plan`.
+Prints a table, and plots the curves beside `--out`. `benchmarks.filled` measures the time of a token by the filled part of the cache, and
+`benchmarks.plan` the memory of a device by the number of devices.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TINY += ["train.eval_every=100000", "train.sample_tokens=0", "checkpoint.every=1
 
 
 def trained(layers: int, seq: int, tokens: int = 2048) -> dict[str, float]:
-    """What a few training steps of `tokens` tokens in rows of `seq` say of themselves, in a process of their own."""
+    """Returns the measurements of a few training steps of `tokens` tokens in rows of `seq`, made in a process of their own."""
     dims, batch = {**SIZES, "layers": layers}, tokens // seq
     overrides = [*(f"model.dims.{name}={size}" for name, size in dims.items()), f"model.context={seq}"]
     overrides += [f"train.batch_size={batch}", f"train.seq_len={seq}"]
@@ -73,7 +73,7 @@ def context(seq: int, folder: str) -> float:
 
 
 def resuming(steps: int, folder: str) -> float:
-    """The run is made once for all rounds, and each resumes a copy of it."""
+    """Returns the seconds to the first new step. The run is made once for all rounds, and each round resumes a copy of it."""
     made, again = pathlib.Path(folder, f"run-{steps}"), pathlib.Path(folder, f"again-{time.time_ns()}")
     if not made.exists():
         command = [sys.executable, "-m", "llama_eqx.train", f"run_dir={made}", f"train.steps={steps}", "train.log_every=1", *TINY]

@@ -1,8 +1,8 @@
-"""What this machine can do at best: `python -m benchmarks.machine [--rounds 5] [--out benchmarks/results/machine.json]`.
+"""Measures what this machine can do at best: `python -m benchmarks.machine [--rounds 5] [--out benchmarks/results/machine.json]`.
 
-Copies in memory, a file written through to the disk and read back from the page cache, and the matrix products of a step of
-`benchmarks.training`, each alone, as XLA and PyTorch compute them: a step cannot be faster than their sum. Both compute the same
-products in turn, in float32, on all cores.
+Times copies in memory, a file written through to the disk and read back from the page cache, and the matrix products of a step of
+`benchmarks.training`, each alone. A step cannot be faster than the sum of its products. XLA and PyTorch compute the same products in turn,
+in float32, on all cores.
 """
 
 import argparse
@@ -22,9 +22,9 @@ TOKENS = D["batch"] * D["seq"]
 
 
 def products() -> dict[str, tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Shapes [..., m, k] and [..., k, n] of the products of a step, forward and backward, and how many there are of each.
+    """Returns the shapes [..., m, k] and [..., k, n] of the products of a step, forward and backward, and the number of each.
 
-    Attention is counted whole, without the half that its mask makes needless.
+    Attention is counted in full, including the half that the causal mask makes unnecessary.
     """
     d = D
     inner, kv, groups = d["heads"] * d["head_dim"], d["kv_heads"] * d["head_dim"], (d["batch"] * d["heads"],)
@@ -77,14 +77,14 @@ def multiplied(rounds: int) -> list[dict]:
 
 
 def copied(megabytes: int = 512) -> float:
-    """GB/s, read and written counted once."""
+    """Returns GB/s of a copy, counting its bytes once."""
     source = np.ones(megabytes << 17)
     target = np.zeros_like(source)
     return source.nbytes / statistics.median(seconds(lambda: np.copyto(target, source), 1) for _ in range(5)) / 1e9
 
 
 def on_disk(megabytes: int = 512) -> tuple[float, float]:
-    """GB/s of writing with fsync, and of reading what the system still holds."""
+    """Returns GB/s of writing with fsync, and of reading from the page cache."""
     content, rates = os.urandom(megabytes << 20), []
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "file")

@@ -1,4 +1,4 @@
-"""The training step of this package, as its loop runs it: compiled from a config, state donated."""
+"""The training step of this package as its loop runs it: compiled from a config, with donated state."""
 
 from benchmarks.task import Task
 

@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its numbers, and when it refuses to measure."""
+"""What every benchmark writes beside its numbers, and the check that the machine is idle."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import time
 from importlib import metadata
 from typing import Any
 
-MAX_BUSY = 0.25  # of one core: a neighbour's threads make a ratio a lie, above all PyTorch's, which spin
+MAX_BUSY = 0.25  # of one core: a ratio is wrong beside the threads of other work, above all PyTorch's, which spin
 SECONDS = 3
 PACKAGES = (
     "jax",
@@ -28,9 +28,9 @@ PACKAGES = (
 
 
 def idle(loaded: bool = False) -> float:
-    """How many cores others keep busy now: the load average still tells of what ended a minute ago.
+    """Returns how many cores other processes keep busy now. The load average would still count work that ended a minute ago.
 
-    Exits on a busy machine unless it may be `loaded`.
+    Exits on a busy machine unless `loaded`.
     """
     busy = _seconds_busy()
     time.sleep(SECONDS)
@@ -41,13 +41,13 @@ def idle(loaded: bool = False) -> float:
 
 
 def _seconds_busy() -> float:
-    """What all cores have worked since the machine was started; Linux tells."""
+    """Returns the busy seconds of all cores since the machine was started. Linux only."""
     user, nice, system, _, _, irq, softirq, steal, *_ = map(int, pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def circumstances(load: float, device: str = "cpu") -> dict[str, Any]:
-    """Date, machine, the cores others kept busy just before, and the versions of what was measured."""
+    """Returns the date, the machine, the cores that others kept busy just before, and the versions of what was measured."""
     machine = {"processor": processor(), "cores": os.cpu_count(), "device": device, "busy_before": load}
     return {"date": time.strftime("%Y-%m-%d"), "machine": machine, "python": platform.python_version(), "versions": versions()}
 
@@ -71,7 +71,7 @@ def versions() -> dict[str, str]:
 
 
 def write(out: pathlib.Path | None, found: dict[str, Any], table: str, load: float, device: str = "cpu") -> None:
-    """Prints the table; with `out`, writes it and everything measured there, as Markdown and JSON."""
+    """Prints the table. With `out`, writes everything measured there as JSON, and the table beside it as Markdown."""
     print(table)
     if out is None:
         return
@@ -82,7 +82,7 @@ def write(out: pathlib.Path | None, found: dict[str, Any], table: str, load: flo
 
 
 def told(facts: dict[str, Any]) -> str:
-    """`circumstances` as one line."""
+    """Returns `circumstances` as one line."""
     machine = facts["machine"]
     said = f"{facts['date']}, {machine['cores']} cores of {machine['processor']}, {machine['busy_before']:.2f} of a core busy before, "
     return said + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())

@@ -1,10 +1,10 @@
 """The whole suite: `python -m benchmarks.run [part…] [--tokenizer KIND=FILE …]` measures and writes it up in benchmarks/results/README.md.
 
 Parts: machine startup training decoding filled growth batches start memory starvation checkpoint prepare. The last needs tokenizer
-files, such as sentencepiece=llama2/tokenizer.model. A part is a module of its own with more to choose from:
+files, such as sentencepiece=llama2/tokenizer.model. A part is a module of its own with more options:
 `python -m benchmarks.training --help`.
-Every part refuses a busy machine; one that fails is told of, and the others go on. Plans for slices have a command of their own,
-`python -m benchmarks.plan.run`, as they take hours.
+Every part refuses a busy machine. If a part fails, the others go on, and the failure is reported. Plans for slices take hours and have a
+command of their own, `python -m benchmarks.plan.run`.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from benchmarks.record import told
 
 ROOT = pathlib.Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
-OUT = "{out}"  # the file that a part writes its figures to; without it they are the lines that it prints
+OUT = "{out}"  # the file to which a part writes its figures; a part without it prints them
 PARTS = {
     "machine": ["benchmarks.machine", "--out", OUT],
     "startup": ["benchmarks.startup", "--out", OUT],
@@ -35,7 +35,7 @@ PARTS = {
 
 
 def measure(part: str, more: list[str]) -> bool:
-    """Runs a part; whether it went well."""
+    """Runs a part and returns whether it succeeded."""
     out = RESULTS / f"{part}.json"
     command = [sys.executable, "-m", *(word.format(out=out) for word in PARTS[part]), *more]
     print(f"\n{part}: {' '.join(command[1:])}", flush=True)
@@ -49,7 +49,7 @@ def measure(part: str, more: list[str]) -> bool:
 
 
 def in_words(said: str) -> str:
-    """Lines of JSON as a table with a column for every key that holds a number or a text; the conditions, and other lines, as they are."""
+    """Turns lines of JSON into a table with a column per key that holds a number or a text. Conditions and other lines stay as they are."""
     records, rest, conditions = [], [], []
     for line in said.splitlines():
         record = json.loads(line) if line.startswith("{") else {}

@@ -1,7 +1,8 @@
-"""How long a start takes: `python -m benchmarks.startup [--rounds 3] [--out benchmarks/results/startup.json]`.
+"""Measures how long a start takes: `python -m benchmarks.startup [--rounds 3] [--out benchmarks/results/startup.json]`.
 
-Of the command line's help, of importing the package beside what it is built on, and of the default run from the command to the end of its
-first step: cold (nothing in the cache folder: text is read, a tokenizer trained, the step compiled) and warm (the same once more).
+Times the help of the command line, the import of the package compared with the libraries that it is built on, and the default run from the
+command to the end of its first step. The run starts cold (nothing in the cache folder: text is read, a tokenizer is trained, the step is
+compiled) and then warm (the same once more).
 """
 
 import argparse
@@ -54,7 +55,7 @@ def timed(command: list[str]) -> float:
 
 
 def first_step(cache: str, *overrides: str) -> float:
-    """Seconds from the command to the end of its first step; the run is ended there. The next start finds what `cache` keeps."""
+    """Returns the seconds from the command to the end of its first step, and kills the run. The next start finds what `cache` keeps."""
     command = [sys.executable, "-m", "llama_eqx.train", "train.log_every=1", *overrides]
     begun = time.perf_counter()
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What every side of a comparison is given, and how it answers: one JSON argument in, one JSON line out."""
+"""The task of every side of a comparison and the form of its answer: one JSON argument in, one JSON line out."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ import numpy as np
 class Task:
     """Steps of training on `batch` rows of `seq` tokens.
 
-    `precision`: float32; mixed, float32 state with bfloat16 compute; bfloat16, everything in bfloat16. `options` are one side's own.
+    `precision` is float32, mixed (float32 state, bfloat16 compute) or bfloat16 (everything in bfloat16). `options` belong to one side.
     """
 
     dims: dict[str, int]
@@ -34,7 +34,7 @@ class Task:
 
     @classmethod
     def given(cls) -> "Task":
-        """The task in `sys.argv`, with the threads of numeric libraries set: call before they are imported."""
+        """Returns the task in `sys.argv` and sets the threads of numeric libraries. Call it before importing them."""
         task = cls(**json.loads(sys.argv[1]))
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[name] = str(task.threads)
@@ -43,15 +43,15 @@ class Task:
         return task
 
     def rows(self) -> list[np.ndarray]:
-        """Eight batches [batch, seq + 1] of random ids, the same for all sides."""
+        """Returns eight batches [batch, seq + 1] of random ids, the same for all sides."""
         rng = np.random.default_rng(0)
         return [rng.integers(0, self.dims["vocab"], (self.batch, self.seq + 1)) for _ in range(8)]
 
     def measure(self, step: Callable[[int], SupportsFloat], **said: Any) -> None:
-        """Times `step(i)`, which does a step on rows i % 8 and returns its loss, and prints the answer.
+        """Times `step(i)`, which makes a step on rows i % 8 and returns its loss, and prints the answer.
 
-        A loss is read one step late, as training loops do: a GPU never waits to be told what comes next. The first step is waited for, and
-        what it takes longer than the others is compilation.
+        A loss is read one step late, as in training loops, so that a GPU never waits for its next work. The loss of the first step is read
+        at once; the time by which this step exceeds the others is compilation.
         """
         losses, seconds, last = [], [], None
         for i in range(self.warmup + self.steps):
@@ -77,9 +77,9 @@ class Task:
         print(json.dumps(answer | said), flush=True)
 
     def measure_decoding(self, generate: Callable[[int], np.ndarray], **said: Any) -> None:
-        """Times `generate(n)`, which gives n greedy tokens for the first rows' first `prompt` ids, and prints the answer.
+        """Times `generate(n)`, which returns n greedy tokens for the first `prompt` ids of the first batch, and prints the answer.
 
-        The rate is that of the tokens after the first, so that neither the prompt nor the call counts.
+        The rate counts the tokens after the first, so that it includes neither the prompt nor the overhead of a call.
         """
         new = self.options["new"]
         begun = time.perf_counter()

@@ -1,8 +1,8 @@
-"""How fast tokenizers encode a corpus, beside the library that each is built on.
+"""Measures how fast tokenizers encode a corpus, compared with the library that each is built on.
 
     python benchmarks/tokenizers.py CORPUS sentencepiece=llama2/tokenizer.model tiktoken=llama3/tokenizer.model hf=FOLDER
 
-CORPUS is a text file; its paragraphs are the documents. Prints megabytes per second, the median of five passes in turn, and their ratio.
+CORPUS is a text file; its paragraphs are the documents. Prints megabytes per second (the median of five passes in turn) and their ratio.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Training steps side by side: `python -m benchmarks.training [key=value]… [--rounds 3] [--peers …]`.
 
 Every side runs in a process of its own, in interleaved rounds, at the same shapes, batch, precision, optimizer and threads.
-Prints a table of medians and writes it with everything measured to `--out`.
+Prints a table of medians, and writes it to `--out` with everything measured.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main() -> None:
         "threads": arguments.threads,
         "steps": arguments.steps,
     }
-    jax.config.update("jax_platforms", "cpu")  # this process leaves a GPU's memory to those that it starts
+    jax.config.update("jax_platforms", "cpu")  # leaves a GPU's memory to the processes that this one starts
     flops = flops_per_token(eqx.filter_eval_shape(lambda key: config.model.build(key=key), jax.random.key(0)), task["seq"])
 
     sides = ["llama_eqx", *arguments.peers]
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def measured(module: str, task: Task) -> dict[str, Any] | None:
-    """The answer of one side, or None with its complaint on the terminal."""
+    """Returns the answer of one side. If the side fails, prints its error and returns None."""
     command = [sys.executable, "-m", module, json.dumps(vars(task))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -97,7 +97,7 @@ def measured(module: str, task: Task) -> dict[str, Any] | None:
 
 
 def table(answers: dict[str, list[dict[str, Any]]], flops: Any, peak: float | None) -> str:
-    """Medians over the rounds; the ratio is ours over theirs."""
+    """Returns the medians over the rounds as Markdown. The ratio is ours over theirs."""
     speeds = {side: [answer["tokens_per_second"] for answer in found] for side, found in answers.items() if found}
     ours = statistics.median(speeds.get("llama_eqx", [float("nan")]))
     lines = ["| side | tokens/s | spread | ours / this | TFLOP/s (causal) | MFU | compile s | peak RSS MiB |", "|---|" + "---|" * 7]

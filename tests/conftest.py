@@ -21,14 +21,14 @@ jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__  # else Hydra's logging closes what pytest captures into
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__  # otherwise Hydra's logging closes pytest's capture stream
 
 install_import_hook("llama_eqx", "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)
 def no_log_of_another_test():
-    """A verb that ends in a test's process leaves its log on the loggers, where the next test's words would go."""
+    """Restores the loggers: a verb that ends in a test's process leaves its log on them, and the next test would write there."""
     before = {name: logging.getLogger(name).handlers for name in ("llama_eqx", "jax", "absl", "asyncio")}
     yield
     for name, handlers in before.items():
@@ -37,8 +37,8 @@ def no_log_of_another_test():
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_file():
-    """A compiled program takes memory maps, of which Linux gives a process 65,530. With the programs of all files XLA runs out of them, and
-    ends by a segmentation fault.
+    """Clears JAX's caches after each file. A compiled program takes memory maps, and Linux gives a process 65,530 of them. With the
+    programs of all files XLA runs out of maps and dies of a segmentation fault.
     """
     yield
     jax.clear_caches()
@@ -46,7 +46,7 @@ def programs_of_one_file():
 
 @pytest.fixture(scope="session")
 def test_data() -> pathlib.Path:
-    """The folder with the real tokenizer files and Tiny Shakespeare, which are not part of the project."""
+    """Returns the folder with the real tokenizer files and Tiny Shakespeare, which are not part of the project."""
     root = pathlib.Path(__file__).resolve().parent.parent
     folder = pathlib.Path(os.environ.get("LLAMA_EQX_TEST_DATA", root.parent / "shared" / "data"))
     if not folder.is_dir():
@@ -56,7 +56,7 @@ def test_data() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def tiny():
-    """`tiny("model/norm=layer")` is the config of a small model, for every test that needs one."""
+    """Returns a function: `tiny("model/norm=layer")` is the config of a small model."""
     from llama_eqx import load_config
 
     sizes = {"vocab": 64, "layers": 3, "embed": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 48}

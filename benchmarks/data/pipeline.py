@@ -1,17 +1,20 @@
-"""How fast batches are made, what starting costs, and what memory does.
+"""Measures how fast batches are made, what a start costs, and how memory develops.
 
     python -m benchmarks.data.pipeline speed [--tokens=50_000_000] [--batch=64] [--seq=2048] [--rounds=7]
     python -m benchmarks.data.pipeline start [--tokens=10_000_000_000]
     python -m benchmarks.data.pipeline memory [--tokens=50_000_000]
     python -m benchmarks.data.pipeline starvation [--steps=200]
 
-The first line says under what conditions. `speed`: tokens a second of each way to make rows, in numpy, and of peers on the same ids, in
-turn in one process; medians over the rounds, and their ratio to a bare gather of rows from the mapped file. As many batches as are timed
-are drawn before, so that none was made ahead. `start`: seconds until the first batch, imports not counted, and
-what memory grew by to the opened dataset and to the first batch, of a dataset as large as that (sparse files) in a process of its own.
-`memory`: what the process has over an epoch. `allocated` is its own, `resident` has the pages of mapped files too, which the system takes
-back when it needs them. `starvation`: the share of the time that the default run, but for its first
-step, waits for its batches. Files are written under $TMPDIR.
+The first line of the output states the conditions. Files are written under $TMPDIR.
+
+`speed`: tokens a second of each kind of rows, in numpy, and of peers on the same ids, in turn in one process. Reports medians over the
+rounds and their ratio to a bare gather of rows from the mapped file. Before each timing, as many batches as are timed are drawn, so that
+none of the timed batches was made ahead.
+`start`: seconds until the first batch, without the imports, and the growth of memory until the dataset is open and until the first batch.
+The dataset has `--tokens` tokens (sparse files). Each kind of rows has a process of its own.
+`memory`: the memory of the process over an epoch. `allocated` is its own. `resident` also counts the pages of mapped files, which the
+system takes back when it needs them.
+`starvation`: the share of the time that the default run waits for its batches, without its first step.
 """
 
 import argparse
@@ -31,11 +34,11 @@ import numpy as np
 from benchmarks.peers.data import PEERS
 from benchmarks.record import circumstances, idle
 
-VOCAB, MEAN = 32_000, 700  # ids; tokens of a document, on average
+VOCAB, MEAN = 32_000, 700  # number of ids; mean tokens of a document
 
 
 def dataset(tokens: int, *, sparse: bool = False, shard_tokens: int = 2**28) -> pathlib.Path:
-    """A folder of token shards, made once: random ids, or a sparse file of zeros, in documents of geometric length."""
+    """Returns a folder of token shards, which is made once: random ids, or sparse files of zeros, in documents of geometric length."""
     from llama_eqx.data.shard import Shard, token_dtype
     from llama_eqx.data.shards import HEADER, ShardWriter, write_index
     from llama_eqx.data.tokenizer import BytesTokenizer
@@ -46,7 +49,7 @@ def dataset(tokens: int, *, sparse: bool = False, shard_tokens: int = 2**28) -> 
     folder.mkdir(exist_ok=True)
     rng, shards, left = np.random.default_rng(0), [], tokens
     for number in itertools.count():
-        size = min(left, shard_tokens) if number else min(100_000, tokens // 10)  # the first is held out
+        size = min(left, shard_tokens) if number else min(100_000, tokens // 10)  # the first shard is held out
         lengths = np.minimum(rng.geometric(1 / MEAN, 2 * size // MEAN + 100), 2000)
         lengths = lengths[np.cumsum(lengths) <= size]
         size, name = int(lengths.sum()), f"{'train' if number else 'val'}-{number:05}"
@@ -89,7 +92,7 @@ def speed(options: argparse.Namespace) -> None:
 
     folder = dataset(options.tokens)
     ids = np.load(folder / "train-00001.ids.npy", mmap_mode="r").view(np.ndarray)
-    ids.max()  # maps the pages: this is about the processor, not the disk
+    ids.max()  # maps the pages, to measure the processor and not the disk
     with contextlib.ExitStack() as stack:
         ways = {name: stack.enter_context(contextlib.closing(peer(ids, options.batch, options.seq))) for name, peer in PEERS.items()}
         for rows in ("windows", "documents", "packed", "single"):
@@ -100,12 +103,12 @@ def speed(options: argparse.Namespace) -> None:
         found = {name: [] for name in ways}
         for turn in range(options.rounds + 1):
             for name, batches in ways.items():
-                for _ in range(options.batches):  # those that were made ahead among them
+                for _ in range(options.batches):  # uses up the batches that were made ahead
                     next(batches)
                 begin = time.perf_counter()
                 for _ in range(options.batches):
                     next(batches)
-                if turn:  # the first is to warm up
+                if turn:  # the first turn is a warm-up
                     found[name].append(options.batches * options.batch * options.seq / (time.perf_counter() - begin))
     floor = statistics.median(found["bare memmap"])
     for name, rates in found.items():
@@ -153,7 +156,7 @@ def memory(options: argparse.Namespace) -> None:
 
 
 def memory_now() -> dict[str, float]:
-    """In MiB."""
+    """Returns the memory of this process in MiB."""
     lines = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
     return {name: round(int(lines[key].split()[0]) / 1024, 1) for name, key in (("allocated", "RssAnon"), ("resident", "VmRSS"))}
 

@@ -1,14 +1,17 @@
-"""How fast text becomes token shards, beside the tokenizer's library alone.
+"""Measures how fast text becomes token shards, compared with the tokenizer's library alone.
 
     python -m benchmarks.data.prepare sentencepiece=llama2/tokenizer.model tiktoken=llama3/tokenizer.model hf=FOLDER
         [--mb=200] [--rounds=3] [--files='GLOB'] [--form=jsonl]
 
-The text is that of the files, by default Python's own and its packages' sources, one document each; `form` is how `prepare` finds it:
-jsonl, jsonl.gz, jsonl.zst or parquet. In each round the library, which is loaded and has all documents in memory, encodes half of them on
-all cores, in the fastest way that it offers, and drops the ids. Then `python -m llama_eqx.prepare` does all that it does with all of them:
-it starts, loads the tokenizer, reads the text from disk, encodes it, and writes shards, index and hashes. Then comes the other half.
-Prints a line of JSON for each tokenizer: megabytes of text a second in each round, and the median of their ratios; and that of the
-processor's seconds, of which other work on the machine takes nothing. `start_s` are the seconds of the same command on 50 documents.
+The text is that of the files, by default the Python sources of the installed packages, one document each. `form` is the format in which
+`prepare` finds it: jsonl, jsonl.gz, jsonl.zst or parquet.
+
+In each round the library encodes half of the documents on all cores, in the fastest way that it offers, and drops the ids. It is already
+loaded, with all documents in memory. Then `python -m llama_eqx.prepare` does all of its work on all documents: it starts, loads the
+tokenizer, reads the text from disk, encodes it, and writes shards, index and hashes. Then the library encodes the other half.
+
+Prints a line of JSON for each tokenizer: megabytes of text a second in each round, the median of their ratios, and the median ratio of
+processor seconds, which other work on the machine does not change. `start_s` is the time of the same command on 50 documents, in seconds.
 """
 
 import argparse
@@ -36,7 +39,7 @@ from llama_eqx import load_config
 
 
 def documents(pattern: str, size: int) -> list[str]:
-    """Of `size` bytes or less in all."""
+    """Returns the texts of the files, of at most `size` bytes in total."""
     found, left = [], size
     for path in sorted(glob.glob(pattern, recursive=True)):
         try:
@@ -66,7 +69,7 @@ def write(texts: list[str], path: pathlib.Path) -> None:
 
 
 def ways(tokenizer: Any, cores: int) -> dict[str, Callable[[list[str]], Any]]:
-    """How the library can encode many texts on all cores."""
+    """Returns the ways in which the library can encode many texts on all cores, by name."""
     if hasattr(tokenizer, "pieces"):
         encode = functools.partial(tokenizer.pieces.encode, num_threads=cores)
         return {"encode": encode, "encode to numpy": functools.partial(encode, return_type="numpy")}
@@ -77,11 +80,11 @@ def ways(tokenizer: Any, cores: int) -> dict[str, Callable[[list[str]], Any]]:
             "encode_to_numpy in threads": lambda texts: list(ThreadPoolExecutor(cores).map(to_numpy, texts)),
         }
     encode = functools.partial(tokenizer.library.encode_batch_fast, add_special_tokens=False)
-    return {"encode_batch_fast": lambda texts: [encode(texts[i : i + 1000]) for i in range(0, len(texts), 1000)]}  # else in 10 GB
+    return {"encode_batch_fast": lambda texts: [encode(texts[i : i + 1000]) for i in range(0, len(texts), 1000)]}  # all at once take 10 GB
 
 
 def timed(run: Callable[[], Any]) -> np.ndarray:
-    """Seconds that passed, and that this process and those it started and waited for have computed."""
+    """Returns the wall seconds, and the processor seconds of this process and of those that it started and waited for."""
 
     def now() -> np.ndarray:
         return np.array(
@@ -94,7 +97,7 @@ def timed(run: Callable[[], Any]) -> np.ndarray:
 
 
 def compare(kind: str, path: str, texts: list[str], few: pathlib.Path, source: pathlib.Path, rounds: int) -> dict[str, Any]:
-    """The library beside `prepare` on `source`, which has the texts; `few` has some of them."""
+    """Compares the library with `prepare` on `source`, which has the texts. `few` has some of them."""
     chosen, cores, output = [f"tokenizer={kind}", f"tokenizer.path={path}"], len(os.sched_getaffinity(0)), source.with_name("output")
 
     def prepare(source: pathlib.Path) -> None:
@@ -105,7 +108,7 @@ def compare(kind: str, path: str, texts: list[str], few: pathlib.Path, source: p
     found = ways(load_config("input=a", "output=b", *chosen, name="prepare").tokenizer.build(NotImplemented), cores)
     way = min(found, key=lambda name: timed(lambda: found[name](texts[: len(texts) // 20]))[0])
     start, library, whole, half = timed(lambda: prepare(few))[0], [], [], len(texts) // 2
-    for _ in range(rounds):  # a machine is not always equally fast
+    for _ in range(rounds):  # the speed of a machine varies
         before = timed(lambda: found[way](texts[:half]))
         whole.append(timed(lambda: prepare(source)))
         library.append(before + timed(lambda: found[way](texts[half:])))
@@ -130,7 +133,7 @@ def main() -> None:
         few, source = (pathlib.Path(folder, f"{name}.{options.form}") for name in ("few", "text"))
         write(texts[:50], few)
         write(texts, source)
-        os.sync()  # what was written is not to be written meanwhile
+        os.sync()  # so that the text is not written to the disk during the measurement
         for chosen in options.tokenizers:
             kind, _, path = chosen.partition("=")
             print(json.dumps({"form": options.form} | compare(kind, path, texts, few, source, options.rounds)), flush=True)

@@ -1,10 +1,10 @@
-"""What W&B costs a run while it is up, and while it is down in five ways.
+"""Measures what W&B costs a run while it is up, and while it is down in five ways.
 
     python benchmarks/faults/wandb_down.py [WAY…]      prints a table, and writes wandb_down.json beside this file
 
-A loop of 100 steps of 50 ms of arithmetic on one core, each of which is recorded, so that W&B stays open while it goes on. Reported are the
-time from nothing to the first step, what a record costs, in the median and at worst, what a step takes with it, and the time from the last
-step to the end. Every way is held against a loop without W&B just before it.
+A loop makes 100 steps of 50 ms of arithmetic on one core and records each step, so that W&B stays open during the loop. Reports the time
+until the first step, the median and worst cost of a record, the time of a step with its record, and the time from the last step to the end.
+Every way is compared with a loop without W&B just before it.
 """
 
 import json
@@ -33,7 +33,7 @@ RESULT = HERE / "wandb_down.json"
 
 
 def work(times: int) -> float:
-    """Seconds that so many products of matrices take."""
+    """Returns the seconds of this many matrix products."""
     begun = time.perf_counter()
     for _ in range(times):
         _ = MATRIX @ MATRIX
@@ -69,7 +69,7 @@ def measured(way: str) -> dict[str, float]:
         tracker.close()
         ended = time.perf_counter() - begun
         assert len(read_metrics(pathlib.Path(folder, "metrics.jsonl"))) == STEPS
-        time.sleep(1)  # for what is left to itself
+        time.sleep(1)  # for processes that outlive the tracker
     if way not in ("closed port", "dies"):
         server.die()
     return {

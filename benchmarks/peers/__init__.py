@@ -1,1 +1,1 @@
-"""Others that do the same work: each module is a process that takes one JSON argument and prints one JSON line."""
+"""Other implementations of the same work. Each module is a process that takes one JSON argument and prints one JSON line."""

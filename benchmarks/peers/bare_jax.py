@@ -1,4 +1,4 @@
-"""A Llama in JAX alone: a dict of stacked arrays, one scan, AdamW by hand, donated state. What we lose to it is a framework's cost."""
+"""A Llama in JAX alone: a dict of stacked arrays, one scan, AdamW by hand, donated state. Our loss against it is the framework's cost."""
 
 import os
 import zlib
@@ -63,7 +63,7 @@ def loss_of(params, rows):
     if (remat := options.get("remat", "none")) != "none":
         dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
-        def policy(primitive, *args, **kwargs):  # cuDNN's output and statistics too: otherwise its forward pass runs twice
+        def policy(primitive, *args, **kwargs):  # also cuDNN's output and statistics: otherwise its forward pass runs twice
             return primitive.name.startswith("dot_product_attention_fwd") or dots(primitive, *args, **kwargs)
 
         block = jax.checkpoint(block, prevent_cse=False, policy=policy if remat == "dots" else None)

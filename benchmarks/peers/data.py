@@ -1,4 +1,4 @@
-"""What batches of random rows cost elsewhere, out of one mapped file of ids: endless iterators over arrays [batch, seq + 1]."""
+"""Batches of random rows by other means, from one mapped file of ids: endless iterators over arrays [batch, seq + 1]."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def bare_memmap(ids: np.ndarray, batch: int, seq: int) -> Iterator[np.ndarray]:
-    """One gather of whole rows into an array that is made once, in the dtype of the file: the least that can be done."""
+    """One gather of whole rows into an array that is made once, in the dtype of the file: the least possible work."""
     rows = ids[: len(ids) // (seq + 1) * (seq + 1)].reshape(-1, seq + 1)
     out, rng = np.empty((batch, seq + 1), ids.dtype), np.random.default_rng(0)
     while True:
@@ -40,7 +40,7 @@ class Windows:
 
 
 def torch_loader(ids: np.ndarray, batch: int, seq: int) -> Iterator[Any]:
-    """torch's DataLoader in the process itself."""
+    """torch's DataLoader in this process, without workers."""
     import torch
 
     dataset: Any = Windows(ids, seq)
@@ -50,7 +50,7 @@ def torch_loader(ids: np.ndarray, batch: int, seq: int) -> Iterator[Any]:
 
 
 def grain_rows(ids: np.ndarray, batch: int, seq: int) -> Iterator[Any]:
-    """grain as its tutorials use it, an element a row."""
+    """grain as its tutorials use it, with one element per row."""
     import grain
 
     rows: Any = grain.MapDataset.source(Windows(ids, seq)).seed(0).shuffle().repeat()

@@ -1,4 +1,4 @@
-"""A plain PyTorch Llama with a static cache, in the manner of gpt-fast: one token a call, `compile` as an option."""
+"""A plain PyTorch Llama with a static cache, in the manner of gpt-fast: one token per call, `compile` as an option."""
 
 from benchmarks.task import Task
 

@@ -1,7 +1,7 @@
 """Plans of many models and slices: `python -m benchmarks.plan.run [group…]` compiles every row that `results.jsonl` lacks.
 
-Each row is one `python -m llama_eqx.plan`, one at a time: a compile takes minutes of one core and some GiB. No TPU is needed.
-`python -m benchmarks.plan.tables` makes the tables and plots of `results.jsonl`.
+Each row is one `python -m llama_eqx.plan`. They run one at a time: a compile takes minutes of one core and some GiB. No TPU is needed.
+`python -m benchmarks.plan.tables` makes tables and plots from `results.jsonl`.
 """
 
 import argparse
@@ -26,7 +26,8 @@ def sizes(layers: int, embed: int, heads: int, head_dim: int, mlp: int) -> list[
 
 def row(model: str, mesh: str, tokens_per_chip: int, chips: int, length: int, *more: str) -> list[str]:
     kind, size = mesh.split("-")
-    # Over a whole torus with a ring along each of three axes, the compiler makes a reduction of a gather: the weights are kept twice there.
+    # Over a whole torus with a ring along each of three axes, the compiler turns a gather into a reduction. Over half of it, it does not.
+    # So mesh.data=2 keeps the weights twice.
     twice = ["mesh.data=2"] if kind in ("v4", "v5p") and int(size) >= 128 else []
     return [
         f"model={model}",
@@ -35,12 +36,12 @@ def row(model: str, mesh: str, tokens_per_chip: int, chips: int, length: int, *m
         *twice,
         f"train.seq_len={length}",
         f"train.batch_size={tokens_per_chip * chips // length}",
-        "train.microbatch_size=null",  # whatever a plan in conf/ says
+        "train.microbatch_size=null",  # overrides a plan in conf/
         *more,
     ]
 
 
-# Published runs of MaxText, by its scripts configs/v4/22b.sh, v5e/16b.sh and v5p/32b.sh: its sizes, its batch, its remat.
+# Published runs of MaxText, from its scripts configs/v4/22b.sh, v5e/16b.sh and v5p/32b.sh: its sizes, its batch, its remat.
 SHORT = ["model=llama2_7b", "model.context=2048", "train.seq_len=2048", *FAST]
 CALIBRATION = {
     "22B on v4-128": [
@@ -50,10 +51,10 @@ CALIBRATION = {
         "model/feed_forward=plain",
         "train.batch_size=832",
         "remat=full",
-        *("kernel.q_block=512", "kernel.kv_block=512"),  # larger ones do not fit the chip with heads of 256
+        *("kernel.q_block=512", "kernel.kv_block=512"),  # larger blocks do not fit the chip with heads of 256
     ],
     "16B on v5e-256": [*SHORT, "mesh=v5e-256", *sizes(32, 4096, 64, 128, 28672), "train.batch_size=1536", "remat=full"],
-    "32B on v5p-128": [  # all that its remat policy keeps but v, which does not fit here
+    "32B on v5p-128": [  # keeps all that its remat policy keeps except v, which does not fit here
         *SHORT,
         *("mesh=v5p-128", "mesh.tensor=4", "sharding=fsdp_tensor", "+sharding.axes.residual=[tensor]"),
         *sizes(32, 8192, 64, 128, 28672),
@@ -61,7 +62,7 @@ CALIBRATION = {
     ],
 }
 
-# One mesh for every size of model; those in conf/plan/ have settings of their own.
+# One mesh for every size of model. The meshes with a plan in conf/plan/ take its settings.
 PRESETS = {
     "llama1_7b": row("llama1_7b", "v4-32", 8192, 16, 2048, "remat=full"),
     "llama1_13b": ["model=llama1_13b", "mesh=v5e-256"],
@@ -78,7 +79,7 @@ PRESETS = {
     "llama3_2_3b": row("llama3_2_3b", "v6e-16", 24576, 16, 8192, "remat=names", "kernel.fused_backward=false"),
 }
 
-# The same settings on more and more chips, and on longer and longer rows. The options are those of the plan that v4-32 has in conf/plan/.
+# The same settings on more and more chips, and on longer and longer rows. The options are those of the plan for v4-32 in conf/plan/.
 OPTIONS = [
     "+mesh.compiler_options.xla_tpu_scheduler_percent_shared_memory_limit=100",
     "+mesh.compiler_options.xla_tpu_enable_collective_pipeliner=false",

@@ -68,7 +68,7 @@ def depth(rows: Sequence[dict]) -> str:
 
 
 def plot(rows: Sequence[dict], what: str, path: str) -> None:
-    """Memory and MFU beside each other over the names of the rows."""
+    """Plots memory and MFU side by side over the names of the rows."""
     figure = Figure(figsize=(8, 3.2), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2)
     names = [row["name"] for row in rows]

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache folder of the test's own."""
+    """Gives each test a cache folder of its own."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("LLAMA_EQX_CACHE", str(folder))
     return folder
@@ -13,7 +13,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes files into a folder of text, and gives the folder."""
+    """Returns a function that writes files into a folder of text and returns the folder."""
 
     def write(**files):
         for name, content in files.items():
@@ -27,7 +27,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def text():
-    """The config of data=text."""
+    """Returns a function that makes the config of data=text."""
     from llama_eqx.data.corpus import TextConfig
 
     return lambda path, fraction=0.1, holdout="validation", on_error="refuse": TextConfig(

@@ -14,7 +14,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 
 @pytest.fixture(scope="module")
 def hf_model(tmp_path_factory):
-    """A folder as transformers writes it: a random Llama and a tokenizer of bytes with BOS and EOS."""
+    """Returns a folder that transformers wrote: a random Llama and a byte tokenizer with BOS and EOS."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,7 +34,7 @@ def hf_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A file with a document a line."""
+    """Returns a file with one document per line."""
     path = tmp_path_factory.mktemp("text") / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return path

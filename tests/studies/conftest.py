@@ -1,4 +1,4 @@
-"""An experiment whose outcome is known: kept runs made of numbers, with an effect of 0.05, none, and too much noise to tell."""
+"""An experiment with a known outcome: made-up runs with an effect of 0.05, with no effect, and with too much noise to tell."""
 
 import gzip
 import json
@@ -65,7 +65,7 @@ def run_of(
 
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
-    """The folder of the experiment `known`; `add(arm, seed, loss, ...)` keeps a run there, and 8 of each arm are there already."""
+    """Returns the folder of the experiment `known`, with 8 runs of each arm, and `add(arm, seed, loss, ...)`, which keeps a run there."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "experiments" / "known"
     folder.mkdir(parents=True)
