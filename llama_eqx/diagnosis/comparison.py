@@ -1,4 +1,4 @@
-"""Two models side by side: the residual after each part of each layer, and why the first part that differs does."""
+"""Two models side by side: the residual after each part of each layer, and the reasons for the first difference."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ LENGTH, FAR = 512, 20_000
 NEAR_POSITIONS = np.arange(LENGTH, dtype=np.int32)
 POSITIONS = np.stack([NEAR_POSITIONS, NEAR_POSITIONS + np.where(NEAR_POSITIONS < LENGTH // 2, 0, FAR).astype(np.int32)])
 ROWS = (f"0-{LENGTH - 1}", f"{FAR:,}")
-HEAD = {True: "embed", False: "lm_head"}  # the parameter that makes the logits, by tied
+HEAD = {True: "embed", False: "lm_head"}  # the parameter that makes the logits, if tied and if not
 
 Residual = Float32[Array, "batch seq embed"]
 Parts = Iterator[tuple[str, Any]]  # the name of a part and its output, [batch, seq, ...], on the host or a device
@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 def compare(path: str, against: str, tolerance: float) -> Report:
-    """Compares two models on the same random tokens at positions 0–511 and around 20,000, in float32, layer by layer.
+    """Compares the model at `path` with `against` on the same random tokens at positions 0–511 and near 20,000, in float32, layer by layer.
 
     `against` may be "transformers", which then reads the same folder. The report names the first part of a layer that differs by more than
     `tolerance` times the root mean square of its activations, and what differs in it. One layer of each folder is in memory at a time;

@@ -24,7 +24,7 @@ def check_files(folder: pathlib.Path) -> list[Finding]:
 
 
 def check_manifest(folder: pathlib.Path, above: pathlib.Path) -> list[Finding]:
-    """Finds files that the folder's manifest, if any, gives another SHA-256, lists in vain, or does not list; named from `above`."""
+    """Finds damaged, missing and unlisted files by the SHA-256s of the folder's manifest, if it has one. Names are relative to `above`."""
     if not (folder / MANIFEST).is_file():
         return []
     try:

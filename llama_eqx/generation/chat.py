@@ -59,7 +59,7 @@ class Chat:
                 self.messages.pop()
 
     def _fitting(self) -> list[int]:
-        """The ids of as many of the latest turns as leave room for `max_new_tokens`, or for a quarter of the context if that is less."""
+        """The ids of the conversation, with the latest turns that leave room for the lesser of `max_new_tokens` and context / 4."""
         context, kept = self.model.config.context, list(self.messages)
         room = min(self.max_new_tokens, context // 4)
         first_turn = 1 if kept[0]["role"] == "system" else 0

@@ -20,7 +20,7 @@ from llama_eqx.model.llama import Llama
 
 
 def for_decoding(model: Llama) -> Llama:
-    """The same function, laid out for decoding. Slots of kinds that this module does not know stay as they are, unstacked.
+    """The same function of the same arguments, laid out for decoding. Slots of unknown kinds stay as they are, unstacked.
 
     The result holds a copy of all weights: drop `model` where memory is short.
     """
@@ -101,7 +101,7 @@ def product(x: Float[Array, "batch seq last"], weight: Any, dtype: DTypeLike | N
 
 
 class PackedAttention(RotaryAttention):
-    """`GroupedQueryAttention` with one product. It packs the queries, key and value of each key head, in that order."""
+    """`GroupedQueryAttention` with one product, for the queries, key and value of every key head, in that order."""
 
     qkv_proj: Float[Array, "kv_heads packed head_dim embed"]
     o_proj: Float[Array, "embed joined"]  # heads and head_dim in one
@@ -128,7 +128,7 @@ class PackedAttention(RotaryAttention):
 class PackedFeedForward(FeedForward):
     """`GatedFeedForward` with one product for gate and up."""
 
-    gate_up_proj: Float[Array, "mlp 2 embed"]  # so that with mlp sharded a device has both of a row
+    gate_up_proj: Float[Array, "mlp 2 embed"]  # so that a device with a part of mlp has both of a row
     down_proj: Float[Array, "embed mlp"]
     activation: Callable[[Array], Array] = eqx.field(static=True)
 

@@ -181,7 +181,7 @@ def _open(output: str, mode: Literal["a", "w"]) -> TextIO:
 
 
 def fitted_length(asked: list[Asked], config: GenerateConfig, context: int) -> int:
-    """Returns `max_new_tokens`, or prints and returns what the context leaves where that is less.
+    """Returns `max_new_tokens`, or what the context leaves if that is less, which it prints.
 
     Raises `ConfigError` naming the longest prompt when it fills the context.
     """
@@ -213,9 +213,9 @@ def _require_what_several_can(config: GenerateConfig) -> None:
 
 
 def converse(model: Llama, tokenizer: Tokenizer, config: GenerateConfig) -> None:
-    """Chats in the terminal until its input ends. An interrupt breaks off the answer, and a second one the chat.
+    """Runs a chat in the terminal until its input ends. An interrupt breaks off the answer; a second one ends the chat.
 
-    For a line that cannot be answered it prints the error, and the chat goes on.
+    A line that cannot be answered prints its error, and the chat goes on.
     """
     settings = {key: value for key, value in config.settings().items() if key not in ("samples", "top_logprobs", "shift")}
     chat = Chat(model, tokenizer, config.sampling(), config.max_new_tokens, system=config.system, **settings)

@@ -137,7 +137,7 @@ def _round(
         of_proposed = lambda x: jnp.take_along_axis(x, proposed[:, :, None], axis=-1)[:, :, 0]  # noqa: E731
         luck = jax.vmap(lambda key: jax.random.uniform(key, (drafted,)))(_folded(round_keys, drafted + 1))
         accepted = luck * of_proposed(q) < of_proposed(p[:, :drafted])
-        # After a rejection, the next token is drawn from the excess of p over q; after the last draft, from p.
+        # After a rejection, the next token is drawn from the excess of p over q; if all drafts are accepted, from p.
         rest = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
         each = jax.vmap(jax.vmap(jax.random.categorical, in_axes=(None, 0)))
         own = each(_folded(round_keys, drafted + 2), jnp.log(rest)).astype(jnp.int32)

@@ -28,7 +28,7 @@ def stream_tokens(
     ended: Ended | None = None,
     **settings: Any,
 ) -> Generator[list[list[int]], None, Generation]:
-    """Yields what `generate_tokens` draws, as it comes: the next tokens of each row, first one, then `every` at a time. Returns the whole.
+    """Yields what `generate_tokens` draws, as it comes: each row's next tokens, the first alone, then `every` at a time. Returns the whole.
 
     `ended` gets all new tokens of every row so far, and says which rows draw no more.
 

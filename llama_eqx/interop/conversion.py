@@ -142,7 +142,7 @@ def _write_native(
 def _copy_files(weights: Weights, folder: pathlib.Path, format: Format, notes: list[str]) -> None:
     """Copies the tokenizer's files and the like. A run keeps them in a folder of their own; others look for them beside the weights."""
     for name, file in weights.files.items():
-        if file.name not in OWN and (wrong := mistaken(file, "")):  # of a run's own, that of bytes is empty
+        if file.name not in OWN and (wrong := mistaken(file, "")):  # of a run's own, tokenizer.bytes is empty
             notes.append(f"{name} was left behind: {wrong}")
             continue
         (folder / name).parent.mkdir(exist_ok=True)

@@ -263,7 +263,10 @@ def token_ids(tokens: SpecialTokens) -> dict[str, Any]:
 
 
 def huggingface_tensors(model: Llama) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields every tensor with its name in `transformers`, one at a time on the host. Any tree of that structure will do: gradients too."""
+    """Yields every tensor with its name in `transformers`, one at a time on the host.
+
+    Any tree of the model's structure will do: gradients too.
+    """
     for (parameter, layer), tensor in of_model(model).tensors.items():
         entry = TABLE[parameter]
         yield entry.huggingface.format(layer=layer), to_torch(tensor.whole(), entry.inputs)
@@ -276,7 +279,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _strange_ids(config: LlamaConfig) -> Iterator[str]:
-    """Yields a note per special id outside of the vocabulary: models tuned by others do have such padding ids. -1 means none."""
+    """Yields notes on special ids outside of the vocabulary: models tuned by others do have such padding ids. -1 means none."""
     tokens, vocab = config.tokens, config.dims.vocab or 0
     for which, ids in {"bos": (tokens.bos,), "eos": tokens.eos, "pad": (tokens.pad,)}.items():
         if strange := [i for i in ids if i is not None and not -1 <= i < vocab]:
@@ -335,7 +338,7 @@ def _rotary(rope: Mapping[str, Any]) -> RotaryConfig:
 
 
 def require_llama(config: LlamaConfig, whose: str) -> tuple[RMSNormConfig, PlainRotaryConfig | Llama3RotaryConfig]:
-    """The norm and the rotary settings. Raises `CheckpointError` naming the slot in which a model differs from its authors' Llama."""
+    """The norm and the rotary settings. Raises `CheckpointError` naming the slot in which a model differs from the original Llama."""
 
     def require(slot: str, *classes: type[Config], **fields: str) -> None:
         found = getattr(config, slot)

@@ -1,4 +1,4 @@
-"""Loads weights of every format; what lies in the folder tells which it is."""
+"""Loads weights of any format, recognised by what lies in the folder."""
 
 import concurrent.futures
 import contextlib

@@ -1,4 +1,4 @@
-"""A question's place on W&B, as code: a saved view of its runs, and a report to write on."""
+"""A question's dashboard on W&B, as code: a saved view of its runs, and a report to write on."""
 
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
 from typing import Any
@@ -7,7 +7,7 @@ from llama_eqx.config import Config
 from llama_eqx.errors import ConfigError
 from llama_eqx.studies.registration import Registration, load_registration
 
-# Sections of the view with their metrics, one panel each; over tokens, so that arms with different batch sizes compare.
+# Sections of the view with their metrics, one panel each; over tokens, so that arms with different batch sizes can be compared.
 PANELS = {
     "Loss": ("train/loss", "val/loss", "val/bits_per_byte"),
     "Optimisation": ("optim/lr", "optim/grad_norm", "optim/update_norm", "optim/withheld"),

@@ -1,4 +1,4 @@
-"""The pictures of a report. Each function returns a figure that it begins with `figure`; `save` files it."""
+"""The pictures of a report. Each function returns a figure made with `figure`; `save` files it."""
 
 import io
 import math

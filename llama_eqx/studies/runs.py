@@ -70,7 +70,7 @@ def free(run: Run) -> list[str]:
     if model.get("dropout") or model.get("block", {}).get("dropout"):
         fixed |= {"train.microbatch_size"}  # which activations are dropped depends on it
     if math.isinf(run.last("val/loss")):
-        fixed |= {"guard.max_withheld"}  # it ended before, as its numbers were not finite, and would again
+        fixed |= {"guard.max_withheld"}  # it ended early, as its numbers were not finite, and would again
     elsewhere = movable(run.settings) if "data_fingerprint" in run.settings else []
     return [*(key for key in FREE if key not in fixed), *elsewhere]
 

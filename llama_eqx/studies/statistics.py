@@ -35,7 +35,7 @@ def sign_flip_p(differences: Differences) -> float:
     "The Design of Experiments", section 21). With n differences it is never below 2^(1-n).
     """
     d = np.asarray(differences, float)
-    least = abs(d.sum()) - 1e-12 * np.abs(d).sum()  # sums equal up to rounding, which scales with the terms, count
+    least = abs(d.sum()) - 1e-12 * np.abs(d).sum()  # so that sums equal up to rounding, which scales with the terms, count
     if len(d) <= EXACT:
         signs = np.array(list(itertools.product((1, -1), repeat=len(d) - 1))).reshape(-1, len(d) - 1)
         sums = np.abs(d[0] + signs @ d[1:])  # the other half mirrors these
@@ -46,8 +46,8 @@ def sign_flip_p(differences: Differences) -> float:
 
 
 def sign_p(differences: Differences) -> float:
-    """The two-sided p of the sign test, which only asks whether each difference lies above or below 0: it may be infinite. One that is 0
-    or NaN is neither.
+    """The two-sided p of the sign test. It asks only whether a difference lies above or below 0, so differences may be infinite. One that
+    is 0 or NaN is neither.
     """
     return sign_flip_p(np.nan_to_num(np.sign(np.asarray(differences, float))))
 
@@ -80,7 +80,7 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 
 def power(effect: float, sd: float, n: int, alpha: float = 0.05) -> float:
-    """The probability that a two-sided paired t test finds `n` differences of this mean and standard deviation at `alpha`."""
+    """The power of a two-sided paired t test at `alpha` for `n` differences of mean `effect` and standard deviation `sd`."""
     away, critical = effect / sd * math.sqrt(n), stats.t.ppf(1 - alpha / 2, n - 1)
     other_side = np.nan_to_num(stats.nct.cdf(-critical, n - 1, away))  # SciPy gives NaN where it is almost 0
     return float(stats.nct.sf(critical, n - 1, away) + other_side)
