@@ -1,4 +1,4 @@
-"""Two models side by side: the residual after each part of each layer, and why it differs where it first does."""
+"""Two models side by side: the residual after each part of each layer, and the reasons for the first difference."""
 
 import dataclasses
 import math
@@ -24,19 +24,19 @@ from llama_eqx.sharding import parameter_names
 
 TRANSFORMERS = "transformers"
 LENGTH, FAR = 512, 20_000
-# Both rows hold the same tokens. Attention sees differences of positions alone, so the second row has a gap: a row that merely
-# began at 20,000 would be the first one again.
+# Both rows hold the same tokens. Attention sees only differences of positions, so the second row has a gap: a row that merely
+# began at 20,000 would repeat the first one.
 NEAR_POSITIONS = np.arange(LENGTH, dtype=np.int32)
 POSITIONS = np.stack([NEAR_POSITIONS, NEAR_POSITIONS + np.where(NEAR_POSITIONS < LENGTH // 2, 0, FAR).astype(np.int32)])
 ROWS = (f"0-{LENGTH - 1}", f"{FAR:,}")
-HEAD = {True: "embed", False: "lm_head"}  # what the logits are made with, tied or not
+HEAD = {True: "embed", False: "lm_head"}  # the parameter that makes the logits, if tied and if not
 
 Residual = Float32[Array, "batch seq embed"]
-Parts = Iterator[tuple[str, Any]]  # the name of a part and what comes out of it, [batch, seq, ...], on the host or a device
+Parts = Iterator[tuple[str, Any]]  # the name of a part and its output, [batch, seq, ...], on the host or a device
 
 
 class Row(NamedTuple):
-    """A part of the model: the root mean square of what comes out of it, and the largest difference in each row of positions."""
+    """A part of the model: the root mean square of its output, and the largest difference in each row of positions."""
 
     part: str
     scale: float
@@ -44,13 +44,13 @@ class Row(NamedTuple):
 
 
 def compare(path: str, against: str, tolerance: float) -> Report:
-    """The models at `path` and `against` on the same random tokens at positions 0–511 and around 20,000, in float32, layer by layer.
+    """Compares the model at `path` with `against` on the same random tokens at positions 0–511 and near 20,000, in float32, layer by layer.
 
-    `against` may be "transformers", which then reads the same folder. The first part of a layer that differs by more than `tolerance`
-    of the root mean square of its activations is named, and what differs in it. One layer of each folder is in memory at a time;
+    `against` may be "transformers", which then reads the same folder. The report names the first part of a layer that differs by more than
+    `tolerance` times the root mean square of its activations, and what differs in it. One layer of each folder is in memory at a time;
     transformers keeps its whole model there.
 
-    Raises `CheckpointError` when a model cannot be read, `ConfigError` where transformers is asked for and not installed.
+    Raises `CheckpointError` when a model cannot be read, `ConfigError` when transformers is asked for and not installed.
     """
     title, ours = f"{path} against {against}", open_pretrained(path)
     if against != TRANSFORMERS:
@@ -76,7 +76,7 @@ def _tokens(vocab: int) -> Int[np.ndarray, "batch seq"]:
 
 
 def model_parts(weights: Weights, tokens: Int[np.ndarray, "batch seq"]) -> Parts:
-    """The residual after the embedding and after each half of each layer, and the logits, as this package computes them in float32.
+    """Yields the residual after the embedding and each half of each layer, and the logits, as this package computes them in float32.
 
     Raises `ConfigError` for a class of model other than `LlamaConfig`.
     """
@@ -108,7 +108,7 @@ def model_parts(weights: Weights, tokens: Int[np.ndarray, "batch seq"]) -> Parts
 
 
 class _Silent(eqx.Module):
-    """In the place of a feed-forward it leaves the residual as attention made it."""
+    """Replaces a feed-forward, to leave the residual as attention made it."""
 
     def __call__(self, x: Residual) -> Residual:
         return jnp.zeros_like(x)
@@ -149,7 +149,7 @@ def _table(rows: list[Row]) -> list[str]:
 
 
 def _sizes(a: LlamaConfig, b: LlamaConfig) -> list[str]:
-    """Sizes without which nothing can be compared. The vocabulary may differ: ids that both have are used."""
+    """The differences in size that rule out a comparison. The vocabulary may differ: ids that both have are used."""
     pairs = [(field.name, getattr(a.dims, field.name), getattr(b.dims, field.name)) for field in dataclasses.fields(a.dims)]
     return [f"{name} is {here:,} and {there:,}" for name, here, there in pairs if here != there and name in ("layers", "embed")]
 
@@ -187,7 +187,7 @@ def _apart(a: np.ndarray, b: np.ndarray) -> str | None:
         return f"the weights are {a.shape} and {b.shape}"
     if np.array_equal(a, b):
         return None
-    near = 1e-2 * float(np.abs(b).max())  # a rounding to bfloat16, not an exchange of rows
+    near = 1e-2 * float(np.abs(b).max())  # below it, a rounding to bfloat16, not an exchange of rows
     if a.ndim == 3:
         beside, apart = "side by side", "half a head apart"
         for move, here, there in ((pairs_to_halves, beside, apart), (halves_to_pairs, apart, beside)):

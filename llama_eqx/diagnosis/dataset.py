@@ -12,12 +12,12 @@ from llama_eqx.diagnosis.files import check_files
 from llama_eqx.diagnosis.report import Finding, Report
 from llama_eqx.errors import UserError
 
-NUMBERS = 2**24  # that are read at once
+NUMBERS = 2**24  # ids that are read at once
 REMEDY = "prepare the data again, or restore these files"
 
 
 def examine_dataset(folder: pathlib.Path, read: bool) -> Report:
-    """Files against `index.json`, the tokenizer against it too, and with `read` every id against the vocabulary."""
+    """Checks the files and the tokenizer against `index.json` and, with `read`, every id against the vocabulary."""
     title = f"{folder}: a dataset of tokens"
     findings, facts = check_files(folder), []
     try:

@@ -17,7 +17,7 @@ from llama_eqx.diagnosis.report import Finding, Report
 PYPROJECT = pathlib.Path(__file__).resolve().parents[2] / "pyproject.toml"
 LOCK = pathlib.Path("/tmp/libtpu_lockfile")
 ROOM = 5 * 10**9  # bytes of disk below which a run may not find room for its checkpoints
-# What installs without complaint and still goes wrong, and how.
+# Versions that install without complaint and still go wrong, and how.
 BAD = {
     "torch<2.10": "torch.load(weights_only=True) can be made to run code (CVE-2025-32434, CVE-2026-24747)",
     "transformers<5.3,>=4.56": "the config of a model can make it run code (CVE-2026-4372)",
@@ -35,7 +35,7 @@ def examine_environment() -> Report:
 
 
 def requirements() -> list[Requirement]:
-    """What this package needs: by the checkout it lies in, else by what pip noted when it was installed."""
+    """What this package needs, according to its checkout, or else to what pip noted when it was installed."""
     if PYPROJECT.is_file():
         lines = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
     else:
@@ -45,7 +45,7 @@ def requirements() -> list[Requirement]:
 
 
 def check_versions(wanted: list[Requirement], findings: list[Finding]) -> str:
-    """The versions that matter, in a line; those that do not fit each other go to `findings`."""
+    """The versions that matter, in a line. Those that do not fit are added to `findings`."""
     for requirement in wanted:
         found = _version(requirement.name)
         if found is None or not requirement.specifier.contains(found, prereleases=True):
@@ -70,7 +70,7 @@ def check_versions(wanted: list[Requirement], findings: list[Finding]) -> str:
 
 
 def check_lock(lock: pathlib.Path, findings: list[Finding]) -> bool:
-    """Whether the TPU can be asked for: libtpu lets one process in, and a lock left by another user keeps everybody out."""
+    """Whether the TPU can be opened: libtpu lets one process in, and a lock left by another user keeps everybody out."""
     if _version("libtpu") is None or not lock.exists() or os.environ.get("ALLOW_MULTIPLE_LIBTPU_LOAD"):
         return True
     if not os.access(lock, os.W_OK):

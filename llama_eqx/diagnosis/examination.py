@@ -16,9 +16,9 @@ from llama_eqx.interop.pretrained import located, manifested
 
 
 def examine(path: str, published: Published, *, weights: bool) -> Report:
-    """What is wrong with the model or dataset at `path`, which is never in memory as a whole.
+    """Reports what is wrong with the model or dataset at `path`, which is never in memory as a whole.
 
-    `published` gives the models to hold its settings against.
+    `published` gives the models to compare its settings with.
 
     Raises `CheckpointError` when there is nothing to examine.
     """
@@ -42,5 +42,5 @@ def examine(path: str, published: Published, *, weights: bool) -> Report:
         )
     if not weights:
         return report
-    listed = manifested(path) or folder  # of a run, the folder of its step
+    listed = manifested(path) or folder  # for a run, the folder of its step
     return dataclasses.replace(report, findings=(*report.findings, *check_manifest(listed, folder)))

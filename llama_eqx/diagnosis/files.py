@@ -1,4 +1,4 @@
-"""Files that are not what their names say, and those that are not as they were written."""
+"""Files that are not what their names say, and files that are no longer as they were written."""
 
 import pathlib
 from typing import Any
@@ -14,7 +14,7 @@ SUFFIXES = {".json", ".safetensors", ".model", ".pth", ".npy"}
 
 
 def check_files(folder: pathlib.Path) -> list[Finding]:
-    """Git LFS pointers, web pages and empty files in the place of a model's own."""
+    """Finds Git LFS pointers, web pages and empty files in the place of a model's own."""
     findings = []
     for file in sorted(folder.iterdir()):
         if file.suffix in SUFFIXES and not file.is_dir() and (what := mistaken(file, "")):
@@ -24,7 +24,7 @@ def check_files(folder: pathlib.Path) -> list[Finding]:
 
 
 def check_manifest(folder: pathlib.Path, above: pathlib.Path) -> list[Finding]:
-    """Files whose SHA-256 is not that of the folder's manifest, if there is one, by their names in the folder `above`."""
+    """Finds damaged, missing and unlisted files by the SHA-256s of the folder's manifest, if it has one. Names are relative to `above`."""
     if not (folder / MANIFEST).is_file():
         return []
     try:
@@ -41,7 +41,7 @@ def check_manifest(folder: pathlib.Path, above: pathlib.Path) -> list[Finding]:
 
 
 def read_json(folder: pathlib.Path, name: str, findings: list[Finding]) -> dict[str, Any] | None:
-    """The object in a file; None if there is none, which is added to `findings` unless `check_files` has seen it."""
+    """The object in a file, or None. A file that cannot be read is added to `findings`, unless `check_files` reports it."""
     file = folder / name
     if not file.is_file() or mistaken(file, ""):
         return None

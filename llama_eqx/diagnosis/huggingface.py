@@ -1,4 +1,4 @@
-"""What is wrong with a folder of Hugging Face: all of it, where a reader would stop at the first file that it cannot use."""
+"""Everything that is wrong with a Hugging Face folder, where a reader would stop at the first file that it cannot use."""
 
 import pathlib
 from collections import defaultdict
@@ -38,7 +38,7 @@ def examine_huggingface(folder: pathlib.Path, published: Published, weights: boo
     try:
         refuse_code(folder, CONFIG, "tokenizer_config.json")
     except CheckpointError as error:
-        # That a file is not JSON is said below.
+        # A file that is not JSON is reported below.
         findings += [finding_of(error, folder, CONFIG)] if "code" in error.what else []
     config, tree = _check_config(folder, findings)
     files = _open(folder, findings)
@@ -65,7 +65,7 @@ def examine_huggingface(folder: pathlib.Path, published: Published, weights: boo
 
 
 def _check_config(folder: pathlib.Path, findings: list[Finding]) -> tuple[LlamaConfig | None, dict[str, Any] | None]:
-    """The model that config.json describes, if it can be read, and its tree; where it contradicts itself is added to `findings`."""
+    """The model that config.json describes, if it can be read, and its tree. Contradictions in it are added to `findings`."""
     tree = read_json(folder, CONFIG, findings)
     if tree is None:
         if not (folder / CONFIG).exists():
@@ -86,7 +86,7 @@ def _check_config(folder: pathlib.Path, findings: list[Finding]) -> tuple[LlamaC
 
 
 def _open(folder: pathlib.Path, findings: list[Finding]) -> Files:
-    """The headers of the files that a reader would open; what is wrong with the files is added to `findings`."""
+    """The headers of the files that a reader would open. What is wrong with the files is added to `findings`."""
     present = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
     weight_map, total = None, None
     if (folder / SINGLE).exists():
@@ -149,7 +149,7 @@ def _check_index(weight_map: Mapping[str, str], total: Any, files: Files) -> lis
 
 
 def _check_names(config: LlamaConfig, found: Mapping[str, tuple[str, Filed]]) -> list[Finding]:
-    """Tensors that are missing, too many, of another shape or of a dtype that is not read. A wrong size is said once, by its key."""
+    """Finds tensors that are missing, unexpected, of another shape or of an unreadable dtype. A wrong size is reported once, by its key."""
     findings, sizes, expected = [], defaultdict(list), {}
     try:
         require_tensors(config, len(found), where=CONFIG)
@@ -196,7 +196,7 @@ def _check_names(config: LlamaConfig, found: Mapping[str, tuple[str, Filed]]) ->
 
 
 def _check_dtype(tree: Mapping[str, Any], kinds: set[str]) -> list[Finding]:
-    """transformers reads weights in the dtype that the config names."""
+    """Warns when transformers, which reads weights in the dtype that the config names, would round them."""
     said = str(tree.get("dtype") or tree.get("torch_dtype")).removeprefix("torch.")
     names = {DTYPES[kind].name for kind in kinds & DTYPES.keys()}
     if finer := sorted(name for name in names if jnp.promote_types(name, said) != said) if said in READABLE else []:

@@ -1,4 +1,4 @@
-"""Every number of a model, some rows at a time."""
+"""Checks every number of a model, some rows at a time."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from llama_eqx.interop.weights import Index, Weights, pieces
 
 
 class Tensor(NamedTuple):
-    """A tensor that has not been read: `read(index)` gives the part between the slices, one for every axis."""
+    """A tensor that has not been read. `read(index)` returns the part that the slices select, one for every axis."""
 
     file: str
     shape: tuple[int, ...]
@@ -22,13 +22,13 @@ class Tensor(NamedTuple):
     read: Callable[[Index], np.ndarray]
 
     def rows(self) -> Iterator[np.ndarray]:
-        """In float32, by as many rows as two tensors of one shape have in common, whatever their dtypes."""
+        """Yields some rows at a time in float32: equally many for all tensors of one shape, whatever their dtypes."""
         for index in pieces(self.shape, 4, axis=0) if self.shape else [()]:
             yield self.read(index).astype(np.float32)
 
 
 def tensors_of(weights: Weights, file: str) -> dict[str, Tensor]:
-    """What a reader found, by this package's names."""
+    """The tensors that a reader found, by this package's names."""
     return {
         name if layer is None else f"{name} of layer {layer}": Tensor(file, tensor.shape, tensor.dtype, tensor.read)
         for (name, layer), tensor in weights.tensors.items()
@@ -42,7 +42,7 @@ def said_size(tensors: Mapping[str, Tensor], weights: bool) -> str:
 
 
 def check_numbers(tensors: Mapping[str, Tensor], embed: str) -> tuple[float | None, list[Finding]]:
-    """NaN, infinity and tensors of zeros. Also gives the mean square of the tensor `embed`, which the first norm divides by."""
+    """Finds NaN, infinity and tensors of zeros. Also returns the mean square of the tensor `embed`, which the first norm divides by."""
     findings, mean_square = [], None
     total = sum(math.prod(tensor.shape) for tensor in tensors.values())
     with tqdm(total=total, desc="reading", unit=" numbers", unit_scale=True, disable=None) as progress:

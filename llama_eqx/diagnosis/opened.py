@@ -15,7 +15,7 @@ from llama_eqx.interop.pretrained import located, open_pretrained
 
 
 def examine_native(path: pathlib.Path, published: Published, weights: bool) -> Report:
-    """The newest step, or the one that the path names."""
+    """Examines the newest step, or the one that the path names."""
     folder, step = located(path)
     saved = restore.steps(folder / CHECKPOINTS)
     facts = [f"steps {', '.join(map(str, saved))}; this is {saved[-1] if step is None else step}"] if saved else []
@@ -39,7 +39,7 @@ def _examine(
     try:
         opened = open_pretrained(path)
     except UserError as error:
-        if pathlib.Path(error.where).name not in {found.where for found in findings}:  # else it has been said
+        if pathlib.Path(error.where).name not in {found.where for found in findings}:  # else it has been reported
             findings.append(finding_of(error, folder, where))
         return Report(title, tuple(facts), tuple(findings))
     tensors, mean_square = tensors_of(opened, where), None

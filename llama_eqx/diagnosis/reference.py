@@ -36,7 +36,7 @@ def transformers_parts(
         raise CheckpointError(what, where=path, next="it reads Hugging Face folders: python -m llama_eqx.doctor path=…") from error
     facts, findings = [], [Finding("error", path, f"transformers reports {name}: {what}") for name, what in loaded.items() if what]
 
-    # Frequencies are compared by themselves. A unit in their last place is a milliradian at 20,000, so for the rest both have the same.
+    # Frequencies are compared separately. One unit in their last place is a milliradian at 20,000, so the rest is computed with equal ones.
     held, own = model.model.rotary_emb.inv_freq, frequencies(config)
     off = float(np.abs(held.double().numpy() / own - 1).max())
     if off < FREQUENCIES:
@@ -62,6 +62,6 @@ def transformers_parts(
     model.lm_head.register_forward_hook(keep("logits"))
     with torch.no_grad():
         ids = torch.tensor(tokens).long()
-        # A mask keeps it from taking the gap in the positions for the edge of two packed texts.
+        # With a mask, transformers does not take the gap in the positions for the boundary of two packed texts.
         model(ids, attention_mask=torch.ones_like(ids), position_ids=torch.tensor(positions).long())
     return parts, facts, findings

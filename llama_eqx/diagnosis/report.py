@@ -12,10 +12,10 @@ Severity = Literal["error", "warning", "note"]
 
 
 class DoctorConfig(Config):
-    """`path` is a folder, None for the environment. `against` is a second folder, or "transformers" to compare with it on the same one.
+    """`path` is a folder, None for the environment. `against` is a second folder, or "transformers" to let it read the same one.
 
-    `weights` says whether every number is read, or names, shapes and settings alone. `tolerance` bounds a comparison's differences, as
-    a fraction of the largest activation of each layer.
+    `weights` says whether every number is read, or only names, shapes and settings. `tolerance` bounds a comparison's differences, as a
+    fraction of the root mean square of the activations of each part.
     """
 
     path: str | None
@@ -44,7 +44,7 @@ class Finding:
 
 
 def finding_of(error: UserError, folder: pathlib.Path, otherwise: str) -> Finding:
-    """What a reader raised, with the place as a file of the folder; `otherwise` if it is none."""
+    """The finding for an error that a reader raised. Its place is a file of the folder, or `otherwise` if the error names none."""
     place, root = pathlib.Path(error.where).resolve(), folder.resolve()
     inside = place != root and place.is_relative_to(root)
     where = str(place.relative_to(root)) if inside else otherwise

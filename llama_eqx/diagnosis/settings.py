@@ -13,7 +13,7 @@ from llama_eqx.model.rotary import RotaryConfig
 
 Published = Callable[[Dims], Mapping[str, LlamaConfig]]  # the published models of about these sizes, by name
 
-# Code Llama (Rozière et al., 2023, arXiv 2308.12950) was trained on from Llama 2, with its sizes, at this theta.
+# Code Llama (Rozière et al., 2023, arXiv 2308.12950) was trained further from Llama 2, with its sizes, at this theta.
 CODE_LLAMA_THETA = 1e6
 
 
@@ -22,7 +22,7 @@ def check_settings(
 ) -> tuple[list[str], list[Finding]]:
     """Facts and findings about eps, rotary embedding, tie and context. `mean_square` is that of the embedding, if it was read.
 
-    The nearest of `presets` with these sizes is the measure; a vocabulary up to a tenth larger or smaller is taken for an edited one.
+    Settings are compared with the nearest of `presets` of these sizes. A vocabulary up to a tenth larger or smaller counts as edited.
     """
     alike = {name: preset for name, preset in presets.items() if _sizes(preset.dims, config.dims.vocab) == _sizes(config.dims)}
     if not alike:
@@ -49,13 +49,13 @@ def check_settings(
 
 
 def phase_error(a: LlamaConfig, b: LlamaConfig) -> tuple[float, int]:
-    """By how much the angles of the two rotary embeddings drift apart, in radians per position, and in how many pairs they do."""
+    """How far the angles of the two rotary embeddings drift apart, in radians per position, and the number of pairs that do."""
     apart = np.abs(frequencies(a) - frequencies(b))
     return float(apart.max()), int((apart > 1e-6 * frequencies(b)).sum())
 
 
 def said_phase_error(a: LlamaConfig, b: LlamaConfig) -> str:
-    """Where a difference of rotary embeddings shows, in words."""
+    """Says where a difference of rotary embeddings shows."""
     drift, pairs = phase_error(a, b)
     if pairs == 0:
         return "the angles are the same"
@@ -67,7 +67,7 @@ def said_phase_error(a: LlamaConfig, b: LlamaConfig) -> str:
 
 
 def rotary_differences(a: RotaryConfig, b: RotaryConfig) -> list[tuple[str, str, str]]:
-    """What differs in the settings that decide the angles: its name, and both values in words."""
+    """The settings that decide the angles and differ: the name of each, and both values in words."""
     here, there = (
         {field.name: getattr(rotary, field.name) for field in dataclasses.fields(rotary) if field.name != "round_at"} for rotary in (a, b)
     )
@@ -88,7 +88,7 @@ def _sizes(dims: Dims, near: int | None = None) -> dict[str, int | None]:
 
 
 def _differences(config: LlamaConfig, preset: LlamaConfig, mean_square: float | None) -> list[tuple[str, str, str]]:
-    """Field, what is wrong with it, and the right value."""
+    """Each field that differs, what is wrong with it, and the right value."""
     rows = []
     for name, here, there in rotary_differences(config.rotary, preset.rotary):
         rows.append((f"rotary {name}", f"{here}, where {there} is expected: {said_phase_error(config, preset)}", there))

@@ -13,11 +13,11 @@ from llama_eqx.model.llama import LlamaConfig
 TOKENIZERS = ("tokenizer", "tokenizer.json", "tokenizer.model")
 # What ends a text, a message to a tool or a turn in Llama 3; an instruct model may end on any of them.
 ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
-PADDING = 1024  # rows without an id up to here are taken for padding of the table
+PADDING = 1024  # fewer rows without an id than this are taken for padding of the table
 
 
 def check_vocabulary(folder: pathlib.Path, config: LlamaConfig, facts: list[str]) -> tuple[Tokenizer | None, list[Finding]]:
-    """The tokenizer that lies beside a model: whether each of its ids has a row in the embedding, and how many rows have no id."""
+    """The tokenizer beside a model, and findings: whether each of its ids has a row in the embedding, and how many rows have no id."""
     name = next((name for name in TOKENIZERS if (folder / name).exists()), None)
     try:
         tokenizer = find_tokenizer(folder)
@@ -39,7 +39,7 @@ def check_vocabulary(folder: pathlib.Path, config: LlamaConfig, facts: list[str]
 
 
 def check_ends(folder: pathlib.Path, config: Mapping[str, Any], size: int, tokenizer: Tokenizer | None, findings: list[Finding]) -> None:
-    """EOS of `generation_config.json`, else of `config.json`, against the tokenizer's tokens and its chat template; adds to `findings`."""
+    """Checks EOS of `generation_config.json`, else `config.json`, against the tokenizer's tokens and chat template; adds to `findings`."""
     generation = read_json(folder, "generation_config.json", findings) or {}
     settings = read_json(folder, "tokenizer_config.json", findings) or {}
     for name, tree in {"config.json": config, "generation_config.json": generation}.items():

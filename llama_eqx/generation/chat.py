@@ -22,9 +22,9 @@ from llama_eqx.model.llama import Llama
 
 
 class Chat:
-    """The messages so far, and a cache with the ids that they came to; `reused` is how many of them the last turn found there.
+    """The messages so far, and a cache of their ids. `reused` is the number of ids that the last turn found in the cache.
 
-    A turn reads only what the cache does not hold: it is rewound to where the ids of the conversation part from it.
+    A turn reads only what the cache does not hold: the cache is rewound to where the ids of the conversation begin to differ from it.
 
     Raises `ConfigError` when the tokenizer has no chat format.
     """
@@ -41,11 +41,11 @@ class Chat:
         self._cache, self._ids = None, []
 
     def say(self, text: str) -> Iterator[str]:
-        """The answer to `text`, as it comes. One that is broken off is not part of the conversation.
+        """Yields the answer to `text` as it comes. An answer that is broken off does not become part of the conversation.
 
-        Where the conversation fills the context its oldest turns are forgotten.
+        When the conversation fills the context, its oldest turns are forgotten.
 
-        Raises `ConfigError` when `text` alone does, `DataError` when the tokenizer does not know it; then nothing is forgotten.
+        Raises `ConfigError` when `text` alone fills it, `DataError` when the tokenizer does not know `text`; then nothing is forgotten.
         """
         self.messages.append({"role": "user", "content": text})
         answer = ""
@@ -59,7 +59,7 @@ class Chat:
                 self.messages.pop()
 
     def _fitting(self) -> list[int]:
-        """The ids of the conversation, of as many turns as leave a quarter of the context for what is new, or all that it will be."""
+        """The ids of the conversation, with the latest turns that leave room for the lesser of `max_new_tokens` and context / 4."""
         context, kept = self.model.config.context, list(self.messages)
         room = min(self.max_new_tokens, context // 4)
         first_turn = 1 if kept[0]["role"] == "system" else 0
@@ -82,7 +82,7 @@ class Chat:
         same = next((i for i, (a, b) in enumerate(zip(ids[:-1], self._ids, strict=False)) if a != b), min(len(ids) - 1, len(self._ids)))
         width = max(SHORTEST, 1 << (len(ids) - same - 1).bit_length())
         slots = slots_for(max(same + width, len(ids) + 1), max(same + width, len(ids) + n))
-        cache, self._cache, self._ids = self._cache, None, []  # lost, should the answer be broken off
+        cache, self._cache, self._ids = self._cache, None, []  # lost if the answer is broken off
         if cache is None:
             dtype = None if rule.cache_dtype is None else jnp.dtype(rule.cache_dtype)
             cache = self.model.init_cache(1, slots, dtype)

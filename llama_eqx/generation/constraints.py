@@ -1,6 +1,6 @@
-"""What may be said next: pure functions from the logits of a row, and what it has said, to other logits.
+"""Constraints on the next token: pure functions from the logits of a row, and its history, to new logits.
 
-A token at -inf is never drawn. Constraints are composed in a tuple, in whose order they act: `Partial(keep_top_k, k=5)` is one, of
+A token at -inf is never drawn. Constraints form a tuple and act in its order. `Partial(keep_top_k, k=5)` is one, with the `Partial` of
 `jax.tree_util`.
 """
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class History(eqx.Module):
-    """Which ids a row holds, its prompt included, and how often each of them was generated."""
+    """Which ids a row contains, its prompt included, and how often it generated each of them."""
 
     present: Bool[Array, "batch vocab"]
     generated: Int[Array, "batch vocab"]
@@ -34,44 +34,44 @@ def constrained(logits: Logits, constraints: tuple[Constraint, ...], history: Hi
 
 
 def penalise_repetition(logits: Logits, history: History | None, *, penalty: Float[Array, ""] | float) -> Logits:
-    """Divides the positive logits of ids that the row holds by `penalty`, and multiplies the negative ones (CTRL, arXiv 1909.05858).
+    """Divides the positive logits of ids that the row contains by `penalty`, and multiplies the negative ones (CTRL, arXiv 1909.05858).
 
-    The paper divides all; that negative ones are multiplied is how `transformers` and others do it.
+    The paper divides all of them; `transformers` and others multiply the negative ones.
     """
     assert history is not None
     return jnp.where(history.present, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def penalise_presence(logits: Logits, history: History | None, *, penalty: Float[Array, ""] | float) -> Logits:
-    """Subtracts `penalty` from every id that was generated (OpenAI's API reference, "Frequency and presence penalties")."""
+    """Subtracts `penalty` from the logit of every generated id (OpenAI's API reference, "Frequency and presence penalties")."""
     assert history is not None
     return logits - jnp.where(history.generated > 0, penalty, 0.0)
 
 
 def penalise_frequency(logits: Logits, history: History | None, *, penalty: Float[Array, ""] | float) -> Logits:
-    """Subtracts `penalty` from every id as often as it was generated (OpenAI's API reference, as above)."""
+    """Subtracts `penalty` from the logit of an id once for each time it was generated (OpenAI's API reference, as above)."""
     assert history is not None
     return logits - penalty * history.generated.astype(logits.dtype)
 
 
 def heat(logits: Logits, history: History | None = None, *, temperature: Float[Array, ""] | float) -> Logits:
-    """Below 1 what is probable becomes more so (Ackley et al., 1985, Cognitive Science 9)."""
+    """Divides by `temperature`: below 1, probable tokens become more probable (Ackley et al., 1985, Cognitive Science 9)."""
     return logits / temperature
 
 
 def keep_top_k(logits: Logits, history: History | None = None, *, k: int) -> Logits:
-    """The k largest logits and whatever equals the smallest of them (Fan et al., 2018, arXiv 1805.04833)."""
+    """Keeps the k largest logits and all that equal the smallest of them (Fan et al., 2018, arXiv 1805.04833)."""
     largest, _ = jax.lax.top_k(logits, min(k, logits.shape[-1]))
     return jnp.where(logits < largest[:, -1:], -jnp.inf, logits)
 
 
 def keep_top_p(logits: Logits, history: History | None = None, *, p: Float[Array, ""] | float) -> Logits:
-    """The nucleus: the fewest most probable tokens whose probabilities reach p (Holtzman et al., 2020, arXiv 1904.09751).
+    """Keeps the nucleus: the fewest most probable tokens whose probabilities sum to p or more (Holtzman et al., 2020, arXiv 1904.09751).
 
-    What equals the least probable token of the nucleus stays too.
+    Tokens as probable as the least probable one of the nucleus stay too.
     """
     ascending = jnp.sort(logits, axis=-1)
-    # Summed from the small end, where float32 still tells the probabilities of the tail apart.
+    # Sum from the small end, where float32 still resolves the probabilities of the tail.
     below = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
     kept = (below > 1 - p).at[:, -1].set(True)
     least = jnp.min(ascending, axis=-1, where=kept, initial=jnp.inf, keepdims=True)
@@ -79,6 +79,6 @@ def keep_top_p(logits: Logits, history: History | None = None, *, p: Float[Array
 
 
 def keep_min_p(logits: Logits, history: History | None = None, *, p: Float[Array, ""] | float) -> Logits:
-    """The tokens at least p times as probable as the most probable one (Nguyen et al., 2024, arXiv 2407.01082)."""
+    """Keeps the tokens at least p times as probable as the most probable one (Nguyen et al., 2024, arXiv 2407.01082)."""
     probabilities = jax.nn.softmax(logits, axis=-1)
     return jnp.where(probabilities < p * probabilities.max(-1, keepdims=True), -jnp.inf, logits)

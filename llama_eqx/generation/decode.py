@@ -1,4 +1,4 @@
-"""From prompts to continuations: prefill, then a loop over tokens that ends when every row has, in one compiled call."""
+"""From prompts to continuations in one compiled call: prefill, then a loop over tokens that runs until every row has ended."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,16 +18,16 @@ from llama_eqx.model.cache import emptied, is_empty, with_length, with_rows, wit
 from llama_eqx.model.llama import Llama
 from llama_eqx.processes import on_host
 
-AT_ONCE = 32768  # tokens of all prompts: a layer of an 8B makes 2 GB of them in bfloat16
-LINE = 64  # slots: XLA for GPUs multiplies with a padded copy of a cache that is not of whole lines, at every token
-FEWEST = 128  # slots of the smallest cache; it doubles when it is full, and a token reads no more than there is
+AT_ONCE = 32768  # tokens of all prompts: their activations in one layer of an 8B model are 2 GB in bfloat16
+LINE = 64  # slots: if a cache is not a whole number of lines, XLA for GPUs makes a padded copy of it at every token
+FEWEST = 128  # slots of the smallest cache; it doubles when it is full, and a token reads no more slots than it has
 
 
 class Generation(NamedTuple):
-    """New tokens of each row, up to and with its first stop token, and their log-probabilities.
+    """The new tokens of each row, up to and including its first stop token, and their log-probabilities.
 
-    These are natural logarithms under the model itself, before any constraint. `top` holds for every token the ids that were the most
-    probable in its place, with their log-probabilities, as many as were asked for.
+    Log-probabilities are natural logarithms under the model itself, before any constraint. For every token, `top` holds the most probable
+    ids at its position with their log-probabilities, as many as were asked for.
     """
 
     tokens: list[list[int]]
@@ -51,17 +51,16 @@ def generate_tokens(
     shift: bool = False,
     vocab: int | None = None,
 ) -> Generation:
-    """Continues every prompt by up to `max_new_tokens`, until it draws a token of `stop`.
+    """Continues every prompt by up to `max_new_tokens`, or until it draws a token of `stop`.
 
-    `samples` rows come of each prompt, side by side. Row r of the prompts draws token t of sample s with a key of
-    (seed, first_row + r, s, t) alone: many prompts may be split over calls that say where each begins, and draw the same.
-    `cache_dtype` is that of the weights unless given. Prompts go through the model `prefill_chunk` tokens at a time, or the power of two
-    below it; unless given, 512, or all at once where cuDNN computes attention and they are not too many. With `shift` the beginning of a
-    prompt is left out that would pass the context, but not the model's BOS. With `vocab` only ids below it are drawn: a model may have
-    more than its tokenizer.
+    Each prompt yields `samples` rows, side by side. The key for token t of sample s of prompt r depends on (seed, first_row + r, s, t)
+    alone: prompts split over several calls, each with its `first_row`, draw the same tokens. `cache_dtype` defaults to the dtype of the
+    weights. Prompts go through the model `prefill_chunk` tokens at a time, rounded down to a power of two; the default is 512, or all at
+    once where cuDNN computes attention and they are not too many. With `shift`, a prompt that would pass the context loses its
+    beginning, but not the model's BOS. With `vocab`, only ids below it are drawn: a model may have more ids than its tokenizer.
 
     Raises `ConfigError` before anything is compiled: for an empty prompt, an id outside of the vocabulary, a length past the context
-    and settings out of range.
+    or a setting out of range.
     """
     rows, rule = prepared(
         model,
@@ -82,7 +81,7 @@ def generate_tokens(
 
 
 def found(state: "State") -> Generation:
-    """What a state on the host has come to."""
+    """The generation of a state that is on the host."""
     cut = lambda array: [row[:length].tolist() for row, length in zip(array, state.lengths, strict=True)]  # noqa: E731
     pairs = zip(cut(state.top_ids), cut(state.top_logprobs), strict=True)
     top = [[list(zip(*each, strict=True)) for each in zip(*row, strict=True)] for row in pairs]
@@ -90,7 +89,7 @@ def found(state: "State") -> Generation:
 
 
 class State(eqx.Module):
-    """Rows of which `t` new tokens are drawn; the last of them is not in the cache yet, and stands at `position` in its row."""
+    """Rows with `t` new tokens each. The last of them is not in the cache yet; it stands at `position` in its row."""
 
     cache: Any
     keys: Key[Array, " batch"] | None
@@ -108,9 +107,10 @@ class State(eqx.Module):
 def prefill(
     model: Llama, cache: Any, tokens: Int[Array, "batch seq"], real: Bool[Array, "batch seq"], chunk: int | None, start: Any = 0
 ) -> tuple[Float[Array, "batch embed"], Any]:
-    """The residual of each row's last real token, and the cache with all tokens appended; the padding may be on either side.
+    """The residual of each row's last real token, and the cache with all tokens appended. The padding may be on either side.
 
-    The rows have `start` tokens in the cache already. They go through the model `chunk` at a time if that divides them, or `chunk_for`.
+    The cache already has `start` tokens of each row. The new tokens go through the model `chunk` at a time (default `chunk_for`), or all at
+    once if that does not divide them.
     """
     (batch, width), chunk = tokens.shape, chunk or chunk_for(model, cache, tokens)
     positions = jnp.maximum(start + jnp.cumsum(real, axis=1) - 1, 0)
@@ -119,7 +119,7 @@ def prefill(
         if not is_empty(cache):
             hidden, cache = model.hidden(tokens, positions=positions, segment_ids=real.astype(jnp.int32), cache=cache)
             return hidden[jnp.arange(batch), last], cache
-        # The real tokens come first: what follows them needs no mask, with which kernels are slow.
+        # The real tokens come first: the padding after them needs no mask, and kernels are slow with one.
         order = jnp.argsort(~real, axis=1, stable=True)
         with kernel.prompts():
             hidden, cache = model.hidden(jnp.take_along_axis(tokens, order, axis=1), cache=cache)
@@ -140,7 +140,7 @@ def prefill(
 
 
 def chunk_for(model: Llama, cache: Any, tokens: Int[Array, "batch seq"]) -> int:
-    """All of the tokens of each row, where attention keeps no scores of them and they are not many."""
+    """The default chunk: all tokens of a row if attention keeps no scores of them and they are not too many, else 512."""
     (head_dim,) = model.config.dims.of("head_dim")
     blocks: Any = model.blocks  # a tuple where the cache is known to be empty
     few = is_empty(cache) and tokens.size <= AT_ONCE and kernel.keeps_no_scores(model.embed.dtype, head_dim)
@@ -148,7 +148,7 @@ def chunk_for(model: Llama, cache: Any, tokens: Int[Array, "batch seq"]) -> int:
 
 
 def begin(model: Llama, rows: Rows, rule: Rule) -> State:
-    """The prompts in a cache and the first token of each row drawn."""
+    """The state with the prompts in a cache and the first token of each row drawn."""
     width = rows.tokens.shape[1]
     return first(model, *prefilled(model, rows, rule, slots_for(width, width + rule.max_new_tokens - 1)), rows, rule)
 
@@ -160,7 +160,7 @@ def prefilled(model: Llama, rows: Rows, rule: Rule, slots: int) -> tuple[Float[A
 
 
 def first(model: Llama, hidden: Float[Array, "prompts embed"], cache: Any, rows: Rows, rule: Rule) -> State:
-    """`samples` rows of each prompt, which is in the cache, with their first tokens."""
+    """The state with `samples` rows for each prompt in the cache, and their first tokens drawn."""
     batch, n = len(hidden) * rule.samples, rule.max_new_tokens
     each = jnp.arange(batch) // rule.samples
     if rule.samples > 1:
@@ -185,7 +185,7 @@ def first(model: Llama, hidden: Float[Array, "prompts embed"], cache: Any, rows:
 
 
 def advance(model: Llama, state: State, rule: Rule, until: Any) -> State:
-    """Draws on until there are `until` new tokens or every row has stopped. The cache must have slots for them."""
+    """Draws tokens until there are `until` new tokens or every row has stopped. The cache must have slots for them."""
 
     def going(state: State) -> Bool[Array, ""]:
         return (state.t < until) & ~jnp.all(state.stopped)
@@ -199,25 +199,25 @@ def advance(model: Llama, state: State, rule: Rule, until: Any) -> State:
 
 
 def told(state: State) -> State:
-    """Less what is of no use on the host."""
+    """The state without what is of no use on the host."""
     return eqx.tree_at(lambda s: (s.cache, s.keys, s.history), state, (None,) * 3, is_leaf=lambda x: x is None)
 
 
 def slots_for(tokens: int, most: int) -> int:
-    """The size of the cache that is to hold that many tokens: a power of two, but no more lines than `most` tokens take."""
+    """The number of slots of a cache for that many tokens: a power of two, but no more lines than `most` tokens take."""
     return min(max(FEWEST, 1 << (tokens - 1).bit_length()), -(-most // LINE) * LINE)
 
 
 @eqx.filter_jit
 def _generate(model: Llama, rows: Rows, rule: Rule) -> State:
-    """The final state, as `told`."""
+    """The final state, reduced by `told`."""
     width = rows.tokens.shape[1]
     run = lambda state, until: advance(model, state, rule, until)  # noqa: E731
     return told(while_growing(begin(model, rows, rule), run, width, rule.max_new_tokens))
 
 
 def while_growing(state: Any, run: Callable[[Any, int], Any], width: int, new: int) -> Any:
-    """`run(state, until)` up to `new` tokens after the `width` that fill the cache, with ever more slots."""
+    """Calls `run(state, until)` until there are `new` tokens after the `width` in the cache, which grows between the calls."""
     most = width + new - 1
     slots = slots_for(width, most)
     while True:
@@ -229,7 +229,7 @@ def while_growing(state: Any, run: Callable[[Any, int], Any], width: int, new: i
 
 
 def _drawn(model: Llama, state: State, rule: Rule, hidden: Float[Array, "batch 1 embed"]) -> State:
-    """The state with the token that follows `hidden`; what a row that has stopped draws does not count."""
+    """The state with the token after `hidden` drawn; what a stopped row draws does not count."""
     logits, t = model.head(hidden)[:, 0], state.t
     keys = None if state.keys is None else jax.vmap(lambda key: jax.random.fold_in(key, t))(state.keys)
     token = draw(constrained(rule.known(logits), rule.constraints, state.history), keys)

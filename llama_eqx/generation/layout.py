@@ -1,7 +1,7 @@
-"""A model laid out for decoding, where a token costs one reading of the weights: a policy on the tree.
+"""A model laid out for decoding, where each token reads all weights once: a policy on the tree.
 
-Blocks in a tuple: XLA copies a slice of stacked weights before it multiplies with it. One product for queries, keys and values and one for
-gate and up, and every weight with the axis that is summed over last, which is how processors like to read it for few tokens.
+Blocks are a tuple: XLA copies a slice of stacked weights before it multiplies with it. Queries, keys and values share one product, gate and
+up another. Every weight has the axis that is summed over last, which is how processors like to read it for few tokens.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from llama_eqx.model.llama import Llama
 
 
 def for_decoding(model: Llama) -> Llama:
-    """The same function with the same arguments. Slots of kinds that this does not know stay as they are, unstacked.
+    """The same function of the same arguments, laid out for decoding. Slots of unknown kinds stay as they are, unstacked.
 
-    It holds a copy of all weights: let go of `model` where memory is short.
+    The result holds a copy of all weights: drop `model` where memory is short.
     """
     return model if isinstance(model.blocks, tuple) else _laid_out(model)
 
@@ -36,7 +36,7 @@ def _laid_out(model: Llama) -> Llama:
 
 
 def in_int8(model: Llama) -> Llama:
-    """A model that is laid out for decoding, with its products and its head in 8 bits; the embedding and the norms stay."""
+    """The laid-out model with its products and its head in 8 bits; the embedding and the norms stay as they are."""
     weights = (PackedAttention, ("qkv_proj", "o_proj")), (PackedFeedForward, ("gate_up_proj", "down_proj")), (Head, ("table",))
 
     def quantised(node: Any) -> Any:
@@ -48,7 +48,7 @@ def in_int8(model: Llama) -> Llama:
 
 
 def unpacked(model: Llama) -> list[str]:
-    """The classes in the slots of a laid-out model's blocks that this does not know: they stay as they are, in 8 bits too."""
+    """The classes in the blocks of a laid-out model that this module does not know: `in_int8` too leaves them as they are."""
     parts = [getattr(block, slot, None) for block in model.blocks for slot in ("attention", "feed_forward")]  # pyright: ignore
     return sorted({type(part).__name__ for part in parts if part and not isinstance(part, PackedAttention | PackedFeedForward)})
 
@@ -63,7 +63,7 @@ def _packed(block: eqx.Module) -> eqx.Module:
 
 
 class Int8(eqx.Module):
-    """A weight in 8 bits, with a factor for each row of its last axis: absmax quantisation (Dettmers et al., 2022, arXiv 2208.07339)."""
+    """A weight in 8 bits, with one factor per row of its last axis: absmax quantisation (Dettmers et al., 2022, arXiv 2208.07339)."""
 
     values: Integer[Array, "*out last"]
     scale: Float[Array, "*out"]
@@ -79,15 +79,15 @@ class Int8(eqx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """That of what it is multiplied with."""
+        """The dtype of what it is multiplied with."""
         return self.scale.dtype
 
 
 def product(x: Float[Array, "batch seq last"], weight: Any, dtype: DTypeLike | None = None) -> Array:
-    """Sums over the last axis of both, "batch seq *out".
+    """Sums over the last axis of both; the result is "batch seq *out".
 
-    For one token the weight is the right factor, for several the left: on CPUs either order is up to twice as slow in the other case. It is
-    a matrix in either, since XLA copies one of more axes before it multiplies with it.
+    For one token the weight is the right factor, for several the left: on CPUs the other order is up to twice as slow. The weight is always
+    reshaped to a matrix, since XLA copies one of more axes before it multiplies with it.
     """
     if isinstance(weight, Int8):
         y = product(x, weight.values.astype(x.dtype), dtype)
@@ -101,7 +101,7 @@ def product(x: Float[Array, "batch seq last"], weight: Any, dtype: DTypeLike | N
 
 
 class PackedAttention(RotaryAttention):
-    """`GroupedQueryAttention` with one product for every key head's queries, key and value, in that order."""
+    """`GroupedQueryAttention` with one product, for the queries, key and value of every key head, in that order."""
 
     qkv_proj: Float[Array, "kv_heads packed head_dim embed"]
     o_proj: Float[Array, "embed joined"]  # heads and head_dim in one
@@ -128,7 +128,7 @@ class PackedAttention(RotaryAttention):
 class PackedFeedForward(FeedForward):
     """`GatedFeedForward` with one product for gate and up."""
 
-    gate_up_proj: Float[Array, "mlp 2 embed"]  # so that devices which share out mlp have both of a row
+    gate_up_proj: Float[Array, "mlp 2 embed"]  # so that a device with a part of mlp has both of a row
     down_proj: Float[Array, "embed mlp"]
     activation: Callable[[Array], Array] = eqx.field(static=True)
 
@@ -143,7 +143,7 @@ class PackedFeedForward(FeedForward):
 
 
 class Head(eqx.Module):
-    """Logits in float32, from a table in the order of the embedding's."""
+    """Logits in float32, from a table with the axis order of the embedding."""
 
     table: Float[Array, "vocab embed"]
 

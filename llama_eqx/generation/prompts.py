@@ -12,7 +12,7 @@ from llama_eqx.generation.text import prompt_tokens
 
 
 class Asked(NamedTuple):
-    """What was asked, as it is repeated in the output, its tokens, and where it stands."""
+    """A prompt as it was given (the output repeats it), its tokens, and where it stands."""
 
     given: dict[str, Any]
     tokens: list[int]
@@ -20,10 +20,10 @@ class Asked(NamedTuple):
 
 
 def read_prompts(prompt: str | None, file: str | None, tokenizer: Tokenizer) -> list[Asked]:
-    """`prompt`, or those of `file`: one a line or, if its name ends with .jsonl or .ndjson, an object a line with a `prompt` or `messages`.
+    """Reads `prompt`, or `file`: a prompt per line or, if its name ends with .jsonl or .ndjson, an object with `prompt` or `messages`.
 
-    Raises `DataError` naming the line: for JSON that is none, an empty prompt, raw text among conversations, and what the tokenizer does
-    not know.
+    Raises `DataError` naming the line: for invalid JSON, an empty prompt, raw text among conversations, and what the tokenizer does not
+    know.
     """
     if file is None:
         assert prompt is not None

@@ -1,4 +1,4 @@
-"""What is asked of generation: checked on the host, then arrays."""
+"""A request to generate: checked on the host, then turned into arrays."""
 
 from collections.abc import Sequence
 
@@ -14,11 +14,11 @@ from llama_eqx.generation.constraints import Constraint
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.model.llama import Llama
 
-SHORTEST = 16  # prompts are padded to a power of two from here on, so that few lengths are compiled
+SHORTEST = 16  # prompts are padded to a power of two, at least this, so that few lengths are compiled
 
 
 class Rows(eqx.Module):
-    """Prompts padded on the left to one width, and what their rows draw with."""
+    """Prompts padded on the left to one width, the keys of their rows, and the ids that each prompt contains."""
 
     tokens: Int[Array, "prompts seq"]
     real: Bool[Array, "prompts seq"]
@@ -27,7 +27,7 @@ class Rows(eqx.Module):
 
 
 class Rule(eqx.Module):
-    """How rows go on."""
+    """How rows are continued."""
 
     constraints: tuple[Constraint, ...]
     stop: Int[Array, " stop"]
@@ -39,7 +39,7 @@ class Rule(eqx.Module):
     vocab: int = eqx.field(static=True)
 
     def known(self, logits: Float[Array, "*rows vocab"]) -> Float[Array, "*rows vocab"]:
-        """With the ids that are not the tokenizer's at -inf."""
+        """The logits with the ids that the tokenizer does not have at -inf."""
         size = logits.shape[-1]
         return logits if self.vocab == size else jnp.where(jnp.arange(size) < self.vocab, logits, -jnp.inf)
 
@@ -60,9 +60,9 @@ def prepared(
     shift: bool = False,
     vocab: int | None = None,
 ) -> tuple[Rows, Rule]:
-    """What `generate_tokens` is asked for, as arrays.
+    """The arguments of `generate_tokens` as arrays.
 
-    Raises `ConfigError` as it says.
+    Raises `ConfigError` as it does.
     """
     (size,) = model.config.dims.of("vocab")
     known = size if vocab is None else min(vocab, size)
@@ -100,17 +100,16 @@ def prepared(
 
 
 def require_stop(stop: Sequence[int], vocab: int) -> None:
-    """Raises `ConfigError` for an id that is none."""
+    """Raises `ConfigError` for an id outside of the vocabulary."""
     for token in stop:
         if not 0 <= token < vocab:
             raise ConfigError(f"id {token} is outside of the vocabulary of {vocab}", where="stop")
 
 
 def fitting(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, shift: bool) -> list[Sequence[int]]:
-    """The prompts, each of ids of the vocabulary and, with `shift`, without what would pass the context: at its beginning, or after
-    its BOS.
+    """The prompts. With `shift`, a prompt that would pass the context loses its beginning, or what follows its BOS.
 
-    Raises `ConfigError` as `generate_tokens` says.
+    Raises `ConfigError` as `generate_tokens` does.
     """
     (vocab,), context = model.config.dims.of("vocab"), model.config.context
     if not prompts:

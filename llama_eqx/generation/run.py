@@ -1,4 +1,4 @@
-"""What `python -m llama_eqx.generate` does: a checkpoint, prompts, and where the texts go."""
+"""What `python -m llama_eqx.generate` does: loads a checkpoint, continues prompts and writes the texts."""
 
 import argparse
 import contextlib
@@ -38,22 +38,22 @@ from llama_eqx.model.llama import Llama
 from llama_eqx.processes import DistributedConfig, is_first, watched
 from llama_eqx.sharding import Layout, MeshConfig, Rules
 
-# What has no part in a way of going on: beams are not drawn, and the tokens of a draft are judged several at a time.
+# Settings that do not go with a mode: beams are not drawn, and the tokens of a draft are judged several at a time.
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 UNFIT = {
     "chat": ("beams", "draft", "samples", "output", "top_logprobs", "shift"),
     "beams": ("draft", "top_k", "min_p", *PENALTIES, "stop_strings", "top_logprobs"),
     "draft": ("samples", *PENALTIES, "stop_strings", "top_logprobs"),
 }
-UNSAID = {"samples": 1, "top_logprobs": 0, "stop_strings": (), "shift": False}  # what these have who say nothing; the others None
-DIGITS = 5  # of log-probabilities in JSON: float32 has no more of those that matter
+UNSAID = {"samples": 1, "top_logprobs": 0, "stop_strings": (), "shift": False}  # values of settings not given; the others are None
+DIGITS = 5  # of log-probabilities in JSON: float32 has no more that matter
 
 
 class GenerateConfig(Config):
-    """One prompt, or those of a file, or a conversation; and `generate_tokens`' settings, with text for tokens.
+    """A prompt, a file of prompts or a conversation, and the settings of `generate_tokens` with text in place of tokens.
 
-    `max_new_tokens` is cut to what the context leaves. A file of prompts has a prompt a line or, if it ends with .jsonl, an object a line
-    with a `prompt` or the `messages` of a conversation; `batch` of them are continued at once.
+    `max_new_tokens` is cut to what the context leaves. A file has a prompt per line or, if its name ends with .jsonl or .ndjson, an object
+    per line with a `prompt` or the `messages` of a conversation. `batch` of them are continued at once.
     """
 
     checkpoint: str | None
@@ -127,9 +127,9 @@ class GenerateConfig(Config):
 
 
 def generate(config: GenerateConfig) -> None:
-    """Prints the prompt and its continuation as it comes or, of a file, several samples or with `output`, a JSON object a line.
+    """Prints the prompt and its continuation as it comes. A file, several samples, `top_logprobs` or `output` give a JSON object per line.
 
-    Several processes draw alike, each with its part of the model, and process 0 says and writes it.
+    Several processes draw the same tokens, each with its part of the model; process 0 prints and writes them.
 
     Raises `CheckpointError` for a checkpoint that cannot be read, `DataError` for prompts that cannot, `ConfigError` for settings out of
     range.
@@ -138,8 +138,8 @@ def generate(config: GenerateConfig) -> None:
     if jax.distributed.is_initialized():
         _require_what_several_can(config)
     if config.mesh is not None:
-        config.mesh.build()  # before a file is opened, for which JAX settles how many devices a CPU is
-    format_of(config.checkpoint)  # for its error: what is wrong is said before weights are loaded
+        config.mesh.build()  # before a file is opened, which makes JAX fix the number of CPU devices
+    format_of(config.checkpoint)  # for its error, before weights are loaded
     tokenizer = find_tokenizer(located(config.checkpoint)[0])
     llama = open_pretrained(config.checkpoint).config
     require_stop(config.stop, *llama.dims.of("vocab"))
@@ -159,7 +159,7 @@ def generate(config: GenerateConfig) -> None:
     if plain and not (config.draft or config.beams):
         settings = {key: value for key, value in config.settings().items() if key != "samples"}
         parts = stream_text(model, tokenizer, asked[0].tokens, length, config.sampling(), **settings)
-        begun = next(parts, "")  # settings that do not fit the model are said before the prompt is
+        begun = next(parts, "")  # settings that do not fit the model raise before the prompt is printed
         for part in watched(itertools.chain([tokenizer.decode(asked[0].tokens), begun], parts), config.distributed.stall):
             say(part, end="", flush=True)
         say()
@@ -173,7 +173,7 @@ def generate(config: GenerateConfig) -> None:
 
 
 def _open(output: str, mode: Literal["a", "w"]) -> TextIO:
-    """Raises `StorageError`."""
+    """Raises `StorageError` when the file cannot be opened."""
     try:
         return open(os.path.expanduser(output), mode, encoding="utf-8")
     except OSError as error:
@@ -181,7 +181,7 @@ def _open(output: str, mode: Literal["a", "w"]) -> TextIO:
 
 
 def fitted_length(asked: list[Asked], config: GenerateConfig, context: int) -> int:
-    """`max_new_tokens`, or fewer where the context leaves fewer; this is said.
+    """Returns `max_new_tokens`, or what the context leaves if that is less, which it prints.
 
     Raises `ConfigError` naming the longest prompt when it fills the context.
     """
@@ -197,13 +197,13 @@ def fitted_length(asked: list[Asked], config: GenerateConfig, context: int) -> i
 
 
 def say(*values: Any, **settings: Any) -> None:
-    """Prints, in process 0 alone."""
+    """Prints in process 0 only."""
     if is_first():
         print(*values, **settings)
 
 
 def _require_what_several_can(config: GenerateConfig) -> None:
-    """Raises `ConfigError` for what is done by a single process."""
+    """Raises `ConfigError` for settings that need a single process."""
     if config.chat:
         raise ConfigError("a chat is held by one process", where="chat", next="start a single one, or prompts=FILE.jsonl of conversations")
     if config.mesh is None:
@@ -213,14 +213,14 @@ def _require_what_several_can(config: GenerateConfig) -> None:
 
 
 def converse(model: Llama, tokenizer: Tokenizer, config: GenerateConfig) -> None:
-    """A chat in the terminal, up to the end of its input. An interrupt breaks off the answer, and a second one the chat.
+    """Runs a chat in the terminal until its input ends. An interrupt breaks off the answer; a second one ends the chat.
 
-    A line that cannot be answered is said to be one, and the chat goes on.
+    A line that cannot be answered prints its error, and the chat goes on.
     """
     settings = {key: value for key, value in config.settings().items() if key not in ("samples", "top_logprobs", "shift")}
     chat = Chat(model, tokenizer, config.sampling(), config.max_new_tokens, system=config.system, **settings)
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # the tokenizer refuses a line that is not UTF-8, and not Python the whole input
+        sys.stdin.reconfigure(errors="surrogateescape")  # so the tokenizer refuses a line that is not UTF-8, not Python the whole input
     if sys.stdin.isatty():
         print("Ctrl-C breaks off an answer, Ctrl-D ends the chat.", file=sys.stderr)
     while True:
@@ -242,11 +242,11 @@ def converse(model: Llama, tokenizer: Tokenizer, config: GenerateConfig) -> None
 
 
 def _lines(model: Llama, tokenizer: Tokenizer, config: GenerateConfig, asked: list[Asked], length: int) -> Iterator[dict[str, Any]]:
-    """What is written of each sample of each prompt. Progress goes to the terminal."""
+    """Yields what is written for each sample of each prompt. Progress goes to the terminal."""
     draft = None if config.draft is None else loaded(config, config.draft, tokenizer)
     settings: dict[str, Any] = {**config.settings()}
-    on_screen = config.output is None and sys.stdout.isatty()  # where the lines themselves show how far it is
-    hidden = True if len(asked) == 1 or on_screen or not is_first() else None  # None: where nobody looks
+    on_screen = config.output is None and sys.stdout.isatty()  # where the lines themselves show the progress
+    hidden = True if len(asked) == 1 or on_screen or not is_first() else None  # None: hidden where there is no terminal
     rates: list[float] = []
     if draft is not None:
 
@@ -275,7 +275,7 @@ def _lines(model: Llama, tokenizer: Tokenizer, config: GenerateConfig, asked: li
 def _searched(
     model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], length: int, config: GenerateConfig
 ) -> Iterator[dict[str, Any]]:
-    """The `samples` best hypotheses of each prompt."""
+    """Yields the `samples` best hypotheses of each prompt."""
     assert config.beams is not None
     stop = (*tokenizer.stop, *config.stop)
     found = search_beams(
@@ -306,9 +306,9 @@ def _said(tokenizer: Tokenizer, continuation: Continuation, sample: int) -> dict
 
 
 def loaded(config: GenerateConfig, checkpoint: str, tokenizer: Tokenizer) -> Llama:
-    """A model laid out for decoding, on the first device or on those of `mesh`, each of which reads its own part.
+    """Loads a model laid out for decoding, on the first device or on those of `mesh`, each of which reads its own part.
 
-    What `quantize` costs is printed. Raises `ConfigError` when sizes do not divide over the mesh, `DataError` for a text on which the cost
+    Prints what `quantize` costs. Raises `ConfigError` when sizes do not divide over the mesh, `DataError` for a text on which the cost
     cannot be measured.
     """
     file = pathlib.Path(os.path.expanduser(config.quantize_text or argparse.__file__))
@@ -351,5 +351,5 @@ def _nats(model: Llama, ids: Int[Array, "1 seq"]) -> Float[Array, ""]:
 
 
 def perplexity(model: Llama, ids: list[int]) -> float:
-    """Of the ids after the first, each given those before it."""
+    """The perplexity of the ids after the first, each given those before it."""
     return math.exp(float(_nats(model, jnp.asarray([ids]))))

@@ -24,7 +24,7 @@ from llama_eqx.generation.constraints import (
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; without settings the most probable one is. See `constraints.py` for what each setting means.
+    """How tokens are chosen; by default, the most probable one. See `constraints.py` for what each setting means.
 
     Temperature 0 is greedy: the most probable token after the penalties. None leaves a constraint out.
 
@@ -60,7 +60,7 @@ class Sampling:
 
     @property
     def penalties(self) -> tuple[Constraint, ...]:
-        """Those of the constraints that ask what a row has said."""
+        """The constraints that depend on what a row has said."""
         return _built(
             (penalise_repetition, "penalty", self.repetition_penalty),
             (penalise_presence, "penalty", self.presence_penalty),
@@ -69,7 +69,7 @@ class Sampling:
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
-        """In the order of `transformers`. Numbers other than k are arrays, so that another value compiles nothing anew."""
+        """All constraints, in the order of `transformers`. Numbers other than k are arrays, so that a new value does not recompile."""
         if self.temperature == 0:
             return self.penalties
         kept = () if self.top_k is None else (Partial(keep_top_k, k=self.top_k),)
@@ -82,7 +82,7 @@ def _built(*wanted: tuple) -> tuple[Constraint, ...]:
 
 
 def draw(logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"] | None) -> Int[Array, " batch"]:
-    """One token per row: drawn with the row's own key, or without keys the argmax."""
+    """One token per row: drawn with the row's own key, or the argmax without keys."""
     if keys is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.vmap(partial(jax.random.categorical, axis=-1))(keys, logits).astype(jnp.int32)

@@ -20,7 +20,7 @@ NEVER = -1e9  # added to the score of what must not be chosen
 
 
 class Hypothesis(NamedTuple):
-    """New tokens, up to and with a stop token, and their log-probability divided by their number to the power of the length penalty."""
+    """New tokens, up to and including a stop token, and their log-probability divided by their number ** length penalty."""
 
     tokens: list[int]
     score: float
@@ -36,13 +36,14 @@ def search_beams(
     early_stopping: bool | Literal["never"] = False,
     **settings: Any,
 ) -> list[list[Hypothesis]]:
-    """The `beams` best continuations of each prompt, best first, by the algorithm of `transformers` 5 and with its tokens.
+    """The `beams` best continuations of each prompt, best first. Algorithm and tokens are those of `transformers` 5.
 
-    Scores are log-probabilities over length ** `length_penalty`. A prompt is done when no running beam can pass the worst finished one:
-    judged at its present length or, with "never", at the best it could come to; with True when there are `beams` finished ones.
-    `settings` are those of `generate_tokens` that do not concern draws: stop, cache_dtype, prefill_chunk, shift, vocab.
+    Scores are log-probabilities over length ** `length_penalty`. A prompt is done when no running beam can pass the worst finished one.
+    A beam is judged at its present length or, with `early_stopping="never"`, at the best score it could reach. With True, a prompt is done
+    when it has `beams` finished ones. `settings` are those of `generate_tokens` that do not concern draws: stop, cache_dtype,
+    prefill_chunk, shift, vocab.
 
-    Raises `ConfigError` as `generate_tokens` does, and for numbers of beams that there are no tokens for.
+    Raises `ConfigError` as `generate_tokens` does, and for a number of beams that the vocabulary has too few tokens for.
     """
     rows, rule = prepared(model, prompts, max_new_tokens, Sampling(), **settings)
     least = max(2, 1 + len(rule.stop)) * beams
@@ -58,7 +59,7 @@ def search_beams(
 
 
 class Beams(eqx.Module):
-    """Running beams with `t` tokens each and their log-probabilities, and the best that have finished."""
+    """Running beams with `t` tokens each and their log-probabilities, and the best finished ones."""
 
     cache: Any
     position: Int[Array, " beam"]
@@ -110,10 +111,10 @@ def _search(model: Llama, rows: Rows, rule: Rule, beams: int, length_penalty: fl
 def _chosen(
     model: Llama, state: Beams, rule: Rule, hidden: Float[Array, "beam 1 embed"], beams: int, length_penalty: float, early_stopping: Any
 ) -> Beams:
-    """The state one token further."""
+    """The state with one more token."""
     t, prompts = state.t, len(state.running)
     logprobs = rule.known(jax.nn.log_softmax(model.head(hidden)[:, 0])).reshape(prompts, beams, -1) + state.running_scores[:, :, None]
-    # As many candidates as leave `beams` to go on with, should all stop tokens of the best be among them.
+    # Enough candidates for `beams` of them to go on even if the stop tokens of every beam are among them.
     keep = max(2, 1 + len(rule.stop)) * beams
     scores, index = jax.lax.top_k(logprobs.reshape(prompts, -1), keep)
     beam, token = jnp.divmod(index, logprobs.shape[-1])

@@ -1,4 +1,4 @@
-"""Speculative decoding: a small model drafts, and the large one reads several tokens at the price of one and keeps what it may."""
+"""Speculative decoding: a small model drafts; the large one reads several tokens at the price of one and keeps those it accepts."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ from llama_eqx.processes import on_host
 
 
 class Speculation(NamedTuple):
-    """What was generated, and how many tokens of the longest row came of one reading of the large model, but for the first, which the
-    prompt gives.
+    """What was generated, and the tokens of the longest row per reading of the large model. Its first token, which the prompt gives, does
+    not count.
     """
 
     generation: Generation
@@ -37,12 +37,12 @@ def generate_speculatively(
     drafted: int = 4,
     **settings: Any,
 ) -> Speculation:
-    """Tokens distributed as those of `generate_tokens`, and equal to them when greedy (Leviathan et al., 2023, arXiv 2211.17192).
+    """Returns tokens distributed as those of `generate_tokens`, and equal to them when greedy (Leviathan et al., 2023, arXiv 2211.17192).
 
-    `draft` proposes `drafted` tokens at a time. Rows go in step: a round keeps as many as the row that keeps the fewest, so that draws
-    depend on which rows are together. `settings` are those of `generate_tokens`, of which samples is 1 and top_logprobs 0.
+    `draft` proposes `drafted` tokens at a time. Rows advance in step: each round keeps as many tokens as the row that keeps the fewest, so
+    draws depend on which rows are together. `settings` are those of `generate_tokens`, with samples 1 and top_logprobs 0.
 
-    Raises `ConfigError` as `generate_tokens` does, and for penalties and for models of two vocabularies.
+    Raises `ConfigError` as `generate_tokens` does, for penalties, and for models with different vocabularies.
     """
     if draft.config.dims.vocab != model.config.dims.vocab:
         sizes = f"{draft.config.dims.vocab} and {model.config.dims.vocab}"
@@ -63,7 +63,7 @@ def generate_speculatively(
 
 
 class Drafts(eqx.Module):
-    """Rows with `t` new tokens, of which the last is in neither cache; `cache` is that of the model and that of the draft model."""
+    """Rows with `t` new tokens, of which the last is in neither cache. `cache` has the model's cache and the draft model's."""
 
     cache: tuple[Any, Any]
     new: Int[Array, "batch room"]
@@ -121,7 +121,7 @@ def _round(
         return (token, cache), (token, jax.nn.softmax(logits, axis=-1))
 
     last = jax.lax.dynamic_index_in_dim(state.new, t - 1, axis=1, keepdims=False)
-    # One more than is proposed, so that the draft model's cache has the last proposal too.
+    # One step more than there are proposals, so that the draft model's cache has the last proposal too.
     (_, draft_cache), (proposed, q) = jax.lax.scan(propose, (last, draft_cache), jnp.arange(drafted + 1))
     proposed, q = proposed[:drafted].T, q[:drafted].swapaxes(0, 1)
     read = jnp.concatenate([last[:, None], proposed], axis=1)
@@ -137,13 +137,13 @@ def _round(
         of_proposed = lambda x: jnp.take_along_axis(x, proposed[:, :, None], axis=-1)[:, :, 0]  # noqa: E731
         luck = jax.vmap(lambda key: jax.random.uniform(key, (drafted,)))(_folded(round_keys, drafted + 1))
         accepted = luck * of_proposed(q) < of_proposed(p[:, :drafted])
-        # What follows a refusal is drawn from what the draft model gives too little; what follows all drafts, from the model.
+        # After a rejection, the next token is drawn from the excess of p over q; if all drafts are accepted, from p.
         rest = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
         each = jax.vmap(jax.vmap(jax.random.categorical, in_axes=(None, 0)))
         own = each(_folded(round_keys, drafted + 2), jnp.log(rest)).astype(jnp.int32)
     count = jnp.cumprod(accepted, axis=1).sum(axis=1)
     kept = jnp.min(jnp.where(state.stopped, drafted, count))
-    # Each row takes its first `kept` proposals and one token more: a row that would have kept more, its next proposal.
+    # Each row takes its first `kept` proposals and one more token. For a row that would have kept more, that is its next proposal.
     further = jnp.concatenate([jnp.where(accepted, proposed, own[:, :drafted]), own[:, drafted:]], axis=1)
     tokens = jnp.where(jnp.arange(drafted + 1) < kept, jnp.pad(proposed, ((0, 0), (0, 1))), further)
     counts = jnp.arange(drafted + 1) <= kept

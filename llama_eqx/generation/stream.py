@@ -1,4 +1,4 @@
-"""Tokens as they come: a few per call, the cache handed from one to the next."""
+"""Tokens as they come: a few per call, with the cache handed from one call to the next."""
 
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -28,9 +28,9 @@ def stream_tokens(
     ended: Ended | None = None,
     **settings: Any,
 ) -> Generator[list[list[int]], None, Generation]:
-    """What `generate_tokens` draws, as it comes: yields the further tokens of each row, the first at once and then by `every`.
+    """Yields what `generate_tokens` draws, as it comes: each row's next tokens, the first alone, then `every` at a time. Returns the whole.
 
-    `ended` is shown all new tokens of every row so far, and says which rows are to draw no more. Returns the whole.
+    `ended` gets all new tokens of every row so far, and says which rows draw no more.
 
     Raises `ConfigError` as `generate_tokens` does, when the first tokens are asked for.
     """
@@ -42,7 +42,7 @@ def stream_tokens(
 def streamed(
     model: Llama, state: State, rule: Rule, filled: int, every: int, ended: Ended | None
 ) -> Generator[list[list[int]], None, tuple[Generation, Any]]:
-    """As `stream_tokens`, from a state with its first token, which is to stand in slot `filled` of the cache; returns the cache too."""
+    """Like `stream_tokens`, from a state with its first token, which goes to slot `filled` of the cache. Returns the cache too."""
     said = 0
     while True:
         so_far = on_host(told(state))  # before the state is donated
@@ -66,6 +66,6 @@ _begin = eqx.filter_jit(begin)
 
 @eqx.filter_jit(donate="all-except-first")
 def _advance(kept: tuple[Llama, Rule, Array], state: State) -> State:
-    """`advance` in place of the state."""
+    """`advance` in the buffers of the state, which is donated."""
     model, rule, until = kept
     return advance(model, state, rule, until)

@@ -12,13 +12,13 @@ from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.stream import stream_tokens
 from llama_eqx.model.llama import Llama
 
-TAIL = 8  # ids of a prompt that are looked at for how a text goes on: more than the bytes of a character
+TAIL = 8  # last ids of a prompt that decide how its text goes on: more than the bytes of a character
 
 
 class Continuation(NamedTuple):
     """The text that follows a prompt, its tokens with their log-probabilities (see `Generation`), and why it ends: stop or length.
 
-    What ends it, a stop token or a stop string, is not part of the text; a stop token is one of the tokens.
+    The stop token or stop string that ends it is not part of the text; a stop token is one of the tokens.
     """
 
     text: str
@@ -29,14 +29,14 @@ class Continuation(NamedTuple):
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt, and BOS before it where the tokenizer puts one. Raises `DataError` for text that the tokenizer does not know."""
+    """The ids of the prompt, after BOS where the tokenizer puts one. Raises `DataError` for text that the tokenizer does not know."""
     return [*tokenizer.prefix, *tokenizer.encode(prompt)]
 
 
 def continued(model: Llama, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int, sampling: Sampling, *, seed: int = 0) -> str:
-    """The text of `prompt` and of up to `max_new_tokens` tokens more, to the end of the text or as far as the context reaches.
+    """The text of `prompt` and up to `max_new_tokens` more tokens, until the text ends or the context is full.
 
-    Raises `ConfigError` for an empty prompt and one that fills the context.
+    Raises `ConfigError` for an empty prompt and for one that fills the context.
     """
     room = model.config.context - len(prompt)
     length = min(max_new_tokens, room) if room > 0 else max_new_tokens
@@ -55,9 +55,9 @@ def generate_texts(
     generate: Callable[..., Generation] = generate_tokens,
     **settings: Any,
 ) -> list[Continuation]:
-    """Continuations as text, `samples` of each prompt side by side; `settings` are those of `generate`.
+    """Returns continuations as text, `samples` of each prompt side by side. `settings` are those of `generate`.
 
-    A row ends at a stop token of the tokenizer or of `stop`, or where its text first has one of `stop_strings`.
+    A row ends at a stop token of the tokenizer or of `stop`, or where its text first contains one of `stop_strings`.
     """
     settings |= {"stop": (stop := (*tokenizer.stop, *settings.get("stop", ()))), "vocab": tokenizer.vocab}
     if stop_strings:
@@ -82,7 +82,7 @@ def stream_text(
     stop_strings: Sequence[str] = (),
     **settings: Any,
 ) -> Iterator[str]:
-    """The text of one prompt's continuation as it comes, in whole characters, up to its end as in `generate_texts`."""
+    """Yields the text of one prompt's continuation as it comes, in whole characters. It ends as in `generate_texts`."""
     settings |= {"stop": (stop := (*tokenizer.stop, *settings.get("stop", ()))), "vocab": tokenizer.vocab}
     ended = stops_at(tokenizer, [prompt], stop_strings) if stop_strings else None
     tokens = (token for part in stream_tokens(model, [prompt], max_new_tokens, sampling, ended=ended, **settings) for token in part[0])
@@ -90,13 +90,13 @@ def stream_text(
 
 
 def without_end(tokens: Iterable[int], stop: Sequence[int]) -> Iterator[int]:
-    """The tokens before the first of `stop`, which may have a text."""
+    """The tokens before the first of `stop`: a stop token may have a text."""
     return itertools.takewhile(lambda token: token not in stop, tokens)
 
 
 def following(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-    """The text of `tokens` in parts, as they come, written as it is after the prompt."""
-    # How a token is written depends on whether it is the first, and that of a byte on the bytes before: so the last character is needed.
+    """Yields the text of `tokens` in parts, as they come, as it reads after the prompt."""
+    # A token's text depends on whether it is the first, and a byte's on the bytes before it: so the prompt's last character is needed.
     tails = ((tail := prompt[-n:], tokenizer.decode(tail)) for n in range(1, TAIL + 1))
     tail, before = next((each for each in tails if each[1] and "\ufffd" not in each[1]), (prompt[-1:], tokenizer.decode(prompt[-1:])))
     left = len(before)
@@ -106,7 +106,7 @@ def following(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]
 
 
 def up_to(stop_strings: Sequence[str], parts: Iterable[str]) -> Iterator[str]:
-    """The text before the first of `stop_strings`; what may yet become one is held back."""
+    """Yields the text before the first of `stop_strings`. What may yet become one is held back."""
     held = ""
     for part in parts:
         held += part
@@ -122,7 +122,7 @@ def up_to(stop_strings: Sequence[str], parts: Iterable[str]) -> Iterator[str]:
 
 
 def stops_at(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], strings: Sequence[str]) -> Callable[[list[list[int]]], list[bool]]:
-    """For each row of new tokens whether its text has one of `strings`.
+    """Returns a function that says for each row of new tokens whether its text contains one of `strings`.
 
     Raises `ConfigError` for an empty string.
     """
@@ -142,7 +142,7 @@ def stops_at(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], strings: Se
 
 
 def require_strings(strings: Sequence[str]) -> None:
-    """Raises `ConfigError` for an empty one."""
+    """Raises `ConfigError` for an empty string."""
     if "" in strings:
         raise ConfigError("an empty stop string would end every text", where="stop_strings", next="leave it out")
 
@@ -158,7 +158,7 @@ def _continuation(
 ) -> Continuation:
     text = "".join(following(tokenizer, prompt, without_end(tokens, stop)))
     cut = "".join(up_to(strings, [text]))
-    if cut != text:  # drawn in the same call as the last that counts
+    if cut != text:  # more was drawn in the same call as the last token that counts
         has = lambda n: any(string in "".join(following(tokenizer, prompt, tokens[:n])) for string in strings)  # noqa: E731
         n = bisect.bisect_left(range(len(tokens)), True, key=has)
         tokens, logprobs, top = tokens[:n], logprobs[:n], top[:n]

@@ -30,9 +30,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 class ConvertConfig(Config):
-    """Folders. Without `dtype` the weights stay as they are, bit for bit.
+    """The folders, and how the new one is written. Without `dtype` the weights stay as they are, bit for bit.
 
-    `shards` is the number of Meta's files; without it as many as Meta's own model of that size has.
+    `shards` is the number of Meta's files; by default, as many as Meta's own model of that size has.
     """
 
     from_: str | None
@@ -52,12 +52,12 @@ class ConvertConfig(Config):
 
 
 def convert(config: ConvertConfig, *, replace: bool = False) -> list[str]:
-    """Writes the model in the folder `from` as a new folder `to`, and says what had to be assumed, a line for each.
+    """Writes the model in the folder `from` as a new folder `to`, and returns a line for each thing that had to be assumed.
 
     The source is checked against its manifest meanwhile.
 
-    Raises `CheckpointError` for one that cannot be used or a format that cannot
-    express it, `StorageError` when writing fails; then there is nothing at `to`.
+    Raises `CheckpointError` for a source that cannot be used or a format that cannot express it, `StorageError` when writing fails; then
+    there is nothing at `to`.
     """
     assert config.from_ is not None
     assert config.to is not None
@@ -79,7 +79,7 @@ def convert(config: ConvertConfig, *, replace: bool = False) -> list[str]:
 def save_pretrained(
     model: Llama, path: str | pathlib.Path, *, format: Format, dtype: DTypeLike | None = None, shards: int | None = None
 ) -> None:
-    """Writes `model` as a folder that `load_pretrained` reads; "hf" loads in `transformers` as it is, "meta" in Meta's own code.
+    """Writes `model` as a folder that `load_pretrained` reads. "hf" loads in `transformers` as it is, "meta" in Meta's own code.
 
     Raises `CheckpointError` when the format cannot express the model, `ConfigError` for a format that is not known, `StorageError` when
     there is something at `path` or it cannot be written.
@@ -91,7 +91,7 @@ def save_pretrained(
 
 
 def require_expressible(config: LlamaConfig, format: Format) -> None:
-    """Raises `CheckpointError` naming the slot when the format has no such model."""
+    """Raises `CheckpointError` naming the slot when the format cannot express the model."""
     try:
         match format:
             case "hf":
@@ -103,7 +103,7 @@ def require_expressible(config: LlamaConfig, format: Format) -> None:
 
 
 def _write(weights: Weights, folder: pathlib.Path, format: Format, dtype: np.dtype | None, shards: int | None) -> list[str]:
-    """Fills an empty folder, its manifest last. What is returned are notes."""
+    """Fills an empty folder, its manifest last. Returns notes."""
     require_expressible(weights.config, format)
     tree = parameter_tree(weights, dtype)
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in tree.values())
@@ -135,14 +135,14 @@ def _write_native(
             x = np.ascontiguousarray(tensor.read(index), kind)
             write(name, index if layer is None else (layer, *index), x)
             advance(x.nbytes)
-            del x  # which may be a view of the tensor, and would hold it while the next one is fetched
+            del x  # it may be a view of the tensor, and would keep it while the next one is fetched
     return [f"layers of several dtypes are written in one that holds them all: {', '.join(widened.values())}"] if widened else []
 
 
 def _copy_files(weights: Weights, folder: pathlib.Path, format: Format, notes: list[str]) -> None:
-    """The tokenizer's files and the like. What a run keeps in a folder of their own, others look for beside the weights."""
+    """Copies the tokenizer's files and the like. A run keeps them in a folder of their own; others look for them beside the weights."""
     for name, file in weights.files.items():
-        if file.name not in OWN and (wrong := mistaken(file, "")):  # of those, that of bytes has nothing to say
+        if file.name not in OWN and (wrong := mistaken(file, "")):  # of a run's own, tokenizer.bytes is empty
             notes.append(f"{name} was left behind: {wrong}")
             continue
         (folder / name).parent.mkdir(exist_ok=True)
@@ -155,12 +155,12 @@ def _copy_files(weights: Weights, folder: pathlib.Path, format: Format, notes: l
 
 
 def _learned_to_chat(folder: pathlib.Path) -> bool:
-    """Whether it is the run directory of a run with conversations among its data."""
+    """Whether the folder is a run directory with conversations among its data."""
     return (folder / CONFIG).is_file() and "data.sft." in str(read_config(folder).get("data"))
 
 
 def _for_transformers(config: LlamaConfig, folder: pathlib.Path, notes: list[str]) -> None:
-    """What `transformers` needs beside the model to read its tokenizer, where it did not come along."""
+    """Writes what `transformers` needs beside the model to read its tokenizer, where it did not come along."""
     model, definition, settings = (folder / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"))
     if (model.is_file() or (folder / TOKENIZER).is_dir()) and not definition.exists():
         try:
@@ -171,7 +171,7 @@ def _for_transformers(config: LlamaConfig, folder: pathlib.Path, notes: list[str
             notes.append(f"no tokenizer.json was written, so transformers cannot read this model's tokenizer: {wrong}")
         else:
             definition.write_text(found, encoding="utf-8")
-    if definition.is_file() and not settings.exists():  # transformers would know no BOS, nor what ends a text
+    if definition.is_file() and not settings.exists():  # else transformers knows neither BOS nor what ends a text
         tokens, added = config.tokens, read_json(definition).get("added_tokens")
         added = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
         marks = {"bos_token": tokens.bos, "eos_token": next(iter(tokens.eos), None), "pad_token": tokens.pad}
@@ -179,6 +179,6 @@ def _for_transformers(config: LlamaConfig, folder: pathlib.Path, notes: list[str
         plain = {"model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False}
         write_json(settings, {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context, **plain, **said})
     if model.is_file() and is_tiktoken(model.read_bytes()):
-        # llama.cpp and others take a tokenizer.model for SentencePiece's. Meta's own repositories keep Llama 3's in this folder too.
+        # llama.cpp and others take any tokenizer.model for SentencePiece's. Meta's own repositories keep Llama 3's in this folder too.
         (folder / ORIGINAL).mkdir()
         model.rename(folder / ORIGINAL / model.name)

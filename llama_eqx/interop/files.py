@@ -1,4 +1,4 @@
-"""Files of a folder that somebody else wrote: what may be opened, what they really are, and which go with a model wherever it goes."""
+"""Files of a folder that somebody else wrote: which may be opened, what they really are, and which go with a model wherever it goes."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     try:
         file, root = (folder / name).resolve(), folder.resolve()
         file.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or no name of a file at all
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or not a file name at all
         raise CheckpointError(f"{name[:80]!r} is no file: {error}", where=str(folder)) from None
     blobs = [root.parents[1] / "blobs"] if len(root.parents) > 1 and root.parent.name == "snapshots" else []
     if os.path.isabs(name) or ".." in pathlib.PurePath(name).parts or not any(map(file.is_relative_to, (root, *blobs))):
@@ -66,7 +66,7 @@ def write_json(file: pathlib.Path, tree: Mapping[str, Any]) -> None:
 
 
 def mistaken(file: pathlib.Path, otherwise: str) -> str:
-    """What a file is that should have held weights or settings; `otherwise` if it is nothing well known."""
+    """Says what a file really is that should hold weights or settings; `otherwise` if it is nothing well known."""
     if not file.is_file():
         return "no such file"
     with file.open("rb") as stream:
@@ -96,7 +96,7 @@ def refuse_code(folder: pathlib.Path, *settings: str) -> None:
 
 
 def carried(folder: pathlib.Path, names: Sequence[str] = CARRIED) -> dict[str, pathlib.Path]:
-    """The files in `folder` that go with a model, by the name that they are to have; of those beside the weights only `names`.
+    """The files in `folder` that go with a model, by their name in the new folder. Of those beside the weights, only `names`.
 
     Raises `CheckpointError` for a link that leads outside.
     """

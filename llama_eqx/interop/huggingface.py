@@ -1,4 +1,4 @@
-"""Llama folders of Hugging Face, read and written without torch or transformers."""
+"""Hugging Face's Llama folders, read and written without torch or transformers."""
 
 import json
 import pathlib
@@ -33,9 +33,9 @@ HEAD, EMBED = TABLE["lm_head"].huggingface, TABLE["embed"].huggingface
 
 
 def read_huggingface(folder: pathlib.Path) -> Weights:
-    """The Llama in a folder with `config.json` and safetensors, one file or several. Tensors are mapped, not read.
+    """The Llama in a folder with `config.json` and one or several safetensors files. Tensors are mapped, not read.
 
-    Raises `CheckpointError` when the folder is not a complete Llama that this package can express; differences are all listed.
+    Raises `CheckpointError` when the folder is not a complete Llama that this package can express; all differences are listed.
     """
     refuse_code(folder, CONFIG, "tokenizer_config.json")
     config = config_from_huggingface(read_json(inside(folder, CONFIG)))
@@ -107,7 +107,7 @@ def write_huggingface(
 
 
 class Filed(NamedTuple):
-    """A tensor in a safetensors file: its shape and dtype as they stand there. `map()` is a view of the file, for as long as it is kept."""
+    """A tensor in a safetensors file, with its shape and dtype as filed. `map()` returns a view, which keeps the file mapped."""
 
     shape: tuple[int, ...]
     kind: str
@@ -135,9 +135,9 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def filed_tensors(file: pathlib.Path) -> dict[str, Filed]:
-    """By name, the tensors in a safetensors file, whose header alone is read.
+    """The tensors in a safetensors file, by name. Only its header is read.
 
-    Raises `CheckpointError` saying what the file is if it is not a complete one of that format.
+    Raises `CheckpointError` saying what the file is if it is not a complete safetensors file.
     """
     try:
         with file.open("rb") as stream:
@@ -159,7 +159,7 @@ def filed_tensors(file: pathlib.Path) -> dict[str, Filed]:
 
 
 def config_from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
-    """The model that a `config.json` describes, where a missing key means what it means to `transformers`.
+    """The model that a `config.json` describes. A missing key means what it means to `transformers`.
 
     Raises `CheckpointError` naming every key that is missing or asks for what this package does not have.
     """
@@ -208,12 +208,12 @@ def config_from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
 
 
 def is_size(value: object) -> bool:
-    """Whether a value of JSON can be the size of an axis."""
+    """Whether a JSON value can be the size of an axis."""
     return type(value) is int and 0 < value < 2**31
 
 
 def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
-    """A `config.json`, with the rotary settings under today's key and under those of older readers. Dropout is not part of it.
+    """The `config.json` of a model, with the rotary settings under today's key and those of older readers. Dropout is not part of it.
 
     Raises `CheckpointError` naming the slot when `LlamaForCausalLM` has no such model.
     """
@@ -249,21 +249,24 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
         "rope_parameters": {"rope_theta": rotary.theta, **(scaling or {"rope_type": "default"})},
         "rope_theta": rotary.theta,
         "rope_scaling": scaling,
-        # Left out they would become 1 and 2.
+        # If left out, they would default to 1 and 2.
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None},
         **token_ids(config.tokens),
     }
 
 
 def token_ids(tokens: SpecialTokens) -> dict[str, Any]:
-    """The special ids that there are, as `config.json` and `generation_config.json` name them."""
+    """The special ids that are set, by their names in `config.json` and `generation_config.json`."""
     eos = list(tokens.eos) if len(tokens.eos) > 1 else next(iter(tokens.eos), None)
     ids = {"bos_token_id": tokens.bos, "eos_token_id": eos, "pad_token_id": tokens.pad}
     return {name: value for name, value in ids.items() if value is not None}
 
 
 def huggingface_tensors(model: Llama) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor by its name in `transformers`, one at a time on the host. Serves any tree of the model's structure: gradients too."""
+    """Yields every tensor with its name in `transformers`, one at a time on the host.
+
+    Any tree of the model's structure will do: gradients too.
+    """
     for (parameter, layer), tensor in of_model(model).tensors.items():
         entry = TABLE[parameter]
         yield entry.huggingface.format(layer=layer), to_torch(tensor.whole(), entry.inputs)
@@ -276,7 +279,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _strange_ids(config: LlamaConfig) -> Iterator[str]:
-    """What is to be said of special ids: models that were tuned by others do have padding outside of their tables, and -1 is none."""
+    """Yields notes on special ids outside of the vocabulary: models tuned by others do have such padding ids. -1 means none."""
     tokens, vocab = config.tokens, config.dims.vocab or 0
     for which, ids in {"bos": (tokens.bos,), "eos": tokens.eos, "pad": (tokens.pad,)}.items():
         if strange := [i for i in ids if i is not None and not -1 <= i < vocab]:
@@ -284,7 +287,7 @@ def _strange_ids(config: LlamaConfig) -> Iterator[str]:
 
 
 def _counts(name: str, config: LlamaConfig) -> bool:
-    """False for what old files hold in excess: rotary frequencies, and a second copy of a tied table."""
+    """False for what old files hold in addition: rotary frequencies, and a second copy of a tied table."""
     return not name.endswith("rotary_emb.inv_freq") and not (config.tied and name == HEAD)
 
 
@@ -296,14 +299,14 @@ def _same(a: Filed, b: Filed) -> bool:
 
 
 def _family(config: Mapping[str, Any]) -> Literal["sentencepiece", "tiktoken"] | None:
-    """Whose tokenizer the ids are of, where BOS and the number of ids leave no doubt."""
+    """The kind of tokenizer that the ids belong to, where BOS and the number of ids leave no doubt."""
     if config.get("bos_token_id") == 128000:
         return "tiktoken"
     return "sentencepiece" if config.get("bos_token_id", 1) == 1 and 32000 <= config["vocab_size"] < 128000 else None
 
 
 def _rope(config: Mapping[str, Any], wrong: list[str]) -> dict[str, Any]:
-    """The rotary settings under the names of `rope_parameters`, from there or from the older keys; adds to `wrong`."""
+    """The rotary settings under the names of `rope_parameters`, from there or from the older keys. Appends errors to `wrong`."""
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     given = config.get(key) or {}
     if not isinstance(given, dict):
@@ -335,17 +338,17 @@ def _rotary(rope: Mapping[str, Any]) -> RotaryConfig:
 
 
 def require_llama(config: LlamaConfig, whose: str) -> tuple[RMSNormConfig, PlainRotaryConfig | Llama3RotaryConfig]:
-    """The norm and the rotary settings. Raises `CheckpointError` naming the slot in which a model is not as Llama's authors made it."""
+    """The norm and the rotary settings. Raises `CheckpointError` naming the slot in which a model differs from the original Llama."""
 
     def require(slot: str, *classes: type[Config], **fields: str) -> None:
         found = getattr(config, slot)
-        if type(found) not in classes:  # a class derived from one computes something else
+        if type(found) not in classes:  # a subclass computes something else
             raise CheckpointError(f"{whose} Llama has no {type(found).__name__}", where=slot)
         for name, value in fields.items():
             if getattr(found, name) != value:
                 raise CheckpointError(f"{whose} Llama has {name}={value}, not {getattr(found, name)}", where=f"{slot}.{name}")
 
-    if type(config) is not LlamaConfig:  # a model of one's own, which may compute anything with Llama's slots
+    if type(config) is not LlamaConfig:  # a custom model may compute anything with Llama's slots
         raise CheckpointError(f"{whose} Llama has no {type(config).__name__}", where="model")
     require("attention", GroupedQueryAttentionConfig)
     require("feed_forward", GatedFeedForwardConfig, activation="silu")

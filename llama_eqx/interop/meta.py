@@ -1,4 +1,4 @@
-"""Llama folders of Meta: `params.json` and a `consolidated.NN.pth` for each part of the model. Needs torch."""
+"""Meta's Llama folders: `params.json` and a `consolidated.NN.pth` for each part of the model. Needs torch."""
 
 import dataclasses
 import pathlib
@@ -20,9 +20,9 @@ from llama_eqx.interop.weights import Index, Key, Tensor, Weights, pieces, requi
 from llama_eqx.model.llama import LlamaConfig
 
 EMBED, HEAD = TABLE["embed"].meta, TABLE["lm_head"].meta
-# Into how many files Meta deals a model of this width and depth; others are one file.
+# The number of files into which Meta splits a model of this width and depth; others are one file.
 SHARDS = {(5120, 40): 2, (6656, 60): 4, (8192, 48): 4, (8192, 80): 8, (16384, 126): 8}
-SAFE_TORCH = (2, 10)  # before it, `weights_only=True` could be got around (CVE-2025-32434, CVE-2026-24747)
+SAFE_TORCH = (2, 10)  # before it, `weights_only=True` could be bypassed (CVE-2025-32434, CVE-2026-24747)
 
 Shard = Mapping[str, np.ndarray]
 
@@ -30,10 +30,10 @@ Shard = Mapping[str, np.ndarray]
 def read_meta(folder: pathlib.Path) -> Weights:
     """The Llama in a folder of Meta's, in one file or several. Tensors are mapped, not read.
 
-    Files are unpickled with `weights_only=True`, which calls nothing that they name. Key and value heads that stand in several files, as
-    in the 405B's sixteen, are recognised by being equal, and so is a tied table.
+    Files are unpickled with `weights_only=True`, which calls nothing that they name. Key and value heads repeated in several files, as in
+    the 405B's sixteen, are recognised by being equal, and so is a tied table.
 
-    Raises `CheckpointError` when the folder is not a complete Llama that this package can express; differences are all listed.
+    Raises `CheckpointError` when the folder is not a complete Llama that this package can express; all differences are listed.
     """
     refuse_code(folder)
     params = read_json(inside(folder, PARAMS))
@@ -67,10 +67,10 @@ def write_meta(
     shards: int | None = None,
     advance: Callable[[int], object] = lambda size: None,
 ) -> list[str]:
-    """Writes `params.json` and `consolidated.NN.pth` into an empty folder: as many as Meta's model of that size has, unless told.
+    """Writes `params.json` and `consolidated.NN.pth` into an empty folder: by default, as many as Meta's model of that size has.
 
-    While a file is made it takes its size on the disk twice. `advance` is called with the bytes of each piece written. What is returned
-    are notes on what the format cannot say.
+    While a file is written, it takes twice its size on the disk. `advance` is called with the bytes of each piece written. Returns notes
+    on what the format cannot say.
 
     Raises `CheckpointError` naming the slot when Meta's Llama has no such model, or the sizes that do not divide over the files.
     """
@@ -123,9 +123,9 @@ def _load(file: pathlib.Path) -> Shard:
     torch = _torch()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what else torch has to say of a strange file
+            warnings.simplefilter("ignore")  # torch's other remarks on a strange file
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch has no class of errors for this
+    except Exception as error:  # torch has no error class for this
         raise CheckpointError(mistaken(file, _refusal(str(error))), where=str(file), kept="nothing in it was run") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"holds a {type(state).__name__}, not tensors by name", where=str(file))
@@ -176,7 +176,7 @@ def _as_torch(x: np.ndarray) -> Any:
 
 
 def _rows_are_split(shards: list[Shard], embed: object) -> bool:
-    """Whether the table of embeddings is dealt out by rows, as since Llama 3, or by columns."""
+    """Whether the table of embeddings is split by rows, as since Llama 3, and not by columns."""
     return len(shards) > 1 and EMBED in shards[0] and shards[0][EMBED].shape[-1] == embed
 
 
@@ -188,7 +188,7 @@ def _vocab(shards: list[Shard], params: Mapping[str, Any]) -> int:
 
 
 def _copies(shards: list[Shard], kv_heads: object) -> int:
-    """How many files in a row hold the same key and value head."""
+    """How many consecutive files hold the same key and value head."""
     names = [TABLE[f"blocks.attention.{name}"].meta.format(layer=0) for name in ("k_proj", "v_proj")]
     if len(shards) != kv_heads or not all(name in shard for shard in shards for name in names):
         return 1
@@ -201,7 +201,7 @@ def _copies(shards: list[Shard], kv_heads: object) -> int:
 
 
 def _tensors(config: LlamaConfig, shards: list[Shard], embed_axis: str, copies: int, where: str) -> dict[Key, Tensor]:
-    """Every tensor put together from its parts in the files. Raises `CheckpointError` listing all that is missing or does not fit."""
+    """Every tensor, joined from its parts in the files. Raises `CheckpointError` listing all that is missing or does not fit."""
     tensors, lines, count = {}, [], len(shards)
     require_tensors(config, len(shards[0]), where=where)
     shapes, axes = tensor_shapes(config), tensor_axes(config)
@@ -238,7 +238,7 @@ def _tensors(config: LlamaConfig, shards: list[Shard], embed_axis: str, copies: 
 
 
 def _joined(parts: list[list[np.ndarray]], axis: int, name: str) -> Tensor:
-    """One tensor from its parts along an axis. Where a part has copies, they must be equal."""
+    """One tensor, joined from its parts along an axis. Copies of a part must be equal."""
     first = parts[0][0]
     size = first.shape[axis]
     shape = tuple(n * len(parts) if i == axis else n for i, n in enumerate(first.shape))
@@ -257,16 +257,16 @@ def _joined(parts: list[list[np.ndarray]], axis: int, name: str) -> Tensor:
 
 
 def _mapped(tensor: Tensor, order: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    """A tensor whose last axis is put into another order."""
+    """The tensor with its last axis in another order."""
     return tensor._replace(read=lambda index: order(tensor.read((*index[:-1], slice(None))))[..., index[-1]])
 
 
 def _part(tensor: Tensor, axes: tuple[str, ...], split: str, rank: int, count: int) -> Tensor:
-    """What file number `rank` of `count` holds of a tensor: a stretch of the axis `split`, or all of it."""
+    """The part of a tensor in file number `rank` of `count`: a slice along the axis `split`, or all of it."""
     if not split:
         return tensor
     axis = axes.index(split)
-    size = max(tensor.shape[axis] // count, 1)  # a head that must be shared by several files stands in each
+    size = max(tensor.shape[axis] // count, 1)  # a head that several files must share stands in each
     begin = rank * tensor.shape[axis] // count
 
     def read(index: Index) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Meta's `params.json`: sizes and settings of a Llama, some of which are not said."""
+"""Meta's `params.json`: sizes and settings of a Llama, some of which it leaves out."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,17 +15,17 @@ from llama_eqx.model.norm import RMSNormConfig
 from llama_eqx.model.rotary import Llama3RotaryConfig, PlainRotaryConfig
 
 PARAMS = "params.json"
-LLAMA3_VOCAB = 128_000  # the ranks of its tokenizer: no Llama before it has as many ids
+LLAMA3_VOCAB = 128_000  # the ranks of its tokenizer: no earlier Llama has as many ids
 LLAMA3_2 = ((2048, 16), (3072, 28))  # width and depth of the 1B and the 3B
 
 
 def config_from_meta(params: Mapping[str, Any], vocab: int, copies: int, generation: Mapping[str, Any]) -> tuple[LlamaConfig, list[str]]:
     """The untied model that a `params.json` describes, without its rotary scaling, and what was assumed. Special ids are those of a
-    `generation_config.json`, so far as it says them: null and -1 say none.
+    `generation_config.json` where it has them; null and -1 mean none.
 
     Every key and value head stands in `copies` files, and counts that often in `n_kv_heads`.
 
-    Raises `CheckpointError` naming every key that is missing or asks for what this package does not have, or is no id of the model.
+    Raises `CheckpointError` naming every key that is missing, asks for what this package does not have, or is not an id of the model.
     """
     wrong, sizes = [], ("dim", "n_layers", "n_heads", "multiple_of")
     wrong += [f"{key} is missing" for key in (*sizes, "norm_eps") if key not in params]
@@ -95,7 +95,7 @@ def config_from_meta(params: Mapping[str, Any], vocab: int, copies: int, generat
 
 
 def check_vocab(params: Mapping[str, Any], rows: int) -> list[str]:
-    """What is to be said of a table that has more rows than `vocab_size`: -1 and null, as in Llama 2's files, say nothing.
+    """A note when the table has more rows than `vocab_size`. Values of -1 and null, as in Llama 2's files, say nothing.
 
     Raises `CheckpointError` when it has fewer.
     """
@@ -109,7 +109,7 @@ def check_vocab(params: Mapping[str, Any], rows: int) -> list[str]:
 
 
 def config_to_meta(config: LlamaConfig, shards: int) -> dict[str, Any]:
-    """A `params.json` for a model in so many files.
+    """The `params.json` of a model in that many files.
 
     Raises `CheckpointError` naming the slot, or listing the sizes that do not divide, when Meta's Llama has no such model.
     """
@@ -149,7 +149,7 @@ def config_to_meta(config: LlamaConfig, shards: int) -> dict[str, Any]:
 
 
 def ffn_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """The width of the feed-forward part by the formula in Meta's code."""
+    """The feed-forward width by the formula in Meta's code."""
     size = int(2 * 4 * dim / 3)
     if multiplier is not None:
         size = int(multiplier * size)
@@ -157,7 +157,7 @@ def ffn_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 
 def ffn_parameters(dim: int, mlp: int) -> tuple[int, float | None]:
-    """`multiple_of` and `ffn_dim_multiplier` from which the formula gives `mlp`: round numbers as Meta's where there are some."""
+    """The `multiple_of` and `ffn_dim_multiplier` that give `mlp` by the formula: round numbers like Meta's where there are some."""
     round_ones = [(multiple, multiplier) for multiplier in (None, 1.0, 1.2, 1.3, 1.5) for multiple in (256, 1024, 4096)]
     exact = (1, (mlp + 0.5) / int(2 * 4 * dim / 3))
     return next(found for found in [*round_ones, exact] if ffn_size(dim, *found) == mlp)
@@ -176,7 +176,7 @@ def rotary_from_meta(params: Mapping[str, Any], config: LlamaConfig) -> tuple[Pl
 
 
 def losses(config: LlamaConfig) -> list[str]:
-    """What a `params.json` leaves out."""
+    """Notes on what a `params.json` leaves out."""
     said = (
         f"{PARAMS} has no place for the context ({config.context}) and the ids that end a text ({', '.join(map(str, config.tokens.eos))})"
     )

@@ -1,4 +1,4 @@
-"""Weights from and to every format, told apart by what lies in the folder."""
+"""Loads weights of any format, recognised by what lies in the folder."""
 
 import concurrent.futures
 import contextlib
@@ -31,11 +31,11 @@ MARKS: dict[Format, str] = {"hf": huggingface.CONFIG, "meta": PARAMS, "native": 
 
 
 def load_pretrained(path: str | pathlib.Path, dtype: DTypeLike | None = None, shardings: PyTree[Sharding] | None = None) -> Llama:
-    """The model in a folder of Hugging Face or of Meta, in a run directory (its newest step), or in a `checkpoints/<step>` of one.
+    """Loads the model in a folder of Hugging Face or of Meta, in a run directory (its newest step), or in a `checkpoints/<step>` of one.
 
-    Weights are as filed unless `dtype` is given. `shardings` is one for all arrays or a tree of them in the model's structure, and each
-    process reads what its own devices hold; without it everything goes to the first device. A folder with a `manifest.json` is checked
-    against it meanwhile.
+    Weights keep the dtype of the files unless `dtype` is given. `shardings` is one for all arrays or a tree of them in the model's
+    structure, and each process reads what its own devices hold; without it everything goes to the first device. A folder with a
+    `manifest.json` is checked against it meanwhile.
 
     Raises `CheckpointError` when there is no model, or it is damaged or of another kind.
     """
@@ -47,9 +47,9 @@ def load_pretrained(path: str | pathlib.Path, dtype: DTypeLike | None = None, sh
 
 
 def open_pretrained(path: str | pathlib.Path) -> Weights:
-    """The config and tensors of what `load_pretrained` would load; no weights have been read yet, nor the manifest checked.
+    """The config and tensors of what `load_pretrained` would load. It reads no weights yet and does not check the manifest.
 
-    Raises `CheckpointError` when there is no model, or its files do not fit its config; differences are all listed.
+    Raises `CheckpointError` when there is no model, or its files do not fit its config; all differences are listed.
     """
     folder, step = located(path)
     match format_of(path):
@@ -62,7 +62,7 @@ def open_pretrained(path: str | pathlib.Path) -> Weights:
 
 
 def format_of(path: str | pathlib.Path) -> Format:
-    """Raises `CheckpointError` when there is no model at `path`."""
+    """The format of the model at `path`. Raises `CheckpointError` when there is none."""
     folder, _ = located(path)
     for format in ("hf", "meta", "native"):
         if (folder / MARKS[format]).is_file():
@@ -79,7 +79,7 @@ def format_of(path: str | pathlib.Path) -> Format:
 
 
 def located(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
-    """The folder that `path` means, and the step if it is `RUN_DIR/checkpoints/<step>`. What lies in a store is copied to this disk."""
+    """The folder that `path` means, and the step if it is `RUN_DIR/checkpoints/<step>`. A path in a store is copied to this disk."""
     path = copy_of(str(path)) if str(path).startswith(SCHEME) else pathlib.Path(os.path.expanduser(path))
     if path.parent.name == CHECKPOINTS and path.name.isdecimal():
         return path.parents[1], int(path.name)
@@ -87,7 +87,7 @@ def located(path: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
 
 
 def manifested(path: str | pathlib.Path) -> pathlib.Path | None:
-    """The folder whose manifest lists what `load_pretrained` would read: of a run, that of the step. None without a manifest."""
+    """The folder whose manifest lists what `load_pretrained` would read: for a run, that of the step. None without a manifest."""
     folder, step = located(path)
     saved = [] if (folder / MANIFEST).is_file() else steps(folder / CHECKPOINTS)
     if saved:

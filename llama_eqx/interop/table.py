@@ -1,4 +1,4 @@
-"""What each parameter is called elsewhere, and how its axes lie there: the one table of every conversion."""
+"""The name of each parameter in other formats, and the order of its axes there: the one table of every conversion."""
 
 import math
 from typing import NamedTuple
@@ -10,8 +10,8 @@ class Entry(NamedTuple):
     """A parameter of `Llama` in other formats.
 
     `inputs` is how many of its axes a product sums over; they come first. 0 means that the array is not a matrix to multiply with,
-    and is the same everywhere. A name with `{layer}` stands for one tensor per layer. `split` is the axis along which Meta deals a
-    parameter out to the files of a model, "" for one that each file holds whole. `pairs` says that rotary embedding turns the rows.
+    and is the same everywhere. A name with `{layer}` stands for one tensor per layer. `split` is the axis along which Meta splits a
+    parameter over the files of a model, "" for one that each file holds whole. `pairs` says that rotary embedding rotates the rows.
     """
 
     inputs: int
@@ -58,7 +58,7 @@ def from_torch(y: np.ndarray, inputs: int, shape: tuple[int, ...]) -> np.ndarray
 
 
 def halves_to_pairs(x: np.ndarray) -> np.ndarray:
-    """The last axis, head_dim, from the order in which rotary pairs are half a head apart to Meta's, in which they are neighbours."""
+    """Reorders the last axis, head_dim, from rotary pairs half a head apart to Meta's order, in which they are neighbours."""
     return x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2).swapaxes(-1, -2).reshape(x.shape)
 
 

@@ -1,4 +1,4 @@
-"""Weights as every format is read and written: one tensor at a time, in this package's names, axes and order of rotary pairs."""
+"""Weights in the form that every format is read to and written from: a tensor at a time, in our names, axes and order of rotary pairs."""
 
 import dataclasses
 import functools
@@ -23,13 +23,13 @@ from llama_eqx.sharding import axis_names, parameter_names
 Key = tuple[str, int | None]  # a parameter's name, and the layer where it has one
 Index = tuple[slice, ...]
 
-PIECE_BYTES = 64 * 2**20  # what is in memory at a time while a tensor goes from a file to a file
+PIECE_BYTES = 64 * 2**20  # the most that is in memory at a time while a tensor goes from file to file
 
 
 class Tensor(NamedTuple):
     """A tensor that has not been read yet: a whole parameter, or one layer of it.
 
-    `read(index)` gives the part between the slices, one for every axis, on the host. It may be a view of a file.
+    `read(index)` returns the part that the slices select, one for every axis, on the host. It may be a view of a file.
     """
 
     shape: tuple[int, ...]
@@ -92,13 +92,13 @@ def abstract(config: LlamaConfig) -> Llama:
 
 
 def require_tensors(config: LlamaConfig, found: int, *, where: str) -> None:
-    """Raises `CheckpointError` for more layers than tensors were found: to list what is missing of a billion takes all memory."""
+    """Raises `CheckpointError` for more layers than tensors: to list what is missing of a billion layers would take all memory."""
     if config.dims.layers > found:
         raise CheckpointError(f"the settings ask for {config.dims.layers:,} layers, and there are {found:,} tensors", where=where)
 
 
 def compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, where: str) -> None:
-    """Raises `CheckpointError` with a line for every tensor that is missing, of another shape, or too many."""
+    """Raises `CheckpointError` with a line for every tensor that is missing, of another shape, or not expected."""
     lines = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
     lines += [f"shape: {name} is {found[name]}, wanted {shape}" for name, shape in expected.items() if found.get(name, shape) != shape]
     lines += [f"not part of this model: {name}" for name in found if name not in expected]
@@ -109,7 +109,7 @@ def compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[i
 def of_model(model: Llama) -> Weights:
     """The weights of a model in memory. Layers are fetched from the devices one at a time.
 
-    Raises `CheckpointError` when the model has been edited and is no longer that of its config.
+    Raises `CheckpointError` when the model has been edited and no longer fits its config.
     """
     leaves = dict(zip(parameter_names(model), jax.tree.leaves(model), strict=True))
     compare(parameter_shapes(abstract(model.config)), parameter_shapes(model), where="a model that is no longer that of its config")
@@ -123,12 +123,12 @@ def of_model(model: Llama) -> Weights:
 
 @jax.jit
 def _layer(stack: Array, i: Array | int) -> Array:
-    """`stack[i]`, which outside of `jit` makes two arrays of that size."""
+    """`stack[i]`. Outside of `jit`, that makes two arrays of its size."""
     return jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
 
 
 def fetched(shapes: Mapping[Key, tuple[int, ...]], dtypes: Mapping[str, Any], fetch: Callable[[Key], np.ndarray]) -> dict[Key, Tensor]:
-    """Tensors that are fetched whole, however small the parts that are read. One is held at a time: until another is asked for."""
+    """Tensors that are fetched whole, however small the part that is read. One is held at a time, until another is asked for."""
     held: dict[Key, np.ndarray] = {}
 
     def read(key: Key, index: Index) -> np.ndarray:
@@ -172,8 +172,8 @@ def _place_layers(layers: list[Tensor], dtype: np.dtype, place: Sharding) -> jax
     if math.prod(shape) * dtype.itemsize <= PIECE_BYTES:
         stacked = Tensor(shape, dtype, lambda index: np.stack([layer.read(index[1:]).astype(dtype) for layer in layers[index[0]]]))
         return _place(stacked, dtype, place)
-    # One layer after the other into the array on the devices: the host never holds more than one.
-    if not isinstance(place, NamedSharding | SingleDeviceSharding):  # what a layer's own sharding is, only these say
+    # Copy one layer after the other into the array on the devices: the host never holds more than one.
+    if not isinstance(place, NamedSharding | SingleDeviceSharding):  # only these tell the sharding of a single layer
         raise TypeError(f"weights are put into a NamedSharding or a SingleDeviceSharding, not a {type(place).__name__}")
     within = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:])) if isinstance(place, NamedSharding) else place
     stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)()
@@ -203,7 +203,7 @@ def rows_of(tensor: Tensor, inputs: int, dtype: np.dtype) -> Iterator[np.ndarray
 
 
 def parameter_tree(weights: Weights, dtype: np.dtype | None) -> dict[str, Any]:
-    """Shape and dtype of every parameter by name, layers stacked, as a manifest lists them: a dtype that holds the values of all layers."""
+    """Shape and dtype of every parameter by name, layers stacked, as a manifest lists them. The dtype holds the values of all layers."""
     tree: dict[str, Any] = {}
     for (name, layer), tensor in weights.tensors.items():
         layers, kind = [] if layer is None else [layer + 1], tensor.dtype if dtype is None else dtype

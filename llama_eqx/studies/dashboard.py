@@ -1,4 +1,4 @@
-"""A question on W&B, as code: a saved view of its runs, and a report to write on."""
+"""A question's dashboard on W&B, as code: a saved view of its runs, and a report to write on."""
 
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
 from typing import Any
@@ -7,7 +7,7 @@ from llama_eqx.config import Config
 from llama_eqx.errors import ConfigError
 from llama_eqx.studies.registration import Registration, load_registration
 
-# Sections of the view with the metrics that they draw, one panel each; over tokens, so that arms of other batch sizes compare.
+# Sections of the view with their metrics, one panel each; over tokens, so that arms with different batch sizes can be compared.
 PANELS = {
     "Loss": ("train/loss", "val/loss", "val/bits_per_byte"),
     "Optimisation": ("optim/lr", "optim/grad_norm", "optim/update_norm", "optim/withheld"),
@@ -16,7 +16,7 @@ PANELS = {
 
 
 class DashboardConfig(Config):
-    """`experiment` is a question with runs in `entity`/`project` on W&B, which carry its name as their group and their arm as job type."""
+    """`experiment` is a question with runs in `entity`/`project` on W&B. Their group is the question, their job type the arm."""
 
     experiment: str | None
     entity: str | None
@@ -31,7 +31,7 @@ class DashboardConfig(Config):
 
 
 def dashboard(config: DashboardConfig) -> list[str]:
-    """Builds the view and the report, and saves them on W&B where `push` says so. The result are lines for people.
+    """Builds the view and the report, and saves them on W&B if `push`. Returns lines to print.
 
     Raises `ConfigError` when the question is not registered, wandb-workspaces is missing or W&B refuses.
     """
@@ -45,7 +45,7 @@ def dashboard(config: DashboardConfig) -> list[str]:
     if config.push:
         try:
             return [f"view    {view.save().url}", f"report  {report.save().url}"]
-        except Exception as error:  # of any kind, as W&B's client has them
+        except Exception as error:  # W&B's client raises errors of any kind
             raise ConfigError(f"W&B did not take it: {str(error).splitlines()[0]}", where=config.project, next="wandb login") from error
     panels = [f"{name:13} {', '.join(metrics)}" for name, metrics in PANELS.items()]
     runs = f"runs of group {config.experiment}, grouped by arm, in the project {config.project}"
@@ -66,7 +66,7 @@ def build_view(question: str, entity: str, project: str) -> Any:
 
 
 def build_report(question: str, registration: Registration, entity: str, project: str, *, runs: bool) -> Any:
-    """A `wandb_workspaces.reports.v2.Report` with what was registered and the panels; with `runs`, which takes a login, their selection."""
+    """A `wandb_workspaces.reports.v2.Report` with what was registered and the panels; `runs`, which needs a login, selects the runs."""
     import wandb_workspaces.reports.v2 as wr
 
     chosen: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Arms of one size: a comparison of two kinds of layer is one of their sizes otherwise."""
+"""Arms of equal size: otherwise a comparison of two kinds of layer is one of their sizes."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ def cost(model: LlamaConfig, kind: str, seq_len: int) -> int:
 
 
 def residual(config: RunConfig) -> float | None:
-    """By what fraction the model costs more than the reference that it is matched to; None when it is not."""
+    """The fraction by which the model costs more than the reference that it is matched to; None when it is not matched."""
     if config.study is None or config.study.match == "none":
         return None
     target = cost(_reference(config), config.study.match, config.train.seq_len)
@@ -28,7 +28,7 @@ def residual(config: RunConfig) -> float | None:
 
 
 def matched(config: RunConfig) -> RunConfig:
-    """`config` with the width of its feed-forward such that the model costs as nearly as possible what its reference does.
+    """`config` with the feed-forward width that brings the model's cost as close as possible to its reference's.
 
     The cost is linear in the width. The vocabulary must be known.
     """

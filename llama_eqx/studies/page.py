@@ -1,4 +1,4 @@
-"""Headings, text, tables and pictures as Markdown beside PNG files, and as one page of HTML that needs nothing else."""
+"""Headings, text, tables and pictures as Markdown beside PNG files, and as one self-contained page of HTML."""
 
 import html
 import pathlib
@@ -23,7 +23,7 @@ svg { width: 100%; height: auto; }
 
 
 class Page:
-    """Parts are added in the order in which they are to be read; `write` files all of them."""
+    """A page whose parts are added in reading order; `write` files all of them."""
 
     def __init__(self, title: str):
         self._title = title
@@ -55,12 +55,12 @@ class Page:
             self._html.append(f"<figure aria-label='{html.escape(alternative)}'>\0{name}\0</figure>")
 
     def write(self, folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
-        """`<stem>.md`, its pictures, and `<stem>.html`. Raises `StorageError`."""
+        """Writes `<stem>.md`, its pictures, and `<stem>.html`. Raises `StorageError`."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             body = "\n".join(self._html)
             for number, (name, made) in enumerate(self._figures):
-                # Every picture names its parts alike; on one page the names must differ.
+                # All pictures give their parts the same ids; on one page the ids must differ.
                 svg = save(made, folder / f"{name}.png").replace('id="', f'id="{number}-').replace("#", "\1")
                 svg = svg.replace("url(\1", f"url(#{number}-").replace('href="\1', f'href="#{number}-').replace("\1", "#")
                 body = body.replace(f"\0{name}\0", svg)

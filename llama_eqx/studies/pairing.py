@@ -1,4 +1,4 @@
-"""What a run of an experiment leaves behind so that a report can tell whether two arms were paired."""
+"""What a run of an experiment records, so that a report can tell whether two arms were paired."""
 
 import contextlib
 import gzip
@@ -30,7 +30,7 @@ STUDY = "study.json"
 
 @jax.jit
 def _checksum(x: Array) -> UInt32[Array, "2"]:
-    """64 bits that depend on every bit and its place, whatever devices hold them. The mixing is MurmurHash3's."""
+    """A 64-bit checksum of every bit and its place, whatever devices hold them. The mixing is MurmurHash3's."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16).astype(jnp.uint32)
     place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
 
@@ -43,7 +43,7 @@ def _checksum(x: Array) -> UInt32[Array, "2"]:
 
 
 def tensor_hashes(model: Llama) -> dict[str, str]:
-    """Dtype, shape and a hash of each parameter by its name."""
+    """Dtype, shape and a hash of each parameter, by name."""
 
     def said(leaf: Array) -> str:
         a, b = map(int, jax.device_get(_checksum(leaf)))
@@ -59,7 +59,7 @@ def position_codes(rotary: Rotary, positions: Int[Array, " seq"]) -> int:
 
 
 def record_start(config: RunConfig, model: Llama, offset: int) -> None:
-    """Writes `study.json` into the run directory: hashes at step 0, the size, and what is left of matching."""
+    """Writes `study.json` into the run directory: hashes at step 0, the size, the residual of matching, and the position codes."""
     found = {
         "tensors": tensor_hashes(model),
         "parameters": cost(config.model, "parameters", config.train.seq_len),
@@ -79,11 +79,11 @@ def kept_at(config: RunConfig) -> pathlib.Path:
 def keep(config: RunConfig) -> str:
     """Files a finished run under `experiments/`: a line with its config, `study.json` and provenance, then its metrics as they are.
 
-    A record that is there stays, and this run is not filed; but for one that may not be compared any more, which is set aside. The result
-    says what was done. Raises `DataError` when a line of the provenance is none.
+    If there is a record already, it stays and this run is not filed; but a record that may no longer be compared is set aside. Returns
+    what was done. Raises `DataError` when a line of the provenance is invalid.
     """
     run_dir, path, said = pathlib.Path(config.run_dir), kept_at(config), ""
-    settings = {key: value for key, value in read_config(run_dir).items() if key != "run_dir"}  # a place of one machine
+    settings = {key: value for key, value in read_config(run_dir).items() if key != "run_dir"}  # a path on one machine
     first: dict[str, Any] = {"config": settings, "study": json.loads((run_dir / STUDY).read_text(encoding="utf-8"))}
     first["provenance"] = read_provenance(run_dir / "provenance.jsonl")
     content = gzip.compress(json.dumps(first).encode() + b"\n" + (run_dir / "metrics.jsonl").read_bytes(), mtime=0)
@@ -109,11 +109,11 @@ def keep(config: RunConfig) -> str:
 
 
 def _set_aside(path: pathlib.Path, content: bytes) -> pathlib.Path | None:
-    """Where the record lies now; None when another process did it, or has filed since."""
+    """Moves the record and returns its new path; None when another process has moved it, or has filed since."""
     places = (path.with_name(f"{path.name}.old{n}") for n in itertools.count(1))
     place = next(place for place in places if not place.exists())
     with contextlib.suppress(FileExistsError, FileNotFoundError):
-        place.touch(exist_ok=False)  # no other takes it
+        place.touch(exist_ok=False)  # so that no other process takes it
         try:
             path.rename(place)
         except FileNotFoundError:
@@ -127,7 +127,7 @@ def _set_aside(path: pathlib.Path, content: bytes) -> pathlib.Path | None:
 
 
 def _write_new(path: pathlib.Path, content: bytes) -> None:
-    """Whole or not at all. Raises `FileExistsError` when there is one."""
+    """Writes the file whole or not at all. Raises `FileExistsError` when it exists."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         partial.write_bytes(content)
@@ -144,10 +144,10 @@ def _write_new(path: pathlib.Path, content: bytes) -> None:
 
 
 def in_the_way(config: RunConfig) -> pathlib.Path | None:
-    """The record of a run with other settings that lies where this one would, and is not set aside: it may still be compared."""
+    """The record of a run with other settings in this run's place, if it may still be compared and so is not set aside."""
     if config.study is None or not (path := kept_at(config)).exists() or is_kept(config):
         return None
-    with contextlib.suppress(DataError):  # a damaged one counts for nothing
+    with contextlib.suppress(DataError):  # a damaged record does not count
         run = read_kept(path)
         with contextlib.suppress(ConfigError):  # no rate yet
             return None if next(outdated(run, load_registration(config.study.question)), None) else path
@@ -156,15 +156,15 @@ def in_the_way(config: RunConfig) -> pathlib.Path | None:
 
 
 def diverged(config: RunConfig) -> pathlib.Path | None:
-    """Where the run of this config has been kept without a loss at its end, as its numbers were not finite."""
+    """The record of this config's run, if it was kept without a loss at its end because its numbers were not finite."""
     if config.study is None or not (path := kept_at(config)).exists():
         return None
     return path if math.isinf(read_kept(path).last("val/loss")) else None
 
 
 def is_kept(config: RunConfig) -> bool:
-    """Whether the run of this config has been kept, here or on the machine that this checkout comes from; also if it ended early, as its
-    numbers were not finite.
+    """Whether the run of this config has been kept, here or on the machine that this checkout comes from. A run that ended early because
+    its numbers were not finite counts too.
     """
     if config.study is None or not (path := kept_at(config)).exists():
         return False

@@ -1,4 +1,4 @@
-"""The pictures of a report. Each function draws on axes that it is given; `figure` gives them, and `save` files them."""
+"""The pictures of a report. Each function returns a figure made with `figure`; `save` files it."""
 
 import io
 import math
@@ -37,7 +37,7 @@ def save(made: Figure, path: pathlib.Path) -> str:
 
 
 def forest(found: Sequence[Finding], margin: float) -> Figure:
-    """Every paired difference with its mean and 95% interval, against 0 and the margin within which it is called no effect."""
+    """The paired differences of each finding, their mean and 95% interval, against 0 and the margin within which there is no effect."""
     made, axes = figure(1.3 + 0.45 * len(found))
     axes.axvspan(-margin, margin, color="#4f8f4a", alpha=0.1, linewidth=0, label=f"margin ±{margin:g}")
     axes.axvline(0, color="#5c5c5c", linewidth=1)
@@ -79,7 +79,7 @@ def sensitivity(losses: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure
 
 
 def doses(name: str, points: Sequence[tuple[float, Finding]], margin: float, against: Sequence[str]) -> Figure:
-    """Contrasts with the arms `against` over a quantity, with 95% intervals, where they have one; the axis is that of log(1 + x)."""
+    """Contrasts with the arms `against` over a quantity, on an axis of log(1 + x). Only those with a 95% interval are drawn."""
     made, axes = figure()
     known = sorted((dose, finding.interval, VERDICTS[finding.verdict]) for dose, finding in points if finding.interval)
     places = [math.log2(1 + dose) for dose, _, _ in known]
@@ -110,7 +110,7 @@ def buckets(losses: Mapping[str, Mapping[int, float]]) -> Figure:
 def curves(runs: Mapping[str, Run], metric: str, label: str, *, log: bool = False) -> Figure | None:
     """A metric over the steps of several runs, raw and smoothed; None when no run has it.
 
-    Over tokens, where steps of different sizes would be compared. Speeds leave out the first record, which is compilation.
+    The axis is in tokens when the runs' steps differ in size. Speeds leave out the first record, which is compilation.
     """
     trains = [run.settings.get("train", {}) for run in runs.values()]
     sizes = [train.get("batch_size", 1) * train.get("seq_len", 1) for train in trains]
@@ -141,5 +141,5 @@ def curves(runs: Mapping[str, Run], metric: str, label: str, *, log: bool = Fals
 
 
 def _lines(count: int) -> list[dict[str, Any]]:
-    """Where colors come a second time lines are dashed, and then dotted."""
+    """A color for each line. When the colors repeat, lines are dashed, and then dotted."""
     return [{"color": COLORS[i % len(COLORS)], "linestyle": ("-", "--", ":")[i // len(COLORS) % 3]} for i in range(count)]

@@ -1,4 +1,4 @@
-"""What was said about an experiment before it was run, and the learning rates that its tuning found."""
+"""What was registered about an experiment before its runs, and the learning rates that its tuning found."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ Contrast = dict[str, float]
 
 
 class Rule(Config):
-    """How `verdict` judges a contrast, said here so that the hash covers it: another rule is another registration.
+    """How `verdict` judges a contrast. It stands here so that the hash covers it: another rule is another registration.
 
-    `equivalence` is tested first, by two one-sided tests within the margin: below alpha it is "no effect". Else it is a `difference`, by
-    the two-sided paired t test, when that is below alpha and so is its `confirmation`, the sign-flip permutation test. `adjustment` is
-    made to the p of the first two, over the contrasts; controls and the confirmation are not adjusted.
+    `equivalence` is tested first, by two one-sided tests within the margin: a p below alpha is "no effect". Otherwise the contrast is a
+    `difference` when the two-sided paired t test and its `confirmation`, the sign-flip permutation test, are both below alpha.
+    `adjustment` applies to the p of the first two, over the contrasts; controls and the confirmation are not adjusted.
     """
 
     equivalence: Literal["tost"]
@@ -32,13 +32,13 @@ class Rule(Config):
 
 
 class Registration(Config):
-    """`prereg.yaml`. A contrast is a sum of arms, each with a weight, and the weights sum to 0: {rounded: 1, exact: -1}.
+    """`prereg.yaml`. A contrast is a weighted sum of arms, with weights that sum to 0: {rounded: 1, exact: -1}.
 
-    `metric` is compared at the end of the schedule. `contrasts` are the family that the adjustment is made for; of the controls,
-    the negative ones are expected to be equivalent within `margin`, the positive ones to show a loss. `same_data` lists the arms that
-    must have seen the same batches, group by group, and is empty when all must. What arms of one contrast share must have begun with the
-    same values, whatever their groups, unless they differ in `model.init`. `doses` is a picture: by its name, contrasts over a quantity.
-    `tune_arms` are tuned over `rates` and `tune_seeds`; another arm takes the rate of the first of them.
+    `metric` is compared at the end of the schedule. `contrasts` are the family that is adjusted. Negative controls are expected to be
+    equivalent within `margin`, positive ones to show a loss. `same_data` lists groups of arms that must have seen the same batches; it is
+    empty when all must. Parameters that the arms of a contrast share must have begun with the same values, whatever the arms' groups,
+    unless they differ in `model.init`. `doses` are pictures by name: contrasts over a quantity. `tune_arms` are tuned over `rates` and
+    `tune_seeds`; any other arm takes the rate of the first of them.
     """
 
     question: str
@@ -84,7 +84,7 @@ class Registration(Config):
         return self.contrasts | self.negative_controls | self.positive_controls
 
     def hash(self) -> str:
-        """Of everything in it but the comments and the order of keys."""
+        """The hash of everything in it but the comments and the order of keys."""
         return hashlib.sha256(json.dumps(dump(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -95,7 +95,7 @@ def folder(question: str) -> pathlib.Path:
 
 
 def load_registration(question: str) -> Registration:
-    """Raises `ConfigError` when there is none or it contradicts itself."""
+    """The registration of a question. Raises `ConfigError` when there is none or it contradicts itself."""
     path = folder(question) / "prereg.yaml"
     try:
         known = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -111,7 +111,7 @@ def load_registration(question: str) -> Registration:
 
 
 def registered(question: str, name: str) -> str:
-    """For YAML: a list of the registration as a sweep over it, "final_arms" for its `arms`; or the `hash`."""
+    """For YAML: a list of the registration as the values of a sweep, with "final_arms" for its `arms`; or its `hash`."""
     found = load_registration(question)
     if name == "hash":
         return found.hash()

@@ -16,7 +16,7 @@ from llama_eqx.studies.verdict import Finding, best_rates, findings, in_words
 
 
 class ReportConfig(Config):
-    """Of an `experiment` and its `stage` and `rung`, or of run directories. `output` None is the experiment's folder, or `report`."""
+    """Reports on an `experiment` at a `stage` and `rung`, or on run directories. `output` None is the experiment's folder, or `report`."""
 
     experiment: str | None
     stage: Literal["tune", "final"]
@@ -30,21 +30,21 @@ class ReportConfig(Config):
 
 
 class Report(NamedTuple):
-    """What was written, and what is to be read on the terminal."""
+    """The files written, and the words for the terminal."""
 
     files: list[pathlib.Path]
     words: str
 
 
 def report(config: ReportConfig) -> Report:
-    """Raises `ConfigError`, `DataError` or `StorageError`."""
+    """Writes the report. Raises `ConfigError`, `DataError` or `StorageError`."""
     if config.experiment is None:
         return of_runs(config)
     return tuning(config, config.experiment) if config.stage == "tune" else final(config, config.experiment)
 
 
 def tuning(config: ReportConfig, question: str) -> Report:
-    """Writes the learning rates that were found to tuned.yaml, and the curves of the loss over them."""
+    """Writes the best learning rates to tuned.yaml, and a page with the curves of the loss over them."""
     registration = load_registration(question)
     runs, others = _registered(kept(question, "tune", config.rung), registration)
     check(runs, registration)
@@ -68,7 +68,7 @@ def tuning(config: ReportConfig, question: str) -> Report:
 
 
 def final(config: ReportConfig, question: str) -> Report:
-    """The verdict on an experiment."""
+    """Writes the verdict on an experiment."""
     registration = load_registration(question)
     there = kept(question, "final", config.rung)
     runs, others = _registered(there, registration)
@@ -119,7 +119,7 @@ def final(config: ReportConfig, question: str) -> Report:
 
 
 def of_runs(config: ReportConfig) -> Report:
-    """Runs side by side."""
+    """Writes a page of runs side by side."""
     runs = {_name(path, config.runs): read_run(pathlib.Path(path)) for path in config.runs}
     page = Page(" and ".join(runs))
     said = [line for name, run in runs.items() if (line := f"{name}: {_ends(run)}")]
@@ -152,7 +152,7 @@ def of_runs(config: ReportConfig) -> Report:
 
 
 def compared(a: Run, b: Run) -> str:
-    """Where two runs part, and by how much the second is worse."""
+    """Says where two runs diverge, and by how much the second is worse."""
     mine, other = (dict(zip(*run.series("train/loss"), strict=True)) for run in (a, b))
     steps = sorted(mine.keys() & other.keys())
     if not steps:
@@ -192,7 +192,7 @@ def _ends(run: Run) -> str:
 
 
 def _name(path: str, all_paths: Sequence[str]) -> str:
-    """As short as tells the runs apart."""
+    """The shortest end of `path` that tells the runs apart."""
     parts = pathlib.Path(path).parts
     for n in range(1, len(parts) + 1):
         short = str(pathlib.Path(*parts[-n:]))
@@ -212,12 +212,12 @@ def _row(finding: Finding) -> list[str]:
 
 
 def _origins(runs: Sequence[Run]) -> list[list[str]]:
-    """A row for each device, commit and version that runs were made with, and which seeds."""
+    """A row for each device, commit and versions that runs were made with, with the seeds of those runs."""
     found: dict[tuple[str, ...], set[int]] = {}
     for run in runs:
         for origin in run.provenance:
             versions = origin.get("versions", {})
-            commit, dash, changed = str(origin.get("commit")).partition("-")  # of changed code it ends with "-dirty"
+            commit, dash, changed = str(origin.get("commit")).partition("-")  # for changed code it ends with "-dirty"
             commit = commit[:12] + dash + changed + (f" (code {' '.join(origin['code'].values())})" if "code" in origin else "")
             key = origin.get("computed", {}).get("kind"), commit, versions.get("python"), versions.get("jax")
             found.setdefault(tuple(map(str, key)), set()).add(run.seed)
@@ -264,7 +264,7 @@ def _sensitivity(page: Page, config: ReportConfig, question: str) -> None:
 
 
 def _registered(runs: Sequence[Run], registration: Registration) -> tuple[list[Run], list[str]]:
-    """Those that were asked for, and remarks on those of them that are worse than any loss, and on the others, if there are any."""
+    """The runs that the registration asks for, and remarks on those that ended without finite numbers and on the other runs, if any."""
     others, asked = ([run for run in runs if asked_for(run, registration) is wanted] for wanted in (False, True))
     ended = [run for run in asked if not math.isfinite(run.last(registration.metric))]
     remarks = {

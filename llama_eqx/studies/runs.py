@@ -41,7 +41,7 @@ class Run(NamedTuple):
 
     @property
     def codes(self) -> dict[str, list[str]]:
-        """By package, the hashes of the code that its starts were made with, where they were recorded."""
+        """The hashes of the code that the run was started with, by package, where they were recorded."""
         found: dict[str, list[str]] = {}
         for origin in self.provenance:
             for package, code in origin.get("code", {}).items():
@@ -49,7 +49,7 @@ class Run(NamedTuple):
         return found
 
     def last(self, name: str) -> float:
-        """The value of a metric at the last step; infinity, worse than any, when it is not finite or the run did not come so far."""
+        """The value of a metric at the last step; infinity, worse than any, when it is not finite or the run did not get there."""
         steps = self.settings["train"]["steps"]
         found = [record[name] for record in self.metrics if name in record and record["step"] == steps]
         return float(found[-1]) if found and math.isfinite(found[-1]) else math.inf
@@ -60,23 +60,23 @@ class Run(NamedTuple):
 
 
 def free(run: Run) -> list[str]:
-    """Settings that another run of its arm may have otherwise, as they change nothing of what is computed and measured. Where data and
-    tokenizer lie is among them if there is a fingerprint, which tells whether they are the same.
+    """Settings in which another run of its arm may differ, as they do not change what is computed and measured. The paths of data and
+    tokenizer are among them if there is a fingerprint, which tells whether they are the same.
     """
-    from llama_eqx.training.run import FREE, movable  # and with it JAX
+    from llama_eqx.training.run import FREE, movable  # imports JAX
 
     model = run.settings.get("model", {})
     fixed = {"train.steps", "eval_data"}
     if model.get("dropout") or model.get("block", {}).get("dropout"):
         fixed |= {"train.microbatch_size"}  # which activations are dropped depends on it
     if math.isinf(run.last("val/loss")):
-        fixed |= {"guard.max_withheld"}  # it ended before, as its numbers were not finite, and would again
+        fixed |= {"guard.max_withheld"}  # it ended early, as its numbers were not finite, and would again
     elsewhere = movable(run.settings) if "data_fingerprint" in run.settings else []
     return [*(key for key in FREE if key not in fixed), *elsewhere]
 
 
 def outdated(run: Run, registration: Registration) -> Iterator[str]:
-    """Why a run may not be compared any more: what was registered, or the rate that tuning found, is another now.
+    """Yields why a run may no longer be compared: the registration, or the rate that tuning found, has changed.
 
     Raises `ConfigError` when there is no rate yet.
     """
@@ -99,7 +99,7 @@ def read_kept(path: pathlib.Path) -> Run:
 
 
 def read_run(run_dir: pathlib.Path) -> Run:
-    """Any run directory. Raises `CheckpointError` and `DataError` when it is none."""
+    """Reads any run directory. Raises `CheckpointError` or `DataError` when it is not one."""
     from llama_eqx.checkpoint.native import read_config
 
     study, origin = run_dir / "study.json", run_dir / "provenance.jsonl"
@@ -109,7 +109,7 @@ def read_run(run_dir: pathlib.Path) -> Run:
 
 
 def read_provenance(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The starts in a `provenance.jsonl`. Raises `DataError` naming a line that is no record of one."""
+    """The starts in a `provenance.jsonl`. Raises `DataError` naming a line that does not record one."""
     found = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -120,7 +120,7 @@ def read_provenance(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def kept(question: str, stage: str, rung: str) -> list[Run]:
-    """Raises `DataError` when there is none."""
+    """The kept runs of a stage at a rung. Raises `DataError` when there is none."""
     where = folder(question) / "runs" / stage / rung
     if runs := [read_kept(path) for path in sorted(where.rglob("*.jsonl.gz"))]:
         return runs
@@ -134,7 +134,7 @@ def kept(question: str, stage: str, rung: str) -> list[Run]:
 
 
 def asked_for(run: Run, registration: Registration) -> bool:
-    """Whether the registration names its arm and seed, and while tuning its rate. Others count for nothing: whoever adds runs until they
+    """Whether the registration names the run's arm, seed and, while tuning, rate. Other runs do not count: whoever adds runs until they
     please finds more than alpha allows.
     """
     if run.settings["study"]["stage"] == "tune":
@@ -143,7 +143,7 @@ def asked_for(run: Run, registration: Registration) -> bool:
 
 
 def named(runs: Sequence[Run]) -> str:
-    """By arm, and while tuning by rate: "base (seeds 0, 1), worse at 0.004 (seed 3)"."""
+    """Names the runs by arm and, while tuning, by rate: "base (seeds 0, 1), worse at 0.004 (seed 3)"."""
     found: dict[str, list[int]] = {}
     for run in runs:
         rate = f" at {run.peak:g}" * (run.settings["study"]["stage"] == "tune")
@@ -182,7 +182,7 @@ def complete(runs: Sequence[Run], registration: Registration) -> None:
 def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[Run, str]]:
     groups = registration.same_data or (registration.arms,)
     compared = _pairs(registration.all_contrasts(), registration)
-    alike_in_size = _pairs(registration.contrasts, registration)  # a control may be a handicap in size
+    alike_in_size = _pairs(registration.contrasts, registration)  # a control may be of another size
     by_seed: dict[tuple[int, float], dict[str, Run]] = {}
     alike: dict[tuple[str, float], list[Run]] = {}
     for run in runs:
@@ -217,7 +217,7 @@ def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[R
 
 
 def _pairs(contrasts: Mapping[str, Contrast], registration: Registration) -> list[tuple[str, str]]:
-    """Arms that are in one contrast, each pair once and in the order of the registration."""
+    """Pairs of arms in the same contrast, each pair once and in the order of the registration."""
     in_order = (sorted(contrast, key=registration.arms.index) for contrast in contrasts.values())
     return [*dict.fromkeys(pair for arms in in_order for pair in itertools.combinations(arms, 2))]
 
@@ -227,7 +227,7 @@ def _match(run: Run) -> str:
 
 
 def _odd(runs: Sequence[Run]) -> Iterator[tuple[Run, str]]:
-    """Those of an arm whose settings are not those of most of its runs; where there is no such majority, all that differ from another."""
+    """Yields the runs of an arm whose settings differ from those of most of its runs or, without such a majority, from any other's."""
     others = [[like for like in runs if _other_settings(like, run)] for run in runs]
     few, usual = min(zip(map(len, others), runs, strict=True), key=lambda each: each[0])
     most = 2 * few < len(runs)
@@ -242,12 +242,12 @@ def _other_settings(a: Run, b: Run) -> list[str]:
     old, new = known_to_both(a.settings, b.settings), known_to_both(b.settings, a.settings)
     allowed = {"seed", "study.path"} | ({*free(a)} & {*free(b)})
     sooner = min(a, b, key=lambda run: run.settings.get("guard", {}).get("max_withheld", 0))
-    allowed |= {*free(sooner)} & {"guard.max_withheld"}  # whoever came through with less patience would with more
+    allowed |= {*free(sooner)} & {"guard.max_withheld"}  # a run that came through with less patience would with more
     return [str(each) for each in differences(old, new) if not each.within(allowed)]
 
 
 def _other_values(a: Run, b: Run) -> list[str]:
-    """Names of the tensors of one shape that began otherwise; none if they were to, by another `model.init`."""
+    """Names of the tensors of equal shape that began with other values; none if `model.init` differs, as then they should."""
     if a.settings["model"].get("init") != b.settings["model"].get("init"):
         return []
     mine, theirs = ({name: tensor.split() for name, tensor in run.study["tensors"].items()} for run in (a, b))
@@ -256,16 +256,16 @@ def _other_values(a: Run, b: Run) -> list[str]:
 
 
 def _other_data(a: Run, b: Run) -> list[int]:
-    """Steps by which they had seen other data."""
+    """Steps by which the two runs had seen different data."""
     ledgers: Mapping[int, float] = dict(zip(*a.series(LEDGER), strict=True))
     return [step for step, ledger in zip(*b.series(LEDGER), strict=True) if ledgers.get(step, ledger) != ledger]
 
 
 def arm_differences(a: Run, b: Run) -> list[str]:
-    """A line for every setting in which an arm differs from another, whatever it is meant to differ in."""
+    """A line for every setting in which an arm differs from another, meant or not."""
     return [str(each) for each in differences(a.settings, b.settings) if not each.within((*OF_A_RUN, "study.arm"))]
 
 
 def config_differences(a: Run, b: Run) -> list[str]:
-    """A line for every setting that differs, but for where a run lies."""
+    """A line for every setting that differs, except for where a run lies."""
     return [str(each) for each in differences(a.settings, b.settings) if not each.within(("run_dir", "tracking", "study.path"))]

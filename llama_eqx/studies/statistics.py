@@ -1,4 +1,4 @@
-"""What paired differences between two arms of an experiment prove. Differences are in the unit of the metric, one for each seed."""
+"""What paired differences between two arms of an experiment prove. Differences are in the unit of the metric, one per seed."""
 
 import bisect
 import itertools
@@ -13,8 +13,8 @@ from llama_eqx.errors import DataError
 
 Differences = Sequence[float] | np.ndarray
 
-EXACT = 20  # differences up to which all 2^n signs are tried
-SAMPLED = 100_000  # signs drawn beyond that
+EXACT = 20  # number of differences up to which all 2^n signs are tried
+SAMPLED = 100_000  # random signs tried beyond that
 
 
 class Interval(NamedTuple):
@@ -24,18 +24,18 @@ class Interval(NamedTuple):
 
 
 def interval(differences: Differences, confidence: float = 0.95) -> Interval:
-    """The mean and Student's t interval around it. Raises `DataError` for less than two differences."""
+    """The mean and Student's t interval around it. Raises `DataError` for fewer than two differences."""
     mean, error, n = _moments(differences)
     reach = error * float(stats.t.ppf((1 + confidence) / 2, n - 1))
     return Interval(mean, mean - reach, mean + reach)
 
 
 def sign_flip_p(differences: Differences) -> float:
-    """The two-sided p of a mean so far from 0 when every difference might as well have had the other sign (Fisher, 1935,
+    """The two-sided p of a mean this far from 0 if every difference could as well have had the other sign (Fisher, 1935,
     "The Design of Experiments", section 21). With n differences it is never below 2^(1-n).
     """
     d = np.asarray(differences, float)
-    least = abs(d.sum()) - 1e-12 * np.abs(d).sum()  # sums that are equal but for rounding, which goes by the terms, count
+    least = abs(d.sum()) - 1e-12 * np.abs(d).sum()  # so that sums equal up to rounding, which scales with the terms, count
     if len(d) <= EXACT:
         signs = np.array(list(itertools.product((1, -1), repeat=len(d) - 1))).reshape(-1, len(d) - 1)
         sums = np.abs(d[0] + signs @ d[1:])  # the other half mirrors these
@@ -46,8 +46,8 @@ def sign_flip_p(differences: Differences) -> float:
 
 
 def sign_p(differences: Differences) -> float:
-    """The two-sided p of the sign test, which asks of a difference only whether it lies above 0 or below: an infinite one will do. What is
-    0 or NaN is neither.
+    """The two-sided p of the sign test. It asks only whether a difference lies above or below 0, so differences may be infinite. One that
+    is 0 or NaN is neither.
     """
     return sign_flip_p(np.nan_to_num(np.sign(np.asarray(differences, float))))
 
@@ -61,7 +61,7 @@ def paired_t_p(differences: Differences) -> float:
 
 
 def equivalence_p(differences: Differences, margin: float) -> float:
-    """The p of two one-sided tests that the true difference lies beyond ±`margin`; a small one says that it lies within
+    """The p of two one-sided tests of a true difference beyond ±`margin`; a small p says that it lies within
     (Schuirmann, 1987, Journal of Pharmacokinetics and Biopharmaceutics 15).
     """
     mean, error, n = _moments(differences)
@@ -71,7 +71,7 @@ def equivalence_p(differences: Differences, margin: float) -> float:
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Each p of a family, adjusted so that below alpha it may be believed whatever else is in the family (Holm, 1979)."""
+    """Each p of a family, adjusted so that one below alpha may be believed whatever else is in the family (Holm, 1979)."""
     adjusted, largest = {}, 0.0
     for rank, name in enumerate(sorted(p, key=lambda name: p[name])):
         largest = max(largest, min(1.0, (len(p) - rank) * p[name]))
@@ -80,14 +80,14 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 
 def power(effect: float, sd: float, n: int, alpha: float = 0.05) -> float:
-    """The probability that a paired t test of `n` differences of this mean and standard deviation finds them at `alpha`, two-sided."""
+    """The power of a two-sided paired t test at `alpha` for `n` differences of mean `effect` and standard deviation `sd`."""
     away, critical = effect / sd * math.sqrt(n), stats.t.ppf(1 - alpha / 2, n - 1)
-    other_side = np.nan_to_num(stats.nct.cdf(-critical, n - 1, away))  # SciPy has NaN where it is next to nothing
+    other_side = np.nan_to_num(stats.nct.cdf(-critical, n - 1, away))  # SciPy gives NaN where it is almost 0
     return float(stats.nct.sf(critical, n - 1, away) + other_side)
 
 
 def sample_size(effect: float, sd: float, *, target: float = 0.9, alpha: float = 0.05) -> int:
-    """The least number of pairs with that power. Raises `DataError` when ten thousand would not do."""
+    """The least number of pairs with power `target`. Raises `DataError` when ten thousand are too few."""
     pairs = range(2, 10_001)
     n = bisect.bisect_left(pairs, target, key=lambda n: power(effect, sd, n, alpha))  # more pairs have more power
     if n < len(pairs):
@@ -96,7 +96,7 @@ def sample_size(effect: float, sd: float, *, target: float = 0.9, alpha: float =
 
 
 def _moments(differences: Differences) -> tuple[float, float, int]:
-    """Mean, its standard error and the number."""
+    """The mean, its standard error and the number of differences."""
     d = np.asarray(differences, float)
     if len(d) < 2:
         raise DataError(f"{len(d)} paired differences say nothing about their spread", next="more seeds")

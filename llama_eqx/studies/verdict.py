@@ -1,4 +1,4 @@
-"""From runs to what they prove, in numbers and in words that follow from the numbers."""
+"""What runs prove, in numbers and in words that follow from the numbers."""
 
 import contextlib
 import math
@@ -15,12 +15,12 @@ from llama_eqx.studies.statistics import Interval, equivalence_p, holm, interval
 class Finding(NamedTuple):
     """A contrast over the seeds that all its arms have. `role` is "contrast", "negative control" or "positive control".
 
-    `p` is that of the t test; it and `equivalence_p` are adjusted by Holm's method within the contrasts, and as they are in a control.
-    `verdict` is "no effect" when `equivalence_p` is below alpha, or else "worse" or "better" when both `p` and `sign_flip_p` are, which
-    does not rest on a normal distribution, or else "undecided".
+    `p` is that of the t test. It and `equivalence_p` are adjusted by Holm's method over the contrasts, and unadjusted for a control.
+    `verdict` is "no effect" when `equivalence_p` is below alpha; else "worse" or "better" when `p` and `sign_flip_p` both are; else
+    "undecided". `sign_flip_p` does not rest on a normal distribution.
 
     A run that ended without finite numbers counts as worse than any other. Differences with it are infinite, or NaN where two such runs
-    pull apart: there is no `interval` then, `p` and `sign_flip_p` are those of the sign test, and equivalence is not to be shown.
+    pull apart. Then there is no `interval`, `p` and `sign_flip_p` are those of the sign test, and equivalence cannot be shown.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Finding(NamedTuple):
 
 
 def findings(runs: Sequence[Run], registration: Registration) -> list[Finding]:
-    """Of every contrast for which there are two seeds or more."""
+    """The finding of every contrast for which there are two seeds or more."""
     values: dict[tuple[str, int], float] = {(run.arm, run.seed): run.last(registration.metric) for run in runs}
     roles = (
         ("contrast", registration.contrasts),
@@ -66,12 +66,12 @@ def _finite(differences: Sequence[float]) -> bool:
 
 
 def _excess(differences: Sequence[float]) -> float:
-    """How many more are worse than better."""
+    """How many more differences are worse than better."""
     return float(sum(d > 0 for d in differences) - sum(d < 0 for d in differences))
 
 
 def paired(values: dict[tuple[str, int], float], contrast: Contrast) -> list[float]:
-    """The weighted sum over the arms, for each seed that all of them have; NaN of infinities of either sign."""
+    """The weighted sum over the arms, for each seed that all of them have; NaN where infinities of both signs meet."""
     seeds = set.intersection(*({seed for arm, seed in values if arm == wanted} for wanted in contrast))
     terms = [[weight * values[arm, seed] for arm, weight in contrast.items()] for seed in sorted(seeds)]
     return [math.fsum(of) if _finite(of) else sum(of) for of in terms]
@@ -86,7 +86,7 @@ def _verdict(p: float, same: float, mean: float, alpha: float) -> str:
 
 
 def in_words(found: Sequence[Finding], registration: Registration) -> str:
-    """One paragraph. "No effect" is said only where the equivalence test says it."""
+    """The findings in one paragraph. It says "no effect" only where the equivalence test does."""
     said = []
     for role, opening in (("positive control", "The positive control"), ("negative control", "The negative control")):
         for finding in (finding for finding in found if finding.role == role):
@@ -110,7 +110,7 @@ def _sentence(finding: Finding, registration: Registration) -> str:
         return f"undecided, no effect is shown ({_deciding(finding)}), and its absence cannot be; {numbers}"
     spread, n = statistics.stdev(finding.differences), len(finding.differences)
     more = ""
-    with contextlib.suppress(DataError):  # it would take more than thousands
+    with contextlib.suppress(DataError):  # it would take more than 10,000
         need = sample_size(registration.margin, spread, alpha=registration.alpha / max(len(registration.contrasts), 1))
         if need > n:
             more = f"; to see {margin} at this spread with 90% probability takes {need:,} seeds"
