@@ -259,8 +259,7 @@ def counts(what: Shard | Split | ShardWriter) -> dict[str, int]:
 def write_index(
     folder: Path, tokenizer: Tokenizer, shards: Iterable[tuple[str, dict[str, Any]]], sources: list[dict[str, Any]], **more: Any
 ) -> None:
-    """Completes a dataset. `shards` are splits with what `ShardWriter.finish` returned. `sources` have a "name". `more` is kept as it is.
-    """
+    """Completes a dataset. `shards` are splits with what `ShardWriter.finish` returned. `sources` have a "name". `more` is kept as is."""
     tokenizer.save(folder / "tokenizer")
     records = [{"split": split, **record} for split, record in shards]
     of = {split: [record for record in records if record["split"] == split] for split in SPLITS}
