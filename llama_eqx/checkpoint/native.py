@@ -56,8 +56,8 @@ def save_native(model: Llama, path: str | os.PathLike[str], tokenizer_folder: st
 
 
 def write_native(config: LlamaConfig, folder: pathlib.Path, arrays: Mapping[str, Any]) -> Callable[[str, tuple, np.ndarray], None]:
-    """Makes a folder that holds only a model. Returns a function that fills the arrays described by `arrays`, part by part: `write(name,
-    index, values)`.
+    """Makes a folder that holds only a model. Returns a function `write(name, index, values)` that fills the arrays described by `arrays`,
+    part by part.
 
     A layer is a chunk of its own, or several of about 64 MB, so it is written and read without the others.
     """

@@ -271,7 +271,7 @@ class Checkpoints:
             raise StorageError("; ".join(failed))
 
     def _saved(self) -> dict[int, dict[str, float]]:
-        """The metrics of every saved step. If a run stopped during an evaluation, it evaluates later, and the record has the metrics."""
+        """The metrics of every saved step. A run stopped during an evaluation makes up for it later; then the record has its metrics."""
         saved = {step: restore.metrics_of(self._folder / str(step)) for step in restore.steps(self._folder)}
         best_by = self._config.best_by
         for step, metrics in saved.items() if self._config.keep_best else ():

@@ -25,8 +25,7 @@ BLOCK = 2**23  # ids moved at once
 class Group:
     """Consecutive units whose documents form the shards with this number.
 
-    Each unit is given as its number, the index of its first document among all, and {source: records of it before the unit}, for some
-    sources.
+    A unit is its number, the index of its first document among all, and for some sources the number of records that come before the unit.
     """
 
     number: int

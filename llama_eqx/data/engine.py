@@ -21,8 +21,8 @@ Pool = Callable[[Callable[..., None], list[tuple[Any, ...]]], Iterator[int]]
 
 
 class EngineConfig(Config):
-    """`workers` processes. With None there is one per core; on Ray, as many as its cluster has room for. The cores of a machine are divided
-    among its workers, and each worker encodes with one thread per core of its own.
+    """`workers` is the number of processes. None is one per core, or on Ray as many as its cluster has room for. The cores of a machine are
+    divided among its workers, and each worker encodes with one thread per core of its own.
 
     Ray is the cluster at $RAY_ADDRESS, or one that runs on this machine, or else one started for the time. All of its machines must see the
     same files under the same names. None of this changes a byte of the result.

@@ -37,9 +37,9 @@ class PrepareConfig(Config):
     """`input` is a file, a glob or a folder; `output` a folder; `field` the key in .jsonl and the column in .parquet that holds the text.
 
     Each document is put between BOS and EOS, if `bos` and `eos` are set and the tokenizer has them. `validation_fraction` of the documents
-    is held out, by a hash of the text. `dedup` drops a text that came before. A record that cannot be read ends the command with `on_error:
-    refuse`, and is counted and named with `skip`. A shard is closed once it has `shard_tokens`. A unit of work has about `unit_bytes` of
-    the files: less if they are few, more where a file cannot be cut.
+    is held out, by a hash of the text. `dedup` drops a text that came before. `on_error` is `refuse`, which ends the command at a record
+    that cannot be read, or `skip`, which counts and names it. A shard is closed once it has `shard_tokens`. A unit of work has about
+    `unit_bytes` of the files: less if they are few, more where a file cannot be cut.
     """
 
     input: str | None

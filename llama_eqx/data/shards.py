@@ -37,7 +37,7 @@ HOLD_OUT = "python -m llama_eqx.prepare validation_fraction=0.01 with the same i
 
 @dataclass(frozen=True)
 class Split:
-    """Consecutive documents over all shards, each between BOS and EOS if the dataset has them.
+    """The documents of all shards, one after another, each between BOS and EOS if the dataset has them.
 
     Tokens and documents are numbered from 0 through all shards.
     """

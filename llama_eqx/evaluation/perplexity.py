@@ -67,7 +67,7 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(config: EvaluateConfig) -> Evaluated:
-    """Predicts every token of each text once, except the first. Sums are in float64.
+    """Predicts every token of each text but the first, once. Sums are in float64.
 
     Raises `ConfigError`, `CheckpointError` and `DataError` before anything is compiled, `NonFiniteError` for a loss that is not finite.
     """

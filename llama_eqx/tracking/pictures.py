@@ -85,7 +85,7 @@ def plot_logit_lens(
 
 
 def plot_attention(weights: Num[np.ndarray, "heads seq seq"], tokens: Sequence[str] = (), title: str = "") -> Figure:
-    """How much each token (down) of one row reads from each other (across), for each head of one layer. Colours are by the square root."""
+    """How much each token of one row (down) reads from each (across), head by head in one layer. Colours are by the square root."""
     heads, seq, _ = weights.shape
     columns = min(math.ceil(math.sqrt(heads)), 4)
     rows = -(-heads // columns)
