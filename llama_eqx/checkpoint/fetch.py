@@ -1,4 +1,4 @@
-"""The model of a run in an object store, on this disk."""
+"""Copies the model of a run from an object store to this disk."""
 
 import functools
 import hashlib
@@ -13,8 +13,8 @@ from llama_eqx.errors import CheckpointError
 
 @functools.cache
 def copy_of(path: str) -> pathlib.Path:
-    """`gs://…/RUN`, of which the newest step is taken, or `gs://…/RUN/checkpoints/STEP`, in the cache folder, but for what only training
-    needs. Within a process it stays the step that it was.
+    """Returns a copy, in the cache folder, of `gs://…/RUN` with its newest step, or of `gs://…/RUN/checkpoints/STEP`, without what only
+    training needs. Within a process the step stays the same.
 
     Raises `CheckpointError` when no step is saved there, `StorageError` when the store does not answer.
     """

@@ -1,4 +1,4 @@
-"""A number that tells one state from another, computed where its arrays are."""
+"""A number that tells states apart, computed where their arrays are."""
 
 import zlib
 
@@ -9,15 +9,15 @@ from jaxtyping import Array, PyTree, UInt32
 
 
 def fingerprint(tree: PyTree[Array]) -> str:
-    """16 hexadecimal digits that follow from name, shape, dtype and every bit of all arrays, and from nothing else.
+    """Returns 16 hexadecimal digits that depend on the name, shape, dtype and every bit of all arrays, and on nothing else.
 
-    Every device adds up what it holds, modulo 2**32, where the order does not matter: the same bits give the same digits on any mesh and
-    any number of processes, all of which call this. It finds differences, not forgeries.
+    Every device sums what it holds modulo 2**32, where the order does not matter. So the same bits give the same digits on any mesh and any
+    number of processes, all of which call this. It finds differences, not forgeries.
     """
     total = np.zeros(2, np.uint32)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         said = f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}"
-        # One after another: of several at once, each summing over all devices, those of a CPU may wait for each other.
+        # One at a time: several at once, each a sum over all devices, may wait for each other on a CPU.
         total += np.asarray(_sums(leaf, np.uint32(zlib.crc32(said.encode()))))
     return "".join(f"{part:08x}" for part in total.tolist())
 
@@ -33,7 +33,7 @@ def _sums(leaf: Array, salt: UInt32[Array, ""]) -> UInt32[Array, "2"]:
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The last step of MurmurHash3 (Appleby, 2011): every bit of the input bears on every bit of the output."""
+    """The last step of MurmurHash3 (Appleby, 2011): every bit of the input affects every bit of the output."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, with a list of what they hold."""
+"""Folders that are whole or absent, with a list of what they hold."""
 
 import collections
 import concurrent.futures
@@ -22,7 +22,7 @@ from llama_eqx.writer import lock
 
 
 class Damage(NamedTuple):
-    """Files that are not as the manifest lists them; names relative to the folder. `damaged` says what differs of each."""
+    """Files that differ from the manifest, by name relative to the folder. `damaged` says how each differs."""
 
     damaged: dict[str, str]
     missing: tuple[str, ...]
@@ -34,12 +34,12 @@ class Damage(NamedTuple):
 
 @contextlib.contextmanager
 def appearing(path: pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.Path]:
-    """A folder to fill, which becomes `path` in one move when the block ends well; else nothing of it stays.
+    """Yields a folder to fill. It becomes `path` in one move if the block ends without an error; otherwise nothing of it stays.
 
-    A process that is killed leaves `.NAME.unfinished` and `.NAME.lock` beside it, which the next attempt clears away.
+    A killed process leaves `.NAME.unfinished` and `.NAME.lock` beside it, which the next attempt removes.
 
-    Raises `StorageError` when there is something at `path` (an empty folder is nothing) unless it may be replaced, when another process
-    fills a folder for the same `path`, or the disk fails.
+    Raises `StorageError` when something is at `path` (an empty folder does not count) and may not be replaced, when another process fills a
+    folder for the same `path`, or when the disk fails.
     """
     path = pathlib.Path(os.path.abspath(os.path.expanduser(path)))
     unfinished, old = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.old")
@@ -74,12 +74,12 @@ def appearing(path: pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.
 
 @contextlib.contextmanager
 def _alone(path: pathlib.Path) -> Iterator[None]:
-    """As the only one who writes `path`, where the file system knows locks. The lock of a process that was killed is free."""
+    """Excludes other writers of `path`, where the file system has locks. The lock of a killed process is free."""
     beside = path.with_name(f".{path.name}.lock")
     with beside.open("w") as stream:
         try:
             lock(stream)
-            if os.fstat(stream.fileno()).st_nlink == 0:  # its holder removed it after it was opened here: the next one has a new one
+            if os.fstat(stream.fileno()).st_nlink == 0:  # its holder removed it after it was opened here; the next holder makes a new one
                 raise BlockingIOError
         except BlockingIOError:
             kept, advice = "what it has written", "wait until it has ended, or name another folder"
@@ -94,14 +94,14 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
 
 
 class Digest:
-    """The SHA-256 of a file as far as it was read: `read` goes on where it was left, until `stop` is set. Or its MD5, as a store's."""
+    """The SHA-256 of a file as far as it was read, or its MD5, as in a store. `read` continues where it stopped, until `stop` is set."""
 
     def __init__(self, kind: Literal["sha256", "md5"] = "sha256") -> None:
         self.kind, self.hash, self.size = kind, hashlib.new(kind, usedforsecurity=False), 0
 
     def read(self, file: pathlib.Path, stop: threading.Event, *, advance: Callable[[int], object] = lambda size: None) -> dict[str, Any]:
-        """Size and hash, as in a manifest."""
-        block = bytearray(2**18)  # one that stays in the processor's cache: new memory costs as much as the hash
+        """Returns size and hash, as in a manifest."""
+        block = bytearray(2**18)  # stays in the processor's cache: new memory costs as much as the hash
         with file.open("rb", buffering=0) as stream:
             stream.seek(self.size)
             while not stop.is_set() and (read := stream.readinto(block)):
@@ -113,14 +113,15 @@ class Digest:
 
 @contextlib.contextmanager
 def hashed_meanwhile(files: Callable[[], Mapping[str, pathlib.Path]]) -> Iterator[dict[str, Digest]]:
-    """Hashes files, which `files` finds, while they grow: the disk that writes leaves the processor free. For `write_manifest`.
+    """Hashes the files that `files` finds while they grow: the processor is free while the disk writes. For `write_manifest`.
 
-    They grow at their ends, and this machine writes them: on a network's file system the bytes of another may come in any order.
+    The files grow only at their ends, and this machine writes them. On a network file system, another machine's bytes may come in any
+    order.
     """
     found, over = collections.defaultdict[str, Digest](Digest), threading.Event()
 
     def follow() -> None:
-        with contextlib.suppress(OSError):  # the folder got its name: all is written
+        with contextlib.suppress(OSError):  # the folder was renamed: all is written
             while not over.wait(0.02):
                 grown = [(name, file) for name, file in files().items() if file.stat().st_size > found[name].size]
                 _map(lambda each: found[each[0]].read(each[1], over), grown, over)
@@ -137,11 +138,11 @@ def hashed_meanwhile(files: Callable[[], Mapping[str, pathlib.Path]]) -> Iterato
 def write_manifest(
     folder: Place, tree: Mapping[str, Any], *, hashed: Mapping[str, Digest] | None = None, show: bool = True, **facts: Any
 ) -> dict[str, Any]:
-    """`manifest.json`, the last file of a folder: size and SHA-256 of all others, and shape and dtype of the arrays in `tree`.
+    """Writes `manifest.json`, the last file of a folder: size and SHA-256 of all others, and shape and dtype of the arrays in `tree`.
 
-    By then every file is on the disk and not only in its cache. `facts` are further entries, plain JSON; the last one is the SHA-256
-    of all of them. Returns what was written. `hashed` is what `hashed_meanwhile` did already. `show` is for a bar on the terminal.
-    In a store it lists the store's own checksums.
+    By then every file is on the disk and not only in its cache. `facts` are further entries, in plain JSON. The last entry is the SHA-256
+    of all the others. `hashed` is what `hashed_meanwhile` has hashed already. `show` shows a progress bar on a terminal. In a store, the
+    manifest lists the store's own checksums. Returns what was written.
     """
     arrays = {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in tree.items()}
     said = {
@@ -160,7 +161,7 @@ def write_manifest(
 
 
 def _written(folder: pathlib.Path, begun: Mapping[str, Digest], show: bool) -> dict[str, dict[str, Any]]:
-    """Brings every file to the disk and hashes it."""
+    """Flushes every file to the disk and hashes it."""
     names, stop = _files(folder), threading.Event()
     size, quiet = sum((folder / name).stat().st_size for name in names), None if show else True
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="sha256", disable=quiet)
@@ -186,7 +187,7 @@ def _name_manifest(folder: pathlib.Path, text: str) -> None:
 
 
 def read_manifest(folder: Place) -> dict[str, Any]:
-    """Raises `CheckpointError` when there is none, it is damaged or no manifest."""
+    """Returns the manifest. Raises `CheckpointError` when it is missing, damaged, or not a manifest."""
     try:
         found = json.loads(content(folder, MANIFEST))
         if found["sha256"] != _own_digest({name: value for name, value in found.items() if name != "sha256"}):
@@ -201,17 +202,18 @@ def read_manifest(folder: Place) -> dict[str, Any]:
 
 
 def find_damage(folder: Place, part: tuple[int, int] = (0, 1), stop: threading.Event | None = None, without: str | None = None) -> Damage:
-    """What in a folder is not as its manifest says. `part`: (i, n) looks at every n-th file from the i-th on, to share the work.
-    `without` names a folder within that is not looked at.
+    """Returns what in a folder differs from its manifest. `part` (i, n) checks every n-th file from the i-th on, to share the work. The
+    folder `without` inside it is not checked.
 
-    Files are hashed side by side, at some 1.3 GB/s a core, until `stop` is set. Objects of a store are not read: it says what they are.
+    Files are hashed in parallel, at about 1.3 GB/s per core, until `stop` is set. Objects of a store are not read: it knows their
+    checksums.
     """
     stop = threading.Event() if stop is None else stop
     listed = read_manifest(folder)["files"]
     listed = {name: entry for name, entry in listed.items() if pathlib.PurePath(name).parts[0] != without}
     names = sorted(listed)[part[0] :: part[1]]
     if isinstance(folder, pathlib.Path):
-        present = [name for name in names if os.path.isfile(folder / name)]  # False, too, for what cannot be a name
+        present = [name for name in names if os.path.isfile(folder / name)]  # also False for what cannot be a name
         differ = _map(lambda name: _differs(folder / name, listed[name], stop), present, stop)
         there = _files(folder)
     else:
@@ -227,7 +229,7 @@ def find_damage(folder: Place, part: tuple[int, int] = (0, 1), stop: threading.E
 def verify(
     folder: pathlib.Path, part: tuple[int, int] = (0, 1), stop: threading.Event | None = None, without: str | None = None
 ) -> tuple[str, ...]:
-    """The names of files that the manifest does not list.
+    """Returns the names of files that the manifest does not list.
 
     Raises `CheckpointError` naming every file that is damaged or missing.
     """
@@ -236,8 +238,8 @@ def verify(
         lines = [f"damaged: {name} ({differs})" for name, differs in found.damaged.items()] + [f"missing: {name}" for name in found.missing]
         lines += [f"not in the manifest: {name}" for name in found.extra]
         advice = "copy these files again, or convert again"
-        edited = not found.missing and all(name.endswith((".json", ".jinja")) for name in found.damaged)  # by people, maybe
-        if edited and read_manifest(folder).get("format") in ("hf", "meta"):  # a run and a native folder are nothing without it
+        edited = not found.missing and all(name.endswith((".json", ".jinja")) for name in found.damaged)  # perhaps by the user
+        if edited and read_manifest(folder).get("format") in ("hf", "meta"):  # a run and a native folder need it
             advice += f"; if you changed them: {shlex.join(['rm', str(folder / MANIFEST)])}, and nothing is checked from then on"
         raise CheckpointError("files are not as they were written\n" + "\n".join(lines), where=str(folder), next=advice)
     return found.extra
@@ -249,19 +251,19 @@ def _files(folder: pathlib.Path) -> list[str]:
 
 
 def _differs(file: pathlib.Path, entry: Mapping[str, Any], stop: threading.Event) -> str:
-    """What of a file is not as listed, for people; empty if all is."""
+    """How a file differs from its entry, for the user; empty if it does not."""
     try:
         if (size := file.stat().st_size) != entry["size"]:
             return _difference({"size": size}, entry)
         return _difference(Digest("md5" if "md5" in entry else "sha256").read(file, stop), entry)
-    except OSError as error:  # a sector of the disk, for one
+    except OSError as error:  # such as a bad sector
         return f"cannot be read: {error.strerror or error}"
 
 
 def _difference(found: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
     if found["size"] != entry["size"]:
         return f"{found['size']:,} bytes, {entry['size']:,} expected"
-    kind = "md5" if "md5" in entry else "sha256"  # md5: of a store, or of a copy of what is there
+    kind = "md5" if "md5" in entry else "sha256"  # md5: in a store, or in a copy of one
     return "" if found[kind] == entry[kind] else f"{kind} {found[kind][:8]}…, {entry[kind][:8]}… expected"
 
 
@@ -273,13 +275,13 @@ def _map(function: Callable[[Any], Any], names: list[Any], stop: threading.Event
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
             return list(pool.map(function, names))
-        except BaseException:  # an interruption, for one: leaving the pool would wait for all that is under way
+        except BaseException:  # such as an interruption: leaving the pool would wait for all that is under way
             stop.set()
             raise
 
 
 def sync(path: pathlib.Path) -> None:
-    """Brings what is in a file, or the names in a folder, to the disk."""
+    """Flushes a file's content, or a folder's names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""The weights alone: from a run directory, or from a folder of the same shape that holds nothing else."""
+"""The weights alone, in a run directory or in a folder of the same layout that holds nothing else."""
 
 import functools
 import math
@@ -32,7 +32,7 @@ CHUNK_BYTES = 64 * 2**20
 
 
 class Array(NamedTuple):
-    """An array in a checkpoint, of which nothing has been read. `read(index)` gives the part between slices, one for every axis."""
+    """An array in a checkpoint, not read yet. `read(index)` returns a part of it; `index` has one slice per axis."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -40,7 +40,7 @@ class Array(NamedTuple):
 
 
 def save_native(model: Llama, path: str | os.PathLike[str], tokenizer_folder: str | os.PathLike[str] | None = None) -> None:
-    """Writes `config.yaml` (its `model` alone), `checkpoints/0/model` and, if given, `tokenizer/`: all of it or nothing. One process only.
+    """Writes `config.yaml` (only its `model`), `checkpoints/0/model` and, if given, `tokenizer/`: all of it or nothing. One process only.
 
     Raises `StorageError` when `path` exists or cannot be written.
     """
@@ -56,14 +56,14 @@ def save_native(model: Llama, path: str | os.PathLike[str], tokenizer_folder: st
 
 
 def write_native(config: LlamaConfig, folder: pathlib.Path, arrays: Mapping[str, Any]) -> Callable[[str, tuple, np.ndarray], None]:
-    """Makes a folder that holds a model alone. What is returned fills the arrays, which `arrays` describes, part by part:
-    `write(name, index, values)`.
+    """Makes a folder that holds only a model. Returns a function `write(name, index, values)` that fills the arrays described by `arrays`,
+    part by part.
 
-    A layer is a chunk of its own, or several of some 64 MB, so that it is written and read without the others.
+    A layer is a chunk of its own, or several of about 64 MB, so it is written and read without the others.
     """
     write_config({"model": config}, folder)
     checkpoint = folder / CHECKPOINTS / "0"
-    # Orbax has no way to write an array part by part. It makes the frame, of arrays of one number, which full ones then replace.
+    # Orbax cannot write an array part by part. It writes the frame, with arrays of one number, which full ones then replace.
     model = _abstract(config)
     frame = jax.tree.unflatten(
         jax.tree.structure(model), [np.zeros((1,) * len(arrays[name].shape), arrays[name].dtype) for name in parameter_names(model)]
@@ -79,7 +79,7 @@ def write_native(config: LlamaConfig, folder: pathlib.Path, arrays: Mapping[str,
 
 
 def open_native(path: str | os.PathLike[str], step: int | None = None) -> tuple[LlamaConfig, dict[str, Array]]:
-    """The config and, by name, the arrays of the model in a run directory or a folder by `save_native`; see `load_native`."""
+    """Returns the config and, by name, the arrays of the model in a run directory or a folder by `save_native`; see `load_native`."""
     config, checkpoint, model = _opened(pathlib.Path(path).resolve(), step)
     leaves = dict(zip(parameter_names(model), jax.tree.leaves(model), strict=True))
     restore.check(checkpoint, {"model": model})
@@ -93,10 +93,10 @@ def load_native(
     step: int | None = None,
     shardings: PyTree | None = None,
 ) -> Llama:
-    """The model of a run directory or of a folder by `save_native`; of the newest step unless `step` names one.
+    """Returns the model of a run directory or of a folder by `save_native`, at the newest step unless `step` is given.
 
-    Weights have the dtype they were filed in unless `dtype` is given. `shardings` is one `jax.sharding.Sharding` for all arrays, or a
-    tree of them in the model's structure; without it everything goes to the first device.
+    Weights keep the dtype they were saved in unless `dtype` is given. `shardings` is one `jax.sharding.Sharding` for all arrays, or a tree
+    of them in the model's structure. Without it everything goes to the first device.
 
     Raises `CheckpointError` when nothing is there, it is damaged, or its weights do not fit its config.
     """
@@ -109,12 +109,12 @@ def load_native(
 
 
 def _opened(path: pathlib.Path, step: int | None) -> tuple[LlamaConfig, pathlib.Path, Any]:
-    """The config, the checkpoint, and the model of the config with the dtypes of the checkpoint, but without its arrays."""
+    """The config, the checkpoint, and the config's model with the checkpoint's dtypes but without its arrays."""
     config = _model_config(path)
     saved = restore.steps(path / CHECKPOINTS)
     if not saved:
         what, advice = "no checkpoint has been saved yet", "let the run reach its first save: see checkpoint.every"
-        if bundles := list((path / "replay").glob("step-*.json")):  # of a run that ended since its numbers were not finite
+        if bundles := list((path / "replay").glob("step-*.json")):  # of a run that ended because its numbers were not finite
             newest = max(bundles, key=lambda file: file.stat().st_mtime)
             advice = f"python -m llama_eqx.replay bundle={shlex.quote(str(newest))} shows where its numbers ceased to be finite"
         if found := [str(each) for each in restore.numbered(path / CHECKPOINTS)]:
@@ -160,13 +160,13 @@ def _create(checkpoint: pathlib.Path, name: str, leaf: Any) -> Any:
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
     }
-    # TensorStore would leave chunks of nothing but zeros out, and Orbax takes those for lost.
+    # TensorStore would leave out chunks of zeros, and Orbax would take them for lost.
     spec = {**_spec(checkpoint, name), "metadata": metadata, "store_data_equal_to_fill_value": True}
     return tensorstore.open(spec, create=True, delete_existing=True).result()
 
 
 def _reader(checkpoint: pathlib.Path, name: str, held: dict[str, np.ndarray]) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """`held` keeps the array that was read last, if it is filed in one piece: as a run files it, all layers together."""
+    """`held` keeps the last array read if all its layers are in one chunk, as a run saves them."""
 
     @functools.cache
     def store() -> Any:  # tensorstore's own annotations allow for None nearly everywhere
@@ -187,16 +187,16 @@ def _reader(checkpoint: pathlib.Path, name: str, held: dict[str, np.ndarray]) ->
 
 
 def write_config(config: Any, folder: pathlib.Path) -> None:
-    """`config.yaml` of a run directory: a tree of configs with every value said, each with its `_target_`."""
+    """Writes `config.yaml` of a run directory: a tree of configs with every value explicit, each config with its `_target_`."""
     unfinished = folder / f".{CONFIG}.unfinished"
     unfinished.write_text(yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
     unfinished.replace(folder / CONFIG)
 
 
 def read_config(folder: Place) -> dict[str, Any]:
-    """The plain tree in `config.yaml`: data, of which nothing is resolved or called.
+    """Returns the plain tree in `config.yaml`. It is data: nothing in it is resolved or called.
 
-    Raises `CheckpointError` when it is missing, is no YAML, or holds an interpolation, which could read the environment.
+    Raises `CheckpointError` when it is missing, is not YAML, or holds an interpolation, which could read the environment.
     """
     path = folder / CONFIG
     try:

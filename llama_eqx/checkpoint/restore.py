@@ -1,4 +1,4 @@
-"""Reading: arrays as they were filed, or a list of all that does not fit."""
+"""Reads arrays as they were saved, or lists everything that does not fit."""
 
 import functools
 import math
@@ -35,16 +35,16 @@ class Restored(NamedTuple):
 
 
 def steps(folder: Place) -> list[int]:
-    """The steps saved in full in a folder of checkpoints, oldest first; a save that is under way or broke off is not among them.
+    """The steps saved in full in a folder of checkpoints, oldest first. Saves that are under way or broke off are not among them.
 
-    Each has a manifest of its own, or the folder above has one for all.
+    Each step has its own manifest, or the folder above has one for all.
     """
     above = MANIFEST in children(folder.parent)
     return [step for step in numbered(folder) if above or MANIFEST in children(folder / str(step))]
 
 
 def newest(folder: Place, parts: Mapping[str, PyTree], step: int | None, say: Callable[[str], None]) -> Restored | None:
-    """The newest checkpoint in `folder` that is as it was written, or that of `step`; see `Checkpoints.restore`."""
+    """Returns the newest undamaged checkpoint in `folder`, or that of `step`; see `Checkpoints.restore`."""
     present = numbered(folder)
     if step is not None and step not in present:
         raise CheckpointError(
@@ -82,7 +82,7 @@ def set_aside(*paths: Place) -> None:
 
 
 def manifest_of(path: Place) -> dict[str, Any]:
-    """Raises `Damaged` when the checkpoint at `path` has none that can be read."""
+    """Returns the manifest of the checkpoint at `path`. Raises `Damaged` when none can be read."""
     try:
         return read_manifest(path)
     except CheckpointError as error:
@@ -90,7 +90,7 @@ def manifest_of(path: Place) -> dict[str, Any]:
 
 
 def metrics_of(path: Place) -> dict[str, float]:
-    """The metrics that the checkpoint at `path` was saved with; none when its manifest cannot be read."""
+    """The metrics saved with the checkpoint at `path`; empty when its manifest cannot be read."""
     try:
         return manifest_of(path).get("metrics", {})
     except Damaged:
@@ -98,7 +98,7 @@ def metrics_of(path: Place) -> dict[str, float]:
 
 
 def verified(path: Place, part: tuple[int, int] = (0, 1), facts: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The manifest of the checkpoint at `path`, whose files (of that part) are as it says. Raises `Damaged` naming those that are not."""
+    """Returns the manifest of the checkpoint at `path`, once its files (of `part`) match it. Raises `Damaged` naming those that do not."""
     facts = manifest_of(path) if facts is None else facts
     if lines := find_damage(path, part).lines():
         raise Damaged("\n".join(lines), where=str(path))
@@ -120,7 +120,7 @@ def filed(path: Place, part: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def read(path: Place, parts: Mapping[str, PyTree], *, dtype: DTypeLike | None = None) -> dict[str, Any]:
-    """The parts of the checkpoint at `path`, bit for bit, in the structure and shardings of the abstract trees given.
+    """Returns the parts of the checkpoint at `path`, bit for bit, in the structure and shardings of the given abstract trees.
 
     With `dtype`, every array is cast to it while it is read, so that memory never holds both.
 
@@ -137,11 +137,11 @@ def read(path: Place, parts: Mapping[str, PyTree], *, dtype: DTypeLike | None = 
 
 
 def _few_at_a_time(path: Place, parts: Mapping[str, PyTree]) -> ocp.Context:
-    """Arrays on their way from the disk to devices take the host's memory: those of `IN_FLIGHT` bytes at once, or one that is larger."""
+    """Limits the host memory of arrays on their way from the disk to devices to `IN_FLIGHT` bytes at once, or one larger array."""
     found = ocp.checkpointables_metadata(str(path)).metadata
     sizes = [IN_FLIGHT]
     for leaf in jax.tree.leaves([found[part] for part in parts]):
-        chunk = leaf.storage_metadata.chunk_shape  # what is read is whole chunks
+        chunk = leaf.storage_metadata.chunk_shape  # whole chunks are read
         sizes.append(math.prod(-(-n // size) * size for n, size in zip(leaf.shape, chunk, strict=True)) * leaf.dtype.itemsize)
     context = ocp.Context()
     context.memory.read_concurrent_bytes = max(sizes) + 1
@@ -150,18 +150,18 @@ def _few_at_a_time(path: Place, parts: Mapping[str, PyTree]) -> ocp.Context:
 
 def check(path: Place, parts: Mapping[str, PyTree]) -> None:
     """Raises `CheckpointError` listing every array in the checkpoint that is missing, left over, or of another shape or dtype."""
-    # Orbax would cast a dtype that differs without a word.
+    # Orbax would silently cast a different dtype.
     found = {f"{part}.{name}": _said(leaf) for part in parts for name, leaf in filed(path, part).items()}
     _compare(path, parts, found)
 
 
 def compare(path: Place, tree: Mapping[str, Any], parts: Mapping[str, PyTree]) -> None:
-    """`check`, by the tree in a manifest."""
+    """The same as `check`, with the tree in a manifest."""
     _compare(path, parts, {name: f"{leaf['dtype']}[{','.join(map(str, leaf['shape']))}]" for name, leaf in tree.items()})
 
 
 def described(parts: Mapping[str, PyTree]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every array by part and name, as it is filed, for a manifest."""
+    """Shape and dtype of every array as it is saved, by part and name, for a manifest."""
     return {f"{part}.{name}": _filed_as(leaf) for part, tree in parts.items() for name, leaf in _named(tree).items()}
 
 
@@ -178,7 +178,7 @@ def _compare(path: Place, parts: Mapping[str, PyTree], found: Mapping[str, str])
 
 
 def read_each(path: Place, part: str) -> Iterator[tuple[str, jax.Array]]:
-    """Every array in one part of the checkpoint at `path`, by name, one in memory at a time.
+    """Yields every array in one part of the checkpoint at `path`, by name, one in memory at a time.
 
     Raises `CheckpointError` when there is no such part, or it cannot be read.
     """
@@ -200,7 +200,7 @@ def first_line(error: Exception) -> str:
 
 
 def unreadable(path: Place, error: Exception) -> CheckpointError:
-    """Orbax says hundreds of lines; the first one is for people."""
+    """An error for the user: of Orbax's hundreds of lines, only the first."""
     others = [step for step in steps(path.parent) if str(step) != path.name]
     return CheckpointError(
         f"the checkpoint cannot be read: {first_line(error)}",
@@ -219,7 +219,7 @@ def numbered(folder: Place) -> list[int]:
 
 
 def _filed_as(leaf: Any) -> jax.ShapeDtypeStruct:
-    """A key is filed as its data."""
+    """A key is saved as its data."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -1,4 +1,4 @@
-"""Saving: in the background, uncompressed, and never without saying that it failed."""
+"""Saves in the background, uncompressed, and reports every failure."""
 
 import concurrent.futures
 import contextlib
@@ -25,18 +25,19 @@ from llama_eqx.crash import crash_point
 from llama_eqx.errors import CheckpointError, ConfigError, DataError, StorageError, UserError
 from llama_eqx.tracking.jsonl import read_metrics
 
-FAILURES = 2  # saves in a row that may fail before a run is given up
-FILE_BYTES = 64 * 2**20  # about; of several files each is hashed by a core of its own
+FAILURES = 2  # failed saves in a row at which a run is given up
+FILE_BYTES = 64 * 2**20  # approximate; several files are hashed on several cores
 
 
 class CheckpointConfig(Config):
     """A save every `every` steps (0: only the last step). What stays on disk: the newest `keep`; with `keep_every`, the steps that it
-    divides; the `keep_best` at which the metric `best_by` was lowest, of the steps that were both saved and evaluated.
+    divides; and the `keep_best` steps with the lowest metric `best_by`, of those that were both saved and evaluated.
 
-    `store`, gs://BUCKET/FOLDER, holds the checkpoints in place of the run directory, and with them all that a run needs to go on elsewhere.
+    `store`, gs://BUCKET/FOLDER, holds the checkpoints instead of the run directory, and with them all that a run needs to continue
+    elsewhere.
 
-    A run that is told to stop has `grace` seconds to save itself. `export` is the format in which the trained model is written once
-    more, into `export` in the run directory.
+    A run that is told to stop has `grace` seconds to save itself. `export` is the format in which the trained model is also written, into
+    `export` in the run directory.
     """
 
     every: int
@@ -63,22 +64,22 @@ class CheckpointConfig(Config):
             raise ConfigError(f"{self.grace} s are not enough to save anything", where="grace")
 
     def ranked(self, saved: Mapping[int, Mapping[str, float]]) -> list[tuple[float, int]]:
-        """The values of `best_by` and the saved steps that have one, the lowest first."""
+        """(value of `best_by`, step) for each saved step that has one, the lowest first."""
         return sorted((metrics[self.best_by], step) for step, metrics in saved.items() if self.best_by in metrics)
 
     def kept(self, saved: Mapping[int, Mapping[str, float]]) -> set[int]:
-        """Which of the saved steps are to stay, given the metrics of each."""
+        """The saved steps to keep, given the metrics of each."""
         best = [step for _, step in self.ranked(saved)[: self.keep_best]]
         return {*sorted(saved)[-self.keep :], *best, *(step for step in saved if self.keep_every and step % self.keep_every == 0)}
 
 
 class Checkpoints:
-    """The checkpoints of a run, one folder a step, each in two parts: `model`, so that weights are read alone, and `training`.
+    """The checkpoints of a run, one folder per step, each in two parts: `model`, so that weights can be read alone, and `training`.
 
-    A step is saved when its folder has its name, which it gets when its manifest is written. A context manager: leaving it waits for
-    the save under way. The training loop decides when to save. Every process calls every method. `say` is told of what happened.
+    A step is saved once its folder has its name, which it gets after its manifest is written. A context manager: leaving it waits for the
+    save under way. The training loop decides when to save. Every process calls every method. `say` is told what happened.
 
-    In a store a step has its name from the beginning, and is saved when its manifest is there; the records of the run are put there before.
+    In a store a step has its name from the beginning, and is saved once its manifest is there; the run's records are put there before.
     """
 
     def __init__(
@@ -88,10 +89,10 @@ class Checkpoints:
         say: Callable[[str], None] = print,
         run_dir: pathlib.Path | None = None,
     ):
-        """Makes the folder, and clears away what a killed process left half written. `run_dir` has the records: they go into a store, and
-        have the metrics of steps that were evaluated after they were saved.
+        """Makes the folder, and removes what a killed process left half written. `run_dir` has the records: they go into a store, and have
+        the metrics of steps that were evaluated after they were saved.
 
-        Raises `StorageError` when it cannot be written to.
+        Raises `StorageError` when the folder cannot be written to.
         """
         self._folder, self._run_dir = place(folder), run_dir
         self._config, self.say = config, say
@@ -127,10 +128,10 @@ class Checkpoints:
         metrics: Mapping[str, float] | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """Begins a save and returns once the arrays may be donated. A step that is saved, or is being saved, is left as it is.
+        """Begins a save, and returns once the arrays may be donated. A step that is saved, or being saved, is left as it is.
 
-        `metrics` decide what is kept. `facts` go into the manifest, plain JSON. Waits for the save before; see `poll` for its errors, and
-        for those of this one, also when it cannot even begin.
+        `metrics` decide what is kept. `facts` go into the manifest, as plain JSON. Waits for the previous save first, and raises its errors
+        as `poll` does. `poll` also raises those of this save, even if it cannot begin.
         """
         if step == self._begun:  # of several processes, some may not see yet that it is saved
             return
@@ -154,15 +155,16 @@ class Checkpoints:
         self._pending = step, self._thread.submit(self._commit, step, response.result, restore.described(parts), said, known, begun)
 
     def poll(self) -> None:
-        """To be called often: says when a save is over.
+        """Reports when a save is over. Call it often.
 
-        Raises `StorageError` when it failed, as did the one before it, and `kept` of it says what there is. One failure is only said.
+        Raises `StorageError` when this save and the one before it failed; its `kept` says what there is. With one process, a single failure
+        is only reported.
         """
         if self._pending and self._pending[1].done():
             self.wait()
 
     def wait(self, *, last: bool = False) -> None:
-        """Waits for the save under way; errors as of `poll`, and a single failure too if the save was the `last` one."""
+        """Waits for the save under way. Errors are as in `poll`; with `last`, a single failure raises too."""
         if self._pending is None:
             return
         step, commit = self._pending
@@ -178,9 +180,7 @@ class Checkpoints:
             self._pending = None
 
     def finish(self, step: int) -> None:
-        """Waits for the last save, that of `step`, and reads it once more from the disk. Raises `StorageError` when it is not there in
-        full.
-        """
+        """Waits for the last save, that of `step`, and reads it back from the disk. Raises `StorageError` when it is not there in full."""
         self.wait(last=True)
         if jax.process_index() == 0:
             try:
@@ -195,11 +195,11 @@ class Checkpoints:
             multihost_utils.sync_global_devices("last checkpoint")
 
     def restore(self, model: PyTree, training: PyTree, step: int | None = None) -> Restored | None:
-        """The newest checkpoint that is as it was written, or that of `step`, in the shardings of the abstract trees given.
+        """Returns the newest undamaged checkpoint, or that of `step`, in the shardings of the given abstract trees.
 
-        None when nothing was saved yet. A damaged one is named, set aside as `<step>.damaged`, and the one before it tried.
+        None when nothing is saved yet. A damaged checkpoint is named and set aside as `<step>.damaged`, and the one before it is tried.
 
-        Raises `CheckpointError` when no good one is left, there is no such step, or listing all that differs in name, shape or dtype.
+        Raises `CheckpointError` when no good one is left, when there is no such step, or listing all that differs in name, shape or dtype.
         """
         self.wait()
         return restore.newest(self._folder, {"model": model, "training": training}, step, self.say)
@@ -226,7 +226,7 @@ class Checkpoints:
         known: Mapping[str, bytes],
         begun: float,
     ) -> str:
-        """The background of a save: once all processes have written theirs, number 0 hashes everything and gives the folder its name."""
+        """The background part of a save: once all processes have written theirs, process 0 hashes everything and names the folder."""
         if jax.process_index() > 0:
             written()
             return ""
@@ -251,12 +251,12 @@ class Checkpoints:
         said = f"saved step {step}: {len(files)} files, {_said(size)} in {seconds:.1f} s"
         try:
             self._remove_others()
-        except (OSError, UserError) as error:  # what was to be saved is
+        except (OSError, UserError) as error:  # the step itself is saved
             said += f"\nwarning: older steps could not be removed: {_words(error)}"
         return said
 
     def _remove_others(self) -> None:
-        """All steps but those to be kept. Raises `StorageError` naming those that stay, once the others are gone."""
+        """Removes all steps but those to keep. Then raises `StorageError` naming those that could not be removed."""
         saved, failed = self._saved(), []
         for other in sorted({*saved} - self._config.kept(saved)):
             removed = self._folder / str(other)
@@ -271,7 +271,7 @@ class Checkpoints:
             raise StorageError("; ".join(failed))
 
     def _saved(self) -> dict[int, dict[str, float]]:
-        """The metrics of every saved step. A run that was stopped during an evaluation makes up for it later: then the record has them."""
+        """The metrics of every saved step. A run stopped during an evaluation makes up for it later; then the record has its metrics."""
         saved = {step: restore.metrics_of(self._folder / str(step)) for step in restore.steps(self._folder)}
         best_by = self._config.best_by
         for step, metrics in saved.items() if self._config.keep_best else ():
@@ -281,10 +281,10 @@ class Checkpoints:
 
     @functools.cached_property
     def _recorded(self) -> dict[int, float]:
-        """`best_by` of every step in the record, which is read once: what is made up for is so before the first save of a start."""
+        """`best_by` of every step in the record. Read once: a missed evaluation is made up for before the first save of a start."""
         if self._run_dir is None:
             return {}
-        with contextlib.suppress(DataError):  # damaged: the manifests have to do, and the next start says so
+        with contextlib.suppress(DataError):  # damaged: the manifests must suffice, and the next start says so
             records = read_metrics(self._run_dir / "metrics.jsonl")
             return {int(record["step"]): record[self._config.best_by] for record in records if self._config.best_by in record}
         return {}
@@ -331,7 +331,7 @@ class Checkpoints:
 
 
 def uncompressed() -> ocp.Context:
-    """How arrays are filed: float weights hardly shrink, and without compression a local disk takes them several times faster."""
+    """How arrays are saved. Float weights hardly compress, and a local disk takes them several times faster without compression."""
     context = ocp.Context()
     context.array.saving.use_compression = False
     context.array.saving.ocdbt_target_data_file_size = FILE_BYTES

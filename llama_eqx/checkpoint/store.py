@@ -1,7 +1,7 @@
 """Object stores: `gs://BUCKET/FOLDER` in place of a folder on a disk.
 
-A store renames nothing at once and has no fsync, but an object is there in whole or not at all: what is written last says that the
-rest is there. It knows the checksum of every object, so that none is read to be verified.
+A store has no atomic rename and no fsync, but an object is there in whole or not at all. So what is written last says that the rest is
+there. A store knows the checksum of every object, so none is read to be verified.
 """
 
 import base64
@@ -20,11 +20,11 @@ from llama_eqx.errors import ConfigError, StorageError, UserError
 Place = pathlib.Path | epath.Path
 SCHEME = "gs://"
 MANIFEST = "manifest.json"
-RECORDS = ("config.yaml", "study.json", "provenance.jsonl", "metrics.jsonl")  # of a run directory, without which none goes on elsewhere
+RECORDS = ("config.yaml", "study.json", "provenance.jsonl", "metrics.jsonl")  # of a run directory, needed to continue elsewhere
 
 
 def place(path: str | os.PathLike[str]) -> Place:
-    """A folder, on a disk or in a store. Raises `ConfigError` where the library for the store is missing."""
+    """Returns a folder on a disk or in a store. Raises `ConfigError` when the library for the store is missing."""
     if not os.fspath(path).startswith(SCHEME):
         return pathlib.Path(path).resolve()
     if importlib.util.find_spec("gcsfs") is None:
@@ -38,10 +38,10 @@ def is_remote(folder: Place) -> bool:
 
 @contextlib.contextmanager
 def asked(folder: Place) -> Iterator[Any]:
-    """A store, asked anew. Raises `StorageError` for whatever it answers instead: that is never taken for a file that is missing."""
+    """Yields a store with its cache cleared. Raises `StorageError` for its errors, so that none is taken for a missing file."""
     import fsspec
 
-    store = fsspec.filesystem("gcs", finalize_on_close=True)  # the one of epath, and so of Orbax
+    store = fsspec.filesystem("gcs", finalize_on_close=True)  # the one that epath uses, and so Orbax
     store.invalidate_cache()
     try:
         yield store
@@ -57,7 +57,7 @@ def asked(folder: Place) -> Iterator[Any]:
 
 
 def children(folder: Place) -> list[str]:
-    """The names in a folder, none if there is no such folder."""
+    """The names in a folder; empty if there is no such folder."""
     if isinstance(folder, pathlib.Path):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return os.listdir(folder)
@@ -79,7 +79,7 @@ def checksums(folder: Place) -> dict[str, dict[str, Any]]:
 
 
 def remove(folder: Place) -> None:
-    """Removes a folder, as far as that is possible; in a store first what says that it is whole."""
+    """Removes a folder as far as possible; in a store, the manifest that says it is whole goes first."""
     if isinstance(folder, pathlib.Path):
         return shutil.rmtree(folder, ignore_errors=True)
     for path in (folder / MANIFEST, folder):
@@ -88,7 +88,7 @@ def remove(folder: Place) -> None:
 
 
 def move(folder: Place, to: Place) -> None:
-    """Renames a folder, in place of what was at `to`. A store copies it."""
+    """Renames a folder, replacing what was at `to`. In a store it is copied."""
     remove(to)
     if isinstance(folder, pathlib.Path):
         folder.rename(to)
@@ -99,7 +99,7 @@ def move(folder: Place, to: Place) -> None:
 
 
 def content(folder: Place, name: str) -> bytes:
-    """That of a file. Raises `FileNotFoundError` when there is none."""
+    """The content of a file. Raises `FileNotFoundError` when there is none."""
     if isinstance(folder, pathlib.Path):
         return (folder / name).read_bytes()
     with asked(folder) as store:
@@ -122,7 +122,7 @@ def records(run_dir: pathlib.Path) -> dict[str, bytes]:
 
 
 def bring(folder: Place, run_dir: pathlib.Path) -> None:
-    """Puts the records that a run left in a store into its run directory: those of the checkpoints there, wherever they were made."""
+    """Copies the records that a run left in a store into its run directory. They are those of the checkpoints there, wherever made."""
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in {*RECORDS} & {*children(folder)}:
         (unfinished := run_dir / f".{name}.unfinished").write_bytes(content(folder, name))

@@ -18,22 +18,24 @@ from llama_eqx.data.sources import LINES, kind_of
 from llama_eqx.data.units import NAMED, Task, Unit, held_out, whole
 from llama_eqx.errors import DataError
 
-BLOCK = 2**23  # ids that are moved at once
+BLOCK = 2**23  # ids moved at once
 
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive units that make up the shards of one number: the unit's number, its first document among all, and for some sources the
-    records that come before the unit."""
+    """Consecutive units whose documents form the shards with this number.
+
+    A unit is its number, the index of its first document among all, and for some sources the number of records that come before the unit.
+    """
 
     number: int
     units: tuple[tuple[int, int, dict[int, int]], ...]
 
 
 def plan(task: Task, units: list[Unit], dedup: bool, shard_tokens: int) -> tuple[list[Group], dict[str, Any]]:
-    """Which units go into which shards, and what is left out.
+    """Returns the groups of units that form the shards, and a summary of what is left out.
 
-    Raises `DataError` when a split is empty.
+    Raises `DataError` when the train split is empty, or the validation split although a fraction is held out.
     """
     said = [json.loads(task.path(unit.number, "json").read_text()) for unit in units]
     firsts = np.cumsum([0, *(len(np.load(task.path(unit.number, "npy"), mmap_mode="r")) for unit in units)]).tolist()
@@ -60,7 +62,7 @@ def plan(task: Task, units: list[Unit], dedup: bool, shard_tokens: int) -> tuple
             name = next(piece.source.name for piece in unit.pieces if piece.number == number)
             named.append(f"{name}:{record + before[number]}: {problem}" if record else f"{name}: {problem}")
         for piece, (number, lines) in zip(unit.pieces, what["lines"], strict=True):
-            before[number] += lines if kind_of(piece.source) == LINES else 0  # others are not cut, or know it
+            before[number] += lines if kind_of(piece.source) == LINES else 0  # other sources are not cut, or their pieces know it
         tokens += int(documents["tokens"][stays & ~apart].sum())
         if tokens >= shard_tokens or unit is units[-1]:
             groups.append(Group(len(groups), tuple(members)))
@@ -79,7 +81,7 @@ def plan(task: Task, units: list[Unit], dedup: bool, shard_tokens: int) -> tuple
 
 
 def _another_fraction(task: Task, units: list[Unit]) -> str:
-    """What to type where a split is empty: the least round fraction with which neither is."""
+    """Advice for an empty split: the smallest round fraction that leaves neither split empty."""
     hashes = np.concatenate([np.empty((0, 2), "<u8"), *(np.load(task.path(unit.number, "npy"))["hash"] for unit in units)])
     for fraction in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9):
         if 0 < held_out(hashes, fraction).sum() < len(hashes):
@@ -88,7 +90,7 @@ def _another_fraction(task: Task, units: list[Unit]) -> str:
 
 
 def run_shards(task: Task, group: Group, vocab: int, dedup: bool) -> None:
-    """Puts the shards of a group into the dataset, and keeps their entries in its index."""
+    """Writes the shards of a group into the dataset, and their index entries into the task's folder."""
     kept = np.load(task.folder / "kept.npy", mmap_mode="r") if dedup else None
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=task.folder)))
@@ -123,7 +125,7 @@ def run_shards(task: Task, group: Group, vocab: int, dedup: bool) -> None:
 
 
 def _first_of_each(hashes: np.ndarray) -> np.ndarray:
-    """[documents] bool: whether the hash has not come before."""
+    """[documents] bool: whether each hash occurs for the first time."""
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable
     again = (hashes[order[1:]] == hashes[order[:-1]]).all(1)
     first = np.ones(len(hashes), bool)
@@ -132,7 +134,7 @@ def _first_of_each(hashes: np.ndarray) -> np.ndarray:
 
 
 def _before(documents: np.ndarray, before: dict[int, int]) -> np.ndarray:
-    """[documents] int64: how many records of its source come before the unit."""
+    """[documents] int64: for each document, the number of records of its source before the unit."""
     count = np.zeros(len(documents), np.int64)
     for source, lines in before.items():
         count[documents["source"] == source] = lines

@@ -12,7 +12,7 @@ from llama_eqx.errors import StorageError
 
 
 def cache_dir() -> Path:
-    """$LLAMA_EQX_CACHE, else $XDG_CACHE_HOME/llama_eqx, else ~/.cache/llama_eqx; a temporary folder where none can be written."""
+    """Returns $LLAMA_EQX_CACHE, else $XDG_CACHE_HOME/llama_eqx, else ~/.cache/llama_eqx; a temporary folder if none is writable."""
     candidates = cache_candidates()
     wanted = next(candidates)
     for folder in (wanted, *candidates):
@@ -28,7 +28,8 @@ def cache_dir() -> Path:
 
 
 def publish(folder: Path, write: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `write(temporary)` unless it is there: whole or not at all, whoever else does the same at the same time.
+    """Returns `folder`, filled by `write(temporary)` if it did not exist. It appears whole or not at all, even if other processes do the
+    same.
 
     Raises `StorageError` when it cannot be written.
     """
@@ -53,7 +54,7 @@ def publish(folder: Path, write: Callable[[Path], None]) -> Path:
 
 
 def cache_candidates() -> Iterator[Path]:
-    """Where the cache may lie, the place that is asked for first."""
+    """Yields the folders that may hold the cache, the preferred one first."""
     if chosen := os.environ.get("LLAMA_EQX_CACHE"):
         yield Path(chosen).absolute()
     if xdg := os.environ.get("XDG_CACHE_HOME"):

@@ -1,4 +1,4 @@
-"""Conversations as the ids that Llama's chat models are trained on."""
+"""Encodes conversations as the ids that Llama's chat models are trained on."""
 
 import abc
 import itertools
@@ -26,7 +26,7 @@ ROLES = tuple(role for role in AFTER if role)  # of all formats together
 
 
 class Piece(NamedTuple):
-    """A stretch of text, or the name of a special token; `learn` marks what the assistant is to say itself."""
+    """A stretch of text, or the name of a special token. `learn` marks what the assistant learns to say."""
 
     text: str
     special: bool = False
@@ -34,9 +34,9 @@ class Piece(NamedTuple):
 
 
 class ChatFormat(abc.ABC):
-    """How a conversation is written. `roles` are those it knows, `mark` stands in every template of it.
+    """How a conversation is written. `roles` are the roles it knows. `mark` occurs in each of its templates.
 
-    `template` writes the same for `transformers`, as a chat_template.jinja.
+    `template` is the same format as a chat_template.jinja for `transformers`.
     """
 
     roles: tuple[str, ...]
@@ -44,10 +44,10 @@ class ChatFormat(abc.ABC):
     template: str
 
     def encode(self, messages: Sequence[Any], tokenizer: Tokenizer, *, generate: bool) -> tuple[list[int], list[bool]]:
-        """The ids of a conversation of `Message`s, BOS included, and of each whether the assistant is to learn it.
+        """Returns the ids of a conversation of `Message`s, BOS included, and for each id whether the assistant learns it.
 
-        It learns what it says itself, with the token that ends its turn. With `generate` the conversation ends where its next turn begins.
-        What people write never becomes a special token, whatever its text.
+        It learns what it says itself and the token that ends its turn. With `generate` the conversation ends where the assistant's next
+        turn begins. What people write never becomes a special token, whatever its text.
 
         Raises `DataError` naming the message that is out of order, `ConfigError` when the tokenizer lacks a special token of the format.
         """
@@ -69,16 +69,16 @@ class ChatFormat(abc.ABC):
         return ids, learn
 
     def wrote(self, template: str) -> bool:
-        """Whether a template may be of this format: no more than its marks are looked for."""
+        """Whether a template may be of this format. Only the marks are checked."""
         return self.mark in template
 
     @abc.abstractmethod
     def pieces(self, messages: Sequence[Message], *, generate: bool) -> list[Piece]:
-        """What `encode` encodes, of messages in order."""
+        """Returns the pieces that `encode` encodes. The messages are in order."""
 
 
 class Llama2(ChatFormat):
-    """Llama 2's (2023, arXiv 2307.09288): the system's message lies within the first of the user."""
+    """Llama 2's format (2023, arXiv 2307.09288). The system message is part of the first user message."""
 
     roles = ("system", "user", "assistant")
     mark = "[INST]"
@@ -111,7 +111,7 @@ class Llama2(ChatFormat):
 
 
 class Llama3(ChatFormat):
-    """Llama 3's: every turn begins with its role in a header."""
+    """Llama 3's format. Every turn begins with its role in a header."""
 
     roles = ("system", "user", "assistant", "tool", "ipython")
     mark = "<|start_header_id|>"
@@ -134,9 +134,9 @@ class Llama3(ChatFormat):
 
 
 class Llama31(ChatFormat):
-    """That of Llama 3.1 and 3.3: always a system turn, which begins with dates, and what tools say in JSON.
+    """The format of Llama 3.1 and 3.3. It always has a system turn, which begins with dates, and writes what tools say as JSON.
 
-    The templates of Llama 3.2 put the day of the call in place of the second date; here it stays, so that the same text gives the same ids.
+    The templates of Llama 3.2 replace the second date by the day of the call. Here it is fixed, so that the same text gives the same ids.
     """
 
     roles, mark = Llama3.roles, "Cutting Knowledge Date"
@@ -173,9 +173,9 @@ FORMATS = {"llama2": Llama2(), "llama3": Llama3(), "llama3_1": Llama31()}
 
 
 def chat_format(tokenizer: Tokenizer, advice: str = "prompt=TEXT, which is continued as it stands") -> ChatFormat:
-    """The format that a tokenizer's special tokens are made for. `advice` says what to type where there is none.
+    """Returns the format that a tokenizer's special tokens are made for.
 
-    Raises `ConfigError` when it has none.
+    Raises `ConfigError` when it has none, with `advice` on what to type.
     """
     if tokenizer.chat is None:
         raise ConfigError("this tokenizer has no chat format: it lacks the special tokens", where="tokenizer", next=advice)
@@ -183,7 +183,8 @@ def chat_format(tokenizer: Tokenizer, advice: str = "prompt=TEXT, which is conti
 
 
 def foreign_template(folder: Path, tokenizer: Tokenizer) -> str | None:
-    """The file of a chat template in `folder` that is not of the tokenizer's format: `<s>` alone does not tell Llama 2's from others.
+    """Returns the file in `folder` with a chat template that is not of the tokenizer's format: `<s>` alone does not identify Llama 2's
+    format.
 
     Raises `DataError` when a file is damaged.
     """
@@ -192,7 +193,7 @@ def foreign_template(folder: Path, tokenizer: Tokenizer) -> str | None:
 
 
 def template_in(folder: Path) -> tuple[str, str] | None:
-    """The file in `folder` that holds a chat template, and the template.
+    """Returns the name of the file in `folder` that holds a chat template, and the template.
 
     Raises `DataError` when a file is damaged.
     """
@@ -212,7 +213,7 @@ def _turn(role: str, content: str) -> list[Piece]:
 
 
 def _text(run: list[Piece], tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
-    """The ids of neighbouring texts, encoded as the one that they are, and whose they are."""
+    """Encodes neighbouring pieces as one text. Returns the ids of each, and whether they are learned."""
     parts, begin = [], 0
     whole = tokenizer.encode("".join(piece.text for piece in run))
     for i, piece in enumerate(run):
@@ -223,12 +224,12 @@ def _text(run: list[Piece], tokenizer: Tokenizer) -> list[tuple[list[int], bool]
 
 
 def _common(whole: list[int], head: list[int]) -> int:
-    """How many ids the two begin with alike: an id that reaches from one piece into the next belongs to the next."""
+    """The length of the common prefix. An id that spans two pieces belongs to the second."""
     return next((i for i, (a, b) in enumerate(zip(whole, head, strict=False)) if a != b), len(head))
 
 
 def check(messages: Sequence[Any], roles: tuple[str, ...], *, generate: bool) -> None:
-    """Raises `DataError` naming the first of `messages` that is none, or not of one of `roles` whose turn it is."""
+    """Raises `DataError` naming the first of `messages` that is malformed, or whose role is not in `roles` or is out of turn."""
     if not messages:
         raise DataError("no messages", where="messages", next='at least {"role": "user", "content": …}')
     before = None

@@ -1,4 +1,4 @@
-"""How many processes and threads there are to be on this machine."""
+"""How many processes and threads to use on this machine."""
 
 import os
 
@@ -11,11 +11,11 @@ def cores() -> int:
 
 
 def threads() -> int:
-    """How many threads of this process encode at once: what `allow` said, and else one for each core."""
+    """How many threads of this process encode at once: as many as `allow` set, else one per core."""
     said = os.environ.get(THREADS, "")
     return int(said) if said.isdecimal() and int(said) else cores()
 
 
 def allow(count: int) -> None:
-    """From now on so many threads of this process encode, whatever the tokenizer."""
+    """Sets how many threads of this process encode, for every tokenizer."""
     os.environ[THREADS], os.environ["TOKENIZERS_PARALLELISM"] = str(count), "true" if count > 1 else "false"

@@ -1,4 +1,4 @@
-"""Where text comes from, and which of it is held out."""
+"""Where text comes from, and what part of it is held out."""
 
 import abc
 import hashlib
@@ -17,7 +17,7 @@ from llama_eqx.data.cache import cache_dir, publish
 from llama_eqx.data.sources import LISTED, find, pieces, read_text, records, refusal
 from llama_eqx.errors import ConfigError, DataError
 
-# With fewer documents expected in the validation split, every document is cut instead of the corpus.
+# If fewer documents are expected in the validation split, each document is cut instead of the corpus.
 MIN_HELD_OUT = 5
 
 
@@ -35,10 +35,10 @@ class Part(NamedTuple):
 
 
 class DataConfig(Config):
-    """What a run trains on. `prompt` is what a sample after training starts from.
+    """What a run trains on. A sample after training starts from `prompt`.
 
-    `position_offset` is added to every position of every row, to train and to evaluate on. Rotary attention sees differences of positions
-    only, so that in exact arithmetic nothing changes: what does change is rounding.
+    `position_offset` is added to every position of every row, in training and evaluation. Rotary attention depends only on differences of
+    positions, so in exact arithmetic nothing changes; only rounding does.
     """
 
     prompt: str
@@ -50,45 +50,45 @@ class DataConfig(Config):
 
     @abc.abstractmethod
     def documents(self) -> Iterator[Document]:
-        """Every document, always in the same order.
+        """Yields every document, always in the same order.
 
-        Raises `DataError` for what cannot be read, naming the file.
+        Raises `DataError` naming a file that cannot be read.
         """
 
     @abc.abstractmethod
     def parts(self) -> Iterator[Part]:
-        """Every document with its split, in order."""
+        """Yields every document with its split, in order."""
 
     @abc.abstractmethod
     def identity(self) -> str:
         """A sha256 of the names and texts of all documents and of how they are split."""
 
     def require(self, identity: str) -> None:
-        """Raises `DataError` when this is not the `identity` any more: what was read meanwhile may be of neither text."""
+        """Raises `DataError` when `identity` has changed. What was read meanwhile may belong to neither text."""
         if self.identity() != identity:
             raise DataError("the files changed while they were read", where="data.path", next="the same command, when they are written")
 
     @abc.abstractmethod
     def sources(self) -> "dict[str, tuple[float, SourceConfig]]":
-        """What it is mixed of: for each name the weight and the source."""
+        """The sources that are mixed, with their weights, by name."""
 
 
 class SourceConfig(DataConfig):
     """Documents of one kind. `rows` says how the rows of a batch are made of them:
 
-    windows: of all documents one after another, cut wherever a row is full; attention sees through the edges of documents.
-    documents: the same, but attention stays within a document, and nothing is predicted across an edge.
-    packed: of whole documents, several to a row, each of which sees only itself.
-    single: a document a row.
+    windows: all documents one after another, cut wherever a row is full. Attention crosses document boundaries.
+    documents: the same, but attention stays within a document, and nothing is predicted across a boundary.
+    packed: whole documents, several per row. Each attends only to itself.
+    single: one document per row.
 
-    The last two leave the rest of a row empty, and `refuse` a document that is longer, or `cut` it into pieces.
+    The last two leave the rest of a row empty. They `refuse` a document that is longer than a row, or `cut` it into pieces.
     """
 
     rows: Literal["windows", "documents", "packed", "single"]
     long_documents: Literal["refuse", "cut"]
 
     def skipped(self) -> list[str]:
-        """Where there are records that cannot be read and are left out, as asked."""
+        """The locations of records that cannot be read and are skipped as requested."""
         return []
 
     def sources(self) -> "dict[str, tuple[float, SourceConfig]]":
@@ -96,8 +96,10 @@ class SourceConfig(DataConfig):
 
 
 class CorpusConfig(SourceConfig):
-    """Text. `validation_fraction` of the corpus is held out; 1 is for text to evaluate on alone. `holdout: tuning` holds out the last tenth
-    of the training part instead and leaves the true validation text alone: tune on that, and look at `validation` once.
+    """Text. `validation_fraction` of the corpus is held out; 1 is for text that is only evaluated on.
+
+    `holdout: tuning` instead holds out the last tenth of the training part and leaves the true validation text alone. Tune on that, and
+    look at `validation` once.
     """
 
     validation_fraction: float
@@ -109,11 +111,11 @@ class CorpusConfig(SourceConfig):
             raise ConfigError(f"{self.validation_fraction} is not between 0 and 1", where="validation_fraction")
 
     def parts(self) -> Iterator[Part]:
-        """Every document with its split, in order.
+        """Yields every document with its split, in order.
 
-        Each document has a place in [0, 1) given by a hash of its name, and the held-out range is cut from the end: a document stays
-        where it is when other files come or go. Lines and rows are named by their numbers, so that one that is inserted moves those behind
-        it. In a corpus of few documents each one is cut by characters in the same proportions.
+        A hash of its name gives each document a place in [0, 1), and the held-out range is cut from the end. A document stays where it is
+        when other files are added or removed. Lines and rows are named by their numbers, so an inserted one moves those after it. In a
+        corpus of few documents each document is cut by characters in the same proportions.
         """
         first, last = self.held_out()
         documents = self.documents()
@@ -129,7 +131,7 @@ class CorpusConfig(SourceConfig):
         yield from self.whole(itertools.chain(head, documents))
 
     def whole(self, documents: Iterable[Document]) -> Iterator[Part]:
-        """Documents with their splits, each in one of them."""
+        """Yields uncut documents with their splits. Those behind the held-out range are left out."""
         first, last = self.held_out()
         for document in documents:
             place = int.from_bytes(hashlib.sha256(_bytes(document.name)).digest()[:6]) / 2**48
@@ -145,15 +147,15 @@ class CorpusConfig(SourceConfig):
         return found.hexdigest()
 
     def held_out(self) -> tuple[float, float]:
-        """The range of places in [0, 1) that is held out; what lies behind it is in no split."""
+        """The range of places in [0, 1) that is held out. Places behind it are in no split."""
         end = 1 - self.validation_fraction
         return (end, 1.0) if self.holdout == "validation" else (0.9 * end, end)
 
 
 class StdlibConfig(CorpusConfig):
-    """The source and documentation of the standard library of the Python that runs this: some 10 MB of text that is always at hand.
+    """The source and documentation of the running Python's standard library: about 10 MB of text that is always available.
 
-    Without its tests, and without files that are longer than 2²⁰ characters or not UTF-8.
+    Tests are left out, and so are files that are longer than 2²⁰ characters or not UTF-8.
     """
 
     def documents(self) -> Iterator[Document]:
@@ -177,10 +179,10 @@ class StdlibConfig(CorpusConfig):
 
 
 class TextConfig(CorpusConfig):
-    """Text of one's own: a file, a glob, or a folder with all *.txt, *.md, *.jsonl and *.parquet below it, or *.gz and *.zst of them.
+    """The user's own text: a file, a glob, or a folder with all *.txt, *.md and *.jsonl below it, also as *.gz or *.zst, and all *.parquet.
 
-    A text file is a document. So is each line of a .jsonl file, an object whose "text" is a string, and each row of a .parquet file.
-    What cannot be read ends the run with `on_error: refuse`, and is counted and left out with `skip`.
+    A text file is a document. So is each line of a .jsonl file, an object whose "text" is a string, and each row of a .parquet file. What
+    cannot be read ends the run with `on_error: refuse`, and is counted and left out with `skip`.
     """
 
     path: str | None
@@ -216,7 +218,7 @@ class TextConfig(CorpusConfig):
 
 
 class ShakespeareConfig(CorpusConfig):
-    """Tiny Shakespeare (Karpathy, 2015), 1.1 MB, whose last tenth is held out as in nanoGPT. Downloaded once unless `path` is given.
+    """Tiny Shakespeare (Karpathy, 2015), 1.1 MB. The last tenth is held out as in nanoGPT. It is downloaded once unless `path` is given.
 
     `sha256` is that of the file at `url`.
     """
@@ -242,4 +244,4 @@ class ShakespeareConfig(CorpusConfig):
 
 
 def _bytes(name: str) -> bytes:
-    return name.encode(errors="surrogateescape")  # names of files may be any bytes
+    return name.encode(errors="surrogateescape")  # file names may be any bytes

@@ -1,4 +1,4 @@
-"""From a config to rows to train and to evaluate on, and the order in which they are drawn."""
+"""Makes the rows to train and to evaluate on from a config, and the order in which they are drawn."""
 
 import glob
 import hashlib
@@ -20,9 +20,9 @@ from llama_eqx.errors import DataError
 
 
 class Dataset(NamedTuple):
-    """`fingerprint` is a sha256 of the rows of all sources. `names` are those of the sources of `order`, "" when there is but one.
+    """`fingerprint` is a sha256 of the rows of all sources. `names` are the names of the sources of `order`, "" if the data is no mixture.
 
-    `notes` are what a person should know about the data.
+    `notes` are what the user should know about the data.
     """
 
     train: Rows
@@ -33,13 +33,13 @@ class Dataset(NamedTuple):
     notes: list[str]
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """`data/epoch`, of each source: how often its rows have been seen in the first so many samples."""
+        """For each source, as `data/epoch`: how many times its rows have been seen in the first `samples` samples."""
         found = self.order.epochs(samples)
         return {f"data/epoch/{name}".rstrip("/"): epochs for name, epochs in zip(self.names, found, strict=True)}
 
 
 def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: int, distinct_rows: int | None = None) -> Dataset:
-    """Encodes and packs what is not in the cache yet. Of `distinct_rows` only the first that would be drawn are, again and again.
+    """Encodes and packs what is not in the cache yet. With `distinct_rows` only that many samples, the first, are drawn, again and again.
 
     Raises `DataError` for data that cannot be used, naming the source; `StorageError` when the cache cannot be written.
     """
@@ -64,13 +64,13 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: i
 
 
 def held_out(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int) -> Rows:
-    """The rows to evaluate on alone, as those of `open_data`; there need be none to train on. Raises `DataError`, `StorageError`."""
+    """Returns only the rows to evaluate on, as `open_data` does. There need be none to train on. Raises `DataError`, `StorageError`."""
     opened = [(source, _open(source, tokenizer)) for _, source in config.sources().values()]
     return _joined([_rows(source, found, found.data.val, seq_len) for source, found in opened], config.position_offset)
 
 
 def sliding(source: SourceConfig, tokenizer: Tokenizer, *, seq_len: int, stride: int) -> Sliding:
-    """The held-out text of a source in sliding windows; over the edges of documents where `rows` of the source are `windows`.
+    """Returns the held-out text of a source in sliding windows. They cross document boundaries if the source's `rows` is `windows`.
 
     Raises `DataError`, `StorageError`.
     """
@@ -81,7 +81,7 @@ def sliding(source: SourceConfig, tokenizer: Tokenizer, *, seq_len: int, stride:
 
 
 class _Opened(NamedTuple):
-    """`learned` as in `encode_conversations`, by the name of the split; empty where all is learned."""
+    """`learned` is as in `encode_conversations`, by the name of the split; empty if everything is learned."""
 
     data: TokenData
     learned: dict[str, Split]
@@ -105,7 +105,7 @@ def _open(source: SourceConfig, tokenizer: Tokenizer) -> _Opened:
 
 
 def _not_here(source: SourceConfig) -> str | None:
-    """The path of a source if it is relative, and there is nothing in the working directory that it names."""
+    """The path of a source if it is relative and matches nothing in the working directory, else None."""
     path = getattr(source, "path", None)
     if not path or Path(path).expanduser().is_absolute() or Path(path).exists() or glob.glob(path, recursive=True):
         return None
@@ -113,7 +113,7 @@ def _not_here(source: SourceConfig) -> str | None:
 
 
 def _check_not_empty(source: SourceConfig, split: Split) -> None:
-    """Raises `DataError`. What is not prepared is tested when it is encoded."""
+    """Raises `DataError` when a prepared split is empty. Other data is checked when it is encoded."""
     if isinstance(source, PreparedConfig) and not split.tokens:
         raise DataError(f"the {split.name} split is empty", where=str(source.folder), next=HOLD_OUT)
 

@@ -1,4 +1,4 @@
-"""From texts to ids, and to a dataset of them in the cache."""
+"""Encodes texts as ids, and as a dataset of them in the cache."""
 
 import hashlib
 import json
@@ -17,13 +17,14 @@ from llama_eqx.data.shards import DELETE, FORMAT, ShardWriter, TokenData, open_d
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError
 
-CHUNK = 2**22  # characters that are encoded at once
+CHUNK = 2**22  # characters encoded at once
 
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer, *, bos: bool, eos: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of all texts one after another, in the dtype on disk, and their number for each text, 0 where the tokenizer finds none.
+    """Returns the ids of all texts one after another, in the dtype on disk, and the number of ids of each text, 0 if the tokenizer finds
+    none.
 
-    `bos` and `eos` say whether texts are put between those ids, where the tokenizer has them.
+    `bos` and `eos` say whether each text is put between those ids, if the tokenizer has them.
 
     Raises `DataError` for what the tokenizer cannot encode, and for ids that are not in its vocabulary.
     """
@@ -42,10 +43,10 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer, *, bos: bool, eos: bool) 
 
 
 def tokenize(data: DataConfig, tokenizer: Tokenizer) -> TokenData:
-    """The data as ids: prepared, or from the cache when the same text was encoded by the same tokenizer before.
+    """Returns the data as ids: as prepared, or from the cache if the same tokenizer encoded the same text before, or newly encoded.
 
-    Raises `DataError` when a split is empty or the text changes meanwhile, and those of `open_dataset`; `StorageError` when the cache
-    cannot be written.
+    Raises `DataError` when a split is empty or the text changes meanwhile, and as `open_dataset` does; `StorageError` when the cache cannot
+    be written.
     """
     if isinstance(data, PreparedConfig):
         return open_dataset(data.folder, remedy=AGAIN, tokenizer=tokenizer, verify=data.verify)

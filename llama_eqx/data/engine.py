@@ -1,4 +1,4 @@
-"""Who does the units of work: processes of this machine, or Ray."""
+"""Runs the units of work, in processes of this machine or on Ray."""
 
 import concurrent.futures
 import contextlib
@@ -16,16 +16,16 @@ from llama_eqx.config import Config
 from llama_eqx.data.cores import allow, cores
 from llama_eqx.errors import ConfigError, UserError
 
-# Does calls of a function, and gives the numbers of those that are done, in any order.
+# Runs calls of a function, and yields the numbers of those that are done, in any order.
 Pool = Callable[[Callable[..., None], list[tuple[Any, ...]]], Iterator[int]]
 
 
 class EngineConfig(Config):
-    """`workers` processes, one for each core with None; on Ray as many as its cluster has room for with None. The cores of a machine are
-    divided among its workers, who encode with a thread for each core of their own.
+    """`workers` is the number of processes. None is one per core, or on Ray as many as its cluster has room for. The cores of a machine are
+    divided among its workers, and each worker encodes with one thread per core of its own.
 
-    Ray is that of $RAY_ADDRESS, or one that is running on this machine, or else one that is started for the time. All of its
-    machines must see the same files under the same names. None of this changes a byte of the result.
+    Ray is the cluster at $RAY_ADDRESS, or one that runs on this machine, or else one started for the time. All of its machines must see the
+    same files under the same names. None of this changes a byte of the result.
     """
 
     engine: Literal["local", "ray"]
@@ -37,9 +37,9 @@ class EngineConfig(Config):
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Pool]:
-        """Raises `UserError` from the pool when a worker is killed, beyond what Ray tries again by itself.
+        """Yields a pool. It raises `UserError` when a worker is killed; Ray first retries by itself.
 
-        An error of a call is raised when those before it are done: it does not depend on who was first.
+        An error of a call is raised once all calls before it are done, so it does not depend on which finished first.
         """
         with (_local if self.engine == "local" else _ray)(self.workers) as done:
 
@@ -65,7 +65,7 @@ def _local(workers: int | None) -> Iterator[Done]:
     workers = workers or cores()
     others = set(multiprocessing.active_children())
     share = max(1, cores() // workers)
-    # A process without threads can be copied with all that it has imported and loaded; others may hold locks that nobody would release.
+    # A process without threads can be forked with all that it has loaded. With threads, the copy may hold locks that nobody releases.
     alone = sys.platform == "linux" and threading.active_count() == 1 and "jax" not in sys.modules
     context = multiprocessing.get_context("fork" if alone else "spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (share,))
@@ -95,7 +95,7 @@ def _local(workers: int | None) -> Iterator[Done]:
         yield done
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # what they are at is done again
+            process.terminate()  # their unfinished work is done again
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -154,9 +154,9 @@ def _ray(workers: int | None) -> Iterator[Done]:
 
 
 def _connect(ray: Any, stack: contextlib.ExitStack) -> None:
-    """To a cluster that runs, or one of our own that leaves nothing behind.
+    """Connects to a running cluster, or to one of our own that leaves nothing behind.
 
-    Raises `ConfigError` when that of $RAY_ADDRESS does not answer.
+    Raises `ConfigError` when the cluster at $RAY_ADDRESS does not answer.
     """
     quiet = {"log_to_driver": False, "configure_logging": False}
     try:

@@ -1,4 +1,4 @@
-"""Several sources by weight."""
+"""A mixture of several sources by weight."""
 
 import hashlib
 import math
@@ -11,10 +11,10 @@ STEPS = 10_000  # weights are whole multiples of 1 / STEPS
 
 
 class MixtureConfig(DataConfig):
-    """`components` by name, each with a weight: its share of the rows, in steps of 0.0001. Of `prompt` and `position_offset` those of the
-    mixture are used.
+    """`components` by name. The weight of each is its share of the rows, in steps of 0.0001. `prompt` and `position_offset` are the
+    mixture's own.
 
-    What is held out is that of all components. Raises `DataError` when the weights do not sum to 1, before anything is read.
+    The held-out text is that of all components. Raises `DataError` when the weights do not sum to 1, before anything is read.
     """
 
     components: dict[str, DataConfig]

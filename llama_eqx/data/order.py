@@ -1,4 +1,4 @@
-"""Which row stands at each place of the endless sequence of samples: a function of the seed and of the place alone."""
+"""The row at each place of the endless sequence of samples: a function of the seed and the place alone."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from llama_eqx.data.shuffle import Shuffle
 class Order:
     """The rows of several sources (numbered through, one source after another) in the proportions of `shares`.
 
-    Sample i is a draw from the source that `interleaved` gives it. Each source is drawn in a new order each epoch of its own.
-    With `distinct`, sample i is one of the first so many samples, all of which come, in a new order, before one comes again.
+    Sample i is drawn from the source that `interleaved` gives it. Each source is drawn in a new order in each epoch of its own. With
+    `distinct` only the first `distinct` samples are drawn. All of them come, in a new order, before any comes again.
     """
 
     def __init__(self, sizes: Sequence[int], shares: Sequence[int], seed: int, distinct: int | None = None):
@@ -33,7 +33,7 @@ class Order:
         return self._firsts[sources] + self._shuffle(sources, draws)
 
     def epochs(self, samples: int) -> list[float]:
-        """How often each source has been seen in the first so many samples."""
+        """How many times each source has been seen in the first `samples` samples."""
         times = 1.0
         if self._again is not None:
             times, samples = max(1.0, samples / (distinct := int(self._again.sizes[0]))), min(samples, distinct)
@@ -45,13 +45,13 @@ class Order:
 def interleaved(shares: Sequence[int]) -> np.ndarray:
     """[sum of shares] int64: a source for each place of a period.
 
-    Every source has its share in the period, and in any number of periods and places from the first its share of those to within less
-    than one. (Tijdeman, 1980, "The chairman assignment problem", Discrete Mathematics 32)
+    Every source has its exact share in a period. In the first n places, for any n, its count differs from its share of n by less than one.
+    (Tijdeman, 1980, "The chairman assignment problem", Discrete Mathematics 32)
     """
     period, slack = sum(shares), max(2 * len(shares) - 2, 1)
     drawn, found = [0] * len(shares), np.empty(period, np.int64)
     for place in range(period):
-        # How far each source is behind after this place, in draws times period times slack; and the place at which it must be drawn.
+        # How far each source is behind after this place, in draws times period times slack; and the place by which it must be drawn.
         behind = [slack * (share * (place + 1) - period * count) for share, count in zip(shares, drawn, strict=True)]
         due = [(period * (slack - 1) - late) / share if late >= period else np.inf for late, share in zip(behind, shares, strict=True)]
         found[place] = source = 0 if len(shares) == 1 else due.index(min(due))
@@ -60,7 +60,7 @@ def interleaved(shares: Sequence[int]) -> np.ndarray:
 
 
 def digest(rows: np.ndarray) -> bytes:
-    """A hash of the numbers of the rows of a batch, in their order."""
+    """A hash of the row numbers of a batch, in order."""
     return hashlib.blake2b(rows.astype("<i8").tobytes(), digest_size=16).digest()
 
 

@@ -1,4 +1,4 @@
-"""Whole documents in rows: which document goes into which row is decided once for a dataset, and kept."""
+"""Packs whole documents into rows. Which document goes into which row is decided once for a dataset, and kept."""
 
 import hashlib
 import json
@@ -12,17 +12,17 @@ from llama_eqx.data.shard import Edges
 from llama_eqx.data.shards import DELETE, Split, check_sealed, seal
 from llama_eqx.errors import DataError
 
-FORMAT = 2  # counts the changes of what is written: an index of another format is made anew
+FORMAT = 2  # incremented when what is written changes; an index of another format is rebuilt
 
 Fill = Literal["packed", "single"]
 Long = Literal["refuse", "cut"]
 
 
 class PackIndex(NamedTuple):
-    """Row r holds the pieces `firsts[r]` up to `firsts[r + 1]`; piece p has the `lengths[p]` tokens of a split from `begins[p]` on.
+    """Row r holds the pieces `firsts[r]` up to `firsts[r + 1]`. Piece p has the `lengths[p]` tokens of a split from `begins[p]` on.
 
-    A piece takes one place less than it has tokens, as its last one is only a target. `counted` are the targets of a row that the loss
-    is to count. All are mapped from disk.
+    A piece takes one place less than it has tokens, because its last token is only a target. `counted` is the number of targets in each row
+    that the loss counts. All are mapped from disk.
     """
 
     firsts: np.ndarray
@@ -32,14 +32,14 @@ class PackIndex(NamedTuple):
 
 
 def pack_index(split: Split, learned: Split | None, fingerprint: str, seq_len: int, fill: Fill, long_documents: Long) -> PackIndex:
-    """The index of a split, from the cache when it was made before.
+    """Returns the index of a split, from the cache if it was built before.
 
-    `learned` has the offsets of `split` and an id of 1 for each token that is to be learned. `packed` puts documents into rows by best fit,
-    longest first (Ding et al., 2024, arXiv 2404.10830), `single` each into one of its own. A document of more than `seq_len` + 1 tokens is
-    cut into pieces that share the token at which they meet. Pieces without a target that counts are left out.
+    `learned` has the offsets of `split`, and an id of 1 for each token to learn. `packed` puts documents into rows by best fit, longest
+    first (Ding et al., 2024, arXiv 2404.10830); `single` puts each into a row of its own. A document of more than `seq_len` + 1 tokens is
+    cut into pieces that share the token where they meet. Pieces without a counted target are left out.
 
-    Raises `DataError` for long documents that are not to be cut, when no row is left, and when the index in the cache is damaged;
-    `StorageError` when the cache cannot be written.
+    Raises `DataError` when a long document must not be cut, when no row is left, and when the index in the cache is damaged; `StorageError`
+    when the cache cannot be written.
     """
     settings = [FORMAT, fingerprint, split.name, seq_len, fill, long_documents]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
@@ -63,15 +63,15 @@ def pack_index(split: Split, learned: Split | None, fingerprint: str, seq_len: i
 def pack(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """[pieces] int64: the row of each piece of `sizes[i]` ≤ `capacity` places, by best fit, largest first.
 
-    Pieces of one size are placed together, so the time goes with the number of sizes rather than of pieces.
+    Pieces of one size are placed together, so the time grows with the number of sizes, not of pieces.
     """
     rows, opened = np.empty(len(sizes), np.int64), 0
-    room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # open rows by the places that are free
-    some = bytearray(capacity + 1)  # 1 where there are such rows
+    room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # open rows by their free places
+    some = bytearray(capacity + 1)  # 1 where there are any
 
     def fill(pieces: np.ndarray, size: int, found: np.ndarray, free: int) -> np.ndarray:
-        """Puts pieces of one size into the rows `found`; those that are left."""
-        each = free // size  # a row with the least room that suffices has the least after a piece, too, while another fits
+        """Puts pieces of one size into the rows `found`. Returns the pieces that are left."""
+        each = free // size  # the best-fitting row remains the best fit while another piece fits
         placed = min(len(pieces), len(found) * each)
         rows[pieces[:placed]] = np.repeat(found, each)[:placed]
         full, rest = divmod(placed, each)
@@ -108,7 +108,7 @@ def _index(split: Split, learned: Split | None, seq_len: int, fill: Fill, long_d
                 next="data.long_documents=cut cuts them, data.rows=documents lets rows begin anywhere, train.seq_len= makes longer rows",
             )
         pieces = -(-np.maximum(places, 1) // seq_len)
-        number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of a piece in its document
+        number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # the number of a piece in its document
         begins, places = np.repeat(begins, pieces) + number * seq_len, np.repeat(places, pieces) - number * seq_len
         lengths = np.minimum(places, seq_len) + 1
     counted = lengths - 1 if learned is None else learned_sums(learned, begins + 1, begins + lengths)
@@ -124,7 +124,7 @@ def _index(split: Split, learned: Split | None, seq_len: int, fill: Fill, long_d
 
 
 def document_bounds(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """[documents] int64 each: where the documents of a split begin, and how many tokens they have. Raises `DataError` as `Edges` does."""
+    """[documents] int64 each: where the documents of a split begin, and their numbers of tokens. Raises `DataError` as `Edges` does."""
     first, begins, lengths = 0, [], []
     for shard in split.shards:
         some, ends = Edges(shard).of(np.arange(shard.documents))
@@ -135,13 +135,13 @@ def document_bounds(split: Split) -> tuple[np.ndarray, np.ndarray]:
 
 
 def learned_sums(split: Split, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """[count] int64: the sums of ids from each `begins` up to `ends`, which are in order and do not cross an edge of a shard."""
+    """[count] int64: the sums of ids from each of `begins` up to `ends`. These ranges are in order and cross no shard boundary."""
     first, sums = 0, []
     for shard in split.shards:
         last = first + shard.tokens
         mine = (begins - 1 >= first) & (begins - 1 < last)
         edges = np.stack([begins[mine], ends[mine]], 1).ravel() - first
-        ids = np.append(shard.ids(), np.uint16(0))  # edges may lie at the end
+        ids = np.append(shard.ids(), np.uint16(0))  # an edge may lie at the end
         sums.append(np.where(begins[mine] < ends[mine], np.add.reduceat(ids, edges, dtype=np.int64)[::2] if len(edges) else 0, 0))
         first = last
     return np.concatenate(sums)

@@ -1,4 +1,4 @@
-"""From rows to sharded batches. A batch is a function of (seed, index of the batch) alone, however many processes share it."""
+"""Makes sharded batches from rows. A batch is a function of (seed, index of the batch) alone, however many processes share it."""
 
 import contextlib
 import functools
@@ -26,9 +26,9 @@ ORDERED = 2**14  # samples
 
 
 class Progress(NamedTuple):
-    """What has been drawn in `step` batches: `tokens` are targets that the loss counted.
+    """What has been drawn in `step` batches. `tokens` is the number of targets that the loss counted.
 
-    `ledger` is a hash of the data and of which rows of it each batch had, in their order: two runs that agree in it saw the same batches.
+    `ledger` is a hash of the data and of the rows of each batch, in order. Two runs with the same ledger saw the same batches.
     """
 
     step: int
@@ -37,7 +37,7 @@ class Progress(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one process holds of a batch, in numpy, and the `digest` and the targets to be counted of the whole of it."""
+    """One process's part of a batch, in numpy. `digest` and the number of `counted` targets are those of the whole batch."""
 
     batch: Batch
     digest: bytes
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 
 class Parts:
-    """The part of this process of every batch, by its index."""
+    """This process's part of every batch, by the batch's index."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Parts:
         return self.several(index, 1)[0]
 
     def several(self, first: int, count: int) -> list[Part]:
-        """Batches one after another, read at once."""
+        """Consecutive batches, read at once."""
         rows = [self.numbers(index) for index in range(first, first + count)]
         leaves, structure = jax.tree.flatten(self._rows.read(np.concatenate([whole[self._mine] for whole in rows])))
         cuts = [slice(i * self._share, (i + 1) * self._share) for i in range(count)]
@@ -82,7 +82,7 @@ class Parts:
         return [Part(batch, digest(whole), self._rows.counted(whole)) for batch, whole in zip(batches, rows, strict=True)]
 
     def numbers(self, index: int) -> Int[np.ndarray, " batch"]:
-        """The rows of a whole batch."""
+        """The row numbers of a whole batch."""
         block, within = divmod(index, self._block)
         return self._ordered(block)[within]
 
@@ -96,7 +96,7 @@ class Parts:
         return max(1, min(64, AT_ONCE[self._rows.segmented] // (self._share * self._rows.seq_len)))
 
     def after(self, step: int, known: Progress | None = None) -> Progress:
-        """The progress after `step` batches, from that after some of them; no token is read for it."""
+        """The progress after `step` batches, continued from `known`. No token is read for it."""
         known = known or self._start
         for index in range(known.step, step):
             rows = self.numbers(index)
@@ -106,14 +106,14 @@ class Parts:
 
 @contextlib.contextmanager
 def read(parts: Parts, start: int = 0) -> Iterator[Iterator[Part]]:
-    """An endless iterator over `parts` from number `start` on, some of them read ahead.
+    """Yields an endless iterator over `parts` from number `start` on, which reads ahead.
 
-    Closed on exit: left open, its threads can abort the interpreter.
+    It is closed on exit: left open, its threads can abort the interpreter.
     """
     import grain
 
-    # An element of grain's costs about as much whatever is in it, and so it has several batches.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # more threads are slower: they wait for each other's GIL
+    # An element of grain's costs about the same whatever is in it, so each holds several batches.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # more threads are slower: they contend for the GIL
     size = parts.together
     runs = grain.MapDataset.range(len(parts) // size).map(lambda run: parts.several(run * size, size))
     iterator: Any = iter(runs.to_iter_dataset(options))
@@ -132,7 +132,7 @@ def read(parts: Parts, start: int = 0) -> Iterator[Iterator[Part]]:
 
 @contextlib.contextmanager
 def training_batches(parts: Parts, sharding: Sharding, batch_size: int, past: Progress) -> Iterator["Ahead[tuple[Batch, Progress]]"]:
-    """The batches from number `past.step` on, on the devices before they are asked for, each with the progress that it makes."""
+    """Yields the batches from number `past.step` on, placed on the devices ahead of time, each with the progress it makes."""
 
     def placed(drawn: Iterator[Part]) -> Iterator[tuple[Batch, Progress]]:
         step, ledger, tokens = past
@@ -145,7 +145,7 @@ def training_batches(parts: Parts, sharding: Sharding, batch_size: int, past: Pr
 
 
 def validation_batches(rows: Rows, sharding: Sharding, *, batch_size: int) -> Iterator[Batch]:
-    """Every row once and in order. The last batch is filled up with padding, so that all have one shape."""
+    """Yields every row once, in order. The last batch is padded, so that all have one shape."""
     shard, n_shards = process_rows(sharding, batch_size, rows.seq_len)
     parts = Parts(rows, lambda samples: np.where(samples < len(rows), samples, -1), batch_size, shard, n_shards)
     count = -(-len(rows) // batch_size)
@@ -154,11 +154,11 @@ def validation_batches(rows: Rows, sharding: Sharding, *, batch_size: int) -> It
 
 
 class Ahead(Iterator[T]):
-    """`items`, made by a thread while up to `room` of them wait to be taken; for a `with` statement. An exception of theirs is raised where
-    they are taken.
+    """Iterates over `items`, which a thread makes while up to `room` of them wait to be taken. It is used in a `with` statement. An
+    exception in `items` is raised where they are taken.
 
-    `waited` are the seconds that whoever takes them has waited for items that were not made yet, with nothing else to do: `settle`, which
-    waits for the device where steps are computed, comes before.
+    `waited` is the time in seconds that the consumer waited for items that were not made yet, with nothing else to do. `settle`, which
+    waits for the device where steps are computed, is called first and does not count.
     """
 
     def __init__(self, items: Iterator[T], room: int = 2):
@@ -172,7 +172,7 @@ class Ahead(Iterator[T]):
         try:
             while self._free.acquire() and not self._closed.is_set():
                 self._made.put((next(self._items), None))
-        except BaseException as error:  # the end of the items among them
+        except BaseException as error:  # including the end of the items
             self._made.put((None, error))
 
     def __next__(self) -> T:
@@ -184,7 +184,7 @@ class Ahead(Iterator[T]):
             item, error = self._made.get()
             self.waited += time.perf_counter() - begun
         if error is not None:
-            self._made.put((None, error))  # whoever asks again is told the same
+            self._made.put((None, error))  # raised again if asked again
             raise error
         self._free.release()
         return item  # pyright: ignore[reportReturnType]
@@ -200,9 +200,9 @@ class Ahead(Iterator[T]):
 
 
 def process_rows(sharding: Sharding, batch_size: int, seq_len: int) -> tuple[int, int]:
-    """Which part of a batch's rows this process holds, as (shard, n_shards) of `Parts`.
+    """Returns which part of a batch's rows this process holds, as (shard, n_shards) of `Parts`.
 
-    It follows from the sharding, not from the number of the process: processes that split other axes hold the same rows.
+    It follows from the sharding, not from the process's number: processes that split other axes hold the same rows.
 
     Raises `ConfigError` when the rows are not one of several equal parts.
     """
@@ -217,7 +217,7 @@ def process_rows(sharding: Sharding, batch_size: int, seq_len: int) -> tuple[int
 
 
 def place(part: Batch, sharding: Sharding, batch_size: int) -> Batch:
-    """A batch of `batch_size` rows over all processes, from those of this process."""
+    """Returns a batch of `batch_size` rows over all processes, given this process's part."""
 
     def placed(leaf: np.ndarray) -> jax.Array:
         dtype = np.float32 if leaf.dtype.kind == "f" else np.int32

@@ -1,8 +1,8 @@
-"""From files of text to a dataset of token shards.
+"""Turns files of text into a dataset of token shards.
 
-The files are cut into units of work, in order. Each unit is encoded by itself and kept in `OUTPUT/partial`; then groups of units are put
-together to shards. What a unit or a shard is depends on the files and settings alone, and each appears under its name when it is whole:
-so the result does not depend on who does which when, and what is there after an interruption is not done again.
+The files are cut into units of work, in order. Each unit is encoded by itself and kept in `OUTPUT/partial`. Then groups of units are put
+together into shards. A unit or a shard depends on the files and settings alone, and appears under its name once it is whole. So the result
+does not depend on who does which when, and work that was done before an interruption is not done again.
 """
 
 import contextlib
@@ -30,16 +30,16 @@ from llama_eqx.errors import ConfigError, DataError, StorageError
 from llama_eqx.writer import lock
 
 MODIFIED = "modified.json"
-LOCK = ".writer"  # among the unfinished work, and gone with it
+LOCK = ".writer"  # in the folder of unfinished work, and deleted with it
 
 
 class PrepareConfig(Config):
-    """`input` is a file, a glob or a folder; `output` a folder; `field` the key of .jsonl and the column of .parquet that has the text.
+    """`input` is a file, a glob or a folder; `output` a folder; `field` the key in .jsonl and the column in .parquet that holds the text.
 
-    Each document stands between BOS and EOS, if `bos` and `eos` and the tokenizer have them. `validation_fraction` of the documents is
-    held out, by a hash of the text. With `dedup` a text that came before is dropped. A record that cannot be read ends all with
-    `on_error: refuse`, and is counted and named with `skip`. A shard is closed when it has `shard_tokens`; a unit of work has some
-    `unit_bytes` of the files, or less when they are few, and more where a file cannot be cut.
+    Each document is put between BOS and EOS, if `bos` and `eos` are set and the tokenizer has them. `validation_fraction` of the documents
+    is held out, by a hash of the text. `dedup` drops a text that came before. `on_error` is `refuse`, which ends the command at a record
+    that cannot be read, or `skip`, which counts and names it. A shard is closed once it has `shard_tokens`. A unit of work has about
+    `unit_bytes` of the files: less if they are few, more where a file cannot be cut.
     """
 
     input: str | None
@@ -66,7 +66,7 @@ class PrepareConfig(Config):
 
 
 class InputConfig(DataConfig):
-    """The same text for a tokenizer to be trained on. Records that cannot be read are left out: they are reported when they are encoded."""
+    """The same text, to train a tokenizer on. Records that cannot be read are left out here and reported when they are encoded."""
 
     path: str
     field: str
@@ -91,9 +91,10 @@ class InputConfig(DataConfig):
 
 
 class Prepared(NamedTuple):
-    """What came of it. `refused` are records that could not be read, and `named` some of them; `read` are the bytes of files that were
-    encoded in these `seconds`, and not in a call before. `touched` are files that were written to or copied since, and are as large as they
-    were."""
+    """The result. `refused` is the number of records that could not be read, and `named` are some of them. `read` is the number of bytes of
+    files that were encoded in these `seconds`, without those of earlier calls. `touched` are files that were written to or copied since and
+    still have the same size.
+    """
 
     folder: Path
     counts: dict[str, dict[str, int]]
@@ -108,9 +109,9 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: PrepareConfig) -> Prepared:
-    """Does all that is not done yet.
+    """Does all work that is not done yet.
 
-    Raises `ConfigError`, `DataError` naming file and record, and `StorageError`; the work that is done is kept.
+    Raises `ConfigError`, `DataError` naming file and record, and `StorageError`. Finished work is kept.
     """
     assert config.input is not None
     assert config.output is not None
@@ -139,7 +140,7 @@ def prepare(config: PrepareConfig) -> Prepared:
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with _alone(partial / LOCK):
-            if (output / "index.json").exists():  # another has finished it since
+            if (output / "index.json").exists():  # another process has finished it since
                 return _finished(output, encoding | assembly, sources)
             _claim(partial / "units.json", {**encoding, "modified": modified})
             tokenizer.save(output / "tokenizer")
@@ -164,7 +165,7 @@ def prepare(config: PrepareConfig) -> Prepared:
             written = [json.loads((partial / f"group-{group.number:05}.json").read_text()) for group in groups]
             shards = [(split, entry) for group in written for split, entry in group]
             settings = {name: value for name, value in (encoding | assembly).items() if name not in ("format", "tokenizer", "sources")}
-            with whole(output / MODIFIED) as file:  # not in the index: data that is the same has the same fingerprint
+            with whole(output / MODIFIED) as file:  # not in the index, so that the same data has the same fingerprint
                 file.write(json.dumps(modified).encode())
             write_index(output, tokenizer, shards, encoding["sources"], settings=settings, dropped=dropped)
     except OSError as error:
@@ -176,7 +177,7 @@ def prepare(config: PrepareConfig) -> Prepared:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """As the only one on this machine that holds the lock in a file; it ends with its process. There is no heartbeat as in `writer`: with
+    """Holds the lock in a file, alone on this machine. The lock ends with its process. Unlike in `writer` there is no heartbeat: with
     another thread, workers could not be forked.
 
     Raises `ConfigError` naming the holder.
@@ -199,19 +200,21 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _read_as(source: Source) -> dict[str, str]:
-    """The kind of a file that was text while only `.jsonl` and `.parquet` in small letters were not: the work of then is another."""
+    """The kind of a file that was read as text when only lower-case `.jsonl` and `.parquet` were not, so that older work on it does not
+    match.
+    """
     kind = kind_of(source)
     old = source.name.removesuffix(".gz").removesuffix(".zst")
     return {} if kind == TEXT or old.endswith(kind) else {"kind": kind}
 
 
 def _modified(sources: list[Source]) -> list[int]:
-    """When each file was written to last, in nanoseconds; 0 for one that is gone."""
+    """When each file was last written to, in nanoseconds; 0 for a file that is gone."""
     return [os.stat(source.path).st_mtime_ns if os.path.exists(source.path) else 0 for source in sources]
 
 
 def _then(path: Path, count: int) -> list[int] | None:
-    """The times of `count` files that were kept; None where they are not there, as of older datasets, or damaged."""
+    """The saved times of `count` files; None if they are missing, as in older datasets, or damaged."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -229,7 +232,7 @@ def _sources(where: str) -> list[Source]:
 
 
 def _claim(path: Path, settings: dict[str, Any]) -> None:
-    """Raises `DataError` when unfinished work with other settings is there."""
+    """Saves the settings of unfinished work. Raises `DataError` when unfinished work with other settings is there."""
     if path.exists():
         _compare(json.loads(path.read_text()), settings, path.parent.parent, "unfinished work")
     else:
@@ -253,7 +256,10 @@ def _compare(old: dict[str, Any], new: dict[str, Any], folder: Path, what: str) 
 
 
 def _finished(folder: Path, settings: dict[str, Any], sources: list[Source], *, verify: bool | None = None) -> Prepared:
-    """Raises `DataError` when the dataset in `folder` is another or damaged; `verify` as in `open_dataset`."""
+    """Opens the finished dataset in `folder`. `verify` is as in `open_dataset`.
+
+    Raises `DataError` when the dataset is another or damaged.
+    """
     data = open_dataset(folder, remedy="delete this folder, and the same command makes it anew", verify=verify)
     shutil.rmtree(folder / "partial", ignore_errors=True)
     index = json.loads((folder / "index.json").read_text())

@@ -1,4 +1,4 @@
-"""Data that was prepared before, and comes with its tokenizer."""
+"""Prepared data, which comes with its tokenizer."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from llama_eqx.errors import ConfigError, DataError
 
 
 class PreparedConfig(SourceConfig):
-    """A dataset that was prepared before: a folder. `verify` as in `open_dataset`."""
+    """A prepared dataset: a folder. `verify` is as in `open_dataset`."""
 
     path: str | None
     verify: bool | None
@@ -35,7 +35,7 @@ class PreparedConfig(SourceConfig):
 
 
 class PreparedTokenizerConfig(TokenizerConfig):
-    """The tokenizer that data was prepared with."""
+    """The tokenizer that the data was prepared with."""
 
     def build(self, data: DataConfig) -> Tokenizer:
         folder = next((source.folder for _, source in data.sources().values() if isinstance(source, PreparedConfig)), None)

@@ -31,7 +31,7 @@ class ProvenanceConfig(Config):
 
 
 class Stretch(NamedTuple):
-    """Tokens `begin` up to `end` of a document of `tokens`, number `document` of `source`, which is the name of a component or ""."""
+    """Tokens `begin` up to `end` of a document that has `tokens`. It is number `document` of `source`, the name of a component or ""."""
 
     source: str
     document: int
@@ -43,9 +43,9 @@ class Stretch(NamedTuple):
 
 
 def provenance(config: ProvenanceConfig) -> str:
-    """The documents of a row and their text. It is computed from `config.yaml` and the data; the run need not have come so far.
+    """Returns the documents of a row and their text. They follow from `config.yaml` and the data; the run need not have come so far.
 
-    Raises `CheckpointError` when `run_dir` is no run, `DataError` when its data cannot be read or is another now.
+    Raises `CheckpointError` when `run_dir` is no run, `DataError` when its data cannot be read or has changed.
     """
     assert config.run_dir is not None
     assert config.step is not None
@@ -74,7 +74,7 @@ def provenance(config: ProvenanceConfig) -> str:
 
 
 def stretches(data: Dataset, row: int) -> list[Stretch]:
-    """What a row to train on has of which documents, in order."""
+    """The stretches of documents in a training row, in order."""
     found, source = [], data.names[data.train.source(row)]
     for split, begin, end in data.train.pieces(row):
         for document in split.documents_in(begin, end):

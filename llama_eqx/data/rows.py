@@ -1,4 +1,4 @@
-"""From documents one after another to rows of equal length: three ways, each a function of the row's number."""
+"""Makes rows of equal length from consecutive documents, in three ways, each a function of the row's number."""
 
 import abc
 import dataclasses
@@ -15,11 +15,11 @@ from llama_eqx.data.shard import Edges, token_dtype
 from llama_eqx.data.shards import Split
 from llama_eqx.errors import DataError
 
-MAPS = 400  # shards that are mapped at once: each takes file descriptors
+MAPS = 400  # shards mapped at once: each takes file descriptors
 
 
 class Piece(NamedTuple):
-    """The tokens `begin` up to `end` of a split that a row has one after another, as inputs, as targets, or both."""
+    """The consecutive tokens `begin` up to `end` of a split that a row has as inputs, as targets, or both."""
 
     split: Split
     begin: int
@@ -29,8 +29,8 @@ class Piece(NamedTuple):
 class Rows(abc.ABC):
     """Rows of `seq_len` tokens, numbered from 0, with a target for each token.
 
-    `segmented` rows have segment ids, and positions that begin at 0 in each segment. `targets` are those of all rows that the loss is to
-    count, `bytes` those of text in UTF-8 that they stand for.
+    `segmented` rows have segment ids, and positions that begin at 0 in each segment. `targets` is the number of targets in all rows that
+    the loss counts. `bytes` is the size in UTF-8 of the text that they stand for.
     """
 
     seq_len: int
@@ -43,21 +43,21 @@ class Rows(abc.ABC):
 
     @abc.abstractmethod
     def read(self, rows: Int[np.ndarray, " batch"]) -> Batch:
-        """Those rows; where a number is -1, a row of padding.
+        """Returns those rows, and a row of padding where a number is -1.
 
         Raises `DataError` naming shard and offset for an id that is not in the vocabulary, and as `Edges` does.
         """
 
     @abc.abstractmethod
     def counted(self, rows: Int[np.ndarray, " batch"]) -> int:
-        """How many targets of those rows the loss is to count. No token is read for it."""
+        """How many targets of those rows the loss counts. No token is read for it."""
 
     @abc.abstractmethod
     def pieces(self, row: int) -> list[Piece]:
-        """What a row consists of, in its order."""
+        """The pieces of a row, in order."""
 
     def source(self, row: int) -> int:
-        """The number of the source that a row is of, where several are joined."""
+        """The number of the row's source, where several are joined."""
         return 0
 
     def first(self) -> list[int]:
@@ -66,8 +66,8 @@ class Rows(abc.ABC):
 
 
 class Windows(Rows):
-    """The stream of all documents in rows of `seq_len` + 1 tokens: the last of a row is the first of the next, so that every token but
-    the first is a target. Attention sees through the edges of documents. What does not fill a row at the end is left out.
+    """The stream of all documents in rows of `seq_len` + 1 tokens. The last token of a row is the first of the next, so every token but the
+    first is a target. Attention crosses document boundaries. What does not fill a row at the end is left out.
 
     Raises `DataError` when there is not one row.
     """
@@ -95,7 +95,7 @@ class Windows(Rows):
 
 
 class Documents(Rows):
-    """The rows of `Windows`, with a segment for each document in them, and no target in another document.
+    """The rows of `Windows`, with a segment for each document, and no target in another document.
 
     Raises `DataError` when there is not one row.
     """
@@ -142,7 +142,7 @@ class Documents(Rows):
 
 
 class Packed(Rows):
-    """Whole documents, or pieces of those that are longer than a row, as an index says; each is a segment. The rest of a row is padding.
+    """Whole documents, or pieces of those longer than a row, placed as an index says. Each is a segment. The rest of a row is padding.
 
     `learned` says which tokens the loss counts as targets, as in `pack_index`; None counts all.
     """
@@ -170,7 +170,7 @@ class Packed(Rows):
         begins, places = self.index.begins[pieces], self.index.lengths[pieces].astype(np.int64) - 1
         ends = np.cumsum(places)
         used = np.bincount(lines, places, len(rows)).astype(np.int64)
-        at = ends - places - np.repeat(np.cumsum(used) - used, counts)  # of a piece in its row
+        at = ends - places - np.repeat(np.cumsum(used) - used, counts)  # the place of a piece in its row
 
         runs = self._tokens.runs(begins, places + 1)
         for line, first, count, ids in zip(lines.tolist(), at.tolist(), places.tolist(), runs, strict=True):
@@ -196,7 +196,7 @@ class Packed(Rows):
 
 
 class Joined(Rows):
-    """The rows of several sources, one source after another. When some are segmented, the others' rows are one segment each."""
+    """The rows of several sources, one source after another. If some are segmented, each row of the others is one segment."""
 
     def __init__(self, sources: Sequence[Rows]):
         self.sources, self.seq_len = tuple(sources), sources[0].seq_len
@@ -229,14 +229,14 @@ class Joined(Rows):
         return int(np.searchsorted(self._firsts, row, side="right")) - 1
 
     def _parts(self, rows: np.ndarray) -> list[tuple[Rows, np.ndarray, np.ndarray]]:
-        """The sources that have some of `rows`: which of `rows` they are, and their numbers in the source."""
+        """For each source that has some of `rows`: the source, the indices into `rows`, and the row numbers in the source."""
         of = np.searchsorted(self._firsts, rows, side="right") - 1
         places = [np.flatnonzero(of == i) for i in range(len(self.sources))]
         return [(self.sources[i], at, rows[at] - self._firsts[i]) for i, at in enumerate(places) if len(at)]
 
 
 class Shifted(Rows):
-    """Other rows with `offset` added to all of their positions. Nothing else changes: not what sees what, not what is a target."""
+    """Other rows with `offset` added to all positions. Nothing else changes: neither what attends to what, nor what is a target."""
 
     def __init__(self, rows: Rows, offset: int):
         self.rows, self.offset = rows, offset
@@ -261,7 +261,7 @@ class Shifted(Rows):
 
 
 class Tokens:
-    """Many short reads from a split at once, of any length or of `window` ids each."""
+    """Reads many short ranges of a split at once, of any length or of `window` ids each."""
 
     def __init__(self, split: Split, window: int = 1):
         self.split, self.dtype, self._window = split, token_dtype(split.shards[0].vocab), window
@@ -270,16 +270,16 @@ class Tokens:
         self._maps: dict[int, Mapped] = {}
 
     def windows(self, begins: Int[np.ndarray, " count"]) -> UInt[np.ndarray, "count window"]:
-        """`window` ids from each token on, zeros where it is negative. Raises as `check` does."""
+        """`window` ids from each of `begins` on, zeros where it is negative. Raises as `check` does."""
         real, lengths = begins >= 0, np.full(len(begins), self._window)
         if not real.all():
             ids = np.zeros((len(begins), self._window), self.dtype)
-            if real.any():  # all that one process has of a last batch may be padding
+            if real.any():  # one process's part of the last batch may be all padding
                 ids[real] = self.windows(begins[real])
             return ids
         shards, firsts, whole = self._places(begins, lengths)
         if whole.all() and (shards == shards[0]).all():
-            ids = self._map(int(shards[0])).windows[firsts]  # in half the time of one row after another
+            ids = self._map(int(shards[0])).windows[firsts]  # takes half the time of row by row
         else:
             ids = np.empty((len(begins), self._window), self.dtype)
             for shard in np.unique(shards[whole]).tolist():
@@ -291,13 +291,13 @@ class Tokens:
         return ids
 
     def check(self, ids: UInt[np.ndarray, "..."], begins: Int[np.ndarray, " count"], lengths: Int[np.ndarray, " count"]) -> None:
-        """Raises `DataError` naming shard and offset when one of `ids`, which were read from there, is not in the vocabulary."""
+        """Raises `DataError` naming shard and offset when one of `ids`, which were read from these ranges, is not in the vocabulary."""
         if ids.size and ids.max() >= self.split.shards[0].vocab:
             for begin, length in zip(begins.tolist(), lengths.tolist(), strict=True):
                 self.split.read(begin, begin + length)
 
     def runs(self, begins: Int[np.ndarray, " count"], lengths: Int[np.ndarray, " count"]) -> list[np.ndarray]:
-        """The ids of the tokens from each of `begins` on, as they are on disk."""
+        """The ids of each range of tokens, as they are on disk."""
         found = []
         places = (*self._places(begins, lengths), begins, begins + lengths)
         for shard, first, fits, begin, end in zip(*(array.tolist() for array in places), strict=True):
@@ -305,7 +305,7 @@ class Tokens:
         return found
 
     def starts(self, begins: Int[np.ndarray, " count"], length: int) -> list[np.ndarray]:
-        """Which of the `length` tokens from each of `begins` on begin a document, counted from it."""
+        """Which of the `length` tokens from each of `begins` on begin a document, as offsets from it."""
         found = [np.empty(0, np.int64)] * len(begins)
         shards, firsts, whole = self._places(begins, np.full(len(begins), length))
         for shard in np.unique(shards[whole]).tolist():
@@ -325,7 +325,7 @@ class Tokens:
         return found
 
     def _places(self, begins: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The shard in which each of some reads begins, at which of its ids, and whether it ends there."""
+        """The shard in which each read begins, at which of its ids, and whether the read ends in that shard."""
         shards = np.searchsorted(self._firsts[1:-1], begins, side="right")
         return shards, begins - self._firsts[shards], begins + lengths <= self._firsts[shards + 1]
 
@@ -340,7 +340,7 @@ class Tokens:
 
 
 class Mapped(NamedTuple):
-    """The files of a shard: its ids, the edges of documents, and the windows of ids that begin with each id, as a view."""
+    """The files of a shard: its ids, its document boundaries, and a view of the windows of ids that begin at each id."""
 
     ids: np.ndarray
     edges: Edges
@@ -348,8 +348,8 @@ class Mapped(NamedTuple):
 
 
 def _segments(lines: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Segment ids and positions of pieces one after another, each of so many places, in the lines where they lie."""
-    firsts = np.flatnonzero(np.diff(lines, prepend=-1))  # of the pieces, the first of a line
+    """Segment ids and positions of consecutive pieces. Piece i takes `places[i]` places in row `lines[i]`."""
+    firsts = np.flatnonzero(np.diff(lines, prepend=-1))  # the first piece of each line
     numbers = np.arange(1, len(lines) + 1) - np.repeat(firsts, np.diff(firsts, append=len(lines)))
     ends = np.cumsum(places)
     positions = np.arange(places.sum(), dtype=np.int32) - np.repeat((ends - places).astype(np.int32), places)
@@ -357,7 +357,7 @@ def _segments(lines: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _count(split: Split, seq_len: int) -> int:
-    """How many rows there are. Raises `DataError` when there is none."""
+    """The number of rows. Raises `DataError` when there is none."""
     if count := max(0, split.tokens - 1) // seq_len:
         return count
     shorter = f"train.seq_len={split.tokens - 1} or less, " if split.tokens > 1 else ""

@@ -1,4 +1,4 @@
-"""Supervised data: conversations of which the assistant learns its own words."""
+"""Supervised data: conversations in which the assistant's own words are learned."""
 
 import hashlib
 import json
@@ -30,12 +30,12 @@ from llama_eqx.data.sources import LINES, Record, Source, find, kind_of, lines, 
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import ConfigError, DataError
 
-MARKS = 2  # counts the changes of what is written beside the shards
+MARKS = 2  # incremented when what is written beside the shards changes
 
 
 @dataclass(frozen=True)
 class Conversation(Document):
-    """`messages` are of a role and a content each, from line `record` of `source`. `text` is what they say."""
+    """`messages` have a role and a content each, and come from line `record` of `source`. `text` is what they say."""
 
     messages: tuple[dict[str, str], ...]
     source: Source
@@ -43,12 +43,12 @@ class Conversation(Document):
 
 
 class SftConfig(CorpusConfig):
-    """Lines of JSON, in a file, a glob, or all *.jsonl in a folder. Each is an object with a list of "messages", each of a "role" and a
-    "content", or with two strings, of which the second answers the first: `prompt_key` and `response_key` name them.
+    """Lines of JSON, in a file, a glob, or all *.jsonl in a folder. Each line is an object with a list of "messages", each with a "role"
+    and a "content", or with two strings, the second of which answers the first. `prompt_key` and `response_key` name the two strings.
 
-    They become ids by the chat format of the tokenizer. Only what the assistant says is learned. Whole conversations are held out.
-    Lines that are no such objects, or whose messages are out of order, end the run, or are counted, as `on_error` says. One with a role
-    that the chat format does not know ends it in any case.
+    The tokenizer's chat format turns them into ids. Only what the assistant says is learned. Whole conversations are held out. Lines that
+    are no such objects, or whose messages are out of order, end the run or are counted, as `on_error` says. A role that the chat format
+    does not know ends the run in any case.
     """
 
     rows: Literal["packed", "single"]
@@ -77,7 +77,7 @@ class SftConfig(CorpusConfig):
         return found
 
     def conversations(self, skipped: list[str]) -> Iterator[Conversation]:
-        """Every conversation, in order. Where lines are skipped is added to `skipped`.
+        """Yields every conversation, in order. The locations of skipped lines are added to `skipped`.
 
         Raises `DataError` naming file and line.
         """
@@ -103,12 +103,12 @@ class SftConfig(CorpusConfig):
             raise DataError("no conversation here", where=self.path, next="data.path=FILE.jsonl, a folder of such files, or a glob")
 
     def _messages(self, line: Record) -> tuple[dict[str, str], ...]:
-        """Raises `ValueError` saying what is wrong."""
+        """The messages of a line. Raises `ValueError` saying what is wrong."""
         if line.text is None:
             raise ValueError(line.problem)
         try:
             example: Any = json.loads(line.text)
-            json.dumps(example, ensure_ascii=False).encode()  # no halves of surrogate pairs
+            json.dumps(example, ensure_ascii=False).encode()  # no lone surrogates
         except (ValueError, RecursionError) as error:
             raise ValueError("not JSON") from error
         if not isinstance(example, dict):
@@ -131,13 +131,13 @@ class SftConfig(CorpusConfig):
 
 
 def encode_conversations(data: SftConfig, tokenizer: Tokenizer) -> tuple[TokenData, dict[str, Split]]:
-    """The conversations as ids, from the cache when the same were encoded before; and for each split one that has the same offsets, and a 1
-    in place of each id that is to be learned.
+    """Returns the conversations as ids, from the cache if the same were encoded before, and for each split another with the same offsets
+    and a 1 in place of each id to learn.
 
     The `bytes` of the splits are those of what the assistant says.
 
-    Raises `DataError` when a split is empty, the lines change meanwhile, one does not fit the chat format, or what is in the cache is
-    damaged; `StorageError` when the cache cannot be written.
+    Raises `DataError` when a split is empty, the lines change meanwhile, one does not fit the chat format, or the cached files are damaged;
+    `StorageError` when the cache cannot be written.
     """
     corpus = data.identity()
     identity = [FORMAT, f"conversations {MARKS}", corpus, tokenizer.fingerprint, tokenizer.chat]

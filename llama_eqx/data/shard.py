@@ -1,4 +1,4 @@
-"""One shard of a dataset: its files, mapped, and where its documents begin. What is in them is told in `shards`."""
+"""One shard of a dataset: its mapped files, and where its documents begin. `shards` describes what is in them."""
 
 import functools
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ AGAIN = "restore the folder, or write another with python -m llama_eqx.prepare"
 
 
 def token_dtype(vocab: int) -> np.dtype:
-    """The type of ids below `vocab` on disk."""
+    """The dtype on disk of ids below `vocab`."""
     return np.dtype("<u2" if vocab <= 2**16 else "<u4")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """`path` is that of its files without their endings. `bytes` are those of the text in UTF-8, `tokens` include BOS and EOS.
+    """`path` is that of its files without their endings. `bytes` is the size of the text in UTF-8. `tokens` includes BOS and EOS.
 
-    Files are mapped when they are first read. A shard holds no map itself, so that it can be pickled.
+    Files are mapped when they are first read. A shard holds no map itself, so it can be pickled.
     """
 
     path: Path
@@ -31,7 +31,7 @@ class Shard:
     vocab: int
 
     def ids(self) -> np.ndarray:
-        """[tokens], mapped. Raises `DataError` when the file is not what the index says; so do the next two."""
+        """[tokens], mapped. Raises `DataError` when the file is not what the index says, as do `offsets` and `origins`."""
         return _mapped(self.file("ids"), *self.content["ids"])
 
     def offsets(self) -> np.ndarray:
@@ -39,7 +39,7 @@ class Shard:
         return _mapped(self.file("offsets"), *self.content["offsets"])
 
     def origins(self) -> np.ndarray:
-        """[documents, 2] int64, mapped: the number of the source, and of the record in it."""
+        """[documents, 2] int64, mapped: the number of each document's source, and of its record there."""
         return _mapped(self.file("origins"), *self.content["origins"])
 
     def file(self, kind: str) -> Path:
@@ -47,7 +47,7 @@ class Shard:
 
     @property
     def content(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape and type of each file."""
+        """Shape and dtype of each file."""
         offset = np.dtype("<i8")
         return {
             "ids": ((self.tokens,), token_dtype(self.vocab)),
@@ -57,17 +57,20 @@ class Shard:
 
 
 class Edges:
-    """Where the documents of a shard begin and end among its ids. Each offset is tested when it is looked up, so that no pass over all is
-    needed: all of these raise `DataError` naming shard and document where offsets do not rise from 0 to the number of ids."""
+    """Where the documents of a shard begin and end among its ids.
+
+    Each offset is checked when it is looked up, so no pass over all of them is needed. Every method raises `DataError` naming shard and
+    document where offsets do not rise from 0 to the number of ids.
+    """
 
     def __init__(self, shard: Shard):
         self._shard, self._offsets = shard, shard.offsets()
 
     def of(self, documents: Int[np.ndarray, " count"]) -> tuple[Int[np.ndarray, " count"], Int[np.ndarray, " count"]]:
-        """With which id each of some documents begins, and the one after its last."""
+        """The index of each document's first id, and the one after its last."""
         begins, ends = self._offsets[documents], self._offsets[documents + 1]
         last, tokens = self._shard.documents - 1, self._shard.tokens
-        # Only the first begins at 0 and only the last ends with the ids: the signs are the same, and none is outside.
+        # Only the first document begins at 0, and only the last ends with the ids. So the signs agree, and no offset lies outside.
         wrong = (begins >= ends) | (np.sign(begins) != np.sign(documents)) | (np.sign(tokens - ends) != np.sign(last - documents))
         if wrong.any():
             at = int(wrong.argmax())
@@ -79,19 +82,19 @@ class Edges:
         return begins, ends
 
     def before(self, ids: Int[np.ndarray, " count"]) -> Int[np.ndarray, " count"]:
-        """How many documents begin before each of some ids."""
+        """How many documents begin before each of the given ids."""
         found = self._offsets.searchsorted(ids)
         self._test_around(found, found)
         return found
 
     def within(self, starts: Int[np.ndarray, " count"], stops: Int[np.ndarray, " count"]) -> list[np.ndarray]:
-        """For each stretch, with which ids from its start up to its stop a document begins."""
+        """For each range from its start up to its stop, the ids that begin a document."""
         first, last = self._offsets.searchsorted(starts), self._offsets.searchsorted(stops)
         self._test_around(first, last)
         return [self._offsets[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True)]
 
     def _test_around(self, first: np.ndarray, last: np.ndarray) -> None:
-        """Tests what searches have found, and both neighbours: a search that an offset out of order has misled ends beside that."""
+        """Checks the documents that searches found, and both neighbours: an offset out of order misleads a search to a place beside it."""
         begin = np.maximum(np.minimum(first, last) - 2, 0)
         end = np.minimum(np.maximum(first, last) + 1, self._shard.documents)
         counts = end - begin

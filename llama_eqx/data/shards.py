@@ -1,9 +1,9 @@
-"""Tokens on disk: shards of ids with the offsets of their documents, and an index that says what they are.
+"""Tokens on disk: shards of ids with the offsets of their documents, and an index that describes them.
 
-A dataset is a folder with `index.json`, the tokenizer in `tokenizer/`, and three .npy files for each shard: `ids` (uint16, or uint32 if
-the vocabulary needs it), `offsets` (int64, where each document begins among the shard's ids, and at last their number) and `origins`
-(int64, for each document the number of its source in the index and of the record in it, 0 if the source is the document).
-No document lies in two shards, and none is without ids.
+A dataset is a folder with `index.json`, the tokenizer in `tokenizer/`, and three .npy files for each shard: `ids` (uint16, or uint32 if the
+vocabulary needs it), `offsets` (int64, where each document begins among the shard's ids, and last the number of ids) and `origins` (int64,
+for each document the number of its source in the index and of its record there, 0 if the source is the document). No document lies in two
+shards, and every document has ids.
 """
 
 import bisect
@@ -24,10 +24,10 @@ from llama_eqx.data.shard import AGAIN, Edges, Shard, token_dtype
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError
 
-FORMAT = 2  # counts the changes of what is written: shards of another format are made anew
+FORMAT = 2  # incremented when what is written changes; shards of another format are made anew
 SPLITS = ("train", "val")
 COUNTS = ("tokens", "documents", "bytes")
-VERIFIED = 2**30  # bytes: up to here a dataset is hashed whenever it is opened
+VERIFIED = 2**30  # bytes: a dataset of up to this size is hashed whenever it is opened
 HEADER = 128  # bytes, of each .npy file
 OWN = "leave tokenizer=... out, so that it is the data's own"
 DELETE = "delete this folder; it is made anew"
@@ -37,7 +37,7 @@ HOLD_OUT = "python -m llama_eqx.prepare validation_fraction=0.01 with the same i
 
 @dataclass(frozen=True)
 class Split:
-    """Documents one after another over all shards, each between BOS and EOS where the dataset has them.
+    """The documents of all shards, one after another, each between BOS and EOS if the dataset has them.
 
     Tokens and documents are numbered from 0 through all shards.
     """
@@ -58,9 +58,9 @@ class Split:
         return sum(shard.bytes for shard in self.shards)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The ids of the tokens `start` up to `stop`, as a new array of the dtype on disk.
+        """Returns the ids of tokens `start` up to `stop`, as a new array in the dtype on disk.
 
-        Raises `IndexError` outside of the split, `DataError` naming shard and offset for an id that is not in the vocabulary.
+        Raises `IndexError` outside the split, `DataError` naming shard and offset for an id that is not in the vocabulary.
         """
         parts = []
         for shard, begin, end, _ in self._runs(start, stop):
@@ -76,7 +76,7 @@ class Split:
         return parts[0].copy() if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
     def starts(self, start: int, stop: int) -> np.ndarray:
-        """[count] int64: the tokens in `start` up to `stop` with which a document begins."""
+        """[count] int64: the tokens in `start` up to `stop` that begin a document."""
         found = [np.empty(0, np.int64)]
         for shard, begin, end, first in self._runs(start, stop):
             found.append(Edges(shard).within(np.array([begin]), np.array([end]))[0] - begin + first)
@@ -91,9 +91,9 @@ class Split:
         return range(numbers[0], numbers[1] + 1) if numbers else range(0)
 
     def bounds(self, number: int) -> tuple[int, int]:
-        """The token with which a document begins, and the one after its last. Raises `IndexError`."""
+        """The token that begins a document, and the one after its last. Raises `IndexError`."""
         i, inside = self._place(self._documents, number)
-        near = np.clip([inside, inside - 1, inside + 1], 0, self.shards[i].documents - 1)  # an edge may be wrong by what lies beyond it
+        near = np.clip([inside, inside - 1, inside + 1], 0, self.shards[i].documents - 1)  # what lies beyond an edge may prove it wrong
         begins, ends = Edges(self.shards[i]).of(near)
         return self._tokens[i] + int(begins[0]), self._tokens[i] + int(ends[0])
 
@@ -117,14 +117,14 @@ class Split:
         return [0, *itertools.accumulate(shard.documents for shard in self.shards)]
 
     def _place(self, firsts: list[int], number: int) -> tuple[int, int]:
-        """The shard's number, and the number within it."""
+        """The index of the shard, and the number within it."""
         if not 0 <= number < firsts[-1]:
             raise IndexError(f"{number} is not in 0 … {firsts[-1] - 1}")
         i = bisect.bisect_right(firsts, number) - 1
         return i, number - firsts[i]
 
     def _runs(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int, int]]:
-        """The parts of `start` up to `stop` by shard: the shard, from where to where within it, and the token it begins with."""
+        """The parts of `start` up to `stop` by shard: the shard, the range within it, and the token it begins with."""
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.tokens}")
         i = bisect.bisect_right(self._tokens, start) - 1
@@ -145,11 +145,11 @@ class TokenData:
 
 
 def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = None, verify: bool | None = None) -> TokenData:
-    """What `write_index` completed. The sizes of all files are compared with the index, and no file is read.
+    """Opens a dataset that `write_index` completed. The sizes of all files are compared with the index, and no file is read.
 
-    With `verify` their SHA-256 are compared too; None does that for up to `VERIFIED` bytes.
+    `verify` compares their SHA-256 too; None does so for up to `VERIFIED` bytes.
 
-    Raises `DataError`, with `remedy` for what to do, for files that are missing, or not as they were, and for another `tokenizer`.
+    Raises `DataError` when files are missing or changed, with `remedy` for what to do, and when the dataset has another `tokenizer`.
     """
     try:
         content = (folder / "index.json").read_bytes()
@@ -183,7 +183,7 @@ def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = Non
 
 
 def seal(folder: Path, files: Iterable[Path]) -> None:
-    """Brings files of a folder to the disk, and keeps their sizes and SHA-256 in `SUMS`, for `check_sealed`."""
+    """Flushes files of a folder to disk, and saves their sizes and SHA-256 in `SUMS` for `check_sealed`."""
     sums = {}
     for path in files:
         with path.open("r+b") as file:
@@ -193,7 +193,7 @@ def seal(folder: Path, files: Iterable[Path]) -> None:
 
 
 def check_sealed(folder: Path) -> None:
-    """Raises `DataError` when files are not as they were when `seal` saw them: by their SHA-256 up to `VERIFIED` bytes, else by size."""
+    """Raises `DataError` when files have changed since `seal`: by their SHA-256 up to `VERIFIED` bytes, else by size."""
     try:
         files = {folder / name: (int(size), str(sha256)) for name, (size, sha256) in json.loads((folder / SUMS).read_bytes()).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -202,7 +202,7 @@ def check_sealed(folder: Path) -> None:
 
 
 class ShardWriter:
-    """Writes the files of one shard, to be used in a `with` statement. `path` as in `Shard`."""
+    """Writes the files of one shard, in a `with` statement. `path` is as in `Shard`."""
 
     def __init__(self, path: Path, vocab: int):
         self.path, self.vocab = path, vocab
@@ -221,14 +221,16 @@ class ShardWriter:
         self._stack.close()
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, n_bytes: int, origins: np.ndarray) -> None:
-        """Documents: their ids one after another, the number of ids of each (at least 1), the bytes of all, and [documents, 2] origins."""
+        """Adds documents: their ids one after another, the number of ids of each (at least 1), the bytes of all, and [documents, 2]
+        origins.
+        """
         self._files["ids"].write(ids.data)
         self._files["offsets"].write((self.tokens + np.cumsum(lengths, dtype="<i8")).data)
         self._files["origins"].write(np.ascontiguousarray(origins, "<i8").data)
         self.tokens, self.documents, self.bytes = self.tokens + len(ids), self.documents + len(lengths), self.bytes + n_bytes
 
     def finish(self) -> dict[str, Any]:
-        """The shard's entry in the index, once its files are whole and on disk."""
+        """Completes the shard's files on disk. Returns its entry in the index."""
         hashes = {}
         for kind, file in self._files.items():
             self._header(kind)
@@ -242,7 +244,7 @@ class ShardWriter:
         return Shard(self.path, self.tokens, self.documents, self.bytes, self.vocab)
 
     def _header(self, kind: str) -> None:
-        """numpy leaves room for the first axis of a file to grow, so that the length can be filled in when it is known."""
+        """Writes a file's header. numpy leaves room for its first axis to grow, so the length can be filled in once it is known."""
         shape, dtype = self._shard().content[kind]
         file = self._files[kind]
         file.seek(0)
@@ -257,7 +259,7 @@ def counts(what: Shard | Split | ShardWriter) -> dict[str, int]:
 def write_index(
     folder: Path, tokenizer: Tokenizer, shards: Iterable[tuple[str, dict[str, Any]]], sources: list[dict[str, Any]], **more: Any
 ) -> None:
-    """Completes a dataset: `shards` are splits with what `ShardWriter.finish` gave, `sources` have a "name", `more` is kept as it is."""
+    """Completes a dataset. `shards` are splits with what `ShardWriter.finish` returned. `sources` have a "name". `more` is kept as is."""
     tokenizer.save(folder / "tokenizer")
     records = [{"split": split, **record} for split, record in shards]
     of = {split: [record for record in records if record["split"] == split] for split in SPLITS}
@@ -275,7 +277,7 @@ def write_index(
 
 
 def _write(path: Path, content: Any) -> None:
-    """JSON that appears under its name when it is on the disk."""
+    """Writes JSON that appears under its name once it is on disk."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w") as file:
         file.write(json.dumps(content, indent=1) + "\n")
@@ -285,7 +287,7 @@ def _write(path: Path, content: Any) -> None:
 
 
 def _compare(folder: Path, files: dict[Path, tuple[int, str]], verify: bool | None, remedy: str) -> None:
-    """Raises `DataError` naming files that have not these sizes or SHA-256; `verify` as in `open_dataset`."""
+    """Raises `DataError` naming files whose size or SHA-256 differs. `verify` is as in `open_dataset`."""
     if verify is None:
         verify = sum(size for size, _ in files.values()) <= VERIFIED
     if damage := [f"{file.name}: {what}" for file in files if (what := _damage(file, *files[file], verify))]:

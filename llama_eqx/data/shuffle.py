@@ -1,4 +1,4 @@
-"""A new order of the rows for every epoch, computed row by row: nothing as long as the data is ever made or kept."""
+"""A new order of the rows for every epoch, computed row by row. No array as long as the data is ever made."""
 
 import math
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Shuffle:
-    """An endless sequence for each of several sets of rows: in every epoch of `sizes[c]` draws from set c each of its rows comes once.
+    """An endless sequence for each of several sets of rows. In every epoch of `sizes[c]` draws from set c, each of its rows comes once.
 
-    Draw number j of a set stands in its epoch j // size. Orders of different seeds, sets and epochs have nothing in common.
+    Draw number j of a set is in its epoch j // size. Orders of different seeds, sets and epochs have nothing in common.
 
-    The order is a bijection of 0 … size - 1 under a key: a Feistel network (Luby and Rackoff, 1988) over two digits of bases near the
-    square root of the size, walked until it ends inside (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains").
+    The order is a keyed bijection of 0 … size - 1: a Feistel network (Luby and Rackoff, 1988) over two digits of bases near the square root
+    of the size, applied until the value lies inside (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains").
     """
 
     def __init__(self, sizes: Sequence[int], seed: int):
@@ -25,7 +25,7 @@ class Shuffle:
         self._keys = np.random.SeedSequence([seed, 0x5EED]).generate_state(len(sizes), np.uint64)
 
     def __call__(self, sets: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """[count] int64: the row that each draw gives, by the numbers of the set and of the draw within it."""
+        """[count] int64: the row of each draw. `draws` are numbered within their set."""
         epochs, places = np.divmod(draws, self.sizes[sets])
         keys = _mixed(self._keys[sets] + epochs.astype(np.uint64) * GOLDEN)
         found = places.astype(np.uint64)

@@ -1,4 +1,4 @@
-"""How text is cut to be evaluated: every token is predicted once, the last ones of a text too."""
+"""Cuts text for evaluation: every token is predicted once, including the last ones of a text."""
 
 import dataclasses
 
@@ -13,10 +13,10 @@ from llama_eqx.errors import DataError
 
 
 class Sliding(Packed):
-    """Windows of up to `seq_len` tokens. One begins every `stride` tokens of a text and is to predict what the window before it did not:
-    the first all its targets, the others their last `stride`. With a stride of `seq_len` windows are disjoint.
+    """Windows of up to `seq_len` tokens. One begins every `stride` tokens of a text and predicts what the window before it did not: the
+    first window all its targets, the others all but their first `seq_len - stride`. With a stride of `seq_len` windows are disjoint.
 
-    A text is a document, or all of a split with `whole`. Its first token is predicted by none. Short windows share a row, each a segment.
+    A text is a document, or the whole split with `whole`. Its first token is not predicted. Short windows share a row, each as a segment.
 
     Raises `DataError` when there is nothing to predict.
     """
@@ -27,7 +27,7 @@ class Sliding(Packed):
         counts = np.where(targets > 0, 1 + np.maximum(-(-(targets - seq_len) // stride), 0), 0)
         if not counts.any():
             raise DataError(f"{split.name} has no text of two tokens or more", where=str(split.shards[0].path.parent), next="more text")
-        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of a window in its text
+        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # the number of a window in its text
         self.firsts = begins[counts > 0]  # the tokens that begin a text
         begins, sizes = np.repeat(begins, counts) + number * stride, np.minimum(seq_len, np.repeat(targets, counts) - number * stride)
         skips = np.where(number > 0, seq_len - stride, 0)
@@ -49,7 +49,7 @@ class Sliding(Packed):
         return len(self._skips)
 
     def places(self, rows: Int[np.ndarray, " batch"]) -> tuple[Int[np.ndarray, "batch seq"], Int[np.ndarray, "batch seq"]]:
-        """For every target of those rows the numbers of its window and of its document, -1 where there is none."""
+        """For every target of those rows, the numbers of its window and its document; -1 where there is no target."""
         windows, tokens = (np.full((len(rows), self.seq_len), -1) for _ in range(2))
         for line, row in enumerate(rows.tolist()):
             at = 0

@@ -1,6 +1,6 @@
-"""Files of text: which there are, the pieces they can be read in, and the documents in each.
+"""Files of text: how they are found, the pieces they are read in, and the documents in each.
 
-What is in a file is told by the end of its name, in capitals or not; what is said of .jsonl holds of .ndjson, which is another name for it.
+The end of a file's name, in capitals or not, says what is in it. What is said of .jsonl holds for .ndjson, which is another name for it.
 """
 
 import glob
@@ -27,7 +27,7 @@ IN_FOLDERS = (*(f"{suffix}{pressed}" for suffix in (TEXT, ".md", LINES, ALSO_LIN
 
 @dataclass(frozen=True)
 class Source:
-    """A file. `name` is relative to where it was looked for, so that it is the same on every machine; `size` is in bytes."""
+    """A file. `name` is relative to where it was looked for, so it is the same on every machine. `size` is in bytes."""
 
     name: str
     path: str
@@ -36,10 +36,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Piece:
-    """What of a source is read at once: all of it, its lines that begin in the bytes `start` up to `stop`, or these row groups.
+    """The part of a source that is read at once: all of it, its lines that begin in the bytes `start` up to `stop`, or these row groups.
 
-    `number` is that of the source, `first` that of the records before the piece, where it is known without reading them. `weight` is
-    about how many bytes there are to read.
+    `number` is that of the source. `first` is the number of records before the piece, where it is known without reading them. `weight` is
+    about the number of bytes to read.
     """
 
     number: int
@@ -51,7 +51,8 @@ class Piece:
 
 
 class Record(NamedTuple):
-    """`number` counts from 1 and from the start of the piece, blank lines included; 0 when the whole source is the document.
+    """`number` counts from 1: lines from the start of the piece, blank ones included, and rows from the start of the file. It is 0 when the
+    whole source is the document.
 
     A blank line has neither a text nor a problem.
     """
@@ -62,7 +63,7 @@ class Record(NamedTuple):
 
 
 def find(where: str, key: str) -> list[Source]:
-    """The files that match, in order: a file, a glob (with ** for folders in folders), or all of `IN_FOLDERS` below a folder.
+    """Returns the files that match, in order: a file, a glob (with ** for nested folders), or all of `IN_FOLDERS` below a folder.
 
     Raises `DataError` when there are none, with the advice to set `key`.
     """
@@ -70,7 +71,7 @@ def find(where: str, key: str) -> list[Source]:
     if path.is_dir():
         root, files = path, [file for file in path.rglob("*") if file.name.lower().endswith(IN_FOLDERS)]
     else:
-        # What comes before the first wildcard, so that names do not depend on what else matches.
+        # The folder before the first wildcard, so that names do not depend on what else matches.
         root = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
         files = [path] if path.is_file() else [Path(file) for file in glob.glob(str(path), recursive=True)]
     if found := sorted(file for file in files if file.is_file()):
@@ -82,9 +83,9 @@ LISTED = ".txt, .md, .jsonl or .parquet"
 
 
 def pieces(number: int, source: Source, size: int | None, field: str) -> list[Piece]:
-    """A source in pieces of some `size` bytes, or whole with None. Only .jsonl and .parquet can be cut.
+    """Cuts a source into pieces of about `size` bytes, or leaves it whole with None. Only .parquet and uncompressed .jsonl can be cut.
 
-    Raises `DataError` for a .parquet file that is none or has no text in the column `field`.
+    Raises `DataError` for a .parquet file that is not one, or has no text in the column `field`.
     """
     if kind_of(source) == PARQUET:
         return _row_groups(number, source, size, field)
@@ -94,10 +95,10 @@ def pieces(number: int, source: Source, size: int | None, field: str) -> list[Pi
 
 
 def records(piece: Piece, field: str, *, skip: bool) -> Iterator[Record]:
-    """The documents of a piece: `field` of each line or row, or the one text. A record that cannot be read has a problem instead. If these
-    are to `skip`, one is all that there is of a compressed file that is damaged.
+    """Yields the documents of a piece: `field` of each line or row, or the whole text. A record that cannot be read has a problem instead.
+    With `skip`, a damaged compressed file yields one such record and nothing else.
 
-    Raises `DataError` when the file is not as large as it was.
+    Raises `DataError` when the file's size has changed.
     """
     source, number = piece.source, 0
     try:
@@ -118,7 +119,7 @@ def records(piece: Piece, field: str, *, skip: bool) -> Iterator[Record]:
 
 
 def lines(source: Source, *, skip: bool) -> Iterator[Record]:
-    """The lines of a file as they stand, without blank ones. Where it cannot be read there is a problem, as of `records`."""
+    """Yields the lines of a file as they are, without blank ones. Where it cannot be read, a record has a problem, as in `records`."""
     number = 0
     try:
         with _open(source, to_end=skip) as file:
@@ -131,7 +132,7 @@ def lines(source: Source, *, skip: bool) -> Iterator[Record]:
 
 
 def read_text(path: Path) -> str:
-    """Raises `DataError` for what is not UTF-8."""
+    """The text of a file. Raises `DataError` when it cannot be read or is not UTF-8."""
     source = Source(path.name, str(path), 0)
     try:
         record = _record(0, path.read_bytes())
@@ -143,36 +144,36 @@ def read_text(path: Path) -> str:
 
 
 def refusal(piece: Piece, record: Record, key: str) -> DataError:
-    """The problem of a record as an error, for people. `key` names the files."""
+    """The problem of a record as an error for users. `key` names the files."""
     where = f"{piece.source.path}:{_lines_before(piece) + record.number}" if record.number else piece.source.path
     return DataError(record.problem, where=where, next=f"{remedy(record)}, or leave the file out with a glob such as {key}='FOLDER/*.md'")
 
 
 def remedy(record: Record) -> str:
-    """What can be done about its problem."""
+    """What the user can do about the record's problem."""
     if record.problem.startswith(UNREAD):
         return "download or copy this file again"
     return "mend this record, or take it out" if record.number else "convert it to UTF-8"
 
 
 def kind_of(source: Source) -> str:
-    """`LINES`, `PARQUET`, or `TEXT` for whatever else."""
+    """`LINES`, `PARQUET`, or `TEXT` for anything else."""
     name = plain(source)
     return PARQUET if name.endswith(PARQUET) else LINES if name.endswith((LINES, ALSO_LINES)) else TEXT
 
 
 def plain(source: Source) -> str:
-    """Its name in small letters, without what says that it is compressed."""
+    """The source's name in lower case, without the suffix of its compression."""
     return source.name.lower().removesuffix(_compression(source))
 
 
 def _compression(source: Source) -> str:
-    """The one of `COMPRESSED` with which its name ends, or ""."""
+    """The suffix in `COMPRESSED` that the name ends with, or ""."""
     return next((suffix for suffix in COMPRESSED if source.name.lower().endswith(suffix)), "")
 
 
 def _open(source: Source, *, to_end: bool) -> Any:
-    """With `to_end` a compressed file is read to its end first: that lines before it are not what they were may show only there."""
+    """Opens a file. `to_end` first reads a compressed file to its end: damage to earlier lines may show only there."""
     compression = _compression(source)
     if to_end and compression:
         with _open(source, to_end=False) as file:
@@ -188,7 +189,7 @@ def _open(source: Source, *, to_end: bool) -> Any:
 
 
 def _lines(file: Any, piece: Piece) -> Iterator[bytes]:
-    if piece.stop - piece.start == piece.source.size:  # not cut, and if it is compressed, longer than its size says
+    if piece.stop - piece.start == piece.source.size:  # not cut; a compressed file is longer than its size says
         yield from file
         return
     file.seek(max(0, piece.start - 1))
@@ -199,7 +200,7 @@ def _lines(file: Any, piece: Piece) -> Iterator[bytes]:
 
 
 def _lines_before(piece: Piece) -> int:
-    """Of the file, before a piece of it."""
+    """The number of the file's lines before a piece of it."""
     count, left, last = 0, piece.start, b"\n"
     if kind_of(piece.source) == LINES and piece.start:
         with open(piece.source.path, "rb") as file:
@@ -223,7 +224,7 @@ def _line(number: int, line: bytes, field: str) -> Record:
 
 
 def _record(number: int, content: bytes) -> Record:
-    """Of a file or a line of it. One may begin with a mark of the byte order, and a NUL says that it is another encoding, or no text."""
+    """The record of a file or a line. It may begin with a byte order mark. A NUL means another encoding, or no text."""
     if b"\0" not in content:
         try:
             return Record(number, content.decode("utf-8-sig"))
@@ -233,7 +234,7 @@ def _record(number: int, content: bytes) -> Record:
 
 
 def _row(number: int, content: bytes | None, field: str) -> Record:
-    """As of a line, any character is text: a mark of the byte order and a NUL too."""
+    """The record of a row. As in a line, every character is text, even a byte order mark or a NUL."""
     if content is None:
         return Record(number, None, f"no text in the column {field}")
     try:
@@ -243,7 +244,7 @@ def _row(number: int, content: bytes | None, field: str) -> Record:
 
 
 def _unread(before: int, error: Exception) -> Record:
-    """What stands for the records after those `before`."""
+    """The record that stands for all after the first `before`."""
     return Record(before + 1 if before else 0, None, f"{UNREAD}{getattr(error, 'strerror', None) or error}")
 
 

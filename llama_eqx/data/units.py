@@ -1,4 +1,4 @@
-"""The units of work of `prepare`: some of the files, encoded by themselves."""
+"""The units of work of `prepare`: some of the files, each unit encoded by itself."""
 
 import contextlib
 import hashlib
@@ -17,16 +17,16 @@ from llama_eqx.data.sources import Piece, Record, Source, pieces, records, refus
 from llama_eqx.data.tokenizer import Tokenizer, load_tokenizer
 from llama_eqx.errors import DataError
 
-# What is kept of each document of a unit: its ids and bytes of text, a hash of the text, and where it came from.
+# What is kept of each document of a unit: its numbers of ids and of bytes of text, a hash of the text, and its origin.
 DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("hash", "<u8", (2,)), ("source", "<i8"), ("record", "<i8")])
-LOADED: dict[str, Tokenizer] = {}  # by fingerprint, the one that was last used
-NAMED = 20  # records that are named one by one
-UNITS, LEAST = 256, 2**20  # units of few files, and bytes of each
+LOADED: dict[str, Tokenizer] = {}  # by fingerprint; only the last one used
+NAMED = 20  # records named one by one
+UNITS, LEAST = 256, 2**20  # units of a small input, and the fewest bytes of each
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Consecutive pieces, of each source no more than one."""
+    """Consecutive pieces, at most one per source."""
 
     number: int
     pieces: tuple[Piece, ...]
@@ -34,7 +34,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Task:
-    """What all units have in common. `folder` is that of unfinished work, `tokenizer` a fingerprint."""
+    """What all units have in common. `folder` is that of unfinished work. `tokenizer` is a fingerprint."""
 
     folder: Path
     tokenizer: str
@@ -49,7 +49,7 @@ class Task:
 
 
 def cut_units(sources: list[Source], most: int, field: str) -> list[Unit]:
-    """All of the sources in units of some `most` bytes, or less when there are few bytes in all: so that there is work for all cores."""
+    """Cuts all sources into units of about `most` bytes, or less if there are few bytes in all, so that there is work for all cores."""
     size = min(most, max(LEAST, sum(source.size for source in sources) // UNITS))
     units, members, weight = [], [], 0
     for number, source in enumerate(sources):
@@ -63,9 +63,9 @@ def cut_units(sources: list[Source], most: int, field: str) -> list[Unit]:
 
 
 def run_unit(task: Task, unit: Unit) -> None:
-    """Encodes a unit, and keeps its ids, its `DOCUMENT`s and what else there is to say of it.
+    """Encodes a unit, and saves its ids, its `DOCUMENT`s and a summary.
 
-    Raises `DataError` naming file and record, unless they are to be skipped.
+    Raises `DataError` naming file and record, unless such records are skipped.
     """
     tokenizer, empty, refused, named = _tokenizer(task), 0, 0, []
     lines = dict.fromkeys([piece.number for piece in unit.pieces], 0)
@@ -86,7 +86,7 @@ def run_unit(task: Task, unit: Unit) -> None:
             ids, lengths = encode([text for _, _, text in batch], tokenizer, bos=task.bos, eos=task.eos)
         except DataError as error:
             if len(batch) > 1:
-                for one in batch:  # to find out which it is
+                for one in batch:  # to find the one that fails
                     add([one])
                 return
             refuse(batch[0][0], batch[0][1]._replace(problem=error.what))
@@ -120,23 +120,23 @@ def run_unit(task: Task, unit: Unit) -> None:
     with whole(task.path(unit.number, "npy")) as file:
         np.save(file, np.concatenate(found))
     said = {"lines": list(lines.items()), "empty": empty, "refused": refused, "named": named}
-    with whole(task.path(unit.number, "json")) as file:  # last: with it, the unit is done
+    with whole(task.path(unit.number, "json")) as file:  # written last: with it, the unit is done
         file.write(json.dumps(said).encode())
 
 
 def hashes(texts: list[bytes]) -> np.ndarray:
-    """[documents, 2] uint64: BLAKE2b (RFC 7693) of each text, in 128 bits."""
+    """[documents, 2] uint64: the 128-bit BLAKE2b (RFC 7693) of each text."""
     return np.frombuffer(b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts), "<u8").reshape(-1, 2)
 
 
 def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """[documents] bool: a text is held out or not wherever it stands, and whatever else there is."""
+    """[documents] bool: whether each text is held out. It depends on that text alone, not on its place or on other texts."""
     return hashes[:, 0] / 2**64 >= 1 - fraction if fraction else np.zeros(len(hashes), bool)
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Any]:
-    """A file that appears under its name when it is whole and on disk."""
+    """Opens a file that appears under its name once it is whole and on disk."""
     number, name = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
     with open(number, "wb") as file:
         yield file
@@ -155,6 +155,6 @@ def _tokenizer(task: Task) -> Tokenizer:
 
 
 def keep_loaded(tokenizer: Tokenizer) -> None:
-    """Has the units of this process use it, and those of processes that are forked from it."""
+    """Makes the units of this process use it, and those of processes forked from it."""
     LOADED.clear()
     LOADED[tokenizer.fingerprint] = tokenizer

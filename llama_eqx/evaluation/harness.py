@@ -18,15 +18,16 @@ from llama_eqx.evaluation.opened import Opened
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.text import generate_texts
 
-SHORTEST = 32  # rows are as long as a power of two from here on, so that few lengths are compiled
-NEW_TOKENS = 256  # where a task does not say how many: the harness's own default
+SHORTEST = 32  # row lengths are powers of two from here on, so that few are compiled
+NEW_TOKENS = 256  # if a task does not say how many: the harness's own default
 SEED = 1234  # of tasks that sample, as the harness seeds torch
 
 
 class HarnessModel(TemplateLM):
-    """A model as the harness sees it. Text becomes tokens, prefixes and windows as its `hf` model makes them, so scores are the same.
+    """A model as the harness sees it. It makes tokens, prefixes and windows from text as the harness's `hf` model does, so scores are the
+    same.
 
-    Texts begin with BOS where the tokenizer puts one; names of special tokens in a text are these tokens.
+    Texts begin with BOS if the tokenizer adds one. Names of special tokens in a text become these tokens.
     """
 
     def __init__(self, opened: Opened):
@@ -53,7 +54,7 @@ class HarnessModel(TemplateLM):
         return [*self._opened.tokenizer.prefix, *ids]
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
-        """Of each (_, context, continuation) the log-probability of the continuation, and whether it is what greedy decoding gives."""
+        """For each (_, context, continuation), the log-probability of the continuation, and whether greedy decoding gives it."""
         pairs = [((context + continuation)[-(self._length + 1) :], len(continuation)) for _, context, continuation in requests]
         if wrong := next((count for _, count in pairs if count > self._length), None):
             raise ConfigError(f"an answer of {wrong} tokens does not fit into rows of {self._length}", where="length")
@@ -70,7 +71,7 @@ class HarnessModel(TemplateLM):
         return found
 
     def _scored(self, pairs: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        """At most a batch of (tokens, how many of the last are to be scored)."""
+        """Scores at most a batch of (tokens, number of last tokens to score)."""
         length = min(self._length, max(SHORTEST, 1 << (max(len(ids) for ids, _ in pairs) - 2).bit_length()))
         tokens, targets = (np.zeros((self._batch_size, length), np.int32) for _ in range(2))
         mask = np.zeros((self._batch_size, length), np.float32)
@@ -85,7 +86,7 @@ class HarnessModel(TemplateLM):
         return answers[: len(pairs)]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each text, in disjoint windows that are as full as they can be."""
+        """The log-probability of each text, in disjoint windows that are as full as possible."""
         windows, owners = [], []
         for owner, (text,) in enumerate(request.args for request in requests):
             rolling = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self._length, context_len=1)
@@ -99,7 +100,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each prompt up to a string at which it is to stop, or the end of the text."""
+        """The continuation of each prompt, up to one of its stop strings or the end of the text."""
         found: list[str] = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -120,7 +121,7 @@ class HarnessModel(TemplateLM):
         return found
 
     def continued(self, prompts: list[list[int]], count: int, sampling: Sampling, until: list[str]) -> list[list[int]]:
-        """Up to `count` new tokens of each prompt."""
+        """Up to `count` new tokens for each prompt."""
         stop = () if self._opened.tokenizer.eos is None else (self._opened.tokenizer.eos,)
         return [
             row.tokens
@@ -130,7 +131,7 @@ class HarnessModel(TemplateLM):
         ]
 
     def _settings(self, asked: dict[str, Any]) -> tuple[Sampling, list[str], int]:
-        """How to draw, where to stop, and how many tokens at most."""
+        """How to sample, where to stop, and how many tokens at most."""
         settings: dict[str, Any] = dict(normalize_gen_kwargs(asked, NEW_TOKENS))
         eos = next((name for name, i in self._opened.tokenizer.special.items() if i == self.eot_token_id), None)
         until, count = handle_stop_sequences(settings.pop("until"), eos), settings.pop("max_gen_toks")

@@ -1,4 +1,4 @@
-"""The model that is evaluated, laid out over the devices, and what there is to say of it before."""
+"""Opens the model to evaluate, laid out over the devices, with notes for the user."""
 
 import math
 from typing import Any, NamedTuple
@@ -24,17 +24,17 @@ from llama_eqx.training.evaluation import Score, make_score
 from llama_eqx.training.loss import policy_view
 
 CHUNK = 2048  # tokens whose logits exist at a time
-LONGEST = 2048  # tokens of a window where neither a run nor the user says
+LONGEST = 2048  # tokens of a window if neither a run nor the user says
 
 
 class EvaluateConfig(Config):
-    """The weights at `checkpoint` on the held-out text of `data`, None for that of the run, or on `tasks` of the lm-evaluation-harness.
+    """Evaluates the weights at `checkpoint` on the held-out text of `data`, None for the run's, or on `tasks` of the lm-evaluation-harness.
 
-    `length` is that of a window in tokens, None for that of training or of the context, and `stride` how many of them it is to predict,
-    None for all. `batch_size` windows at a time go over all devices, in `dtype`, None for that of the files. `output` is a file of JSON.
+    `length` is a window's size in tokens, None for that of training or of the context. `stride` is how many of them it predicts, None for
+    all. `batch_size` windows at a time go over all devices, in `dtype`, None for that of the files. `output` is a JSON file.
 
-    `tasks` are names with commas between them, also of YAML files in the folder `include_path`; of each `limit` examples are used, with
-    `num_fewshot` others before them, None for all and for what the task says.
+    `tasks` are names separated by commas, also of YAML files in the folder `include_path`. `limit` examples of each are used, None for all,
+    with `num_fewshot` others before them, None for what the task says.
     """
 
     checkpoint: str | None
@@ -64,9 +64,9 @@ class EvaluateConfig(Config):
 
 
 class Opened(NamedTuple):
-    """A model on its devices, how it is laid out there, and its tokenizer, for rows of `length` tokens, `batch_size` at a time.
+    """A model on its devices, its layout there, and its tokenizer, for rows of `length` tokens, `batch_size` at a time.
 
-    `notes` are what a person should know.
+    `notes` are what the user should know.
     """
 
     model: Llama
@@ -79,13 +79,13 @@ class Opened(NamedTuple):
 
 
 def open_model(config: EvaluateConfig) -> Opened:
-    """Raises `ConfigError`, `CheckpointError` and `DataError`."""
+    """Opens the model. Raises `ConfigError`, `CheckpointError` and `DataError`."""
     assert config.checkpoint is not None
     layout, weights = Layout(config.mesh.build(), config.sharding), open_pretrained(config.checkpoint)
     sizes = {axis: size for axis, size in vars(weights.config.dims).items() if size is not None}
     length = config.length or _length(config, weights.config.context)
     ways = math.prod(layout.mesh.shape[name] for name in layout.rules.axes.get("batch", ()))
-    batch_size = -(-config.batch_size // ways) * ways  # each device has as many rows
+    batch_size = -(-config.batch_size // ways) * ways  # each device has the same number of rows
     notes = [*weights.notes, *layout.check({"batch": batch_size, "seq": length, **sizes})]
     if length > weights.config.context:
         notes.append(f"rows of {length} tokens are longer than the model's context of {weights.config.context}")
@@ -98,7 +98,7 @@ def open_model(config: EvaluateConfig) -> Opened:
         )
     model = load_pretrained(config.checkpoint, config.dtype, layout.shardings(abstract(weights.config)))
     view = policy_view(
-        PrecisionConfig(params="float32", compute="float32"),  # the same twice: in the dtype in which it was loaded
+        PrecisionConfig(params="float32", compute="float32"),  # the same twice: computes in the dtype that was loaded
         RematConfig(policy="none"),
         layout,
         KernelConfig(name="auto", q_block=None, kv_block=None, fused_backward=False),
@@ -108,7 +108,7 @@ def open_model(config: EvaluateConfig) -> Opened:
 
 
 def data_of(config: EvaluateConfig) -> DataConfig:
-    """Raises `ConfigError` where neither the config nor a run says what it is."""
+    """The data to evaluate on. Raises `ConfigError` when neither the config nor a run says what it is."""
     if config.data is not None:
         return config.data
     if "data" not in (saved := _saved(config)):
@@ -117,7 +117,7 @@ def data_of(config: EvaluateConfig) -> DataConfig:
 
 
 def step_of(config: EvaluateConfig) -> tuple[int, int | None] | None:
-    """Which step of a run is evaluated, and how many the run is to have; None for other folders."""
+    """The step of a run that is evaluated, and how many steps the run is to have; None for other folders."""
     assert config.checkpoint is not None
     folder, step = located(config.checkpoint)
     if "train" not in (saved := _saved(config)):
@@ -126,19 +126,19 @@ def step_of(config: EvaluateConfig) -> tuple[int, int | None] | None:
 
 
 def _length(config: EvaluateConfig, context: int) -> int:
-    """That of the run's training, or as much of the context as is usual; all of it for benchmarks."""
+    """The length in the run's training, else as much of the context as is usual; all of it for benchmarks."""
     return context if config.tasks else _saved(config).get("train", {}).get("seq_len", min(context, LONGEST))
 
 
 def _saved(config: EvaluateConfig) -> dict[str, Any]:
-    """What a run says of itself; nothing for other folders."""
+    """The config of a run; empty for other folders."""
     assert config.checkpoint is not None
     folder, _ = located(config.checkpoint)
     return read_config(folder) if (folder / CONFIG).is_file() else {}
 
 
 def _tokenizer(config: EvaluateConfig) -> tuple[Tokenizer, list[str]]:
-    """The one beside the model, unless another is asked for or the data comes with its own."""
+    """The tokenizer beside the model, unless another is asked for or the data comes with its own. Also returns notes."""
     assert config.checkpoint is not None
     folder = located(config.checkpoint)[0]
     if config.tokenizer is None:

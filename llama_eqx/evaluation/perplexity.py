@@ -18,11 +18,11 @@ from llama_eqx.evaluation.opened import EvaluateConfig, Opened, data_of, open_mo
 from llama_eqx.processes import is_first, watched
 from llama_eqx.training.evaluation import BUCKETS, Sums, bucket
 
-FEW = 10  # documents, fewer than which say too little of how documents differ
+FEW = 10  # documents; fewer say too little about how documents differ
 
 
 class Document(NamedTuple):
-    """The mean over its `tokens` that were predicted, in nats per token."""
+    """`loss` is the mean over its `tokens` that were predicted, in nats per token."""
 
     name: str
     loss: float
@@ -30,9 +30,10 @@ class Document(NamedTuple):
 
 
 class Result(NamedTuple):
-    """`loss` in nats per token over `tokens`, with a confidence interval of 95% from `low` to `high`; `bytes` of text in UTF-8.
+    """`loss` is in nats per token over `tokens`, with a 95% confidence interval from `low` to `high`. `bytes` is the size of the text in
+    UTF-8.
 
-    `by_position` has loss and tokens of those predicted from position p, 2p - 1 and between.
+    `by_position` has, for each p, the loss and the number of the tokens predicted from positions p to 2p - 1.
     """
 
     loss: float
@@ -53,8 +54,8 @@ class Result(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """The results by the names of the sources of the data, "" when there is but one; `step` is that of a run, and how many it is to have.
-    `notes` are what a person should know.
+    """The results by the name of the data's source, "" if the data is no mixture. `step` is that of a run, and how many it is to have.
+    `notes` are what the user should know.
     """
 
     parameters: int
@@ -66,9 +67,9 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(config: EvaluateConfig) -> Evaluated:
-    """Every token of the text is predicted once, but for the first of each; sums are in float64.
+    """Predicts every token of each text but the first, once. Sums are in float64.
 
-    Raises `ConfigError`, `CheckpointError` and `DataError` before anything is compiled, `NonFiniteError` for a loss that is no number.
+    Raises `ConfigError`, `CheckpointError` and `DataError` before anything is compiled, `NonFiniteError` for a loss that is not finite.
     """
     data, opened, step = data_of(config), open_model(config), step_of(config)  # without a checkpoint, opening says so
     length, stride = opened.length, config.stride or opened.length
@@ -83,15 +84,15 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
 
 
 def measure(opened: Opened, rows: Sliding, name: str, *, position_offset: int = 0, stall: int | None = None) -> Result:
-    """The model on all of `rows`, with a progress bar that is called `name`. `position_offset` is added to their positions.
+    """Evaluates the model on all of `rows`, with a progress bar called `name`. `position_offset` is added to their positions.
 
-    With several processes each reads its own rows, and has the whole result.
+    With several processes, each reads its own rows and returns the whole result.
     """
     split, batch_size = rows.split, opened.batch_size
     positions, documents, windows = Sums(BUCKETS), Sums(split.documents), Sums(rows.windows)
     sharding = opened.layout.sharding(("batch", "seq"), (batch_size, rows.seq_len))
     batches = validation_batches(Shifted(rows, position_offset), sharding, batch_size=batch_size)
-    hidden = None if is_first() else True  # None: where nobody looks
+    hidden = None if is_first() else True  # None: only where there is no terminal
     with tqdm(batches, total=-(-len(rows) // batch_size), desc=name, unit=" batches", disable=hidden) as progress:
         for number, batch in enumerate(watched(progress, stall)):
             scores = jax.device_get(opened.score(opened.model, batch))
@@ -127,11 +128,11 @@ def measure(opened: Opened, rows: Sliding, name: str, *, position_offset: int = 
 
 
 def half_width(nats: np.ndarray, weights: np.ndarray, confidence: float = 0.95) -> float:
-    """Half of a confidence interval of the mean `sum(nats) / sum(weights)` over clusters whose members are alike.
+    """Half the width of a confidence interval of the mean `sum(nats) / sum(weights)` over clusters whose members are alike.
 
-    The mean is a ratio of two sums over clusters; its variance is that of the linearised ratio (Cochran, 1977, "Sampling Techniques",
-    section 6.3, which is the cluster-robust variance CR1 of Liang and Zeger, 1986), with quantiles of Student's t for as many clusters
-    less one. NaN for a single cluster.
+    The mean is a ratio of two sums over clusters. Its variance is that of the linearised ratio (Cochran, 1977, "Sampling Techniques",
+    section 6.3), which is the cluster-robust variance CR1 of Liang and Zeger, 1986. The quantiles are those of Student's t with one degree
+    of freedom less than there are clusters. NaN for a single cluster.
     """
     used = weights > 0
     nats, weights, count = nats[used], weights[used], int(used.sum())
@@ -143,7 +144,7 @@ def half_width(nats: np.ndarray, weights: np.ndarray, confidence: float = 0.95) 
 
 
 def _unseen(rows: Sliding, tokenizer: Tokenizer) -> int:
-    """The bytes of the tokens that begin a text, which no one predicts: none where that is BOS."""
+    """The bytes of the tokens that begin a text, which are not predicted: none if that is BOS."""
     first = np.array([int(rows.split.read(token, token + 1)[0]) for token in rows.firsts.tolist()])
     ids, counts = np.unique(first, return_counts=True)
     return sum(len(tokenizer.decode([i]).encode()) * count for i, count in zip(ids.tolist(), counts.tolist(), strict=True))

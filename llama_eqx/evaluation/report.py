@@ -1,4 +1,4 @@
-"""What `python -m llama_eqx.evaluate` found, for people and as JSON."""
+"""The results of `python -m llama_eqx.evaluate`, for people and as JSON."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ def said(config: EvaluateConfig, found: Evaluated) -> str:
 
 
 def saved(config: EvaluateConfig, found: Evaluated) -> dict[str, Any]:
-    """The results as plain containers. NaN, of an interval that cannot be had, becomes None."""
+    """The results as plain containers. NaN, for an interval that cannot be computed, becomes None."""
 
     def of(result: Result) -> dict[str, Any]:
         interval = None if math.isnan(result.low) else [result.low, result.high]

@@ -14,7 +14,7 @@ from llama_eqx.tracking.provenance import commit, versions
 
 
 class TaskResults(NamedTuple):
-    """The harness's own table, what it is of in plain containers, `results` by task and metric, and what a person should know."""
+    """The harness's own table, its content in plain containers (`results` by task and metric), and what the user should know."""
 
     table: str
     saved: dict[str, Any]
@@ -22,13 +22,14 @@ class TaskResults(NamedTuple):
 
 
 def run_tasks(config: EvaluateConfig) -> TaskResults:
-    """Raises `ConfigError` for tasks that are not known or do not fit the model, or when the harness is not installed; and as `open_model`.
+    """Runs the tasks.
 
-    All but whether they fit is said before weights are loaded.
+    Raises `ConfigError` for tasks that are unknown or do not fit the model, or when the harness is not installed; and as `open_model` does.
+    Except for tasks that do not fit, it raises before weights are loaded.
     """
     assert config.checkpoint is not None
     assert config.tasks is not None
-    format_of(config.checkpoint)  # for its error: the harness takes a while to find its tasks
+    format_of(config.checkpoint)  # raises early: the harness takes a while to find its tasks
     if jax.process_count() > 1:
         raise ConfigError(
             "benchmarks are run by one process",

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, plain lines in a log."""
+"""What the user sees during a run: a progress bar on a terminal, plain lines in a log."""
 
 import datetime
 import re
@@ -18,7 +18,7 @@ SHOWN = {
 
 
 class Console:
-    """Steps `start` to `total` on standard error."""
+    """Shows steps `start` to `total` on standard error."""
 
     def __init__(self, total: int, start: int):
         self._total, self._stream = total, sys.stderr
@@ -42,7 +42,7 @@ class Console:
             self.say("  ".join([f"step {step}", *said]))
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Writes a line of its own, above the bar."""
         if self._bar is None:
             print(text, file=self._stream, flush=True)
         else:
@@ -53,7 +53,7 @@ class Console:
             self._bar.close()
 
     def _remaining(self, step: int) -> str:
-        """Time to go, "0:12:34", at the mean speed since the first report: the compilation before that is not repeated."""
+        """The remaining time, "0:12:34", at the mean speed since the first report: the compilation before that is not repeated."""
         now = time.monotonic()
         if self._first is None or step <= self._first[0]:
             self._first = self._first or (step, now)

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, the record of a run: one JSON object a line, in the file as soon as it is known. Everything else is drawn from it."""
+"""`metrics.jsonl`, the record of a run: one JSON object per line, written as soon as it is known. Everything else is drawn from it."""
 
 import json
 import math
@@ -13,8 +13,8 @@ from llama_eqx.errors import DataError, StorageError
 class Jsonl:
     """Appends records to the file at `path`.
 
-    On opening, records after step `start` are dropped, for a resumed run makes them again (`start` 0 is a run from the beginning: all
-    are dropped), and so is a last line that a killed process left torn.
+    On opening, records after step `start` are dropped, because a resumed run makes them again (`start` 0 is a run from the beginning: all
+    are dropped). So is a last line that a killed process left torn.
 
     Every method raises `StorageError` when the file cannot be written.
     """
@@ -42,7 +42,7 @@ class Jsonl:
             raise self._unwritable(error) from error
 
     def sync(self) -> None:
-        """Brings the records to the disk, so that they outlive the machine too."""
+        """Flushes the records to the disk, so that they survive a failure of the machine too."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -64,9 +64,9 @@ class Jsonl:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
-    """The records of a `metrics.jsonl`, oldest first; `step` is an int, all else floats. A torn last line is left out.
+    """Returns the records of a `metrics.jsonl`, oldest first. `step` is an int, all else floats. A torn last line is left out.
 
-    Raises `DataError` when there is no such file, or another line of it is no record.
+    Raises `DataError` when there is no such file, or when another line is not a record.
     """
     path = pathlib.Path(path)
     try:
@@ -90,7 +90,7 @@ def _records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def _jsonable(value: float) -> float | str:
-    """JSON has no word for what is not finite: "NaN", "Infinity" or "-Infinity" then stands as text."""
+    """JSON has no non-finite numbers: they become the strings "NaN", "Infinity" and "-Infinity"."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

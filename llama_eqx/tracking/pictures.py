@@ -1,4 +1,4 @@
-"""A picture of each thing that can be seen inside a model, as a matplotlib figure: for a notebook, `savefig`, or `wandb.Image`."""
+"""Pictures of what can be seen inside a model, as matplotlib figures: for a notebook, `savefig`, or `wandb.Image`."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ GROWTH, SHARE = "viridis", "Blues"
 
 
 def plot_traces(seen: Mapping[str, Any], tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> dict[str, Figure]:
-    """By its name a picture of each thing that `trace` saw in its first row, whose ids are `tokens`; of attention in the last layer.
+    """Returns, by name, a picture of each thing that `trace` saw in its first row, whose ids are `tokens`; of attention in the last layer.
 
     Special tokens, which `decode` leaves out, are shown by their ids.
     """
@@ -39,7 +39,7 @@ def plot_traces(seen: Mapping[str, Any], tokens: Sequence[int], decode: Callable
 
 
 def plot_residual(residual: Num[np.ndarray, "depth seq embed"], tokens: Sequence[str] = ()) -> Figure:
-    """The root mean square of what leaves each layer at each position of one row, on a logarithmic scale."""
+    """The root mean square of the residual stream after each layer, at each position of one row, on a logarithmic scale."""
     sizes = np.sqrt(np.mean(np.square(np.asarray(residual, np.float32)), axis=-1))
     figure, axes = _axes(sizes.shape, tokens)
     image = axes.imshow(np.log10(sizes), aspect="auto", cmap=GROWTH, origin="lower")
@@ -55,9 +55,9 @@ def plot_logit_lens(
     words: Sequence[Sequence[str]],
     text: Sequence[str] = (),
 ) -> Figure:
-    """What would come next if the model ended at each layer, for one row: `words` are the texts of `tokens`, the darker the more probable.
+    """What would come next if the model ended at each layer, for one row. `words` are the texts of `tokens`; darker is more probable.
 
-    `text` are the tokens that were read, down the page: rows are many, and words are wide.
+    `text` are the tokens that were read, down the page, because rows are many and words are wide.
     """
     probabilities = np.exp(np.asarray(logprobs, np.float32))
     depth, seq = probabilities.shape
@@ -85,11 +85,11 @@ def plot_logit_lens(
 
 
 def plot_attention(weights: Num[np.ndarray, "heads seq seq"], tokens: Sequence[str] = (), title: str = "") -> Figure:
-    """What each token (down) of one row reads from which (across), head by head in one layer. Colours are by the square root."""
+    """How much each token of one row (down) reads from each (across), head by head in one layer. Colours are by the square root."""
     heads, seq, _ = weights.shape
     columns = min(math.ceil(math.sqrt(heads)), 4)
     rows = -(-heads // columns)
-    side = max(2.4, 0.1 * seq + 0.9) if tokens else 2.4  # room for a line of text a token
+    side = max(2.4, 0.1 * seq + 0.9) if tokens else 2.4  # room for one line of text per token
     figure = Figure(figsize=(side * columns + 0.6, side * rows + 0.6), dpi=130, layout="constrained")
     panels = [figure.add_subplot(rows, columns, head + 1) for head in range(heads)]
     for head, axes in enumerate(panels):
@@ -108,9 +108,9 @@ def plot_attention(weights: Num[np.ndarray, "heads seq seq"], tokens: Sequence[s
 
 
 def plot_attention_entropy(entropy: Num[np.ndarray, "layers batch heads seq"]) -> Figure:
-    """How widely each head reads, as a fraction of the most that is possible: 1 where all tokens so far are read alike, 0 where one is.
+    """How widely each head reads, as a fraction of the maximum: 1 where all tokens so far are read alike, 0 where only one is.
 
-    The mean over rows and positions; the first position, which has no choice, is left out.
+    It is the mean over rows and positions. The first position, which has no choice, is left out.
     """
     most = np.log(np.arange(2, entropy.shape[-1] + 1))
     spread = np.mean(np.asarray(entropy, np.float32)[..., 1:] / most, axis=(1, 3))
@@ -135,9 +135,9 @@ def plot_attention_entropy(entropy: Num[np.ndarray, "layers batch heads seq"]) -
 
 
 def plot_loss_by_position(results: Mapping[str, Mapping[int, float]]) -> Figure:
-    """Loss in nats per token over the position from which a token is predicted, a line for each name.
+    """Loss in nats per token over the position from which a token is predicted, one line per name.
 
-    As `Evaluation.by_position` has it: by the first position of each power of two.
+    Losses are keyed by the first position of each power of two, as in `Evaluation.by_position`.
     """
     figure = Figure(figsize=(7, 4), dpi=130, layout="constrained")
     axes = figure.add_subplot()
@@ -177,7 +177,7 @@ def _label(axes: Axes, title: str, depth: int, tokens: Sequence[str]) -> None:
 
 
 def _write(axes: Axes, tokens: Sequence[str], size: int, rotation: int) -> None:
-    """The tokens below their columns, upright those that are short."""
+    """Writes the tokens below their columns, short ones upright."""
     axes.set_xticks(range(len(tokens)), [_shown(token) for token in tokens], fontsize=size)
     for label in axes.get_xticklabels():
         if len(label.get_text()) > 2:
@@ -185,7 +185,7 @@ def _write(axes: Axes, tokens: Sequence[str], size: int, rotation: int) -> None:
 
 
 def _shown(token: str, longest: int = 12) -> str:
-    """A token with its spaces and line ends to be seen, and boxes for what the font does not have."""
+    """A token with visible spaces and line ends, and boxes for characters that the font lacks."""
     token = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
     token = "".join(character if ord(character) in _characters() else "□" for character in token)
     return token.replace("$", r"\$") if len(token) <= longest else token[: longest - 1].replace("$", r"\$") + "…"

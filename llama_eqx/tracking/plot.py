@@ -17,7 +17,7 @@ TRAIN, VALIDATION, GREY = "#3b76af", "#c8512f", "#5c5c5c"
 def plot_loss(metrics: Sequence[dict[str, int | float]], path: str | os.PathLike[str]) -> None:
     """Draws the training loss (raw and smoothed) and the validation loss of `read_metrics` over steps into a PNG of 1600 x 1000 pixels.
 
-    A second axis above counts tokens where the records have `tokens`. Raises `DataError` when there is no finite loss to draw.
+    A second axis above counts tokens if the records have `tokens`. Raises `DataError` when there is no finite loss to draw.
     """
     train, validation = _points(metrics, "train/loss"), _points(metrics, "val/loss")
     if not train and not validation:
@@ -65,7 +65,7 @@ def _points(metrics: Sequence[dict[str, int | float]], name: str) -> list[tuple[
 def smoothed(values: Sequence[int | float], radius: int) -> list[float]:
     """The mean of each value and up to `radius` neighbours on either side.
 
-    It is centred while the curve is steep, so that it does not lag behind; at the flat end only the neighbours after are missing.
+    It is centred while the curve is steep, so that it does not lag. At the flat end only the later neighbours are missing.
     """
     sums, smooth = [0.0, *itertools.accumulate(values)], []
     for i in range(len(values)):

@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: the code and its commit, the versions of the libraries, and on what they are computed."""
+"""Where a run's numbers come from: the code and its commit, the versions of the libraries, and what they are computed on."""
 
 import hashlib
 import importlib.metadata
@@ -19,7 +19,7 @@ LIBRARIES = ("llama_eqx", "jax", "jaxlib", "equinox", "optax", "grain", "orbax-c
 
 
 def versions() -> dict[str, str]:
-    """Versions by name; a library that is not installed is left out, as is llama_eqx when it runs from a checkout."""
+    """Versions by name. Libraries that are not installed are left out, as is llama_eqx when it runs from a checkout."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -30,20 +30,20 @@ def versions() -> dict[str, str]:
 
 
 def computed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What bears on the order in which numbers are added up, and so on their last bits: devices, and how work is spread over them."""
+    """What affects the order in which numbers are summed, and so their last bits: devices, and how work is spread over them."""
     found = jax.devices()
     chosen = {name: settings[name] for name in ("mesh", "sharding", "remat", "kernel") if name in settings}
     return {"processes": jax.process_count(), "devices": len(found), "kind": found[0].device_kind, **chosen}
 
 
 def jax_settings() -> dict[str, Any]:
-    """JAX's own settings that bear on numbers: on what is drawn, and on how exactly is computed."""
+    """JAX's own settings that affect numbers: what is drawn, and how precisely it is computed."""
     names = ("enable_x64", "default_prng_impl", "threefry_partitionable", "default_matmul_precision")
     return {name: getattr(jax.config, f"jax_{name}") for name in names}
 
 
 def last_line(path: pathlib.Path) -> dict[str, Any] | None:
-    """The last record of a file of JSON lines, None where there is none that can be read."""
+    """The last record of a file of JSON lines; None if none can be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
     except (OSError, ValueError, IndexError):
@@ -51,9 +51,7 @@ def last_line(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def code() -> dict[str, str]:
-    """By name, a hash of the source files of this package and of each extension: two commits may have the same, two changed checkouts
-    another.
-    """
+    """By name, a hash of the source files of this package and of each extension. Commits may share it; modified checkouts may differ."""
     return {folder.name: _hash(folder) for folder in (PACKAGE, *folders())}
 
 
@@ -66,9 +64,9 @@ def _hash(folder: pathlib.Path) -> str:
 
 
 def commit() -> str | None:
-    """The commit that this package was checked out from, with "-dirty" when the package or `conf` beside it was changed since.
+    """The commit that this package was checked out from, with "-dirty" if the package or `conf` beside it has changed since.
 
-    None when it does not run from a checkout: a repository that an installed package happens to lie in says nothing about it.
+    None when it does not run from a checkout: a repository that happens to contain an installed package says nothing about it.
     """
     try:
         _git("ls-files", "--error-unmatch", "config.py")

@@ -1,4 +1,4 @@
-"""One place to tell what a run does, and everyone who is told."""
+"""Reports what a run does: to the record, W&B and the console."""
 
 import json
 import os
@@ -22,15 +22,15 @@ class TrackingConfig(Config):
 
 
 class Tracker:
-    """Tells the record (`metrics.jsonl`), from which W&B is drawn, and the console. Only the first process of several says anything.
+    """Writes to the record (`metrics.jsonl`), from which W&B is drawn, and to the console. Only the first of several processes writes.
 
     A context manager: leaving it by an exception marks the W&B run as failed.
     """
 
     def __init__(self, config: TrackingConfig, run_dir: str | os.PathLike[str], *, settings: Mapping[str, Any], steps: int, start: int):
-        """`settings` is the whole run's config in plain containers; `steps` the last step, and `start` those already done.
+        """`settings` is the whole run's config in plain containers, `steps` the last step, and `start` the number of steps already done.
 
-        Each start adds a line to `provenance.jsonl`, and tells what of it has changed since the last.
+        Each start adds a line to `provenance.jsonl`, and reports what has changed in it since the last.
 
         Raises `StorageError` when `run_dir` cannot be written.
         """
@@ -58,19 +58,19 @@ class Tracker:
             self.say(f"warning: not as it was up to step {start}: {', '.join(map(str, changed))}; {meant}")
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Metrics by name, after `step` steps. Units are in the names, losses in nats per token. Raises `StorageError`."""
+        """Reports metrics by name, after `step` steps. Units are in the names, losses in nats per token. Raises `StorageError`."""
         if self._active:
             self._jsonl.log(step, metrics)
             self._wandb.listen()
             self._console.log(step, metrics)
 
     def sync(self) -> None:
-        """Brings the record to the disk. Raises `StorageError`."""
+        """Flushes the record to the disk. Raises `StorageError`."""
         if self._active:
             self._jsonl.sync()
 
     def sample(self, step: int, text: str) -> None:
-        """Text that the model wrote: the newest is kept in `sample.txt`. Raises `StorageError`."""
+        """Reports text that the model wrote. The newest is kept in `sample.txt`. Raises `StorageError`."""
         if self._active:
             path = self._run_dir / "sample.txt"
             try:
@@ -80,25 +80,25 @@ class Tracker:
             self._wandb.show(step, path)
 
     def picture(self, step: int, name: str, figure: Any) -> None:
-        """A matplotlib figure: the newest of each name is kept in `pictures/NAME.png`. Raises `StorageError`."""
+        """Reports a matplotlib figure. The newest of each name is kept in `pictures/NAME.png`. Raises `StorageError`."""
         if self._active:
             path = self._run_dir / "pictures" / f"{name}.png"
             try:
                 path.parent.mkdir(exist_ok=True)
-                with warnings.catch_warnings(action="ignore"):  # of characters that the font has not: a box says it
+                with warnings.catch_warnings(action="ignore"):  # about characters that the font lacks: they become boxes
                     figure.savefig(new := path.with_suffix(".new"), format="png")
-                new.replace(path)  # whoever looks sees a whole one
+                new.replace(path)  # readers always see a whole one
             except OSError as error:
                 raise StorageError(f"a picture cannot be written: {error.strerror or error}", where=str(path)) from error
             self._wandb.show(step, path)
 
     def checkpoint(self, folder: pathlib.Path) -> None:
-        """The last checkpoint, which goes along to W&B if that is asked for."""
+        """Passes the last checkpoint on to W&B, if that is asked for."""
         if self._active:
             self._wandb.checkpoint(folder)
 
     def say(self, text: str) -> None:
-        """A line for people only."""
+        """Writes a line to the console alone."""
         if self._active:
             self._console.say(text)
 
@@ -118,9 +118,9 @@ class Tracker:
 
 
 def _changed(before: Mapping[str, Any], origin: Mapping[str, Any]) -> list[Difference]:
-    """What bears on the numbers and is known of both starts: the commit only where the code is not, which two commits may share."""
+    """What affects the numbers and is known of both starts. The commit counts only if the code, which commits may share, is unknown."""
     names = [name for name in origin if name in before and (name != "commit" or "code" not in before)]
     old, new = {name: before[name] for name in names}, {name: origin[name] for name in names}
-    if "code" in old:  # an extension that came or went is nothing of the run's: else it would not be built
+    if "code" in old:  # an extension that came or went is not used by the run, which could not be built without it
         old["code"], new["code"] = known_to_both(old["code"], new["code"]), known_to_both(new["code"], old["code"])
     return differences(old, new)

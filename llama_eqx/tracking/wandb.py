@@ -1,4 +1,4 @@
-"""Weights & Biases: a picture of the record, drawn by a process of its own. Whatever befalls it or the network, training does not wait."""
+"""Weights & Biases: a picture of the record, drawn by a process of its own. Training waits neither for it nor for the network."""
 
 import contextlib
 import json
@@ -17,13 +17,13 @@ from llama_eqx.config import Config, dump
 
 FOLDER, ABOUT = "wandb", "about.json"
 PATIENCE = {"online": 5.0, "offline": 4.0}  # seconds that the end of a run waits for W&B, and then for what is to be uploaded later
-UPLOAD = 3600.0  # seconds that it waits for a checkpoint to be uploaded, if one is to be
+UPLOAD = 3600.0  # seconds that it waits for the upload of a checkpoint, if there is one
 
 
 class WandbConfig(Config):
     """`mode` "offline" needs no account and no network; `wandb sync` uploads the run later.
 
-    With `artifact` the last checkpoint of a run that is over goes along with it.
+    With `artifact` the last checkpoint of a finished run goes along with it.
     """
 
     mode: Literal["offline", "online", "disabled"]
@@ -37,14 +37,14 @@ class WandbConfig(Config):
 
 
 class Wandb:
-    """The process that draws `metrics.jsonl` into a W&B run in `run_dir/wandb`, continued when the directory is resumed.
+    """The process that draws `metrics.jsonl` into a W&B run in `run_dir/wandb`, which continues when the directory is resumed.
 
-    It reads the record as it grows. If it fails, a warning is told through `say`; what it has not uploaded by the end of the run is put
-    into an offline run instead, and the command that uploads it is told.
+    It reads the record as it grows. If it fails, `say` is given a warning. What it has not uploaded by the end of the run goes into an
+    offline run instead, and `say` is given the command that uploads it.
     """
 
     def __init__(self, config: WandbConfig, run_dir: pathlib.Path, settings: Mapping[str, Any], say: Callable[[str], None]):
-        """`settings` are shown with the run. The record must have been opened, and records of steps to be made again dropped."""
+        """`settings` are shown with the run. The record must be open, and records of steps to be made again dropped."""
         self._config, self._run_dir, self._say = config, run_dir, say
         self._process: subprocess.Popen[bytes] | None = None
         self._reason, self._folder, self._pending, self._checkpoint = "", "", b"", ""
@@ -60,18 +60,18 @@ class Wandb:
         self._start(config.mode)
 
     def show(self, step: int, path: pathlib.Path) -> None:
-        """There is something new in a file of the run directory: text in a .txt or a picture in a .png, which is called as the file is."""
+        """Announces something new in a file of the run directory: text in a .txt or a picture in a .png, named after the file."""
         self._shown[file := os.fspath(path.relative_to(self._run_dir))] = step
         self._tell({"show": {file: step}})
 
     def checkpoint(self, folder: pathlib.Path) -> None:
-        """The run is over, and this is what became of it: a folder in the run directory that stays as it is."""
+        """Announces the last checkpoint of a finished run: a folder in the run directory that no longer changes."""
         if self._config.artifact:
             self._checkpoint = os.fspath(folder.relative_to(self._run_dir))
             self._tell({"checkpoint": self._checkpoint})
 
     def listen(self) -> None:
-        """Tells what the process has to say, if anything. Never waits."""
+        """Passes on what the process has to say, if anything. Never waits."""
         if self._process is None:
             return
         self._hear(self._process)
@@ -81,7 +81,9 @@ class Wandb:
             self._say(f"warning: W&B does not work: {self._reason}; the run goes on, and metrics.jsonl has everything")
 
     def close(self, *, failed: bool = False) -> None:
-        """Ends the W&B run, within the sum of `PATIENCE`. One that failed is not waited for: it is likely to be started again."""
+        """Ends the W&B run within the sum of `PATIENCE`, or `UPLOAD` if a checkpoint is uploaded. A failed run is not waited for, as it is
+        likely to be started again.
+        """
         if self._config.mode == "disabled" or not (self._process or self._reason):
             return
         if self._process is not None:
@@ -90,7 +92,7 @@ class Wandb:
             if ended or failed:
                 return
             if self._config.mode == "offline":
-                if self._process.returncode:  # otherwise it goes on by itself to the end of what there is to read
+                if self._process.returncode:  # otherwise it continues by itself to the end of the record
                     self._say(f"warning: W&B does not work: {self._reason}; metrics.jsonl has everything")
                 return
             with contextlib.suppress(ProcessLookupError):
@@ -114,7 +116,7 @@ class Wandb:
         command = [sys.executable, "-m", "llama_eqx.tracking.wandb_process", os.fspath(self._run_dir), mode]
         try:
             with (self._run_dir / FOLDER / "messages.txt").open("ab") as messages:
-                # A session of its own: what is typed at the terminal is for the run.
+                # A session of its own, because what is typed at the terminal is for the run.
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, start_new_session=True
                 )
@@ -127,17 +129,17 @@ class Wandb:
 
     def _tell(self, message: dict[str, Any]) -> None:
         if self._process is not None and self._process.stdin is not None:
-            with contextlib.suppress(OSError):  # it is gone, or stuck and its pipe full
+            with contextlib.suppress(OSError):  # it is gone, or stuck with its pipe full
                 os.write(self._process.stdin.fileno(), json.dumps(message).encode() + b"\n")
 
     def _ended(self, failed: bool, patience: float) -> bool:
-        """Whether the process, told that this is the end, ended well within so many seconds."""
+        """Tells the process that this is the end. Returns whether it ended well within `patience` seconds."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
         self._tell({"end": int(failed)})
         process.stdin.close()
-        threading.Thread(target=process.wait, daemon=True).start()  # for one that is left to itself
+        threading.Thread(target=process.wait, daemon=True).start()  # for a process left to itself
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
         self._hear(process)

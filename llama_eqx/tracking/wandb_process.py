@@ -1,7 +1,7 @@
 """`python -m llama_eqx.tracking.wandb_process RUN_DIR MODE`: draws the record of a run into a W&B run, as it grows.
 
-It is told over standard input when there is a sample and when the run ends: JSON objects, one a line. Its own words are lines on standard
-output, a kind and a text. What wandb has to say goes to standard error.
+Standard input says what to show, which checkpoint to add, and when the run ends: one JSON object per line. Its own messages are lines on
+standard output, each a kind and a text. wandb's messages go to standard error.
 """
 
 import html
@@ -17,11 +17,11 @@ from typing import Any
 from llama_eqx.tracking.wandb import ABOUT, FOLDER, UPLOAD
 
 POLL = 1.0  # seconds between looks at the record
-LAST = 60  # seconds after which the end is forced, for there may be nobody left to do so
+LAST = 60  # seconds after which the end is forced, because nobody may be left to do so
 
 
 def main(run_dir: pathlib.Path, mode: str) -> None:
-    # Before wandb is imported. Its own reports on errors go to its makers, and may quote what they should not.
+    # Before wandb is imported. Its error reports go to its makers, and may quote what they should not.
     os.environ.update({"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"})
     import wandb
 
@@ -45,7 +45,7 @@ def main(run_dir: pathlib.Path, mode: str) -> None:
         if step >= run.starting_step:  # W&B has the others from before
             run.log({name: float(value) for name, value in record.items()}, step=step)
 
-    last, step, lines, code = LAST, 0, growing(run_dir / "metrics.jsonl"), 1  # it did not end in order if nobody says so
+    last, step, lines, code = LAST, 0, growing(run_dir / "metrics.jsonl"), 1  # a run that does not report its end has failed
     for messages in told():
         for line in next(lines):
             draw(json.loads(line))
@@ -64,7 +64,7 @@ def main(run_dir: pathlib.Path, mode: str) -> None:
 
 
 def growing(path: pathlib.Path) -> Iterator[list[bytes]]:
-    """Each time, the lines that have been added to a file since; a line that is still being written is left for the next time."""
+    """Yields the lines added to a file since the last time. A line that is still being written is left for the next time."""
     torn = b""
     with path.open("rb") as file:
         while True:
@@ -82,7 +82,7 @@ def looked_at(path: pathlib.Path) -> Any:
 
 
 def told(stdin: int = 0) -> Iterator[list[dict[str, Any]]]:
-    """Each `POLL` seconds, what was said on standard input since, until that ends."""
+    """Yields every `POLL` seconds what standard input has said since, until it ends."""
     torn = b""
     while True:
         part = os.read(stdin, 2**16) if (readable := select.select([stdin], [], [], POLL)[0]) else b""

@@ -1,4 +1,4 @@
-"""What every tokenizer does."""
+"""The interface of every tokenizer."""
 
 import abc
 import hashlib
@@ -20,9 +20,9 @@ MARK = "tokenizer_kind.json"
 class Tokenizer(abc.ABC):
     """Ids are 0 … `vocab` - 1.
 
-    `bos` and `eos` begin and end a document, `pad` fills up a row; None where there is none. `stop` are all ids at which a generated
-    text ends: `eos`, others that the model's files name, and the ends of a turn of a chat. `special` are the ids that stand for no text,
-    by their names. `chat` names the chat format that they are made for, one of `llama_eqx.data.chat.FORMATS`.
+    `bos` and `eos` begin and end a document, and `pad` fills a row; each is None if there is none. `stop` are all ids at which a generated
+    text ends: `eos`, others that the model's files name, and the ends of a turn of a chat. `special` are the ids that stand for no text, by
+    their names. `chat` names the chat format that they are made for, one of `llama_eqx.data.chat.FORMATS`.
 
     Text is not parsed for special ids unless that is asked: "<s>" in it is three characters.
     """
@@ -39,18 +39,18 @@ class Tokenizer(abc.ABC):
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """What a text that is not a document begins with, such as a prompt."""
+        """The ids that begin a text that is not a document, such as a prompt."""
         return () if self.bos is None else (self.bos,)
 
     @property
     def fingerprint(self) -> str:
-        """A sha256 of what decides the ids of a document."""
+        """A sha256 of everything that determines the ids of a document."""
         return fingerprint(self.kind, self._definition(), self._settings())
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """The ids of `text`, without BOS or EOS. With `special`, the names of special ids in it become these ids.
+        """Returns the ids of `text`, without BOS or EOS. With `special`, the names of special ids in it become these ids.
 
-        Raises `DataError` when there are none for it.
+        Raises `DataError` when it cannot be encoded.
         """
         if not special or not self.special:
             return self.encode_all([text])[0].tolist()
@@ -63,7 +63,7 @@ class Tokenizer(abc.ABC):
         """The ids of each text, as integer arrays: faster than one by one."""
 
     def decode(self, ids: Iterable[Any]) -> str:
-        """The text of ids, which may be an integer array; special ids have none, and bytes that are not UTF-8 become U+FFFD.
+        """Returns the text of `ids`, which may be an integer array. Special ids have none, and bytes that are not UTF-8 become U+FFFD.
 
         Raises `DataError` for an id that is not in the vocabulary.
         """
@@ -74,11 +74,12 @@ class Tokenizer(abc.ABC):
         return self._decode([i for i in ids if i not in silent])
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of ids in parts, as they come. Characters are whole: one whose bytes are spread over ids comes with the last of them.
+        """Yields the text of `ids` in parts, as they come. Characters are whole: one whose bytes span several ids comes with the last of
+        them.
 
-        Joined, the parts are `decode` of all ids, if these are of valid text.
+        The parts joined are `decode` of all ids, if these encode valid text.
         """
-        # Of the ids before, the last with a text of its own is kept: how an id is written depends on whether it is the first.
+        # The last id before with a text of its own is kept, because the text of an id depends on whether it is the first.
         window, said, silent = [], "", self._silent()
         for i in ids:
             if i in silent:
@@ -105,10 +106,10 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _definition(self) -> bytes:
-        """What the constructor takes: the content of a file."""
+        """The content of a file, which the constructor takes."""
 
     def _settings(self) -> dict[str, Any]:
-        """What else the constructor takes, by keyword."""
+        """Further arguments of the constructor, by keyword."""
         return {}
 
     def _silent(self) -> frozenset[int]:
@@ -119,17 +120,17 @@ class Tokenizer(abc.ABC):
 class TokenizerConfig(Config):
     @abc.abstractmethod
     def build(self, data: DataConfig) -> Tokenizer:
-        """Raises `DataError` when the corpus does not suffice for it, or its file cannot be read."""
+        """Builds the tokenizer. Raises `DataError` when the corpus does not suffice for it, or its file cannot be read."""
 
 
 def fingerprint(kind: str, definition: bytes, settings: Mapping[str, Any]) -> str:
-    # Where BOS and EOS are not part of the definition they count as well, as documents lie between them.
+    # BOS and EOS count too if they are not part of the definition, because documents lie between them.
     marks = {name: settings[name] for name in ("bos", "eos") if name in settings}
     return hashlib.sha256(kind.encode() + b"\n" + definition + (json.dumps(marks).encode() if marks else b"")).hexdigest()
 
 
 def utf8(text: str) -> bytes:
-    """Raises `DataError` for half a surrogate pair."""
+    """The text in UTF-8. Raises `DataError` for half a surrogate pair."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Tokenizers that are filed otherwise as a `tokenizer.json`, which `transformers` reads by itself."""
+"""Writes tokenizers of other file formats as a `tokenizer.json`, which `transformers` reads by itself."""
 
 import json
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from llama_eqx.data.tokenizer.tiktoken import PATTERN, TiktokenTokenizer
 
 Token = TypeVar("Token", str, bytes)
 
-SPACE = "\u2581"  # as which SentencePiece writes a space
-# A text of every kind: what the two readers of a tokenizer must agree on before one is written for the other.
+SPACE = "\u2581"  # how SentencePiece writes a space
+# Text of every kind. Both readers of a tokenizer must agree on it before one is written for the other.
 PROBE = "  Don't stop: 3.14159 + 2718\n\n\tna\u00efve \u4f60\u597d  x\u2581y \ufb01 \u2126 \U0001f600 aaaa ---- \r\n  "
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str | None:
-    """The content of a `tokenizer.json` with the ids of `tokenizer`, and BOS before every text. None where it would have others."""
+    """Returns the content of a `tokenizer.json` with the ids of `tokenizer`, and BOS before every text; None if its ids would differ."""
     from tokenizers import Tokenizer as Library
 
     match tokenizer:
@@ -36,7 +36,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> str | None:
 
 
 def _of_bytes(ranks: Mapping[bytes, int], special: Mapping[str, int]) -> dict[str, Any]:
-    """Bytes written as characters, cut by Llama 3's pattern. A part that is a token is taken whole, as tiktoken does."""
+    """BPE of bytes written as characters, cut by Llama 3's pattern. A part that is a token is taken whole, as in tiktoken."""
     names = {token: "".join(map(CHARACTERS.__getitem__, token)) for token in ranks}
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
     as_characters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -55,7 +55,7 @@ def _of_bytes(ranks: Mapping[bytes, int], special: Mapping[str, int]) -> dict[st
 
 
 def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
-    """Its pieces, merged in the order of their scores."""
+    """The pieces of a SentencePiece model, merged in the order of their scores."""
     pieces, ids = tokenizer.pieces, range(tokenizer.vocab)
     text = [i for i in ids if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))]
     unknown = pieces.unk_id()
@@ -83,7 +83,7 @@ def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
 def _merges(ranks: Mapping[Token, int | float]) -> list[tuple[Token, Token]]:
     """Every pair of tokens that makes a third, in the order of the third's rank.
 
-    Of pairs with one rank the longer left side comes first: SentencePiece takes the leftmost, and so runs of spaces, which all have the
+    Of pairs with one rank, the longer left side comes first. SentencePiece takes the leftmost pair, so runs of spaces, which all have the
     last rank in Llama 2, grow from the left.
     """
     pairs = [
@@ -100,7 +100,7 @@ def _added(i: int, name: str) -> dict[str, Any]:
 
 
 def _bos(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What puts BOS before a text, and before each of two."""
+    """The post-processor that puts BOS before a text, and before each text of a pair."""
     name = next((name for name, i in tokenizer.special.items() if i == tokenizer.bos), None)
     if name is None:
         return {"post_processor": None}
@@ -114,7 +114,7 @@ def _bos(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _characters() -> dict[int, str]:
-    """The characters by which GPT-2 writes bytes: themselves where they can be seen, others from U+0100 on."""
+    """The characters by which GPT-2 writes bytes: visible ones as themselves, others from U+0100 on."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = (byte for byte in range(256) if byte not in seen)
     return {byte: chr(byte) for byte in seen} | {byte: chr(0x100 + i) for i, byte in enumerate(hidden)}

@@ -1,4 +1,4 @@
-"""What a tokenizer's file turns out to be."""
+"""Reads the files of a tokenizer, and recognises what they are."""
 
 import json
 import re
@@ -11,9 +11,9 @@ from llama_eqx.errors import DataError
 
 
 def read(path: str, wanted: str, option: str) -> bytes:
-    """The bytes of a tokenizer's file.
+    """Returns the bytes of a tokenizer's file.
 
-    Raises `DataError` when there is none, or when it is something that stands in its place.
+    Raises `DataError` when there is none, or something else is in its place.
     """
     advice = f"tokenizer={option} tokenizer.path=FILE, {wanted}"
     file = Path(path).expanduser()
@@ -43,7 +43,7 @@ def refuse_stand_in(content: bytes, where: str) -> None:
 
 
 def json_object(file: Path) -> dict[str, Any]:
-    """What a JSON file says, nothing when there is none.
+    """The content of a JSON file; empty when there is none.
 
     Raises `DataError` when it is damaged.
     """
@@ -59,7 +59,7 @@ def json_object(file: Path) -> dict[str, Any]:
 
 
 def native_model(folder: Path) -> dict[str, Any]:
-    """What a `config.yaml` says of its model, nothing when it does not; what is wrong with it is found when the model is opened."""
+    """The model in a `config.yaml`; empty when it has none. Errors in it are found when the model is opened."""
     try:
         model = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
@@ -77,7 +77,7 @@ def is_sentencepiece(content: bytes) -> bool:
 
 
 def is_tiktoken(content: bytes) -> bool:
-    """Whether it begins as a list of tokens in base 64 and their ranks."""
+    """Whether it begins like a list of tokens in base 64 and their ranks."""
     return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content[:1000]) is not None
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers that lie beside a model."""
+"""Finds the tokenizer beside a model."""
 
 import json
 from pathlib import Path
@@ -15,9 +15,9 @@ KINDS = (SentencePieceTokenizer, TiktokenTokenizer, HuggingFaceTokenizer, BytesT
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """What `Tokenizer.save` wrote.
+    """Returns the tokenizer that `Tokenizer.save` wrote.
 
-    Raises `DataError` when it is not there, or is not what was written.
+    Raises `DataError` when it is missing or has changed.
     """
     try:
         said = json.loads((folder / MARK).read_text())
@@ -31,7 +31,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def find_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of the model in `folder`: a run directory, or a folder of Hugging Face or Meta.
+    """Returns the tokenizer of the model in `folder`: a run directory, or a folder of Hugging Face or Meta.
 
     Raises `DataError` when there is none, or it is damaged.
     """
@@ -42,7 +42,7 @@ def find_tokenizer(folder: str | Path) -> Tokenizer:
         tokenizer = read_huggingface(folder)
         tokenizer.foreign = True
         return tokenizer
-    # Meta's own downloads keep one file beside the folders of a generation's sizes.
+    # Meta's own downloads keep one file beside the folders of all sizes of a generation.
     beside = [folder.parent] if (folder / "params.json").is_file() else []
     file = next((place / "tokenizer.model" for place in (folder, *beside) if (place / "tokenizer.model").is_file()), None)
     if file is None:
@@ -64,7 +64,7 @@ def find_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _generation(folder: Path) -> str:
-    """Llama 3 or later: the file of ranks is the same, but only the later models scale their rotary frequencies."""
+    """The chat format. Llama 3 and later have the same file of ranks, but only later models scale their rotary frequencies."""
     params, config, model = json_object(folder / "params.json"), json_object(folder / "config.json"), native_model(folder)
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     if params:

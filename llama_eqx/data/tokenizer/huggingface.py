@@ -15,10 +15,10 @@ from llama_eqx.errors import ConfigError, DataError
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """What a `tokenizer.json` says, read by the `tokenizers` library.
+    """A `tokenizer.json`, read by the `tokenizers` library.
 
-    That file does not say which ids begin and end a text; they come beside it. All tokens that were added to the vocabulary are
-    special here: none is found in text unless asked, though those that the file does not call special are written by `decode`.
+    That file does not say which ids begin and end a text; files beside it do. All tokens that were added to the vocabulary are special
+    here: none is found in text unless asked. `decode` still writes those that the file does not call special.
 
     Raises `DataError` when the file is damaged or an id is not in it.
     """
@@ -37,7 +37,7 @@ class HuggingFaceTokenizer(Tokenizer):
         added = self.library.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items()}
         self.unspoken = frozenset(i for i, token in added.items() if token.special)
-        # The library leaves alone what it calls special, and so must call all of them that.
+        # In text the library leaves alone only tokens that it calls special, so all of them must be.
         self.library.add_special_tokens(list(added.values()))
         self.library.encode_special_tokens = True
         self.library.no_truncation()
@@ -54,7 +54,7 @@ class HuggingFaceTokenizer(Tokenizer):
         pad: int | None = None,
         chat: str | None = None,
     ) -> None:
-        """Says which ids begin and end a text. Raises `DataError` when one is not in the vocabulary."""
+        """Sets the ids that begin and end a text. Raises `DataError` when one is not in the vocabulary."""
         if wrong := [i for i in (bos, eos, pad, *stop) if i is not None and not 0 <= i < self.vocab]:
             raise DataError(f"a special id is {wrong[0]}, but tokenizer.json has {self.vocab} ids", next="files of two models are mixed")
         self.bos, self.eos, self.pad = bos, eos, pad
@@ -63,7 +63,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """BOS, as documents in training; for a foreign model what the file puts before a text, which `transformers` asks alone."""
+        """BOS, as for documents in training. For a foreign model, what the file puts before a text, as `transformers` does."""
         if not self.foreign:
             return super().prefix
         found = self.library.encode("a", add_special_tokens=True)
@@ -89,7 +89,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizerConfig(TokenizerConfig):
-    """The `tokenizer.json` in the folder `path`. `chat` is what its special tokens are made for, unless given."""
+    """The `tokenizer.json` in the folder `path`. Without `chat`, its special tokens decide the chat format."""
 
     path: str | None
     chat: Literal["llama2", "llama3", "llama3_1"] | None
@@ -104,7 +104,7 @@ class HuggingFaceTokenizerConfig(TokenizerConfig):
 
 
 def read_huggingface(folder: Path, chat: str | None = None) -> HuggingFaceTokenizer:
-    """The tokenizer in a Hugging Face folder.
+    """Returns the tokenizer in a Hugging Face folder.
 
     Raises `DataError` naming the file that is missing or damaged.
     """
@@ -128,11 +128,11 @@ def read_huggingface(folder: Path, chat: str | None = None) -> HuggingFaceTokeni
 
 
 def special_ids(folder: Path, names: Mapping[str, int]) -> dict[str, Any]:
-    """`bos`, `eos`, `pad` and `stop` as the files of a folder say.
+    """Returns `bos`, `eos`, `pad` and `stop` as the files of a folder say.
 
-    generation_config.json comes first, then config.json, tokenizer_config.json, and config.yaml, which for `stop` comes before the latter.
-    The first of several EOS ids ends documents, all end generation. `names` are the ids of special tokens; where no file says anything, BOS
-    and EOS are those of Llama's names.
+    generation_config.json comes first, then config.json, tokenizer_config.json and config.yaml; for `stop`, config.yaml comes before
+    tokenizer_config.json. The first of several EOS ids ends documents; all of them end generation. `names` are the ids of special tokens.
+    If no file says anything, `bos`, `eos` and `pad` are found by Llama's names.
     """
     generation, config, words = [json_object(folder / name) for name in ("generation_config.json", "config.json", "tokenizer_config.json")]
     tokens = native_model(folder).get("tokens")
@@ -150,7 +150,7 @@ def special_ids(folder: Path, names: Mapping[str, int]) -> dict[str, Any]:
                 ids = ids if isinstance(ids, list) else [ids]
                 if not all(type(i) is int for i in ids):
                     raise DataError(f"{which}_token_id is {ids}, not an id", where=str(folder))
-                return [i for i in ids if i != -1]  # older files' way to say that there is none
+                return [i for i in ids if i != -1]  # -1 means none in older files
         return []
 
     bos = said("bos", named, native) or [names[name] for name in ("<|begin_of_text|>", "<s>") if name in names]

@@ -1,4 +1,4 @@
-"""SentencePiece models, as of Llama 1 and 2: read, or trained on the corpus."""
+"""SentencePiece models, as in Llama 1 and 2, read from a file or trained on the corpus."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ from llama_eqx.errors import ConfigError, DataError
 class SentencePieceTokenizer(Tokenizer):
     """SentencePiece (Kudo and Richardson, 2018, arXiv 1808.06226), from the bytes of a model file.
 
-    With byte fallback any text comes back as it was, but for U+2581, which SentencePiece writes for a space.
+    With byte fallback any text decodes to itself, except U+2581, which SentencePiece writes for a space.
     """
 
     kind, file, chat = "sentencepiece", "tokenizer.model", "llama2"
@@ -50,7 +50,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizerConfig(TokenizerConfig):
-    """BPE (Sennrich et al., 2016, arXiv 1508.07909) of `vocab` ids, trained on the training text with Llama's settings; kept in the cache.
+    """BPE (Sennrich et al., 2016, arXiv 1508.07909) of `vocab` ids, trained on the training text with Llama's settings and kept in the
+    cache.
 
     With a `path` it is that model file instead, which has its own vocabulary.
     """
@@ -88,7 +89,7 @@ class SentencePieceTokenizerConfig(TokenizerConfig):
         (folder / "tokenizer.model").write_bytes(model.getvalue())
 
 
-# How Llama's own tokenizer was trained, as its model file says. The number of threads is written into the model: it must not vary.
+# How Llama's own tokenizer was trained, as its model file says. The number of threads is written into the model, so it must not vary.
 LLAMA_SETTINGS = {
     "model_type": "bpe",
     "byte_fallback": True,
@@ -110,8 +111,8 @@ LLAMA_SETTINGS = {
 
 
 def _lines(data: DataConfig) -> Iterator[str]:
-    """Lines of the training text. Newlines stay out, and so become bytes as in Llama; long lines are cut, as they would be left out."""
-    longest = 16384 // 4  # bytes of a character
+    """Lines of the training text. Newlines are left out, so they become bytes as in Llama. Long lines, which would be left out, are cut."""
+    longest = 16384 // 4  # characters of up to 4 bytes
     for split, document in data.parts():
         if split == "train":
             for line in document.text.split("\n"):

@@ -20,16 +20,16 @@ PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[
 N_SPECIAL = 256  # ids after the last rank
 BASIC = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
 NAMED = {"llama3": BASIC, "llama3_1": {**BASIC, 4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}}
-# The library's regular expressions give up on some million characters of white space; such a run is cut.
+# The library's regular expressions give up on about a million characters of white space; such a run is cut.
 LONGEST_BLANK = 500_000
 
 
 class TiktokenTokenizer(Tokenizer):
-    """The BPE of bytes of Llama 3 (2024, arXiv 2407.21783, section 3.2), from the bytes of a file of ranks.
+    """Llama 3's BPE of bytes (2024, arXiv 2407.21783, section 3.2), from the bytes of a file of ranks.
 
-    `chat` is "llama3" or, from Llama 3.1 on, "llama3_1": the special tokens, the same 256 ids, have some other names.
+    `chat` is "llama3" or, from Llama 3.1 on, "llama3_1": the 256 special ids are the same, but some have other names.
 
-    Raises `DataError` when it is no such file.
+    Raises `DataError` when the bytes are not such a file.
     """
 
     kind, file = "tiktoken", "tokenizer.model"
@@ -89,14 +89,14 @@ class TiktokenTokenizerConfig(TokenizerConfig):
 
 
 def special_tokens(chat: str, first: int) -> dict[str, int]:
-    """The names of the 256 special tokens and their ids, which begin with `first`; those without a use are numbered."""
+    """The names of the 256 special tokens and their ids, from `first` on. Unused ones are numbered."""
     unused = itertools.count()
     names = [NAMED[chat].get(i) or f"reserved_special_token_{next(unused)}" for i in range(N_SPECIAL)]
     return {f"<|{name}|>": first + i for i, name in enumerate(names)}
 
 
 def turn_ends(special: Any) -> tuple[int, ...]:
-    """The ids that end a message or a turn in Llama 3's chats, so far as there are such."""
+    """The ids that end a message or a turn in Llama 3's chats, if there are any."""
     return tuple(special[name] for name in ("<|eom_id|>", "<|eot_id|>") if name in special)
 
 
