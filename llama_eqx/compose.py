@@ -113,7 +113,7 @@ def plan_file(overrides: Sequence[str]) -> pathlib.Path:
 
 
 def planned(name: str, overrides: Sequence[str]) -> list[str]:
-    """`overrides`, after those `from_plan`.
+    """The overrides `from_plan`, then `overrides`.
 
     Hydra's defaults lists cannot do this: a file included by an interpolated name may not choose options of groups.
     """

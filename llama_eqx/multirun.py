@@ -32,7 +32,7 @@ CODES = {
 
 
 class Job(NamedTuple):
-    """Number `number` of a sweep: `label` tells it from the others, `command` runs it, and its output goes to `console`."""
+    """Job `number` of a sweep: `label` tells it from the others, `command` runs it, and its output goes to `console`."""
 
     number: int
     label: str

@@ -55,9 +55,10 @@ class DistributedConfig(Config):
 
 @contextlib.contextmanager
 def together(config: Any) -> Iterator[tuple[Any, int]]:
-    """A context with `config`, which has the `run_dir` of process 0 if any, and the number of this process. A single one changes nothing.
+    """A context that gives `config`, with the `run_dir` of process 0 if it has one, and the number of this process.
 
-    Whatever ends one of the processes within it ends them all, with its exit code, and process 0 says what it was.
+    A single process is left as it is. Whatever ends one of several within it ends them all, with its exit code, and process 0 says what it
+    was.
 
     Raises `ConfigError` when some processes do not come in time, or were given another config.
     """

@@ -231,7 +231,7 @@ class Matrix(NamedTuple):
 
 
 def matrix(axes: tuple[str, ...]) -> Matrix:
-    """From a parameter's axis names. Heads and their dimension are one axis of a matrix: "embed heads head_dim" is embed × rest."""
+    """The `Matrix` of a parameter's axis names. Heads and their dimension are one axis: "embed heads head_dim" is embed × rest."""
     groups: list[tuple[int, ...]] = []
     for i, axis in enumerate(axes):
         if axis == "head_dim" and groups:
@@ -247,7 +247,7 @@ def parameter_names(tree: Any) -> list[str]:
 
 
 def check_shapes(model: Any, dims: Dims) -> None:
-    """Raises `ValueError` when an axis of an array of `model` has not the size in `dims`. A variant's own axes may have any size.
+    """Raises `ValueError` unless the axes of every array of `model` have the sizes in `dims`. A variant's own axes may have any size.
 
     jaxtyping checks only constructors, and only where its hook is installed; this also sees models that were stacked, restored or edited.
     """
@@ -290,7 +290,7 @@ def _split_cpu(devices: int) -> None:
 
 
 def _nearest_grid(wanted: Mapping[str, int], devices: int, fits: Callable[[Mapping[str, int]], bool] = lambda grid: True) -> str:
-    """The overrides that give the grid nearest to `wanted`, of those of that many devices that fit."""
+    """The overrides that give the grid nearest to `wanted` among the fitting grids of that many devices."""
 
     def grids(count: int, axes: int) -> Iterator[tuple[int, ...]]:
         if axes == 1:

@@ -37,7 +37,7 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
     is False, for verbs that only read there.
     Flags (-m for a sweep, --cfg job) are Hydra's own, except --help, which takes Hydra seconds.
     """
-    # float32 is to mean float32: by default, JAX multiplies with TF32 on a GPU and with bfloat16 on a TPU.
+    # float32 must mean float32: by default, JAX multiplies with TF32 on a GPU and with bfloat16 on a TPU.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of a GPU's memory: the default is 0.75, and conf/mesh plans for more
     # Imports and tracing make hundreds of thousands of lasting objects. Searching them for garbage takes a fifth of the tracing time.

@@ -47,7 +47,7 @@ class Torus(NamedTuple):
 
     @staticmethod
     def of(devices: Iterable) -> "Torus":
-        """From the devices of a mesh, in its order."""
+        """Builds a `Torus` from the devices of a mesh, in its order."""
         devices = list(devices)
         chip, places = CHIPS[devices[0].device_kind], np.array([device.coords for device in devices])
         sizes = [len(set(axis)) for axis in places.T]

@@ -20,8 +20,8 @@ class History(eqx.Module):
 
 
 class GuardConfig(Config):
-    """An update is withheld when its loss or gradient is not finite. Of an update with finite ones, the numbers that are not finite are
-    withheld. A run ends after `max_withheld` of these in a row; the second kind counts only if `train.meters` has `update_norm`.
+    """An update is withheld when its loss or gradient is not finite. Otherwise only those of its numbers are withheld that are not finite
+    themselves. A run ends after `max_withheld` of these in a row; the second kind counts only if `train.meters` has `update_norm`.
 
     With `spike`, a finite update is also withheld if its loss, or the logarithm of its gradient norm, lies more than `spike` standard
     deviations above the median of the last `window`. The deviation is estimated by the median absolute deviation, which spikes hardly

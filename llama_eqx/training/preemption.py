@@ -21,7 +21,7 @@ from llama_eqx.meeting import PREEMPTED, end
 from llama_eqx.processes import once
 
 INTERRUPTED = 130
-# A scheduler's end, SLURM's notice before it (`sbatch --signal=USR1@120`), a terminal that closes, and a person's Ctrl-C.
+# A scheduler's termination, SLURM's notice before it (`sbatch --signal=USR1@120`), a terminal that closes, and a person's Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 

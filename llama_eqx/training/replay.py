@@ -179,7 +179,7 @@ def explained(found: dict[str, Any]) -> str:
 
 
 def _through(loss: Loss, model: Llama, batch: Batch, key: PRNGKeyArray) -> int:
-    """The layer (from 0) that makes the loss not finite: the layers before it do not. -1 if the loss is not finite without any layer."""
+    """The layer (from 0) that makes the loss not finite: the layers before it do not. -1 if it is not finite without any layer."""
 
     @eqx.filter_jit
     def finite(model: Llama, layers: Array) -> Array:

@@ -70,7 +70,7 @@ def prompts() -> contextlib.AbstractContextManager[None]:
 
 
 class Choice(NamedTuple):
-    """A kernel's name, and where `auto` could not choose the platform's own kernel, the reason."""
+    """A kernel's name, and the reason where `auto` could not choose the platform's own kernel."""
 
     name: Name
     reason: str
@@ -95,7 +95,7 @@ class KernelConfig(Config):
                 raise ConfigError(f"{value} is not a multiple of 128", where=field)
 
     def choose(self, platform: str, *, dtype: Any, seq: int, slots: int, head_dim: int, start: Any = 0, shards: int = 1) -> Choice:
-        """The kernel for `seq` queries, split over `shards` devices, and `slots` keys. `platform` is JAX's name for it.
+        """The kernel for `seq` queries, split over `shards` devices, and `slots` keys on a platform as JAX calls it.
 
         Raises `ConfigError` when a kernel that is asked for by name cannot compute this.
         """

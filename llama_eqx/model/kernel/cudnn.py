@@ -10,7 +10,7 @@ from llama_eqx.model.kernel.plain import plain
 def cudnn(q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, Array] | None) -> Array:
     """Like `attend`. A row of one segment needs no memory for scores; several segments, or a start, need a mask of seq × slots.
 
-    Its residuals belong to a primitive, and JAX cannot name them; `llama_eqx.remat` identifies them by that primitive.
+    JAX cannot name the residuals of its primitive; `llama_eqx.remat` identifies them by that primitive.
     """
     return plain(q, k, v, start, segment_ids, "cudnn")
 
