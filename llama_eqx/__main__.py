@@ -1,4 +1,4 @@
-"""`python -m llama_eqx` does nothing itself: it says what does."""
+"""`python -m llama_eqx` does nothing itself: it names the verbs."""
 
 import sys
 

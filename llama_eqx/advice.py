@@ -1,4 +1,4 @@
-"""What to type instead of a key, option, flag or word that is not there."""
+"""What to type instead of a key, option, flag or word that does not exist."""
 
 import difflib
 import itertools
@@ -14,7 +14,7 @@ from llama_eqx.errors import ConfigError
 FLAGS = ("help", "cfg", "resolve", "package", "run", "multirun", "config-path", "config-name", "config-dir", "experimental-rerun", "info",
          "hydra-help", "version", "shell-completion")  # Hydra's  # fmt: skip
 
-# What others call some of the keys and groups.
+# What other projects call some of the keys and groups.
 ELSEWHERE = {
     **dict.fromkeys(("lr", "learning_rate", "max_lr"), "schedule.peak"),
     **dict.fromkeys(("d_model", "dim", "hidden_size", "n_embd"), "model.dims.embed"),
@@ -25,7 +25,7 @@ ELSEWHERE = {
 
 
 def check_words(overrides: Sequence[str], keys: Callable[[], list[str]]) -> None:
-    """Raises `ConfigError` for `train.steps 5`, `help`, and what follows a value with spaces that has lost its quotes."""
+    """Raises `ConfigError` for `train.steps 5`, `help`, and the rest of a value with spaces whose quotes are missing."""
     for before, word, following in zip(["", *overrides], overrides, [*overrides[1:], ""], strict=False):
         if "=" in word or word.startswith("~"):
             continue
@@ -38,7 +38,7 @@ def check_words(overrides: Sequence[str], keys: Callable[[], list[str]]) -> None
 
 
 def check_flags(arguments: Sequence[str], keys: Callable[[], list[str]]) -> None:
-    """Raises `ConfigError` for `--steps 5` and `--train.steps=5`, on which Hydra's parser would end with a page, and for -m with --cfg."""
+    """Raises `ConfigError` for `--steps 5` and `--train.steps=5`, for which Hydra's parser would print a page, and for -m with --cfg."""
     if {"-m", "--multirun"} & {*arguments} and {"-c", "--cfg"} & {argument.partition("=")[0] for argument in arguments}:
         raise ConfigError("-m makes a config for each job, and --cfg shows one", where="-m", next="--cfg job with the values of one job")
     for flag, following in itertools.pairwise([*arguments, ""]):
@@ -58,7 +58,7 @@ def no_option(group: str, option: str, where: str, folders: Sequence[pathlib.Pat
 
 
 def instead(key: str, keys: list[str], overrides: Sequence[str], folders: Sequence[pathlib.Path]) -> str:
-    """What to type instead of, or beside, a key or group that is not there."""
+    """What to type instead of, or beside, a key or group that does not exist."""
     if key == "plan":
         return "model=NAME mesh=NAME, which take what is planned for them by themselves"
     if key in ("rung", "stage") or key.startswith("experiment/"):
@@ -79,14 +79,14 @@ def instead(key: str, keys: list[str], overrides: Sequence[str], folders: Sequen
 
 
 def override_of(key: str, overrides: Sequence[str]) -> str:
-    """That of the key or group itself, else the first of a key within it, or a group at another place."""
+    """The override of the key or group itself, else the first of a key within it, or of the group at another place."""
     found = [(len(match[0]), override) for override in overrides if (match := re.match(rf"[+~]*{re.escape(key)}(?=[=.@/]|$)", override))]
     exact = [override for end, override in found if override[end : end + 1] in ("=", "")]
     return next(iter(exact or [override for _, override in found]), "")
 
 
 def _meant(key: str, keys: list[str]) -> str:
-    """The key that is meant: by its name elsewhere, beside it, or in another place; "" if none is near."""
+    """The key that is meant: one of that name in `ELSEWHERE`, or a similar one beside it, or anywhere; "" if none is near."""
     word, parent = _last(key), key[: len(key) - len(_last(key))]
     if ELSEWHERE.get(word) in keys:
         return ELSEWHERE[word]

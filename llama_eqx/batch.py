@@ -7,8 +7,8 @@ from jaxtyping import Float, Integer
 
 
 class Batch(eqx.Module):
-    """Rows of tokens and the tokens that follow them; arrays of numpy as they are read, in the dtype on disk, and int32 on the
-    devices when a step sees them.
+    """Rows of tokens and the tokens that follow them. As they are read, the arrays are NumPy's in the dtype on disk; in a step, they are
+    int32 on the devices.
 
     `loss_mask` weighs each target (0 leaves it out). `segment_ids` None means that a row is one segment, `positions` None that it
     starts at position 0; segment 0 is padding.

@@ -1,4 +1,4 @@
-"""From YAML and overrides to a config. The only importer of Hydra, but for `verb` and the launcher."""
+"""Builds a config from YAML and overrides. Only this module, `verb` and the launcher import Hydra."""
 
 import hashlib
 import os
@@ -52,7 +52,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
 def sweep_name(overrides: list[str]) -> str:
-    """A folder's name for a sweep, the same for the same overrides."""
+    """The name of a sweep's folder, the same for the same overrides."""
     said = re.sub(r"[^\w.=,-]+", "_", " ".join(overrides))[:60]
     return f"{said}-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:6]}"
 
@@ -74,9 +74,9 @@ def conf_dir() -> pathlib.Path:
 
 
 def conf_dirs() -> list[pathlib.Path]:
-    """That folder, and those of the extensions that have one.
+    """`conf_dir`, and that folder of every extension that has one.
 
-    Raises `ConfigError` for a file of an extension's that this package has too, of which Hydra would take the other.
+    Raises `ConfigError` for a file of an extension that this package has too: Hydra would take this package's.
     """
     own, others = conf_dir(), [folder / "conf" for folder in extensions.folders() if (folder / "conf").is_dir()]
     for folder in others:
@@ -87,7 +87,7 @@ def conf_dirs() -> list[pathlib.Path]:
 
 
 def home(name: str) -> pathlib.Path:
-    """The folder that a verb is composed from. One whose keys are also names of groups has a folder of its own, without any group."""
+    """The folder that a verb is composed from. A verb with keys that are also names of groups has its own folder, without any group."""
     own = conf_dir() / name
     return own if (own / f"{name}.yaml").is_file() else conf_dir()
 
@@ -106,25 +106,25 @@ def load_config(*overrides: str, name: str = "train", plan: bool = True) -> Any:
 
 
 def plan_file(overrides: Sequence[str]) -> pathlib.Path:
-    """Where the settings planned for a model on a mesh are, or would be."""
+    """The file that has, or would have, the settings planned for a model on a mesh."""
     said = values(overrides)
     name = pathlib.PurePath("plan", f"{said.get('model', 'llama3_1m')}_{said.get('mesh', 'local')}.yaml")
     return next((folder / name for folder in conf_dirs() if (folder / name).is_file()), conf_dir() / name)
 
 
 def planned(name: str, overrides: Sequence[str]) -> list[str]:
-    """`overrides` and, before them, those `from_plan`.
+    """The overrides `from_plan`, then `overrides`.
 
-    Hydra's defaults lists cannot do it: what is included by an interpolated name may not choose options of groups.
+    Hydra's defaults lists cannot do this: a file included by an interpolated name may not choose options of groups.
     """
     return [*from_plan(name, overrides), *overrides]
 
 
 def from_plan(name: str, overrides: Sequence[str]) -> list[str]:
-    """What the plan has for keys and groups that `overrides` leave alone: nothing with an experiment, whose own settings it would beat.
+    """The plan's overrides for keys and groups that `overrides` leave alone; none with an experiment, whose own settings they would beat.
 
-    A microbatch of the plan's does not come with a batch of the user's that it does not divide, and neither with a recipe of the user's,
-    which has sizes of its own.
+    The plan's microbatch is left out if it does not divide the user's batch. The plan's batch, microbatch and row length are left out if
+    the user names a recipe, which has sizes of its own.
     """
     path, said = plan_file(overrides), values(overrides)
     if name not in PLANNED or not path.is_file() or "experiment" in said:
@@ -152,17 +152,17 @@ def _divides(part: str, whole: str) -> bool:
 
 
 def quoted(override: str) -> str:
-    """`prompt=it's` or `profile=true` as Hydra must be given it for the value to arrive unchanged."""
+    """Quotes an override such as `prompt=it's` or `profile=true`, so that its value passes through Hydra unchanged."""
     key, equals, value = override.partition("=")
     if not equals or re.sub(r"^(data\.components|eval_data)\.\w+", "data", key.lstrip("+")) not in VERBATIM or value == "null":
         return quoted_options(override)
-    value = os.path.expanduser(value) if key == "run_dir" else value  # not every shell does it after a "="
+    value = os.path.expanduser(value) if key == "run_dir" else value  # not every shell expands it after a "="
     value = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
     return f'{key}="{value}"'.replace("${", "\\${")
 
 
 def quoted_options(override: str) -> str:
-    """`profile=true,false` with the names of options quoted, which Hydra would take for bools or numbers."""
+    """Quotes the options of an override such as `profile=true,false`, which Hydra would take for bools or numbers."""
     key, _, value = override.partition("=")
     if not re.fullmatch(r"(true|false|[\d.]+)(,(true|false|[\d.]+))*", value) or not key or not _is_group(key):
         return override
@@ -180,19 +180,19 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
     check_recipe(overrides)
     try:
         return _compose(name, overrides)
-    except (*HYDRAS, ValueError) as error:  # the last is Hydra's word on an option that is no text
+    except (*HYDRAS, ValueError) as error:  # Hydra raises the last for an option that is no text
         raise explained(error, name, overrides) from None
 
 
 def _said_within(error: BaseException | None) -> UserError | None:
-    """What one of the resolvers above had to say, where that is what led to `error`."""
+    """The error of one of the resolvers above, if that led to `error`."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def check_recipe(overrides: Sequence[str]) -> None:
-    """Raises `ConfigError` for a recipe that is not there: that of a model is optional, so Hydra would go on without a word."""
+    """Raises `ConfigError` for a recipe that does not exist. A model's recipe is optional, so Hydra would silently go on."""
     options = [path.stem for folder in conf_dirs() for path in (folder / "recipe").glob("*.yaml")]
     chosen = next((value for key, _, value in (override.partition("=") for override in overrides) if key == "recipe"), "")
     for option in chosen.replace('"', "").split(",") if re.fullmatch(r"[\w.,\"-]+", chosen) else ():
@@ -201,7 +201,7 @@ def check_recipe(overrides: Sequence[str]) -> None:
 
 
 def check_groups(overrides: Sequence[str]) -> None:
-    """Raises `ConfigError` for `model.norm=layer`."""
+    """Raises `ConfigError` for a group written with dots, as in `model.norm=layer`."""
     for override in overrides:
         key, _, value = override.partition("=")
         if "." in key and value and value[0] not in "{$" and _is_group(group := key.replace(".", "/")):
@@ -209,7 +209,7 @@ def check_groups(overrides: Sequence[str]) -> None:
 
 
 def resolve(config: DictConfig) -> Any:
-    """Interpolations resolved once, to plain containers, then to config classes; Hydra's `instantiate` is never used."""
+    """Resolves interpolations once, to plain containers, then builds the config classes; Hydra's `instantiate` is never used."""
     try:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -259,7 +259,7 @@ def explained(error: Exception, name: str, overrides: list[str]) -> UserError:
 
 
 def keys(name: str, overrides: list[str]) -> list[str]:
-    """Every dotted key and every group of a verb, in the composition by those overrides that choose options and compose."""
+    """Every dotted key and every group of a verb, composed with the overrides that choose options, if those compose."""
     groups = [str(path.parent.relative_to(folder)) for folder in conf_dirs() for path in folder.rglob("*.yaml")]
     choices = [override for override in overrides if override.split("=")[0].lstrip("+") in groups]
     try:

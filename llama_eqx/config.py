@@ -1,4 +1,4 @@
-"""The base of every config, and the one way from YAML to it."""
+"""The base class of every config, and the only way to build one from YAML."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from beartype.door import is_bearable
 from llama_eqx.errors import ConfigError
 from llama_eqx.extensions import extensions, imported
 
-TYPO = 0.75  # of difflib's ratio: a letter of four is another; below that a likeness is chance
+TYPO = 0.75  # difflib's ratio where one letter of four differs; below that a likeness is chance
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -53,7 +53,7 @@ class Config:
         """Raises `ConfigError` when fields contradict each other."""
 
     def within(self, low: int, high: int | float, *names: str) -> None:
-        """Raises `ConfigError` when one of these fields, where the config has them, is not from `low` up to but not including `high`."""
+        """Raises `ConfigError` unless each of these fields that the config has is at least `low` and below `high`."""
         for name in names:
             if not low <= (value := getattr(self, name, low)) < high:
                 bounds = f"at least {low:g}" + (f" and below {high:g}" if high < float("inf") else "")
@@ -61,9 +61,9 @@ class Config:
 
 
 def load(node: Any, path: str = "") -> Any:
-    """A resolved tree of dicts, lists and scalars, as `Config`s: a dict with `_target_` becomes that class.
+    """Builds `Config`s from a resolved tree of dicts, lists and scalars: a dict with `_target_` becomes that class.
 
-    Nothing but a `Config` of this package and its `extensions` is ever imported or called, so a config that came with a download is data.
+    Nothing but a `Config` of this package and its `extensions` is ever imported or called, so a downloaded config is only data.
 
     Raises `ConfigError` naming the place in the tree.
     """
@@ -106,7 +106,7 @@ def dump(value: Any) -> Any:
 
 
 class Difference(typing.NamedTuple):
-    """As text "train.seq_len: 256 -> 512"."""
+    """A key whose value differs; as text "train.seq_len: 256 -> 512"."""
 
     key: str
     old: Any
@@ -116,7 +116,7 @@ class Difference(typing.NamedTuple):
         return f"{self.key}: {self.old} -> {self.new}"
 
     def within(self, keys: Iterable[str]) -> bool:
-        """Whether it is of one of the keys, or of one below them."""
+        """Whether the key is one of `keys`, or below one of them."""
         return any(self.key == key or self.key.startswith(f"{key}.") for key in keys)
 
 
@@ -129,7 +129,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[Difference]:
 
 
 def known_to_both(tree: Any, other: Any) -> Any:
-    """`tree` without the keys that `other` lacks: those of a setting that is newer, or older, than the code that wrote it."""
+    """`tree` without the keys that `other` lacks because older, or newer, code wrote it."""
     if isinstance(tree, dict) and isinstance(other, dict):
         return {key: known_to_both(value, other[key]) for key, value in tree.items() if key in other}
     return tree
@@ -144,7 +144,7 @@ def nearest(word: str, options: Iterable[str]) -> str:
 
 
 def _field(key: str) -> str:
-    """A key that is a word of Python, such as `from`, belongs to the field with an underscore behind it."""
+    """The name of a key's field: a Python keyword, such as `from`, gets an underscore behind it."""
     return f"{key}_" if keyword.iskeyword(key) else key
 
 
@@ -165,7 +165,7 @@ def _config_class(target: str, path: str) -> type[Config]:
 
 
 def _defines(module: str, name: str) -> bool:
-    """Whether the source of an extension's module has a class of that name: a script that lies in a package is not run by naming it."""
+    """Whether the source of an extension's module has a class of that name. A script in a package must not run because it is named."""
     if module in extensions():
         return True
     imported(module.rpartition(".")[0])
@@ -186,7 +186,7 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether every part of a value is of its type: beartype samples containers, and takes a bool for an int."""
+    """Whether every part of a value has its type. beartype alone samples containers, and takes a bool for an int."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(value) is bool and bool not in options:
         return False

@@ -1,4 +1,4 @@
-"""Where a test lets a process die."""
+"""Points at which a test can kill a process."""
 
 import collections
 import os
@@ -9,7 +9,7 @@ _seen: collections.Counter[str] = collections.Counter()
 
 
 def crash_point(label: str) -> None:
-    """Ends this process as `kill -9` does, if `LLAMA_EQX_CRASH_AT` is `<label>` and it comes here for the first time.
+    """Ends this process as `kill -9` does, the first time it comes here, if `LLAMA_EQX_CRASH_AT` is `<label>`.
 
     `<label>:3` means the third time, `<label>:3:SIGTERM` another signal.
     """

@@ -36,9 +36,9 @@ class Dims(Config):
             raise ConfigError(f"head_dim={self.head_dim} is odd: rotary embedding turns pairs", where="head_dim")
 
     def of(self, axes: str, **own: int) -> tuple[int, ...]:
-        """The sizes of the axes in a string of names, `(4096, 11008)` of "embed mlp". A variant's own axes are given: `rank=16`.
+        """The sizes of the axes in a string of names: `(4096, 11008)` for "embed mlp". `own` sizes a variant's own axes: `rank=16`.
 
-        Raises `ConfigError` for an axis of no known size.
+        Raises `ConfigError` for an axis whose size is not known.
         """
         sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | own
         for axis in axes.split():

@@ -28,7 +28,7 @@ def main(config: Any, overrides: list[str]) -> None:
 
 
 def published(dims: Any) -> dict[str, Any]:
-    """By name, the config of every preset of this width and depth."""
+    """The config of every preset of this width and depth, by name."""
     found = {}
     for file in sorted(path for folder in conf_dirs() for path in (folder / "model").glob("*.yaml")):
         sizes = yaml.safe_load(file.read_text(encoding="utf-8")).get("dims", {})  # composing all of them would take seconds

@@ -8,7 +8,7 @@ class UserError(Exception):
     """What happened, where, what was kept, and what to type next.
 
     `code` is the exit code of a verb: 1 unexpected, 2 config, 3 data, 4 checkpoint unusable, 5 non-finite numbers, 6 storage,
-    75 and 130 stopped by a signal; 141 is for a reader of the output who left.
+    75 and 130 stopped by a signal, 141 the reader of the output has left.
     """
 
     code = 1
@@ -17,7 +17,7 @@ class UserError(Exception):
         super().__init__(what, where, kept, next)
         self.what, self.where, self.kept, self.next = what, where, kept, next
 
-    def __reduce__(self) -> Any:  # an exception is sent between processes by its arguments
+    def __reduce__(self) -> Any:  # between processes, an exception is sent as its arguments
         return functools.partial(type(self), where=self.where, kept=self.kept, next=self.next), (self.what,)
 
     def __str__(self) -> str:

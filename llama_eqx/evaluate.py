@@ -16,7 +16,7 @@ def main(config: Any, overrides: list[str]) -> None:
     from llama_eqx.processes import is_first
 
     if config.output is not None and is_first():
-        write(config.output, "")  # what cannot be kept is not computed
+        write(config.output, "")  # fails before computing what cannot be kept
     if config.tasks is None:
         found = evaluate(config)
         notes, said, saved = found.notes, report.said(config, found), report.saved(config, found)

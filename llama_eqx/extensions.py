@@ -1,4 +1,4 @@
-"""Packages of users' own, whose config classes are built and whose YAML is found beside this package's."""
+"""Users' own packages. Their config classes are built and their YAML is found beside this package's."""
 
 import functools
 import importlib.metadata
@@ -10,10 +10,10 @@ from llama_eqx.errors import ConfigError
 
 @functools.cache
 def extensions() -> tuple[str, ...]:
-    """The packages that were installed with an entry point of the group "llama_eqx", by which whoever installed them trusts them.
+    """The packages installed with an entry point of the group "llama_eqx". Whoever installs one trusts it.
 
-    In their pyproject.toml: `[project.entry-points.llama_eqx]`, and below it `NAME = "PACKAGE"`. What lies in the working directory, which
-    may have been downloaded, is not installed.
+    Their pyproject.toml has `[project.entry-points.llama_eqx]` and below it `NAME = "PACKAGE"`. A package in the working directory does not
+    count as installed, since it may have been downloaded.
     """
     found: dict[str, None] = {}
     for distribution in importlib.metadata.distributions():
@@ -24,7 +24,7 @@ def extensions() -> tuple[str, ...]:
 
 
 def folders() -> list[pathlib.Path]:
-    """Where the extensions are. Raises `ConfigError` for one that is no package."""
+    """The folders of the extensions. Raises `ConfigError` for one that is no package."""
     return [_folder(name) for name in extensions()]
 
 
@@ -40,13 +40,13 @@ def _folder(name: str) -> pathlib.Path:
 
 
 def import_all() -> None:
-    """Imports every extension: what one adds to a registry, as of meters, its `__init__.py` adds. Raises `ConfigError` when it fails."""
+    """Imports every extension, whose `__init__.py` adds to registries such as that of meters. Raises `ConfigError` when one fails."""
     for name in extensions():
         imported(name)
 
 
 def imported(module: str) -> object:
-    """The module. Raises `ConfigError` when its code fails, but `ModuleNotFoundError` when there is none of that name."""
+    """Imports a module. Raises `ConfigError` when its code fails, but `ModuleNotFoundError` when it does not exist."""
     try:
         return importlib.import_module(module)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Floating-point operations by formula, and the peaks to hold them against."""
+"""Floating-point operations by formula, and the peaks to compare them with."""
 
 import math
 from typing import Any, NamedTuple
@@ -27,9 +27,9 @@ class Flops(NamedTuple):
 
 
 def flops_per_token(model: Any, seq_len: int) -> Flops:
-    """6 N for the matrices plus attention: 12 L T D for every score (PaLM, arXiv 2204.02311, appendix B), half of it for the causal ones.
+    """6 N for the matrices, plus attention: 12 L T D for all scores (PaLM, arXiv 2204.02311, appendix B), half of that for causal ones.
 
-    N counts what is multiplied with: no norms, and no input table that is only looked up. `model` may be abstract.
+    N counts the parameters in matrix products: no norms, and no input table that is only looked up. `model` may be abstract.
     """
     dims = model.config.dims
     sizes = {

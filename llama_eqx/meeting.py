@@ -1,8 +1,7 @@
 """How the processes of one run find each other and stay in touch, so that none waits for another that is missing or gone.
 
-JAX's own start aborts without a word about whom it waited for. So each process first goes to process 0, which sees who is missing and
-whether all were given the same command, and keeps the line to it open, over which an error reaches everyone, and a sign of life every few
-seconds.
+JAX's own start aborts without saying whom it waited for. So each process first connects to process 0, which sees who is missing and
+whether all were given the same command. The lines stay open: over them an error reaches everyone, and every few seconds a sign of life.
 """
 
 import contextlib
@@ -19,12 +18,12 @@ from typing import Any, NamedTuple, NoReturn
 from llama_eqx.config import differences
 from llama_eqx.errors import ConfigError, UserError
 
-PREEMPTED = 75  # the exit code that asks to be started again, as it helps when a process was lost
+PREEMPTED = 75  # the exit code that asks for a restart, which helps when a process was lost
 LAST_WORDS = 5.0  # seconds that a failed process has to say so on its own terminal
 
 
 class Place(NamedTuple):
-    """Which of the processes this is, and where number 0 is to be found."""
+    """The number of this process, how many there are, and the address of process 0."""
 
     process: int
     processes: int
@@ -32,9 +31,9 @@ class Place(NamedTuple):
 
 
 def meet(place: Place, timeout: float, config: dict[str, Any], heartbeat: float) -> "Lines":
-    """Waits for all processes and compares what they are to do.
+    """Waits for all processes and compares their configs.
 
-    Raises `ConfigError`, in every process that came, naming those that did not within `timeout` seconds, or whose config differs.
+    Raises `ConfigError` in every process that came, naming those that did not come within `timeout` seconds or whose config differs.
     """
     deadline = time.monotonic() + timeout
     take = _receive if place.process == 0 else _call
@@ -48,7 +47,7 @@ class Line:
         self._socket, self._file, self._sending = line, line.makefile("rb"), threading.Lock()
 
     def wait(self, seconds: float) -> None:
-        """From now on reading raises `TimeoutError` after so many seconds without anything to read."""
+        """From now on, reading raises `TimeoutError` after `seconds` without anything to read."""
         self._socket.settimeout(seconds)
 
     def send(self, message: dict[str, Any]) -> None:
@@ -56,7 +55,7 @@ class Line:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def read(self) -> dict[str, Any] | None:
-        """The next message, None at the end. Raises `ValueError` when it is none."""
+        """The next message, None at the end. Raises `ValueError` for a line that is no message."""
         content = self._file.readline(2**24)
         if not content:
             return None
@@ -74,7 +73,7 @@ class Line:
 
 
 class Lines:
-    """The open lines between process 0 and the others. A context manager: what ends it is sent along them.
+    """The open lines between process 0 and the others. A context manager: how it ends is sent along them.
 
     `config` is that of process 0.
     """
@@ -82,7 +81,7 @@ class Lines:
     current: "Lines | None" = None
 
     def __init__(self, peers: dict[str, Line], config: dict[str, Any], heartbeat: float):
-        """`peers` by the names under which their errors are to be told: process 0 alone, or all but process 0."""
+        """`peers` are by the names that their errors are reported under: process 0 alone, or all but process 0."""
         self.config, self._heartbeat = config, heartbeat
         self._peers, self._over, self._first = peers, threading.Event(), "process 0" not in peers
         self._ending = threading.Event()
@@ -96,10 +95,10 @@ class Lines:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        # An error that is none of ours may be what a collective says when another process is gone. Then a line tells of it soon.
+        # A collective may raise a foreign error because another process is gone. Then a line soon reports that.
         foreign = error is not None and not isinstance(error, UserError | SystemExit | KeyboardInterrupt)
         if foreign and self._ending.wait(LAST_WORDS):
-            threading.Event().wait()  # for the end
+            threading.Event().wait()  # until the process is ended
         Lines.current = None
         self._over.set()
         code = error.code if isinstance(error, UserError | SystemExit) else 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -126,7 +125,7 @@ class Lines:
                 line.send(message)
 
     def see_off(self) -> None:
-        """Process 0 leaves last: JAX aborts the others, in the middle of what they have to say, when it is gone."""
+        """Lets process 0 leave last: when it is gone, JAX aborts the others in the middle of their messages."""
         deadline = time.monotonic() + LAST_WORDS
         for thread in self._threads if self._first else []:
             if thread is not threading.current_thread():
@@ -144,7 +143,7 @@ class Lines:
                 pass
         except TimeoutError:
             message = {"error": lost.format(f"no sign of life for {self._heartbeat:g} s"), "code": PREEMPTED, "lost": True}
-        except (OSError, ValueError):  # what is killed may hang up roughly
+        except (OSError, ValueError):  # a killed process may break the line
             message = None
         if self._over.is_set() or (message and "done" in message):
             return
@@ -157,9 +156,9 @@ class Lines:
 
 
 def give_up(said: str, message: dict[str, Any], lines: Lines | None, line: Line | None = None) -> None:
-    """Says why, here and along the lines, and ends this process. If one was lost or is stuck, with the stacks of all threads here.
+    """Says why, here and along the lines, and ends this process. If a process is lost or stuck, adds the stacks of all threads here.
 
-    `line` is the one over which it was learned.
+    `line` is the one that brought the message.
     """
     message = {**message, "error": said}
     print(said, file=sys.stderr, flush=True)
@@ -179,7 +178,7 @@ def give_up(said: str, message: dict[str, Any], lines: Lines | None, line: Line 
 
 
 def _stacks() -> str:
-    """Where every thread is, the main one first: `faulthandler` would leave it out where there are a hundred others."""
+    """The stack of every thread, the main one first: `faulthandler` would leave it out beside a hundred others."""
     frames, said = sys._current_frames(), []
     for thread in sorted(threading.enumerate(), key=lambda thread: thread is not threading.main_thread()):
         if thread.ident in frames:
@@ -209,7 +208,7 @@ def _receive(place: Place, deadline: float, timeout: float, config: dict[str, An
                 line.wait(min(left, 10))
                 hello = line.read() or {}
                 process, host, theirs = int(hello["process"]), str(hello["host"]), hello["config"]
-            except (OSError, ValueError, KeyError):  # somebody else
+            except (OSError, ValueError, KeyError):  # not a process of a run
                 line.close()
                 continue
             problems += [

@@ -1,4 +1,4 @@
-"""The jobs of a sweep, each the command that one would type for it alone: in a process of its own, here or on a cluster."""
+"""Runs the jobs of a sweep. Each is the command one would type for it alone, in a process of its own, here or on a cluster."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ CODES = {
 
 
 class Job(NamedTuple):
-    """Number `number` of a sweep: `label` tells it from the others, `command` runs it, and what it prints goes to `console`."""
+    """Job `number` of a sweep: `label` tells it from the others, `command` runs it, and its output goes to `console`."""
 
     number: int
     label: str
@@ -41,7 +41,7 @@ class Job(NamedTuple):
 
 
 class MultirunError(UserError):
-    """`code` is 75 when all that is missing was preempted, and would go on."""
+    """`code` is 75 when every job that is missing was preempted and would go on."""
 
     def __init__(self, codes: Sequence[int | str], what: str, **parts: str):
         super().__init__(what, **parts)
@@ -58,16 +58,16 @@ def run_jobs(
     parameters: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> None:
-    """Runs `jobs`, at most `at_once` at a time, whatever becomes of each; `skipped` are those that need not run.
+    """Runs `jobs`, at most `at_once` at a time, even if some fail; `skipped` are those that need not run.
 
     `cluster` is one of submitit's ("local", "slurm"), `parameters` those of its executor, and `folder` where it keeps its files.
 
-    Raises `MultirunError` in the end when not every job has succeeded, or at an interrupt, `ConfigError` for parameters that cannot be.
+    Raises `MultirunError` at the end when not every job has succeeded, or at an interrupt; `ConfigError` for invalid parameters.
     """
     here = None
     if cluster == "local":
-        # An executor of submitit's hides GPUs that were not asked for. Threads that wait for each other's cores are slower than few.
-        # A step on a CPU takes all of its memory anew: in huge pages that is cheaper by a tenth to a quarter of the step.
+        # submitit's executor hides GPUs that were not requested. Few threads are faster than many that wait for each other's cores.
+        # A step on a CPU allocates all of its memory anew: huge pages save a tenth to a quarter of the step.
         share = str(max(1, (os.cpu_count() or 1) // at_once)) if at_once > 1 else None
         here = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"), "NPROC": os.environ.get("NPROC", share)}
         here["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
@@ -134,9 +134,9 @@ def run_jobs(
 
 
 def _submitted(executor: submitit.AutoExecutor, job: Job, here: Mapping[str, str | None] | None) -> Any:
-    """Started so that a terminal's Ctrl-C reaches none of submitit's processes, which would break off what they watch.
+    """Submits a job so that a terminal's Ctrl-C reaches none of submitit's processes, which would break off the job they watch.
 
-    Raises `ConfigError` when the scheduler takes no such job.
+    Raises `ConfigError` when the scheduler rejects the job.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -148,21 +148,21 @@ def _submitted(executor: submitit.AutoExecutor, job: Job, here: Mapping[str, str
 
 
 def _stop(handles: list[Any], cluster: str) -> None:
-    """Each run saves itself and ends. Those of a cluster are its own to end."""
+    """Stops the jobs; each run saves itself and ends. On a cluster, the scheduler ends them."""
     for handle in handles if cluster != "local" else []:
         handle.cancel()
     while cluster == "local" and (left := [handle for handle in handles if not handle.done()]):
         for handle in left:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(handle.job_id), signal.SIGTERM)  # a job that only begins does not hear it the first time
+                os.kill(int(handle.job_id), signal.SIGTERM)  # a job that is just starting misses the first
         time.sleep(1)
 
 
 def run_command(command: list[str], console: str, here: Mapping[str, str | None] | None) -> int:
-    """What runs under submitit. The result is the exit code of `command`, minus the number of the signal that ended it.
+    """Runs `command` under submitit. Returns its exit code, or minus the number of the signal that ended it.
 
-    `here` are variables of the environment of a job on this machine, None those that it has not: the GPUs that it may see and the threads
-    that XLA may use. On a cluster, where it is None, the scheduler has chosen them.
+    `here` has environment variables of a job on this machine: the GPUs that it may see and the threads that XLA may use. A value of None
+    unsets the variable. On a cluster `here` is None: the scheduler has chosen them.
     """
     environment = {**os.environ, **(here or {})}
     environment = {name: value for name, value in environment.items() if value is not None}
@@ -171,7 +171,7 @@ def run_command(command: list[str], console: str, here: Mapping[str, str | None]
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
         process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # the last are sent before the time is up: a run saves itself
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # the last two come before the time is up: a run saves itself
             signal.signal(number, lambda number, _: process.terminate())
         try:
             return process.wait()
@@ -213,6 +213,6 @@ def labels(sweep: Sequence[Sequence[str]]) -> list[str]:
 
 
 def command(verb: str, overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> list[str]:
-    """A verb with overrides in Hydra's grammar: `--run` keeps them from being quoted a second time."""
+    """The command of a verb with overrides in Hydra's grammar: `--run` keeps them from being quoted a second time."""
     folders = [word for folder in config_dirs for word in ("--config-dir", folder)]
     return [sys.executable, "-m", f"llama_eqx.{verb}", "--run", *folders, *overrides]

@@ -1,4 +1,4 @@
-"""In which dtype parameters are kept and in which they compute: a policy on the tree, unknown to the model."""
+"""The dtypes in which parameters are kept and used to compute: a policy on the tree, unknown to the model."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,7 +15,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class PrecisionConfig(Config):
-    """`params` is the dtype of parameters and optimizer state (Adafactor's is float32 always), `compute` that of weights and activations
+    """`params` is the dtype of parameters and optimizer state (Adafactor's is always float32), `compute` that of weights and activations
     inside the loss.
     """
 
@@ -23,14 +23,14 @@ class PrecisionConfig(Config):
     compute: Dtype
 
     def apply(self, model: Any) -> Any:
-        """What lies outside of the blocks as the loss sees it. The blocks follow one layer at a time, by `block`."""
+        """The model with the parts outside its blocks as the loss sees them. `block` casts the blocks, one layer at a time."""
         if self.params == self.compute:
             return model
         seen = [Lookup(part, self.compute) if name == "embed" else cast(part, self.compute) for name, part in outside(model).items()]
         return eqx.tree_at(lambda m: [*outside(m).values()], model, seen, is_leaf=lambda x: x is None)
 
     def block(self, block: Callable) -> Callable:
-        """A block whose weights are cast inside the scan, so that one layer's copy exists at a time."""
+        """Wraps a block so that its weights are cast inside the scan: one layer's copy exists at a time."""
         if self.params == self.compute:
             return block
         return lambda module, *rest: block(cast(module, self.compute), *rest)
@@ -51,5 +51,5 @@ class Lookup(eqx.Module):
 
 
 def cast(tree: Any, dtype: str) -> Any:
-    """Every floating-point leaf in `dtype`."""
+    """The tree with every floating-point leaf in `dtype`."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)

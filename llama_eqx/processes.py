@@ -1,4 +1,4 @@
-"""Several processes as one run. The computing is JAX's own; how they find each other and end together is `meeting`'s."""
+"""Several processes as one run. JAX does the computing; `meeting` lets them find each other and end together."""
 
 import contextlib
 import dataclasses
@@ -25,9 +25,9 @@ T = TypeVar("T")
 class DistributedConfig(Config):
     """Process number `process`, from 0, of `processes`; `coordinator` is HOST:PORT of number 0.
 
-    Without them they are looked for where TPU pods, SLURM, Open MPI and Kubernetes jobs name them. `timeout` is how many seconds the
-    first process waits for the last. A process that gave no sign of life for `heartbeat` seconds is lost, and a run that made no step for
-    `stall` seconds is stuck (None: never): all processes then say where they are and end, to be started again.
+    If they are not given, they are read from where TPU pods, SLURM, Open MPI and Kubernetes jobs name them. The first process waits
+    `timeout` seconds for the last. A process without a sign of life for `heartbeat` seconds is lost, and a run without a step for `stall`
+    seconds is stuck (None: never). All processes then say where they are and end, to be started again.
     """
 
     coordinator: str | None
@@ -55,11 +55,12 @@ class DistributedConfig(Config):
 
 @contextlib.contextmanager
 def together(config: Any) -> Iterator[tuple[Any, int]]:
-    """`config` with the `run_dir` of process 0, if it has one, and the number of this process. A single process is left as it is.
+    """A context that gives `config`, with the `run_dir` of process 0 if it has one, and the number of this process.
 
-    Whatever ends one of the processes within ends them all, with its exit code, and process 0 says what it was.
+    A single process is left as it is. Whatever ends one of several within it ends them all, with its exit code, and process 0 says what it
+    was.
 
-    Raises `ConfigError` when some do not come in time, or were given another config.
+    Raises `ConfigError` when some processes do not come in time, or were given another config.
     """
     place, local_devices = _place(config.distributed)
     if place is None:
@@ -77,7 +78,7 @@ def together(config: Any) -> Iterator[tuple[Any, int]]:
             local_devices,
             cluster_detection_method="deactivate",
             initialization_timeout=settings.timeout,
-            heartbeat_timeout_seconds=settings.heartbeat + 60,  # ours has words for it, where JAX aborts
+            heartbeat_timeout_seconds=settings.heartbeat + 60,  # our own comes first: it says what is wrong, where JAX only aborts
         )
         with _may_end():
             shared = {name: value for name, value in lines.config.items() if name == "run_dir"}
@@ -89,7 +90,7 @@ _ending_allowed = threading.Event()
 
 @contextlib.contextmanager
 def _may_end() -> Iterator[None]:
-    """The time in which this process is the run's own, and may be ended for it."""
+    """A context in which this process belongs to the run and may be ended with it."""
     _ending_allowed.set()
     try:
         yield
@@ -100,8 +101,8 @@ def _may_end() -> Iterator[None]:
 def leave(code: int) -> None:
     """Ends this process. One of several that has failed does not wait for the others, as JAX would at a regular end.
 
-    Nor is a verb that is the whole program taken apart piece by piece: a thread of a library that comes to the interpreter just then would
-    abort the process, and a run that is over would count as killed.
+    A verb that is the whole program skips the interpreter's teardown: a library's thread that calls the interpreter meanwhile would abort
+    the process, and a finished run would count as killed.
     """
     several = "jax" in sys.modules and jax.distributed.is_initialized()
     program = getattr(sys.modules["__main__"], "__spec__", None)
@@ -111,11 +112,10 @@ def leave(code: int) -> None:
 
 
 def watched(steps: Iterable[T], stall: int | None) -> Iterator[T]:
-    """`steps`, the first of which may take its time: it compiles, and what it has begun is waited for in the second. When a later one
-    takes more than `stall` seconds, with what is evaluated and saved after it, this process and all others say where they are and end with
-    code 75.
+    """Yields `steps`. The first may take any time: it compiles, and the second waits for what it began. When a later step takes more than
+    `stall` seconds, with the evaluation and saving after it, this process and all others say where they are and end with code 75.
 
-    Outside of `together`, for users of the library, it only passes them on.
+    Outside of `together`, as for users of the library, it only yields the steps.
     """
     over, begun = threading.Event(), [time.monotonic()]
 
@@ -141,7 +141,7 @@ def watched(steps: Iterable[T], stall: int | None) -> Iterator[T]:
 
 
 def once(action: Callable[[], T]) -> T | None:
-    """The result of `action`, which process 0 carries out while the others wait; None in those."""
+    """Process 0 runs `action` while the others wait. Returns its result there, and None in the others."""
     result = action() if jax.process_index() == 0 else None
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("once")
@@ -149,31 +149,31 @@ def once(action: Callable[[], T]) -> T | None:
 
 
 def is_first() -> bool:
-    """Whether this is process 0: `jax.process_index`, but it starts no backend, which would settle the number of virtual devices."""
+    """Whether this is process 0. Unlike `jax.process_index`, it starts no backend, which would fix the number of virtual devices."""
     from jax._src.distributed import global_state
 
     return global_state.process_id == 0
 
 
 def count() -> int:
-    """How many processes there are: `jax.process_count`, but it starts no backend either."""
+    """The number of processes. Unlike `jax.process_count`, it starts no backend."""
     from jax._src.distributed import global_state
 
     return global_state.num_processes or 1
 
 
 def of_first(number: int) -> int:
-    """The number that process 0 gives."""
+    """The `number` that process 0 gives, in every process."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def any_process(here: bool) -> bool:
-    """Whether it is so in any of the processes."""
+    """Whether `here` is true in any of the processes."""
     return bool(np.any(multihost_utils.process_allgather(np.asarray(here))))
 
 
 def on_host(tree: PyTree[jax.Array]) -> PyTree[np.ndarray]:
-    """The arrays as NumPy's, each of them whole in every process, also where the devices of several hold parts of it."""
+    """The arrays as NumPy's, each whole in every process, even if the devices of several processes hold parts of it."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
 
@@ -185,7 +185,7 @@ def on_host(tree: PyTree[jax.Array]) -> PyTree[np.ndarray]:
 
 
 def require_same(text: str, what: str, where: str) -> None:
-    """Raises `DataError` in every process when they do not all give the same `text`."""
+    """Raises `DataError` in every process unless all give the same `text`."""
     found = np.ravel(multihost_utils.process_allgather(np.uint32(zlib.crc32(text.encode()))))
     if others := np.flatnonzero(found != found[0]).tolist():
         raise DataError(
@@ -196,10 +196,10 @@ def require_same(text: str, what: str, where: str) -> None:
 
 
 def _place(config: DistributedConfig) -> tuple[Place | None, Any]:
-    """None for a single process; with it the local devices that are this process's own, None for all."""
+    """The place of this process, None for a single one, and the local devices that it owns, None for all."""
     coordinator, processes, process, local_devices = config.coordinator, config.processes, config.process, None
     if coordinator is None:
-        # A pod of Kubernetes that is no part of a job would be asked for one.
+        # JAX would ask a Kubernetes pod for its job, even one that is part of none.
         parts_of_jobs = {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "SLURM_PROCID"}
         if "KUBERNETES_SERVICE_HOST" in os.environ and not parts_of_jobs & os.environ.keys():
             return None, None

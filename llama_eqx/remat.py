@@ -10,10 +10,10 @@ from llama_eqx.config import Config, nearest
 from llama_eqx.errors import ConfigError
 from llama_eqx.tag import tag
 
-# What a block tags, in the order of computation: "input" is the residual that enters it, "residual" that between its halves,
-# "attention" all that an attention kernel keeps. What leaves a block and the embedding are "residual" too, for traces: the backward pass
-# of a block asks for neither.
-# A variant's own names are to be added: NAMES.append("head_gate").
+# The tags of a block, in the order of computation. "input" is the residual that enters it, "residual" the one between its halves, and
+# "attention" everything that an attention kernel keeps. The embedding and the output of a block are also "residual", for traces: the
+# backward pass of a block needs neither.
+# A variant adds its own names: NAMES.append("head_gate").
 NAMES = ["input", "q", "k", "v", "attention", "attention_out", "residual", "gate", "up", "down"]
 
 policies = jax.checkpoint_policies
@@ -23,12 +23,12 @@ Policy = Callable[..., Any]
 class Remat(Config):
     @abc.abstractmethod
     def block(self, block: Callable, *, alone: bool = False) -> Callable:
-        """`block` under the policy. `alone`: it is not inside a loop, and XLA would merge the recomputation with the original."""
+        """Wraps `block` in the policy. `alone`: it is not inside a loop, so XLA would merge the recomputation with the original."""
 
 
 class RematConfig(Remat):
     """`none` keeps all, `full` only the residual that enters a block. `dots` keeps the results of matrix products with weights, and
-    `dots_attention` what the attention kernel keeps besides.
+    `dots_attention` also what the attention kernel keeps.
     """
 
     policy: Literal["none", "full", "dots", "dots_attention"]
@@ -42,7 +42,7 @@ class RematConfig(Remat):
 
 
 class NamedRematConfig(Remat):
-    """Keeps the activations in `names` and moves those in `offloaded` to the host's memory and back; the rest is computed again."""
+    """Keeps the activations in `names` and moves those in `offloaded` to the host's memory and back; the rest is recomputed."""
 
     names: tuple[str, ...]
     offloaded: tuple[str, ...]
@@ -70,7 +70,7 @@ class NamedRematConfig(Remat):
 
 
 def attention(primitive: Any, *args: Any, **params: Any) -> Any:
-    """Keeps what is tagged "attention", and what cuDNN's forward pass keeps: that has no names and is known by its primitive."""
+    """Keeps what is tagged "attention", and what cuDNN's forward pass keeps: that has no names and is identified by its primitive."""
     named = policies.save_only_these_names("attention")
     return primitive.name.startswith("dot_product_attention_fwd") or named(primitive, *args, **params)
 

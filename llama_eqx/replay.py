@@ -1,4 +1,4 @@
-"""`python -m llama_eqx.replay`: a step whose numbers were not finite, once more."""
+"""`python -m llama_eqx.replay`: repeats a step whose numbers were not finite."""
 
 from typing import Any
 

@@ -25,7 +25,7 @@ MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 class MeshConfig(Config):
     """Devices in a grid with the axes `data fsdp sequence tensor`. One size may be -1: what the others leave.
 
-    `devices` is how many the grid needs and `hosts` how many machines hold them, None for what is there; `topology` is the TPU
+    `devices` is how many the grid needs and `hosts` how many machines hold them; None takes what is there. `topology` is the TPU
     compiler's name for a slice, "v4:2x2x4". `virtual` splits the CPUs of the hosts into that many devices.
     `compiler_options` are XLA's for the training step on that chip.
     """
@@ -42,9 +42,9 @@ class MeshConfig(Config):
     compiler_options: dict[str, bool | int | float | str]
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """A mesh of `devices`, such as those of a topology to compile for, or of all that are here.
+        """A mesh of `devices`, such as those of a topology to compile for, or of all devices here.
 
-        Raises `ConfigError` when they are not those of the config.
+        Raises `ConfigError` when they do not match the config.
         """
         if self.virtual and devices is None:
             _split_cpu((self.devices or 1) // (self.hosts or 1))
@@ -63,7 +63,7 @@ class MeshConfig(Config):
         if unused or math.prod(grid.values()) != len(found):
             wanted = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
             raise ConfigError(f"{wanted} does not make {len(found)} devices", where="mesh", next=_nearest_grid(sizes, len(found)))
-        # An axis may be a part of a torus' side, such as tensor=2 of 8 x 8 chips: jax.make_mesh refuses that but on v5e.
+        # An axis may be part of a side of the torus, such as tensor=2 of 8 x 8 chips: jax.make_mesh allows that only on v5e.
         places = create_device_mesh(tuple(grid.values()), found, allow_split_physical_axes=True)
         return Mesh(places, MESH_AXES, axis_types=(AxisType.Auto,) * len(grid))
 
@@ -76,7 +76,7 @@ class MeshConfig(Config):
 
 
 class Rules(Config):
-    """From the name of an axis to the mesh axes that split it; an axis that is not named is not split."""
+    """Maps the name of an axis to the mesh axes that split it; an axis that is not named is not split."""
 
     axes: dict[str, Axes]
 
@@ -100,10 +100,10 @@ class Layout:
     rules: Rules
 
     def check(self, sizes: Mapping[str, int]) -> list[str]:
-        """Holds the sizes of axes by name against the mesh. The result says what is replicated because it does not divide.
+        """Checks the sizes of axes, by name, against the mesh. Returns remarks on what is replicated because it does not divide.
 
         Raises `ConfigError` listing every axis that does not divide and every mesh axis that splits nothing, with the nearest mesh
-        of as many devices over which they do.
+        of as many devices that fits.
         """
         used = {name for axis in sizes for name in self.rules.axes.get(axis, ())}
 
@@ -127,7 +127,7 @@ class Layout:
         return [f"kv_heads={heads} does not divide by {split}: all of those devices hold every key and value"] if heads % split else []
 
     def spec(self, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
-        """The mesh axes of each axis of an array. A mesh axis splits an array once: the first axis that asks for it gets it.
+        """The mesh axes that split each axis of an array. A mesh axis splits an array once: the first axis that asks for it gets it.
 
         `kv_heads` that do not divide are replicated, as is usual with more devices than key heads.
 
@@ -155,7 +155,7 @@ class Layout:
     def shardings(self, tree: Any) -> Any:
         """The sharding of every leaf of a tree of (possibly abstract) arrays.
 
-        Raises `ConfigError` listing every axis that does not divide, and every array of which the rules split two axes alike.
+        Raises `ConfigError` listing every axis that does not divide, and every array with two axes that the rules split by one mesh axis.
         """
         leaves, structure = jax.tree.flatten(tree)
         found, wrong = [], {}
@@ -177,9 +177,9 @@ class Layout:
         return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
     def gathered(self, model: Any) -> Any:
-        """`model` with what lies outside of its blocks gathered along the mesh axes that split batch or seq, as the loss sees it.
+        """`model` with the weights outside of its blocks gathered along the mesh axes that split batch or seq, as the loss sees it.
 
-        Left to itself the partitioner would compute with slices of them, and reduce activations instead of gathering weights.
+        Otherwise the partitioner would compute with slices of them, and reduce activations instead of gathering weights.
         """
         parts = lambda m: [*outside(m).values()]  # noqa: E731
         tokens = (name for axis in ("batch", "seq") for name in self.rules.axes.get(axis, ()))
@@ -187,8 +187,10 @@ class Layout:
         return eqx.tree_at(parts, model, jax.lax.with_sharding_constraint(parts(model), parts(whole)), is_leaf=lambda x: x is None)
 
     def constrain_residual(self, block: Callable) -> Callable:
-        """A block whose residual is split by batch (and sequence) alone where it enters and leaves. Rules of `residual` split its width
-        too, for less memory under tensor parallelism: Korthikanti et al. (2022, arXiv 2205.05198) split the row instead.
+        """Wraps a block so that its residual is split by batch (and sequence) only, where it enters and leaves.
+
+        Rules for `residual` also split its width, for less memory under tensor parallelism. Korthikanti et al. (2022, arXiv 2205.05198)
+        split the row instead.
         """
 
         def edge(x: jax.Array) -> jax.Array:
@@ -210,10 +212,10 @@ def axis_names(tree: Any) -> list[Axes]:
     """The axis names of every leaf of a tree of modules in the order of `jax.tree.leaves`.
 
     They are read from the annotations of the fields: `Float[Array, "embed mlp"]` names two, `Annotated[Block, "layers"]` puts one
-    before those of everything within. Arrays without annotations, and an optimizer's arrays of another shape than the parameter
-    whose place they take, have empty names.
+    before the names of everything within. Names are empty for arrays without annotations, and for an optimizer's arrays whose shape is
+    not that of their parameter.
 
-    Raises `TypeError` when a model's array has another rank than its annotation.
+    Raises `TypeError` when the rank of a model's array is not that of its annotation.
     """
     return list(_axis_names(tree, None, (), sizes={}, strict=True))
 
@@ -221,7 +223,7 @@ def axis_names(tree: Any) -> list[Axes]:
 class Matrix(NamedTuple):
     """Which axes of a parameter are the rows (its inputs) and the columns (its outputs) of a matrix; a vector has no columns.
 
-    All other axes number matrices that have nothing to do with each other, such as those of the layers.
+    All other axes count independent matrices, such as those of the layers.
     """
 
     rows: tuple[int, ...]
@@ -229,7 +231,7 @@ class Matrix(NamedTuple):
 
 
 def matrix(axes: tuple[str, ...]) -> Matrix:
-    """From the names of a parameter's axes. Heads and their dimension are one axis of a matrix: "embed heads head_dim" is embed × rest."""
+    """The `Matrix` of a parameter's axis names. Heads and their dimension are one axis: "embed heads head_dim" is embed × rest."""
     groups: list[tuple[int, ...]] = []
     for i, axis in enumerate(axes):
         if axis == "head_dim" and groups:
@@ -245,9 +247,9 @@ def parameter_names(tree: Any) -> list[str]:
 
 
 def check_shapes(model: Any, dims: Dims) -> None:
-    """Raises `ValueError` when an array of `model` has another size along an axis than `dims` says. Axes of a variant's own may have any.
+    """Raises `ValueError` unless the axes of every array of `model` have the sizes in `dims`. A variant's own axes may have any size.
 
-    jaxtyping checks constructors, and only where its hook is installed; this sees models that were stacked, restored or edited.
+    jaxtyping checks only constructors, and only where its hook is installed; this also sees models that were stacked, restored or edited.
     """
     known = {field.name: getattr(dims, field.name) for field in dataclasses.fields(dims)}
     for name, axes, leaf in zip(parameter_names(model), axis_names(model), jax.tree.leaves(model), strict=True):
@@ -288,7 +290,7 @@ def _split_cpu(devices: int) -> None:
 
 
 def _nearest_grid(wanted: Mapping[str, int], devices: int, fits: Callable[[Mapping[str, int]], bool] = lambda grid: True) -> str:
-    """The overrides that give the grid most like `wanted` of those with that many devices which fit."""
+    """The overrides that give the grid nearest to `wanted` among the fitting grids of that many devices."""
 
     def grids(count: int, axes: int) -> Iterator[tuple[int, ...]]:
         if axes == 1:

@@ -1,4 +1,4 @@
-"""`python -m llama_eqx.supervise -- COMMAND…`: starts a command again for as long as starting it again can help."""
+"""`python -m llama_eqx.supervise -- COMMAND…`: restarts a command for as long as that can help."""
 
 import argparse
 import datetime
@@ -9,11 +9,11 @@ import time
 from types import FrameType
 
 PREEMPTED = 75  # the code of a run that was told to stop and saved itself
-# By 128 + n launchers, shells and containers say that signal n ended what they had started; 130 is also what a run says of Ctrl-C, and 141
-# when nobody reads what it prints.
+# By 128 + n, launchers, shells and containers report that signal n ended what they started. A run also ends with 130 on Ctrl-C, and with
+# 141 when nobody reads what it prints.
 KILLED = {128 + number: number for number in signal.Signals if number not in (signal.SIGINT, signal.SIGPIPE)}
 SHORT = 60.0  # seconds: a start that ended sooner made no progress to speak of
-IMPORTED = 5.0  # seconds: told to stop sooner, it had not begun
+IMPORTED = 5.0  # seconds: a start that was told to stop sooner had not begun
 
 
 def main() -> None:
@@ -35,9 +35,9 @@ def main() -> None:
 
 
 def supervise(command: list[str], *, restarts: int, short: int) -> int:
-    """Runs `command` to its end, through restarts. The result is its last exit code, 128 + n where signal n ended it.
+    """Runs `command` to its end, through restarts. Returns its last exit code, or 128 + n if signal n ended it.
 
-    A signal to this process is passed on, and then nothing is started again.
+    A signal to this process is passed on, and nothing is restarted after it.
     """
     passed: list[int] = []
     child: subprocess.Popen[bytes] | None = None
@@ -86,7 +86,7 @@ def supervise(command: list[str], *, restarts: int, short: int) -> int:
 
 
 def with_run_dir(command: list[str]) -> list[str]:
-    """A training command that names its run directory: without one, every start would begin a run of its own."""
+    """The command, with a `run_dir` if it trains and names none: otherwise every start would begin a new run."""
     trains = any(word == "llama_eqx.train" or word.endswith("launch_local.py") for word in command)
     if not trains or any(word.startswith("run_dir=") for word in command):
         return command

@@ -1,4 +1,4 @@
-"""Names for activations, so that policies and observers outside the model can speak of them."""
+"""Names for activations, so that policies and observers outside the model can refer to them."""
 
 import contextlib
 import contextvars
@@ -13,10 +13,10 @@ Seen = dict[str, list[Array]]  # what was tagged, by name, in the order of compu
 
 
 class Probe:
-    """Sees what is tagged by one of `names` while a model is traced in `probing`.
+    """Collects what is tagged with one of `names` while a model is traced in `probing`.
 
-    `layer(seen)` is called in the loop over layers with what each layer tagged. What it returns is stacked over layers in `layers`;
-    `outside` has what was tagged in no layer.
+    `layer(seen)` is called in the loop over layers with what each layer tagged. Its results are stacked over layers in `layers`;
+    `outside` has what was tagged outside the layers.
     """
 
     def __init__(self, names: Iterable[str], layer: Callable[[Seen], Any]):
@@ -38,7 +38,7 @@ def tag(x: Array, name: str) -> Array:
 
 
 def probed() -> bool:
-    """Whether a probe sees the model that is traced."""
+    """Whether a probe sees the current trace."""
     return _PROBE.get() is not None
 
 
@@ -60,14 +60,14 @@ def scan_layers(fold: Callable, carry: Any, layers: Any, unroll: int) -> Any:
 
 @contextlib.contextmanager
 def probing(probe: Probe) -> Iterator[None]:
-    """The models that are traced within are seen by `probe`. What it sees ends with the function that is traced."""
+    """A context in which `probe` sees the models that are traced. What it sees is valid only within the traced function."""
     with setting(_PROBE, probe), setting(_SEEN, probe.outside):
         yield
 
 
 @contextlib.contextmanager
 def setting(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
-    """The variable has the value within."""
+    """A context in which the variable has the value."""
     token = variable.set(value)
     try:
         yield

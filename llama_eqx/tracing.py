@@ -1,4 +1,4 @@
-"""A look inside a model: activations and what can be told from them, out of one compiled forward pass."""
+"""A look inside a model: activations and what can be computed from them, in one compiled forward pass."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from llama_eqx.model.llama import Llama
 from llama_eqx.remat import NAMES
 from llama_eqx.tag import Probe, Seen, probing
 
-# By name, what of a block's tags a trace is computed from.
+# The tags of a block that each trace is computed from.
 TRACES = {
     "residual": ("residual",),
     "logit_lens": ("residual",),
@@ -41,18 +41,18 @@ def trace(
     positions: Int[Array, "batch seq"] | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
 ) -> dict[str, Any]:
-    """What happens in `model` on these tokens, by name, each stacked over layers:
+    """Traces of `model` on these tokens, by name, each stacked over layers:
 
-    residual: what leaves each layer, after the embedding itself, [layers + 1, batch, seq, embed].
-    logit_lens: `Lens` of each of these: last norm and head applied to it (nostalgebraist, 2020, "interpreting GPT: the logit lens").
-    attention_weights: what each token reads from which, [layers, batch, heads, seq, seq], in float32.
-    attention_entropy: in nats, of these weights, [layers, batch, heads, seq]; what is large is computed in one layer at a time.
-    q k v attention_out gate up down, and what else `remat.NAMES` has: as they are, q and k after their rotation, [layers, batch, seq, …].
+    residual: the embedding, then the output of each layer, [layers + 1, batch, seq, embed].
+    logit_lens: `Lens` of each of these, by the last norm and the head (nostalgebraist, 2020, "interpreting GPT: the logit lens").
+    attention_weights: the weight of each token on every token, [layers, batch, heads, seq, seq], in float32.
+    attention_entropy: the entropy of these weights in nats, [layers, batch, heads, seq]; the weights are computed layer by layer.
+    q k v attention_out gate up down, and the rest of `remat.NAMES`: unchanged, q and k after their rotation, [layers, batch, seq, …].
 
     Arrays are split over devices as the model and the tokens are. A model under policies is seen as `policy_view` shows it, but not under
     rematerialisation, whose activations do not leave a block.
 
-    Raises `ConfigError` for a name of which the model has nothing, and for a model that is laid out for decoding.
+    Raises `ConfigError` for a name that the model has nothing of, and for a model that is laid out for decoding.
     """
     if isinstance(model.blocks, tuple):
         raise ConfigError("this model is laid out for decoding and shows nothing", where="model", next="trace the one it was made from")
@@ -90,7 +90,7 @@ def trace(
 def attention_weights(
     q: Float[Array, "batch seq heads head_dim"], k: Float[Array, "batch seq kv_heads head_dim"], visible: Array
 ) -> Float32[Array, "batch heads seq seq"]:
-    """softmax(q k^T / sqrt(head_dim)) as the kernels compute it, but for what they do to be fast. `visible` as in `kernel.plain`."""
+    """softmax(q k^T / sqrt(head_dim)) as the kernels compute it, without their optimisations. `visible` as in `kernel.plain`."""
     batch, seq, heads, head_dim = q.shape
     grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
     scores = jnp.einsum("bskgh,btkh->bkgst", grouped, k, preferred_element_type=jnp.float32).reshape(batch, heads, seq, seq)

@@ -1,4 +1,4 @@
-"""`python -m llama_eqx.train`: trains a model from YAML and the command line, and says what came of it."""
+"""`python -m llama_eqx.train`: trains a model from YAML and the command line, and reports the result."""
 
 import os
 import shlex
@@ -11,7 +11,7 @@ from llama_eqx.errors import Stopped
 
 
 def leave_when_told() -> None:
-    """From now on SIGTERM, SIGUSR1 and SIGHUP end this process with 75 and a line that says so: outside of training nothing is to be saved.
+    """Makes SIGTERM, SIGUSR1 and SIGHUP end this process with 75 and a line that says so: outside of training nothing is to be saved.
 
     A thread does it, since the main thread may be in C code, where Python runs no handler. `Preemption` takes over while it is entered.
     """
@@ -53,7 +53,7 @@ def main(config: Any, overrides: list[str]) -> None:
             result = train(config, preemption)
     except NonFiniteError:
         if config.study is not None and jax.process_index() == 0:
-            print(f"record: {keep(config)}", file=sys.stderr)  # it counts, as the worst
+            print(f"record: {keep(config)}", file=sys.stderr)  # it counts as the worst
         raise
     if jax.process_index() > 0:
         return  # process 0 says it

@@ -1,4 +1,4 @@
-"""The process of a verb: its flags, its log, what is said of errors, and exit codes."""
+"""The process of a verb: its flags, log, error messages and exit codes."""
 
 import contextlib
 import dataclasses
@@ -25,22 +25,22 @@ from llama_eqx.advice import check_flags
 from llama_eqx.errors import ConfigError, StorageError, UserError
 from llama_eqx.extensions import folders
 
-# What the system says of a place that cannot be written: full, read-only, not ours, or no place at all.
+# The system's errors for a place that cannot be written: full, read-only, not ours, or not there.
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
-PLACED = ("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name", "--experimental-rerun")  # flags before a place
+PLACED = ("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name", "--experimental-rerun")  # flags that a place follows
 
 
 def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = True) -> None:
-    """The command line of a verb: calls `job(config, overrides)` with `conf/<name>.yaml` and the overrides in `sys.argv`, and exits.
+    """Runs the command line of a verb: calls `job(config, overrides)` with `conf/<name>.yaml` and the overrides in `sys.argv`, and exits.
 
-    An error ends as one block and the exit code of `llama_eqx.errors`; its traceback goes to `log.txt` in the run directory, unless the
-    verb only reads there: `log` False.
-    Flags (-m for a sweep, --cfg job) are Hydra's own, but for --help, which takes Hydra seconds.
+    An error ends as one block and the exit code of `llama_eqx.errors`. Its traceback goes to `log.txt` in the run directory, unless `log`
+    is False, for verbs that only read there.
+    Flags (-m for a sweep, --cfg job) are Hydra's own, except --help, which takes Hydra seconds.
     """
-    # What says float32 is to be that: left to itself, JAX multiplies with TF32 on a GPU and with bfloat16 on a TPU.
+    # float32 must mean float32: by default, JAX multiplies with TF32 on a GPU and with bfloat16 on a TPU.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of a GPU's memory: 0.75 by itself, and conf/mesh plans for more
-    # Imports and tracing make objects by the hundred thousand that stay; looking through them for garbage is a fifth of the time to trace.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of a GPU's memory: the default is 0.75, and conf/mesh plans for more
+    # Imports and tracing make hundreds of thousands of lasting objects. Searching them for garbage takes a fifth of the tracing time.
     gc.set_threshold(50_000, 20, 20)
     arguments = sys.argv[1:]
     places = [argument for flag, argument in itertools.pairwise(arguments) if flag in PLACED]  # which may have a "=" too
@@ -48,7 +48,7 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
     overrides = [argument for argument in arguments if re.search(r"^[^-].*=|^~", argument) and argument not in places]
     flags = [argument for argument in arguments if argument not in overrides]
     sweep = bool({"-m", "--multirun"} & {*flags})
-    taken = [] if sweep else compose.from_plan(name, overrides)  # the jobs of a sweep take and tell it themselves
+    taken = [] if sweep else compose.from_plan(name, overrides)  # each job of a sweep takes and reports its own
     if taken:
         batch = "; the recipe's learning rate is for the recipe's batch" * any(each.startswith("train.batch_size") for each in taken)
         print(f"note: planned for this model on this mesh: {' '.join(taken)}{batch}", file=sys.stderr)
@@ -93,23 +93,23 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
 
 
 def help_text(name: str) -> str:
-    """What `hydra.help.template` of a verb says, with the groups of `conf/` and their options."""
+    """The text of a verb's `hydra.help.template`, with the groups of `conf/` and their options."""
     folder = compose.home(name)
     said = yaml.safe_load((folder / f"{name}.yaml").read_text())["hydra"]["help"]["template"]
     options: dict[str, list[str]] = {}
     folders = compose.conf_dirs() if folder == compose.conf_dir() else [folder]
     for group, option in sorted((str(path.parent.relative_to(top)), path.stem) for top in folders for path in top.glob("*/**/*.yaml")):
-        # Not parts of options, verbs with a folder of their own, and settings that nobody chooses by name.
+        # Without parts of options, verbs with a folder of their own, and settings that nobody chooses by name.
         if not option.startswith("_") and option != pathlib.Path(group).name and group != "plan":
             options.setdefault(group, []).append(option)
     return said.replace("$APP_CONFIG_GROUPS", "\n".join(f"{group}: {', '.join(found)}" for group, found in options.items()))
 
 
 def _together(job: Callable[[Any, list[str]], None], config: Any, overrides: list[str]) -> None:
-    """Runs `job`, as one of several processes if the verb may have them and there are."""
+    """Runs `job`, as one of several processes if the verb supports them and there are several."""
     if not hasattr(config, "distributed"):
         return _logged(job, config, overrides)
-    from llama_eqx.processes import together  # JAX, which a typo need not wait for
+    from llama_eqx.processes import together  # imports JAX, which a typo need not wait for
 
     with together(config) as (config, process):
         _logged(job, config, overrides, log_file=f"log.{process}.txt" if process else "log.txt")
@@ -122,7 +122,7 @@ def _leave(code: int) -> None:
 
 
 def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[str], log_file: str = "log.txt") -> None:
-    """Runs `job`. What libraries have to say goes to `log_file` in the run directory, if the verb has one, and not to the terminal."""
+    """Runs `job`. The messages of libraries go to `log_file` in the run directory, if the verb has one, and not to the terminal."""
     folder = getattr(config, "run_dir", None)
     if folder is None:
         return job(config, overrides)
@@ -135,11 +135,11 @@ def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[
             what = "run_dir is a file, or within one, and not a folder"
         raise StorageError(what, where=folder, next="another place: run_dir=FOLDER") from None
     log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
-    for name in ("llama_eqx", "jax", "absl", "asyncio"):  # the last two are Orbax's, and say a lot
+    for name in ("llama_eqx", "jax", "absl", "asyncio"):  # Orbax uses the last two, and logs a lot
         logger = logging.getLogger(name)
         for before in logger.handlers:
             if isinstance(before, Log):
-                before.close()  # what was said after its run had ended opened it again
+                before.close()  # a message after the end of its run has opened it again
         logger.handlers, logger.propagate = [log], False
         logger.setLevel(logging.INFO if name == "llama_eqx" else logging.WARNING)
     try:
@@ -148,11 +148,11 @@ def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[
         logging.getLogger("llama_eqx").info("ended by", exc_info=True)
         raise
     finally:
-        log.close()  # and is opened again if something is yet to be said
+        log.close()  # a later message opens it again
 
 
 class Log(logging.FileHandler):
-    """A log that a full disk ends with one line, where `logging` would print a traceback for every record."""
+    """A log that ends with one line when the disk is full; `logging` would print a traceback for every record."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -167,8 +167,8 @@ class Log(logging.FileHandler):
 
 
 def guarded(job: Callable[[], None], name: str = "train") -> int:
-    """The exit code of `job` of the verb `name`, with whatever ended it said in a block; 141, as the shell's, when nobody reads any more
-    what it prints.
+    """Runs `job` of the verb `name`, prints whatever ended it as a block, and returns the exit code; 141, as the shell's, when nobody reads
+    its output any more.
     """
     try:
         job()
@@ -205,10 +205,10 @@ def guarded(job: Callable[[], None], name: str = "train") -> int:
 
 
 def _unread() -> bool:
-    """Whether the reader of what is printed has left, as `| head` does. What is yet to be printed goes nowhere then."""
+    """Whether the reader of the output has left, as `| head` does. If so, further output is discarded."""
     poll = select.poll()
     for stream in (1, 2):
-        poll.register(stream, 0)  # that an end is closed is told unasked
+        poll.register(stream, 0)  # a closed end is reported unasked
     closed = [stream for stream, told in poll.poll(0) if told & (select.POLLERR | select.POLLHUP)]
     for stream in closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

@@ -1,4 +1,4 @@
-"""The seam by which a policy reaches into every block without the math knowing of it."""
+"""How a policy reaches into every block without the math knowing of it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,9 +8,9 @@ import equinox as eqx
 
 
 class Wrapped(eqx.Module):
-    """A block seen through a policy: `wrap` turns `f(block, x, *rest) -> (x, cache)` into another of the same signature.
+    """A block under a policy: `wrap` turns `f(block, x, *rest) -> (x, cache)` into a function of the same signature.
 
-    Put on `model.blocks` inside the loss, so the structure of the gradient is the model's own. `unroll` blocks make one turn of the loop.
+    It replaces `model.blocks` inside the loss, so the gradient has the model's own structure. A turn of the loop runs `unroll` blocks.
     """
 
     block: eqx.Module
@@ -22,8 +22,8 @@ class Wrapped(eqx.Module):
 
 
 def outside(model: Any) -> dict[str, Any]:
-    """What a policy on the blocks does not reach, by name: embedding, last norm, head, and parts of a model of one's own. Not the rotary
-    embedding, which has no weights.
+    """The parts that a policy on the blocks does not reach, by name: embedding, last norm, head, and parts of a custom model. The rotary
+    embedding is left out: it has no weights.
     """
     names = [field.name for field in dataclasses.fields(model) if not field.metadata.get("static")]
     return {name: getattr(model, name) for name in names if name not in ("blocks", "rotary")}

@@ -1,7 +1,7 @@
 """One writer for a run directory: a second one is refused, and told who the first is.
 
-The operating system's own lock tells a living writer of this machine from a dead one at once. A writer on another machine, whose lock may
-not reach here over a network's file system, is known by its heartbeat: it touches the file of the lock every `BEAT` seconds.
+The operating system's lock tells at once whether a writer on this machine is alive. The lock of a writer on another machine may not reach
+here over a network file system; such a writer is known by its heartbeat: it touches the lock file every `BEAT` seconds.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ T = TypeVar("T")
 LOCK = ".writer"
 BEAT = 2.0  # seconds between signs of life
 SILENT = 30.0  # seconds without one after which a writer on another machine is taken for dead
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of file systems that know no locks
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # from file systems without locks
 
 
 def sole_writer(job: Callable[..., T]) -> Callable[..., T]:
-    """`job(config, …)` as the only writer in `config.run_dir`. Of several processes of one run the first holds the lock for all."""
+    """Runs `job(config, …)` as the only writer in `config.run_dir`. Of several processes of one run the first holds the lock for all."""
 
     @functools.wraps(job)
     def alone(config: Any, *rest: Any) -> T:
@@ -44,9 +44,9 @@ def sole_writer(job: Callable[..., T]) -> Callable[..., T]:
 
 @contextlib.contextmanager
 def held(run_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Around all writing in `run_dir`, which is made if need be.
+    """A context for all writing in `run_dir`, which is created if need be.
 
-    A lock whose holder is dead is taken over: at once on this machine, after `SILENT` seconds without a sign of life from another.
+    Takes over the lock of a dead holder: at once if it was on this machine, else after `SILENT` seconds without a sign of life.
 
     Raises `ConfigError` naming the holder if it lives: at once on this machine, at its next heartbeat on another; `StorageError` when
     nothing can be written there.
@@ -80,7 +80,7 @@ def held(run_dir: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def machine() -> str:
-    """Tells apart what shares a kernel, and so its locks, from what does not, under whatever names."""
+    """An id shared by all that runs on one kernel, and so shares its locks, whatever its host names."""
     try:
         return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -88,9 +88,9 @@ def machine() -> str:
 
 
 def lock(file: int | IO) -> bool:
-    """Whether there is now a lock on an open file, which ends with its being closed; False where the file system has none.
+    """Locks an open file until it is closed. Returns False if the file system has no locks.
 
-    Raises `BlockingIOError` when another process has it.
+    Raises `BlockingIOError` when another process has the lock.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,10 +102,10 @@ def lock(file: int | IO) -> bool:
 
 
 def _silent(folder: pathlib.Path, file: int) -> bool:
-    """Waits for a sign of life, and says whether there was none for `SILENT` seconds."""
+    """Waits for a sign of life, and returns whether there was none for `SILENT` seconds."""
     probe = folder / f"{LOCK}.{os.getpid()}"
     probe.touch()  # the clock of the file system, which need not be ours
-    age = max(probe.stat().st_mtime - os.fstat(file).st_mtime, 0)  # a clock that was set back says less
+    age = max(probe.stat().st_mtime - os.fstat(file).st_mtime, 0)  # negative where a clock was set back
     probe.unlink()
     last, deadline = _seen(folder), time.monotonic() + SILENT - age
     if age < SILENT:
@@ -124,7 +124,7 @@ def _seen(folder: pathlib.Path) -> tuple[float, bytes]:
 
 def _beat(folder: pathlib.Path, own: dict[str, Any], over: threading.Event) -> None:
     while not over.wait(BEAT):
-        with contextlib.suppress(OSError, ValueError):  # the disk's troubles show where the run writes
+        with contextlib.suppress(OSError, ValueError):  # the disk's errors show where the run writes
             if (taken := json.loads((folder / LOCK).read_bytes() or b"{}")) != own and not over.is_set():
                 print(_refusal(folder, taken, "was silent for too long, and lost its run directory"), file=sys.stderr, flush=True)
                 os._exit(ConfigError.code)

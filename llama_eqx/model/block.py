@@ -46,7 +46,7 @@ class BlockConfig(Config):
 
 
 class PreNormBlock(Block):
-    """Each part reads a normalised residual and adds to the bare one (Xiong et al., 2020, arXiv 2002.04745)."""
+    """Each part reads the normalised residual and adds to the unnormalised one (Xiong et al., 2020, arXiv 2002.04745)."""
 
     attn_norm: Norm
     attention: Attention

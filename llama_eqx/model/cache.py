@@ -1,4 +1,4 @@
-"""The memory of attention while it generates."""
+"""The key-value cache of attention during generation."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from llama_eqx.errors import ConfigError
 class KVCache(eqx.Module):
     """Keys and values of the tokens seen so far, in slots 0 … length - 1 of a fixed number.
 
-    What lies in slots past `length` is never seen. Appending past the last slot would overwrite it silently: see `require_room`.
-    Where `length` is a number, `jax.jit` knows it while it traces, and attention reads no slot past it: see `emptied`.
+    Slots past `length` are never seen. Appending past the last slot would silently overwrite earlier tokens: see `require_room`.
+    If `length` is a Python int, it is known at trace time, and attention reads no slot past it: see `emptied`.
     """
 
     keys: Float[Array, "batch slots kv_heads head_dim"]
@@ -45,7 +45,7 @@ class KVCache(eqx.Module):
         return KVCache(keys=zeros, values=zeros, segment_ids=jnp.zeros((batch, slots), jnp.int32), length=jnp.zeros((), jnp.int32))
 
 
-# Of the caches of all layers, stacked or in a tuple.
+# `caches` are those of all layers, stacked or in a tuple.
 
 
 def slots_of(caches: Any) -> int:
@@ -58,9 +58,9 @@ def tokens_in(caches: Any) -> Int[Array, ""] | int:
 
 
 def require_room(caches: Any, tokens: int) -> None:
-    """Raises `ConfigError` when so many tokens more do not go into the caches.
+    """Raises `ConfigError` when the caches have no room for `tokens` more.
 
-    While `jax.jit` traces nobody knows how many there are already, and only those of this call are counted.
+    Where the number of tokens already there is traced, only those of this call are counted.
     """
     slots, filled = slots_of(caches), tokens_in(caches)
     there = 0 if isinstance(filled, Tracer) else int(filled)
@@ -73,35 +73,35 @@ def require_room(caches: Any, tokens: int) -> None:
 
 
 def with_slots(caches: Any, slots: int) -> Any:
-    """As many slots as given, of which the first are those that were there."""
+    """The caches with `slots` slots: the old ones first, then empty ones."""
     grow = lambda x, axis: jnp.pad(x, [(0, slots - x.shape[axis] if i == x.ndim + axis else 0) for i in range(x.ndim)])  # noqa: E731
     return _each(caches, keys=lambda x: grow(x, -3), values=lambda x: grow(x, -3), segment_ids=lambda x: grow(x, -1))
 
 
 def with_rows(caches: Any, rows: Int[Array, " rows"]) -> Any:
-    """The rows of the batch with these numbers, in that order."""
+    """The caches of these rows of the batch, in this order."""
     take = lambda x: jnp.take(x, rows, axis=-4)  # noqa: E731
     return _each(caches, keys=take, values=take, segment_ids=lambda x: jnp.take(x, rows, axis=-2))
 
 
 def with_length(caches: Any, length: Int[Array, ""] | int) -> Any:
-    """The first `length` tokens alone: what was appended after them is forgotten."""
+    """The caches with their first `length` tokens only."""
     return _each(caches, length=lambda x: jnp.full(jnp.shape(x), length, jnp.int32))
 
 
 def emptied(caches: Any) -> Any:
-    """Without tokens, which `jax.jit` then knows while it traces, unless the caches are stacked and a scan is to go over them."""
+    """The caches without tokens. Their length is then known at trace time, unless they are stacked for a scan over layers."""
     return _each(caches, length=lambda x: 0) if isinstance(caches, tuple) else with_length(caches, 0)
 
 
 def is_empty(caches: Any) -> bool:
-    """Whether they are known to be: `emptied`."""
+    """Whether the caches are known to be empty at trace time: see `emptied`."""
     length = tokens_in(caches)
     return isinstance(length, int) and length == 0
 
 
 def with_segments(caches: Any, segment_ids: Int[Array, "batch seq"]) -> Any:
-    """The first tokens of each row in these segments."""
+    """The caches with these segment ids for the first tokens of each row."""
     return _each(caches, segment_ids=lambda x: x.at[..., : segment_ids.shape[1]].set(segment_ids))
 
 

@@ -1,4 +1,4 @@
-"""The position-wise half of a block: every row of table 1 in "GLU Variants Improve Transformer" (Shazeer, 2020, arXiv 2002.05202)."""
+"""The position-wise half of a block: every variant in table 1 of "GLU Variants Improve Transformer" (Shazeer, 2020, arXiv 2002.05202)."""
 
 import abc
 from collections.abc import Callable
@@ -78,7 +78,7 @@ class PlainFeedForwardConfig(FeedForwardConfig):
 
 
 def gelu(x: Array) -> Array:
-    """x Φ(x), exactly rather than by tanh (Hendrycks and Gimpel, 2016, arXiv 1606.08415)."""
+    """x Φ(x), exact rather than the tanh approximation (Hendrycks and Gimpel, 2016, arXiv 1606.08415)."""
     return jax.nn.gelu(x, approximate=False)
 
 

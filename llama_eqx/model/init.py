@@ -1,4 +1,4 @@
-"""How parameters are drawn: a config group, because the ranking of two ideas can hang on it."""
+"""Parameter initialisation. It is a config group because the ranking of two ideas can depend on it."""
 
 import abc
 import math
@@ -16,7 +16,7 @@ from llama_eqx.dims import Dims
 def named(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
     """The key of the part called `name`.
 
-    Keys follow names and not the order of drawing, so two models share the values of every tensor they have in common.
+    Keys depend on names, not on the order of drawing, so two models share the values of every tensor they have in common.
     """
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
@@ -28,7 +28,7 @@ class InitConfig(Config):
     def std(self, fan_in: int) -> float: ...
 
     def matrix(self, module: type, field: str, dims: Dims, *, fan_in: str, key: PRNGKeyArray, **own: int) -> Array:
-        """A value for `module.field`, whose shape is read from its annotation.
+        """Draws a value for `module.field`, whose shape is read from its annotation.
 
         `fan_in` names the axes that are summed over; `own` are the sizes of axes that are not in `dims`, such as `rank=16`.
         """
@@ -55,6 +55,6 @@ class FixedInitConfig(InitConfig):
 
 
 def annotation(module: type, field: str) -> str:
-    """The axis names of a field, "embed mlp" of `Float[Array, "embed mlp"] | None`."""
+    """The axis names of a field: "embed mlp" for `Float[Array, "embed mlp"] | None`."""
     hint = typing.get_type_hints(module)[field]
     return next(h.dim_str for h in (hint, *typing.get_args(hint)) if hasattr(h, "dim_str"))

@@ -24,11 +24,11 @@ from llama_eqx.tag import scan_layers, tag
 class Llama(eqx.Module):
     """A decoder-only language model (Touvron et al., 2023, arXiv 2302.13971 and 2307.09288; Llama 3, 2024, arXiv 2407.21783).
 
-    `blocks` is one block whose arrays have a leading axis "layers": it is folded over by a scan, so a deep model compiles as fast as
-    a shallow one. `lm_head` is None when the embedding table serves as the head too.
+    `blocks` is one block whose arrays have a leading axis "layers". A scan folds over it, so a deep model compiles as fast as a shallow
+    one. `lm_head` is None when the embedding table also serves as the head.
 
-    Policies and decoding put stand-ins in these places, and the same forward runs through them: in the loss a `precision.Lookup` for
-    `embed` and a `wrapped.Wrapped` for `blocks`; for decoding a tuple of blocks and a `generation.layout.Head`.
+    Policies and decoding replace these fields, and the same forward pass runs with the replacements. In the loss, `embed` is a
+    `precision.Lookup` and `blocks` a `wrapped.Wrapped`; in decoding, `blocks` is a tuple and `lm_head` a `generation.layout.Head`.
     """
 
     embed: Float[Array, "vocab embed"]
@@ -61,10 +61,10 @@ class Llama(eqx.Module):
     ) -> tuple[Float[Array, "batch seq embed"], Annotated[KVCache, "layers"] | tuple[KVCache, ...] | None]:
         """The normalised residual after the last block, and the cache with these tokens appended.
 
-        The one forward: without a cache it trains, with one it prefills or decodes. Tokens attend within their segment only;
-        segment 0 is padding. `positions` default to 0, 1, 2 … (with a cache, onwards from its length). No key, no dropout.
+        This is the only forward pass: it trains without a cache, and prefills or decodes with one. Tokens attend only within their
+        segment; segment 0 is padding. `positions` default to 0, 1, 2 … (with a cache, starting at its length). No key, no dropout.
 
-        Raises `ConfigError` when the cache has too few slots, as far as can be told while it is traced.
+        Raises `ConfigError` when the cache has too few slots, as far as this is known at trace time.
         """
         if cache is not None:
             require_room(cache, tokens.shape[1])
@@ -94,7 +94,7 @@ class Llama(eqx.Module):
                 x, held = block(x, rotation.in_layer(layer), segment_ids, held, layer_key)
                 caches.append(held)
             return self.final_norm(x), None if cache is None else tuple(caches)
-        unroll = getattr(self.blocks, "unroll", 1)  # of blocks that a policy has wrapped
+        unroll = getattr(self.blocks, "unroll", 1)  # set on blocks that a policy has wrapped
         x, cache = scan_layers(fold, (x, cache), (self.blocks, jnp.arange(self.config.dims.layers)), unroll)
         return self.final_norm(x), cache
 
@@ -106,7 +106,7 @@ class Llama(eqx.Module):
 
     @property
     def unembed(self) -> Float[Array, "embed vocab"]:
-        """What `head` multiplies with."""
+        """The matrix that `head` multiplies by."""
         return self.embed.T if self.lm_head is None else self.lm_head
 
     def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None = None) -> Annotated[KVCache, "layers"] | tuple[KVCache, ...]:
@@ -117,7 +117,7 @@ class Llama(eqx.Module):
 
 
 class SpecialTokens(Config):
-    """BOS, EOS and padding ids and the tokenizer family; left empty, the tokenizer fills them in.
+    """BOS, EOS and padding ids and the tokenizer family. The tokenizer fills in those that are left empty.
 
     The forward pass never reads them; they are exported with the model.
     """
@@ -129,7 +129,7 @@ class SpecialTokens(Config):
 
 
 class LlamaConfig(Config):
-    """A model: its sizes and what stands in each slot. `context` is the length it was (or is to be) trained for."""
+    """A model: its sizes and the component in each slot. `context` is the length it was (or is to be) trained for."""
 
     dims: Dims
     attention: AttentionConfig

@@ -21,11 +21,11 @@ def round_bfloat16(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
 
 
 class Rotation(eqx.Module):
-    """A turn of every pair of a head by its own angle; in float32 whatever the dtype of what it turns."""
+    """Rotates every pair of a head by its own angle, in float32 whatever the dtype of the input."""
 
     cos: Float32[Array, "#batch seq 1 half"]
     sin: Float32[Array, "#batch seq 1 half"]
-    rounded: bool = eqx.field(static=True)  # every product and sum of the turn is rounded to bfloat16
+    rounded: bool = eqx.field(static=True)  # every product and sum is rounded to bfloat16
 
     def __call__(self, x: Float[Array, "batch seq n head_dim"]) -> Float[Array, "batch seq n head_dim"]:
         if not self.rounded:
@@ -39,7 +39,7 @@ class Rotation(eqx.Module):
         return turned.astype(x.dtype)
 
     def in_layer(self, layer: Int[Array, ""] | int) -> "Rotation":
-        """That of a layer, counted from 0. In Llama's models it is the same in all of them."""
+        """The rotation of a layer, counted from 0. In Llama's models it is the same in all layers."""
         return self
 
 
@@ -54,9 +54,9 @@ def turn(
 def turn_by_product(
     x: Float[Array, "batch seq n head_dim"], cos: Float32[Array, "#batch seq 1 half"], sin: Float32[Array, "#batch seq 1 half"]
 ) -> Float[Array, "batch seq n head_dim"]:
-    """`turn`, with the halves of a head exchanged by a product with ones and zeros, which is exact. Angles have no gradient.
+    """`turn`, with the halves of a head swapped by an exact product with ones and zeros. Angles have no gradient.
 
-    A TPU's vector registers have 128 lanes, a head's width: half of one is much slower to come by than a small matrix product.
+    A TPU's vector registers have 128 lanes, the width of a head: taking half of one is much slower than a small matrix product.
     """
     exchange = jnp.roll(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape[-1] // 2, axis=0)
     other = jnp.matmul(x, exchange, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
@@ -66,12 +66,12 @@ def turn_by_product(
 
 turn_by_product.defvjp(
     lambda x, cos, sin: (turn_by_product(x, cos, sin), (cos, sin)),
-    lambda angles, d: (turn_by_product(d, angles[0], -angles[1]), jnp.zeros_like(angles[0]), jnp.zeros_like(angles[1])),  # turned back
+    lambda angles, d: (turn_by_product(d, angles[0], -angles[1]), jnp.zeros_like(angles[0]), jnp.zeros_like(angles[1])),  # rotated back
 )
 
 
 class Rotary(eqx.Module):
-    """Positions to the rotation of queries and keys. Frequencies are computed in the call: as leaves they would train."""
+    """Maps positions to the rotation of queries and keys. Frequencies are computed in the call: as leaves they would be trained."""
 
     head_dim: eqx.AbstractVar[int]
     round_at: eqx.AbstractVar[RoundAt]
@@ -81,7 +81,7 @@ class Rotary(eqx.Module):
         """Radians per position of each pair."""
 
     def __call__(self, positions: Int[Array, "#batch seq"]) -> Rotation:
-        """`round_at` says which one quantity of the chain is rounded to bfloat16; "none" is float32 throughout."""
+        """`round_at` names the one quantity that is rounded to bfloat16; with "none" all are float32."""
 
         def rounded(x: Array, name: RoundAt) -> Array:
             return round_bfloat16(x) if self.round_at == name else x
@@ -133,8 +133,9 @@ class NopeRotation(Rotation):
 
 
 class NopeRotary(PlainRotary):
-    """No rotation in every `every`-th layer, whose attention sees no positions (Yang et al., 2025, arXiv 2501.18795). With 1 no layer has
-    one (Kazemnejad et al., 2023, arXiv 2305.19466).
+    """No rotation in every `every`-th layer, whose attention sees no positions (Yang et al., 2025, arXiv 2501.18795).
+
+    With 1, no layer has a rotation (Kazemnejad et al., 2023, arXiv 2305.19466).
     """
 
     every: int = eqx.field(static=True)
@@ -159,8 +160,8 @@ class NopeRotaryConfig(RotaryConfig):
 class Llama3Rotary(Rotary):
     """Llama 3.1's stretch of the low frequencies for a longer context (Llama 3 paper, arXiv 2407.21783, and Meta's `llama-models`).
 
-    A pair that turns at least `high_freq_factor` times within the original context keeps its frequency, one that turns at most
-    `low_freq_factor` times is slowed by `factor`, and between them the two are blended linearly in the number of turns.
+    A pair that turns at least `high_freq_factor` times within the original context keeps its frequency. One that turns at most
+    `low_freq_factor` times is slowed by `factor`. In between, the two are interpolated linearly in the number of turns.
     """
 
     theta: float = eqx.field(static=True)

@@ -9,12 +9,12 @@ from jaxtyping import Int
 
 
 class Chip(NamedTuple):
-    """`peak` in dense bfloat16 FLOP/s, `clock` in Hz, `hbm` in bytes/s, `memory` in bytes as the compiler allows them, `link` in bytes/s
-    of one link in one direction, `ring` the least length at which an axis of a slice closes into a ring, `host` its part of the memory of
-    the machine that it sits in, in bytes, `overlaps` whether its compiler runs gathers beside computation (docs/log.md).
+    """`peak` is in dense bfloat16 FLOP/s, `clock` in Hz, `hbm` in bytes/s, `memory` the bytes that the compiler allows, `link` the bytes/s
+    of one link in one direction, `ring` the least length at which an axis of a slice closes into a ring, `host` the chip's share of its
+    machine's memory in bytes, `overlaps` whether the compiler runs gathers beside computation (docs/log.md).
 
-    Peaks and speeds: "How to Scale Your Model", the chapter on TPUs (jax-ml.github.io/scaling-book). The clock is the peak over what the
-    matrix units do in a cycle. Hosts: Google Cloud's machines of four chips (ct4p, ct5p, ct5lp, ct6e).
+    Peaks and speeds: "How to Scale Your Model", the chapter on TPUs (jax-ml.github.io/scaling-book). The clock is the peak over the FLOPs
+    of the matrix units in a cycle. Hosts: Google Cloud's machines of four chips (ct4p, ct5p, ct5lp, ct6e).
     """
 
     peak: float
@@ -47,11 +47,11 @@ class Torus(NamedTuple):
 
     @staticmethod
     def of(devices: Iterable) -> "Torus":
-        """From the devices of a mesh, in its order."""
+        """Builds a `Torus` from the devices of a mesh, in its order."""
         devices = list(devices)
         chip, places = CHIPS[devices[0].device_kind], np.array([device.coords for device in devices])
         sizes = [len(set(axis)) for axis in places.T]
-        # A three-dimensional torus is wired of cubes of 4 x 4 x 4, and a smaller slice has no rings at all.
+        # A three-dimensional torus is wired from cubes of 4 x 4 x 4, and a smaller slice has no rings at all.
         whole = chip.ring == 16 or all(size % 4 == 0 for size in sizes)
         return Torus(chip, places, tuple(whole and size >= chip.ring for size in sizes))
 
@@ -61,8 +61,8 @@ class Torus(NamedTuple):
         return len(self.rings) == 3 and all(self.rings)
 
     def bandwidth(self, group: Int[np.ndarray, " members"]) -> float:
-        """Bytes/s that a member of a group can take in while all of them send: on each axis that the group spans both links of a ring, or
-        the one link that the end of a line has."""
+        """Bytes/s that a member of a group can receive while all of them send: on each axis that the group spans, over both links of a
+        ring, or over the one link at the end of a line."""
         sizes = [len(set(axis)) for axis in self.places[group].T]
         whole = [len(set(axis)) for axis in self.places.T]
         links = sum(2 if ring and size == all_ else 1 for size, all_, ring in zip(sizes, whole, self.rings, strict=True) if size > 1)

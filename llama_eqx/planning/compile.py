@@ -24,8 +24,8 @@ from llama_eqx.training.state import abstract
 
 
 class Compiled(NamedTuple):
-    """`text` is the compiled program's. Bytes are of one device: at the step's `peak`, of its `arguments` (the state and the batch), and
-    of what is `temporary`. `host` bytes lie in the memory of the device's host.
+    """`text` is that of the compiled program. `peak`, `arguments` (the state and the batch) and `temporary` are bytes on one device, `host`
+    those in the memory of its host.
     """
 
     text: str
@@ -38,7 +38,7 @@ class Compiled(NamedTuple):
 
 
 class TooBig(Exception):
-    """The compiler refuses a program: it `needs` bytes per device where it `may` use fewer. Either is None where it does not say."""
+    """The compiler rejects a program: it `needs` bytes per device where it `may` use fewer. Either is None where it does not say."""
 
     def __init__(self, message: str, needs: int | None, may: int | None):
         super().__init__(message)
@@ -46,7 +46,7 @@ class TooBig(Exception):
 
 
 def build_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of the devices here, or for a TPU slice of the ones that its compiler describes.
+    """The mesh of the devices here, or, for a TPU slice, of those that its compiler describes.
 
     Raises `ConfigError` when they do not make the mesh, `UserError` when the TPU compiler is not installed.
     """
@@ -54,10 +54,10 @@ def build_mesh(config: MeshConfig) -> Mesh:
 
 
 def compile_step(config: RunConfig, program: Program, layout: Layout) -> Compiled:
-    """The very step that the loop runs, compiled on abstract values.
+    """Compiles the very step that the loop runs, on abstract values.
 
-    Raises `TooBig`; `ConfigError` when the compiler does not know an option or fails by itself; `UserError` when what it made cannot be
-    read.
+    Raises `TooBig`; `ConfigError` when the compiler does not know an option or fails by an error of its own; `UserError` when the compiled
+    program cannot be read.
     """
     state = abstract(program.shapes, program.shardings)
     batch = abstract_batch(layout, config.train.batch_size, config.train.seq_len)
@@ -73,7 +73,7 @@ def compile_step(config: RunConfig, program: Program, layout: Layout) -> Compile
     host = memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes
     return Compiled(
         text=program_text(compiled),
-        peak=device_peak(memory, host) if config.mesh.topology else device_total(memory),  # others do not say what exists at a time
+        peak=device_peak(memory, host) if config.mesh.topology else device_total(memory),  # others do not report a peak
         arguments=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
         host=host,
@@ -88,13 +88,13 @@ def device_total(memory: Any) -> int:
 
 
 def device_peak(memory: Any, host: int) -> int:
-    """The peak of a TPU, or no less than it: with bytes on the `host` the compiler's own number is the peak of both together."""
+    """The peak of a TPU, or an upper bound: with bytes on the `host`, the compiler's own number is the peak of both together."""
     peak = memory.peak_memory_in_bytes
     return min(peak, device_total(memory)) if host else peak
 
 
 def program_text(compiled: Any) -> str:
-    """Raises `UserError` for a program by a libtpu whose instructions this JAX does not know."""
+    """The program's text. Raises `UserError` for one by a libtpu whose instructions this JAX does not know."""
     try:
         return compiled.as_text() or ""
     except jax.errors.JaxRuntimeError as error:
@@ -106,7 +106,7 @@ def program_text(compiled: Any) -> str:
 
 
 def abstract_batch(layout: Layout, size: int, length: int) -> Batch:
-    """A batch as the pipeline gives it, in shapes and shardings."""
+    """A batch as the pipeline gives it, as shapes and shardings."""
 
     def batch() -> Batch:
         ids = jnp.zeros((size, length), jnp.int32)
@@ -117,7 +117,7 @@ def abstract_batch(layout: Layout, size: int, length: int) -> Batch:
 
 
 def too_big(message: str) -> TooBig:
-    """What the compiler says when it runs out of memory, in bytes."""
+    """Reads the sizes in bytes from the compiler's message that it is out of memory."""
     sizes = r"([\d.]+)([KMGT]?)i?B?"
     found = re.search(rf"\({sizes}\) exceeds available HBM \({sizes}\)|[Uu]sed {sizes} of {sizes}", message)
     numbers = [text for text in found.groups() if text is not None] if found else []
@@ -135,7 +135,7 @@ def _slice_devices(topology: str) -> list[jax.Device]:
         )
     settings = {
         "TPU_SKIP_MDS_QUERY": "1",  # no cloud machine to ask
-        "TPU_ACCELERATOR_TYPE": "v4-8",  # of any kind: every generation is compiled for
+        "TPU_ACCELERATOR_TYPE": "v4-8",  # any type: every generation can be compiled for
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_LOG_DIR": "disabled",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once
@@ -145,16 +145,16 @@ def _slice_devices(topology: str) -> list[jax.Device]:
     with contextlib.suppress(RuntimeError):  # a backend is up already
         jax.config.update("jax_platforms", "cpu")
     megacore = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}  # its two cores as one device
-    alone = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}  # else hosts are taken to have 2 x 2
+    alone = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}  # otherwise hosts have 2 x 2 chips
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **megacore, **alone).devices)
 
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """Without the compile cache, from which programs for devices that are not here cannot be read back."""
+    """A context without the compilation cache: programs for devices that are not here cannot be read back from it."""
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # whether there is one is asked once
+    compilation_cache.reset_cache()  # JAX asks only once whether there is one
     try:
         yield
     finally:

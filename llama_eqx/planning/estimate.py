@@ -1,8 +1,8 @@
 """How long a compiled step would take: an estimate from the compiler's own schedule, not a measurement.
 
-The TPU compiler writes into every fusion how many cycles it expects of it. Those, times the turns of the loops they are in, are the
-compute. Collectives get a model of their own (`collective_seconds`), kernels written in Pallas another (`kernel_seconds`). The program's
-text is in the order of its schedule, so asynchronous collectives are laid over the compute between their start and their end.
+The TPU compiler notes the expected cycles of every fusion. Those, times the turns of the loops that the fusions are in, are the compute.
+Collectives have a model of their own (`collective_seconds`), Pallas kernels another (`kernel_seconds`). The program's text is in schedule
+order, so asynchronous collectives overlap the compute between their start and their end.
 """
 
 import dataclasses
@@ -37,10 +37,9 @@ class Traffic:
 
 class Estimate(NamedTuple):
     """Seconds of one step: `step` = `compute` + `exposed` (waiting for collectives and the host's memory). `kernels` is the part of
-    `compute` that is in Pallas kernels. `traffic` is by kind, `host-copy` among them, and whether
-    asynchronous.
+    `compute` that is in Pallas kernels. `traffic` is by kind, `host-copy` among them, and whether asynchronous.
 
-    `doubts` says what could not be read and counts as nothing.
+    `doubts` says what could not be read, and how it is counted.
     """
 
     step: float
@@ -52,17 +51,17 @@ class Estimate(NamedTuple):
 
 
 def estimate(text: str, torus: Torus) -> Estimate:
-    """From `compiled.as_text()` of a program for the devices of `torus`."""
+    """Estimates the step from `compiled.as_text()` of a program for the devices of `torus`."""
     reader = _Reader(parse(text), torus)
     cost = reader.walk(reader.module.entry)
     return Estimate(cost.span, cost.compute, cost.span - cost.compute, cost.kernels, cost.traffic, tuple(dict.fromkeys(reader.doubts)))
 
 
 def collective_seconds(kind: str, size: int, members: int, bandwidth: float, link: float, hops: int) -> float:
-    """Time of one collective over `members` devices on a full buffer of `size` bytes per device, all its links busy.
+    """Time of one collective over `members` devices on a full buffer of `size` bytes per device, with all links busy.
 
-    A gather takes in all of the buffer but the device's own share. A reduction by scattering is its mirror image, and a full reduction
-    both. In an all-to-all a fourth of a gather's bytes crosses any cut of a ring. A permutation is one neighbour's buffer over one link.
+    An all-gather receives all of the buffer but the device's own share. A reduce-scatter is its mirror image, and an all-reduce is both.
+    In an all-to-all, a fourth of a gather's bytes crosses any cut of a ring. A permutation is one neighbour's buffer over one link.
     """
     share = (members - 1) / members * size
     times = {
@@ -76,10 +75,9 @@ def collective_seconds(kind: str, size: int, members: int, bandwidth: float, lin
 
 
 def kernel_seconds(instruction: Instruction, peak: float) -> float | None:
-    """Time of a kernel of splash attention by its FLOPs, from the shapes of its operands; None for another kernel.
+    """Time of a splash attention kernel by its FLOPs, from the shapes of its operands; None for another kernel.
 
-    The first operand has a place for every block of queries and of keys, and under a causal mask only those up to the diagonal are
-    computed.
+    The first operand has an entry for every pair of query and key blocks. Under a causal mask, only those up to the diagonal are computed.
     """
     found = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.name)
     operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", instruction.rest)
@@ -119,11 +117,11 @@ class _Reader:
         return self.known[name]
 
     def _timeline(self, computation: Computation) -> _Cost:
-        """One core that does one thing after another, and one network and one link to the host that do so beside it."""
+        """Simulates one core that does one thing after another, with one network and one host link that do so beside it."""
         chip = self.torus.chip
         now = compute = kernels = network = host = 0.0
         traffic: dict[tuple[str, bool], Traffic] = {}
-        done: dict[str, float] = {}  # when what an instruction began is over
+        done: dict[str, float] = {}  # when the operation that an instruction began is over
         fused: list[tuple[str, float]] = []  # the same for gathers that are spread over fusions, by their result's shape
 
         for instruction in computation.values():
@@ -148,7 +146,7 @@ class _Reader:
                 starts = _starts(instruction)
                 key = (kind, starts)
                 traffic[key] = traffic.get(key, Traffic()).plus(Traffic(1, size, seconds))
-                if kind == "collective-permute":  # each has the link to one neighbour for itself
+                if kind == "collective-permute":  # each has the link to one neighbour to itself
                     finish = now + seconds
                 else:
                     network = finish = max(now, network) + seconds
@@ -192,14 +190,14 @@ class _Reader:
         return None
 
     def _collective(self, instruction: Instruction) -> str | None:
-        """Which kind of collective an instruction is, or wraps."""
+        """The kind of collective that an instruction is, or wraps."""
         bare = re.sub(r"-(start|done)$", "", instruction.op)
         if bare in KINDS:
             return bare
         if instruction.op in ("fusion", "async-start", "async-done"):
             called = instruction.calls("calls")
             if called and called[0].startswith("async_collective_fusion"):
-                return None  # a product with a stretch of a gather inside it: the gather was counted where it began
+                return None  # a product with part of a gather inside it: the gather was counted where it began
             inside = [op for op in self._ops(called) if op in KINDS]
             return inside[0] if inside else None
         return None
@@ -214,12 +212,12 @@ class _Reader:
     def _priced(self, kind: str, instruction: Instruction) -> tuple[int, float]:
         """The bytes and seconds of a collective."""
         inside, shape = instruction, instruction.shape
-        while inside.op in ("fusion", "async-start"):  # the one that is wrapped says who takes part
+        while inside.op in ("fusion", "async-start"):  # the wrapped one says which devices take part
             body = self.module.computations[inside.calls("calls")[0]].values()
             inside = next(i for i in body if i.op in KINDS or (i.op == "fusion" and set(self._ops(i.calls("calls"))) & set(KINDS)))
             shape = inside.shape
         group = replica_groups(inside.rest, len(self.torus.places))[0]
-        # An asynchronous one names what goes in and what comes out. The full buffer is the larger of both.
+        # The shape of an asynchronous one has its inputs and its outputs. The full buffer is the larger of the two.
         sizes = buffers(shape)
         if kind == "collective-permute":
             size = sizes[0]
@@ -232,7 +230,7 @@ class _Reader:
 
 
 def _moved_by_host(instruction: Instruction) -> int | None:
-    """The bytes that an instruction begins to move between the device and its host's memory, which is space 5; None for another one.
+    """The bytes that an instruction begins to move between the device and its host's memory (space 5); None for another one.
 
     A slice is moved into or out of what all turns of a loop keep there: `((all, slice, indices…), all, …)`, `((all, indices…), slice, …)`.
     """

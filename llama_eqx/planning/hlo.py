@@ -1,4 +1,4 @@
-"""A compiled program read back from its text: computations, the shapes in them, how often a loop turns, who talks to whom."""
+"""A compiled program read back from its text: computations, their shapes, how often a loop turns, which devices communicate."""
 
 import math
 import re
@@ -42,7 +42,7 @@ class Module(NamedTuple):
     entry: str
 
     def trip_count(self, loop: Instruction, caller: Computation) -> int | None:
-        """How often a `while` turns, None when it is not a count from one constant to another."""
+        """How often a `while` loop turns; None if it does not count from one constant to another."""
         condition, body = (self.computations[loop.calls(part)[0]] for part in ("condition", "body"))
         bound = self._bound(condition)
         if bound is None:
@@ -53,7 +53,7 @@ class Module(NamedTuple):
         return max(0, math.ceil((limit - start) / step)) if step else None
 
     def _bound(self, condition: Computation) -> tuple[int, int] | None:
-        """Which element of the loop's tuple is compared with which constant."""
+        """The index in the loop's tuple of what is compared, and the constant that it is compared with."""
         root = _root(condition)
         parts = [condition[name] for name in root.operands if name in condition]
         if root.op == "compare" and "direction=LT" not in root.rest:
@@ -109,7 +109,7 @@ def parse(text: str) -> Module:
 
 
 def buffers(shape: str) -> list[int]:
-    """The bytes of every array in a shape, `[131072, 4]` of "(bf16[16,4096]{1,0}, u32[])"."""
+    """The bytes of every array in a shape: `[131072, 4]` for "(bf16[16,4096]{1,0}, u32[])"."""
     found = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape)
     return [math.ceil(SIZES.get(kind, 1 if kind.startswith("f8") else 4) * math.prod(_ints(sizes))) for kind, sizes in found]
 
@@ -120,7 +120,7 @@ def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def replica_groups(rest: str, devices: int) -> Int[np.ndarray, "groups members"]:
-    """Which devices, by their place in the mesh, take part in a collective together. Every device where nothing is said.
+    """The groups of devices, by place in the mesh, that take part in a collective together. Without any, all devices are one group.
 
     There are three notations: lists, `{{0,1},{2,3}}`; a range reshaped and transposed, `[2,4]<=[4,2]T(1,0)`; and
     axes of a mesh, `mesh['a'=4,'b'=2] {'a'}`, perhaps with `device_ids=([2,4]T(1,0))`.
@@ -146,7 +146,7 @@ def replica_groups(rest: str, devices: int) -> Int[np.ndarray, "groups members"]
 
 
 def _joined(text: str) -> Iterator[str]:
-    """Lines, with those that only continue an instruction (attributes may contain line breaks) put back on it."""
+    """Lines, with those that only continue an instruction (attributes may contain line breaks) joined to it."""
     held = ""
     for line in text.splitlines():
         if re.match(r"\s*(ROOT )?%[\w.\-]+ = |\s*(ENTRY )?%[\w.\-]+ \(|\s*\}\s*$|HloModule|\s*$", line):
@@ -175,7 +175,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Where the bracket that `text` opens with is closed."""
+    """The index at which the bracket that `text` opens with is closed."""
     depth = 0
     for i, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")

@@ -18,7 +18,7 @@ from llama_eqx.training.run import RunConfig
 
 
 class Memory(NamedTuple):
-    """Bytes per device: `copies` of the weights in the dtype in which they compute; `activations` that the forward pass keeps for the
+    """Bytes per device: `copies` of the weights in the compute dtype; `activations` that the forward pass keeps for the
     backward pass; the working set of one `block` with its gathered weights; `logits` with their gradient and the head's.
     """
 
@@ -32,18 +32,18 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """The peak. Logits are gone before the gradients of the blocks come."""
+        """The peak. The logits are freed before the gradients of the blocks exist."""
         lasting = self.parameters + self.optimizer + self.copies + self.activations
         return lasting + max(self.logits, self.gradients + self.block)
 
 
-ROWS = 11  # of the batch in a trace: no size of a model, so that an axis of that size is the batch's
+ROWS = 11  # of the batch in a trace: no axis of a model has this size, so an axis that has it is the batch's
 
 
 class Trace(NamedTuple):
-    """What a trace of the gradient shows of one row of the batch, whatever the mesh: bytes that the forward pass keeps for the backward
-    pass, those of arrays that tensor parallelism `split`s and the `whole` ones; the same of one block without any remat; bytes on the
-    `host`; `flops` of matrix products, what remat repeats included. `fixed` bytes do not depend on the batch: copies of weights.
+    """What a trace of the gradient shows for one row of the batch, on any mesh: bytes that the forward pass keeps for the backward pass, in
+    arrays that tensor parallelism splits (`split`) or does not (`whole`); the same for one block without remat; bytes on the `host`;
+    `flops` of matrix products, including those that remat repeats. `fixed` bytes do not depend on the batch: copies of weights.
     """
 
     whole: float
@@ -56,7 +56,7 @@ class Trace(NamedTuple):
 
 
 def memory_by_part(config: RunConfig, program: Program, layout: Layout, traced: Trace | None = None) -> Memory:
-    """The parts of a step's peak. A trace does for every mesh and size of the batch."""
+    """The parts of a step's peak. One trace serves every mesh and batch size."""
     traced = traced or trace(config, layout)
     model, dims = program.shapes.model, config.model.dims
     parameters = _held(model, program.shardings.model)
@@ -65,8 +65,8 @@ def memory_by_part(config: RunConfig, program: Program, layout: Layout, traced: 
     compute = jnp.dtype(config.precision.compute).itemsize
     rows = rows_of_device(config, layout)
     part = rows / sequence
-    # The compiler casts once for all layers, gathers two layers at a time, and holds embedding and head whole, and their gradients.
-    whole = config.train.microbatch_size in (None, config.train.batch_size)  # otherwise gradients are added to those so far
+    # The compiler casts once for all layers, gathers two layers at a time, and holds the whole embedding and head and their gradients.
+    whole = config.train.microbatch_size in (None, config.train.batch_size)  # otherwise gradients are accumulated
     cast = parameters * compute // 4 if config.precision.params != config.precision.compute else 0
     layer = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.blocks)) // dims.layers
     outside = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((model.embed, model.lm_head)))
@@ -85,7 +85,7 @@ def memory_by_part(config: RunConfig, program: Program, layout: Layout, traced: 
 
 
 def trace(config: RunConfig, layout: Layout) -> Trace:
-    """Of the loss as one device would see it. Nothing is computed."""
+    """Traces the loss as one device would see it. Nothing is computed."""
     device = layout.mesh.devices.flat[:1].reshape(1, 1, 1, 1)
     alone = Layout(Mesh(device, layout.mesh.axis_names, axis_types=layout.mesh.axis_types), layout.rules)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=ROWS, microbatch_size=None))
@@ -106,7 +106,7 @@ def trace(config: RunConfig, layout: Layout) -> Trace:
 
 
 def _products(jaxpr: Any) -> float:
-    """FLOPs of the matrix products in a jaxpr and all within it. Of a kernel's blocks, those that a causal mask leaves: half."""
+    """FLOPs of the matrix products in a jaxpr and those within it. Of a kernel's blocks, half count: those that a causal mask leaves."""
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -135,24 +135,24 @@ def _jaxprs(params: dict[str, Any]) -> Iterable[Any]:
 
 
 def _kept(config: RunConfig, layout: Layout) -> dict[str, float]:
-    """The bytes of all that the loss's forward pass leaves to its backward pass, but for parameters and logits."""
+    """The bytes that the loss's forward pass keeps for its backward pass, without parameters and logits."""
     program, dims = make_program(config, layout), config.model.dims
 
-    def residuals(model: Any, batch: Any) -> list:  # of arrays, and of NumPy's for what a kernel knows of its mask
+    def residuals(model: Any, batch: Any) -> list:  # of arrays, some of them NumPy's: what a kernel knows of its mask
         _, backward, _ = jax.vjp(lambda model: program.loss(model, batch, None), model, has_aux=True)
         return jax.tree.leaves(backward)
 
     traced = jax.make_jaxpr(residuals)(program.shapes.model, abstract_batch(layout, ROWS, config.train.seq_len))
     jaxpr = getattr(traced, "jaxpr", traced)
     found: dict[str, float] = dict.fromkeys(("whole", "split", "host", "fixed"), 0.0)
-    rows = {ROWS, ROWS * config.train.seq_len}  # of what is tokenwise, batch and sequence are one axis on a CPU
+    rows = {ROWS, ROWS * config.train.seq_len}  # on a CPU, batch and sequence are one axis in what is tokenwise
     for var in dict.fromkeys(var for var in jaxpr.outvars if not hasattr(var, "val") and var not in jaxpr.invars):
         shape = var.aval.shape
         if "host" in str(getattr(var.aval, "memory_space", "")).lower():
             kind = "host"
         elif not rows & {*shape}:
             kind = "fixed"
-        else:  # an axis that is not of the batch or the sequence, nor that of layers, which is the first
+        else:  # by the axes that are not the batch, the sequence, or the layers (the first)
             kind = "split" if {dims.heads, dims.kv_heads, dims.mlp} & ({*shape[1:]} - rows - {config.train.seq_len}) else "whole"
         if dims.vocab not in shape[-1:]:
             found[kind] += math.prod(shape) * var.aval.dtype.itemsize

@@ -21,18 +21,18 @@ from llama_eqx.sharding import MESH_AXES, Layout
 from llama_eqx.training.program import make_program
 from llama_eqx.training.run import RunConfig, with_vocab
 
-FORMULA = 1.1  # how far the memory by formula may be off
+FORMULA = 1.1  # the factor by which the memory by formula may be off
 
 
 class PlanConfig(RunConfig):
-    """A run, and whether to `search` for settings that make it fast on its mesh; a number ends it when so many of them fit."""
+    """A run, and whether to `search` for settings that make it fast on its mesh; a number ends the search when so many fit."""
 
     search: bool | int
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """`needs` and `may` are the bytes per device that the compiler found necessary and has; either is None where it does not say.
+    """`needs` is the bytes per device that the compiler found necessary, `may` what it has; either is None where it does not say.
 
     `compiled` is None when the compiler refused the step for its memory, `estimate` when there is no model of the device's time.
     """
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def host_excess(self) -> float:
-        """Bytes per device that the step puts into its host's memory and that are not there."""
+        """Bytes per device that the step puts into its host's memory beyond what is there."""
         if self.compiled is None or self.device_kind not in CHIPS:
             return 0.0
         return max(0.0, self.compiled.host - CHIPS[self.device_kind].host)
@@ -71,7 +71,7 @@ class Plan:
 def make_plan(config: RunConfig) -> Plan:
     """Compiles the step of a run for its mesh.
 
-    Raises `ConfigError` when sizes and mesh do not go together, `UserError` when the TPU compiler is not installed.
+    Raises `ConfigError` when the sizes do not fit the mesh, `UserError` when the TPU compiler is not installed.
     """
     if config.model.dims.vocab is None:
         config = with_vocab(config, config.tokenizer.build(config.data))
@@ -130,7 +130,7 @@ def figures(plan: Plan) -> dict[str, Any]:
 
 
 def report(plan: Plan, advice: str = "") -> str:
-    """The plan for a reader."""
+    """The plan as text."""
     compiled, seconds, memory = plan.compiled, plan.estimate, plan.memory
     axes = " x ".join(f"{axis} {size}" for axis, size in plan.axes.items() if size > 1) or "one device"
     parts = "  ".join(f"{name} {_size(size)}" for name, size in memory._asdict().items())
@@ -183,7 +183,7 @@ def save(plan: Plan, run_dir: str) -> pathlib.Path:
 
 
 def shrink(plan: Plan, variant: Callable[..., RunConfig]) -> str:
-    """For a plan that does not fit: which part to shrink, and the overrides that would by the formula.
+    """For a plan that does not fit: which part to shrink, and the overrides that would make it fit by the formula.
 
     `variant(*overrides)` is the config of the plan with overrides added to it.
     """
@@ -227,7 +227,7 @@ def _fits(plan: Plan) -> str:
 
 
 def _memory_of(layout: Layout) -> int | None:
-    """The bytes that a device has, None where nobody says. A CPU's devices share the machine's."""
+    """The bytes of a device's memory, None where it is unknown. A CPU's devices share the machine's."""
     device: Any = layout.mesh.devices.flat[0]
     if device.device_kind in CHIPS:
         return int(CHIPS[device.device_kind].memory)

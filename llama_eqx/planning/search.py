@@ -1,4 +1,4 @@
-"""Settings that make a run fast on its mesh: those that cannot fit or look slow are put aside, the rest is compiled, the best is filed."""
+"""Searches settings that make a run fast on its mesh: drops those that cannot fit or look slow, compiles the rest, files the best."""
 
 import dataclasses
 import importlib.metadata
@@ -24,13 +24,13 @@ from llama_eqx.training.program import Program, make_program
 from llama_eqx.training.run import RunConfig
 
 MOST = 10  # candidates to compile
-MARGIN = 0.98  # of the memory that the compiler has: what a candidate may take by the formula
-HOPELESS = 1.1  # of the best prediction: slower ones are not compiled
+MARGIN = 0.98  # of the compiler's memory: what a candidate may take by the formula
+HOPELESS = 1.1  # times the best prediction: slower candidates are not compiled
 PRODUCTS = 0.8  # of the peak, in matrix products
 LENGTH = 8192  # tokens of a row where the user says nothing, or the model's context if that is shorter
 BASE = ("precision=mixed", "kernel.fused_backward=true", "kernel.q_block=1024", "kernel.kv_block=1024")
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of a microbatch on a device
-# What a plan is of. The rest of what a search is told is the user's own: a seed, places, numbers of steps.
+# The keys that a plan may have. Other overrides of a search are the user's own: a seed, places, numbers of steps.
 FILED = (
     "mesh",
     "sharding",
@@ -59,9 +59,9 @@ class Candidate(NamedTuple):
 def candidates(variant: Variant, remats: Sequence[str], fixed: Sequence[str]) -> list[Candidate]:
     """Every combination of mesh shape, remat and rows at a time that fits by the formula, the fastest first.
 
-    `variant(*overrides)` is the config with overrides, `remats` are options of the group, and keys in `fixed` are not to be changed.
+    `variant(*overrides)` is the config with overrides, `remats` are options of the group, and keys in `fixed` are not changed.
 
-    Raises `UserError` when none fits, `ConfigError` when sizes that are fixed go with no shape of the mesh.
+    Raises `UserError` when none fits, `ConfigError` when fixed sizes divide over no shape of the mesh.
     """
     first = variant()
     if first.mesh.topology is None:
@@ -123,7 +123,7 @@ def mesh_shapes(variant: Variant, devices: int) -> Iterable[Change]:
 
 
 def batches(config: RunConfig, ways: int, fixed: Sequence[str]) -> Iterable[Change]:
-    """How many rows at a time. The batch is one microbatch, until a run with these settings says how large it is."""
+    """The numbers of rows at a time. The batch is one microbatch until a run with these settings sets its size."""
     train, whole, part = config.train, _fixed(fixed, "train.batch_size"), _fixed(fixed, "train.microbatch_size")
     sizes = [n * ways for n in ROWS]
     if part and (whole or train.microbatch_size):
@@ -145,13 +145,13 @@ def _within(key: str, *names: str) -> bool:
 
 
 def predicted_seconds(config: RunConfig, program: Program, layout: Layout, torus: Torus, traced: Trace) -> float:
-    """A guess, per token and device, good enough to tell what is worth compiling."""
+    """A guess, per token and device, good enough to choose what to compile."""
     chip, shape = torus.chip, layout.mesh.shape
     dims = config.model.dims
     rows = rows_of_device(config, layout)
     tokens = rows * config.train.seq_len / shape["sequence"]
     compute = rows * traced.flops / (shape["tensor"] * shape["sequence"]) / (PRODUCTS * chip.peak)
-    host = rows * traced.host / HOST_LINK  # each way: beside the forward pass, a third of what is computed once, and beside the rest
+    host = rows * traced.host / HOST_LINK  # each way: once beside the forward pass, a third of the compute, and once beside the rest
 
     def seconds(kind: str, size: float, axis: str) -> float:
         places = np.arange(layout.mesh.size).reshape(tuple(shape.values()))
@@ -164,7 +164,7 @@ def predicted_seconds(config: RunConfig, program: Program, layout: Layout, torus
     gathers, waits = 2 * seconds("all-gather", weights, "fsdp"), 0.0
     if not chip.overlaps:
         gathers, waits = 0.0, gathers
-    if shape["fsdp"] == layout.mesh.size and torus.closed:  # a gather over all of it is compiled to a reduction, which waits
+    if shape["fsdp"] == layout.mesh.size and torus.closed:  # a gather over the whole torus is compiled to a reduction, which waits
         gathers, waits = 0.0, 2 * seconds("all-reduce", weights, "fsdp")
     reductions = waits + seconds("reduce-scatter", weights, "fsdp") + seconds("all-reduce", weights / shape["fsdp"], "data")
     activations = 4 * dims.layers * seconds("all-reduce", 2 * tokens * dims.embed, "tensor")
@@ -173,7 +173,7 @@ def predicted_seconds(config: RunConfig, program: Program, layout: Layout, torus
 
 
 class Found(NamedTuple):
-    """The best of a search, the overrides that are its plan, and all that was compiled."""
+    """The best plan of a search, the overrides that make it, and all that was compiled."""
 
     plan: Plan
     overrides: tuple[str, ...]
@@ -183,8 +183,8 @@ class Found(NamedTuple):
 def search(variant: Variant, overrides: Sequence[str], remats: Sequence[str], enough: int = MOST) -> Found:
     """Compiles the candidates that look fastest; the one with the best estimate wins.
 
-    `enough` of them that fit end the search. The best is then compiled with attention's other backward pass: which one is faster depends on
-    the chip and the heads, by up to a tenth of the step, and no formula here knows it.
+    The search ends when `enough` of them fit. The best is then also compiled with attention's other backward pass. Which one is faster
+    depends on the chip and the heads, by up to a tenth of the step, and no formula here predicts it.
 
     Raises `UserError` when none fits.
     """
@@ -217,13 +217,13 @@ def search(variant: Variant, overrides: Sequence[str], remats: Sequence[str], en
 
 
 def fastest(tried: Sequence[tuple[Candidate, Plan]]) -> tuple[Candidate, Plan]:
-    """Of those that fit, by the estimate of a token's time."""
+    """The one of those that fit with the lowest estimated time per token."""
     timed = [(plan.estimate.step / plan.tokens, candidate, plan) for candidate, plan in tried if plan.estimate and plan.fits]
     return min(timed, key=lambda each: each[0])[1:]
 
 
 def check_writable(path: pathlib.Path) -> None:
-    """Whether a plan can be written to `path`, asked before the hours that a search may take.
+    """Checks that a plan can be written to `path`, before the hours that a search may take.
 
     Raises `StorageError` when it cannot.
     """
@@ -240,10 +240,10 @@ def _unwritable(path: pathlib.Path, why: str | None) -> StorageError:
 
 
 def file_plan(path: pathlib.Path, found: Found, asked: str, before: Callable[[], RunConfig]) -> str:
-    """Writes what was found to `path`, from which train takes it for this model on this mesh, with what is known of it and of the others.
-    A plan that is there is compiled as the others were, and stays unless it is beaten or compiles no more.
+    """Writes what was found to `path`, with the figures of all that was tried; train takes it from there for this model on this mesh.
 
-    `asked` is the override that began the search, `before()` the config by the plan that is there. The result says what became of it.
+    A plan that is already there is compiled like the others, and stays unless it is beaten, no longer compiles or no longer fits. `asked`
+    is the override that began the search, `before()` the config by the plan that is there. Returns what was done, as text.
 
     Raises `StorageError` when it cannot be written.
     """
@@ -274,7 +274,7 @@ def file_plan(path: pathlib.Path, found: Found, asked: str, before: Callable[[],
 
 
 def _share(plan: Plan) -> float | None:
-    """Of the peak, whatever the tokens of a row."""
+    """The fraction of the peak, whatever the tokens of a row."""
     return plan.mfu(plan.flops.causal)
 
 

@@ -20,16 +20,16 @@ def head_losses(
     z_loss: float,
     layout: Layout,
 ) -> Sums:
-    """Two weighted sums over all targets in nats: of the objective, `-log p + z_loss log² Z`, and of its first term alone.
+    """Two weighted sums over all targets, in nats: the objective, `-log p + z_loss log² Z`, and its first term alone.
 
-    Only the objective has a gradient. It is computed along with the value, chunk by chunk, which saves computing the logits again
+    Only the objective has a gradient. It is computed along with the value, chunk by chunk, so the logits are not computed again
     (Hsu et al., 2024, "Liger Kernel", arXiv 2410.10989). z_loss is that of PaLM (Chowdhery et al., 2022, arXiv 2204.02311, section 5).
     Each device takes `chunk` of its own tokens at a time, or all. Logits, softmax and sums are in float32.
     """
     batch, seq, _ = layout.spec(("batch", "seq", ""), x.shape)
     embed, vocab = layout.spec(("embed", "vocab"), table.shape)
     token_axes = mesh_axes(batch) + mesh_axes(seq)
-    vocab_axes = tuple(axis for axis in mesh_axes(vocab) if axis not in token_axes)  # devices with other tokens need all of it
+    vocab_axes = tuple(axis for axis in mesh_axes(vocab) if axis not in token_axes)  # devices with other tokens need the whole vocabulary
     scattered = tuple(axis for axis in mesh_axes(embed) if axis in token_axes)  # the table's gradient is split as the table is
     summed = tuple(axis for axis in token_axes if axis not in scattered)
 
@@ -91,7 +91,7 @@ def head_scores(
     chunk: int | None,
     layout: Layout,
 ) -> tuple[Float32[Array, "batch seq"], Bool[Array, "batch seq"]]:
-    """Of each target its cross-entropy in nats, and whether it is the most probable token (the first of several). Chunks as above."""
+    """The cross-entropy of each target in nats, and whether it is the most probable token (the first, if tied). `chunk` as above."""
     batch, seq, _ = layout.spec(("batch", "seq", ""), x.shape)
     _, vocab = layout.spec(("embed", "vocab"), table.shape)
     vocab_axes = tuple(axis for axis in mesh_axes(vocab) if axis not in mesh_axes(batch) + mesh_axes(seq))
@@ -131,7 +131,7 @@ def _of_logits(
 
 
 def _chunked(a: Array, tokens: int, chunk: int | None) -> Array:
-    """ "batch seq …" as "chunks tokens …", the last chunk filled up with zeros: tokens of no weight."""
+    """Reshapes "batch seq …" to "chunks tokens …" and pads the last chunk with zeros: tokens of no weight."""
     count = -(-tokens // (chunk or tokens))
     size = -(-tokens // count)
     rest = a.shape[2:]

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: target by target on the devices, summed in float64 on the host."""
+"""How well a model predicts held-out text: scored by target on the devices, summed in float64 on the host."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -20,8 +20,8 @@ BUCKETS = 33  # of positions: 0, 1, 2-3, 4-7, … up to those of an int32
 
 
 class Scores(NamedTuple):
-    """Of the target at every place of a batch: its cross-entropy in nats, whether it is the most probable token, its weight (0 leaves it
-    out), and the position from which it is predicted: how many tokens of its segment there are before that one.
+    """Scores of every target of a batch: its cross-entropy in nats, whether it is the most probable token, its weight (0 leaves it out),
+    and the position that predicts it, counted from 0 within its segment.
     """
 
     nats: Float32[Array, "batch seq"]
@@ -34,7 +34,7 @@ Score = Callable[[Llama, Batch], Scores]
 
 
 def make_score(view: Callable[[Llama], Llama], layout: Layout, chunk: int | None) -> Score:
-    """A function to be jitted. The scores are whole on every device, so that each process can sum them. `chunk` as in `Objective`."""
+    """Returns a function to be jitted. Its scores are whole on every device, so each process can sum them. `chunk` as in `Objective`."""
 
     def score(model: Llama, batch: Batch) -> Scores:
         model = view(model)
@@ -47,7 +47,7 @@ def make_score(view: Callable[[Llama], Llama], layout: Layout, chunk: int | None
 
 
 def _within_segments(batch: Batch) -> Int[Array, "batch seq"]:
-    """The place of every token in its segment, whatever its position is said to be."""
+    """The index of every token within its segment, whatever `batch.positions` says."""
     places = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
     if batch.segment_ids is None:
         return places
@@ -56,8 +56,9 @@ def _within_segments(batch: Batch) -> Int[Array, "batch seq"]:
 
 
 class Sums:
-    """Sums by number: of nats, of weights, and of the weights of what was predicted right. In float64, so that they hardly depend on how
-    the targets come in batches.
+    """Sums of nats, of weights, and of the weights of correct predictions, for each number below `count`.
+
+    They are in float64, so they hardly depend on how the targets are batched.
     """
 
     def __init__(self, count: int):
@@ -76,7 +77,7 @@ class Sums:
         return np.divide(self.nats, self.weights, out=np.full(len(self.nats), np.nan), where=self.weights > 0)
 
     def loss(self) -> float:
-        """Raises `DataError` when no target counts."""
+        """Nats per token over all numbers. Raises `DataError` when no target counts."""
         if not self.weights.any():
             raise DataError("none of the held-out targets counts", where="data", next="other data, or longer rows: train.seq_len")
         return math.fsum(self.nats) / math.fsum(self.weights)
@@ -86,18 +87,18 @@ class Sums:
 
 
 def bucket(positions: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
-    """The number of the power of two that a position reaches: 0 for 0, 1 for 1, 2 for 2 and 3, 3 for 4 to 7."""
+    """The bucket of a position, by powers of two: 0 for 0, 1 for 1, 2 for 2 and 3, 3 for 4 to 7."""
     return np.frexp(positions)[1]
 
 
 def by_position(sums: Sums) -> dict[int, float]:
-    """From sums by `bucket`: by the first position of each that has targets, nats per token."""
+    """Nats per token of every `bucket` that has targets, by its first position."""
     return {(1 << number) >> 1: float(sums.losses[number]) for number in np.flatnonzero(sums.weights).tolist()}
 
 
 class Evaluation(NamedTuple):
-    """`loss` in nats per token; `bits_per_byte` compares models whatever their tokenizers; `accuracy` is the fraction of targets that are
-    the most probable token; `tokens` that were counted. `by_position[p]` is the loss of those predicted from positions p to 2p - 1.
+    """`loss` is in nats per token; `bits_per_byte` compares models whatever their tokenizers; `accuracy` is the fraction of targets that
+    are the most probable token; `tokens` were counted. `by_position[p]` is the loss of those predicted from positions p to 2p - 1.
     """
 
     loss: float
@@ -107,7 +108,7 @@ class Evaluation(NamedTuple):
     by_position: dict[int, float]
 
     def metrics(self) -> dict[str, float]:
-        """By the names of `metrics.jsonl`."""
+        """The metrics by their names in `metrics.jsonl`."""
         by_position = {f"val/loss_at_{position}": loss for position, loss in self.by_position.items()}
         return {"val/loss": self.loss, "val/bits_per_byte": self.bits_per_byte, "val/accuracy": self.accuracy, **by_position}
 
@@ -116,7 +117,7 @@ def make_evaluate(score: Score) -> Callable[[Llama, Iterable[Batch], float], Eva
     scored = eqx.filter_jit(score)
 
     def evaluate(model: Llama, batches: Iterable[Batch], bytes_per_token: float) -> Evaluation:
-        """The mean over every target that the masks count, each with the tokens before it in its row as context."""
+        """Averages over every target that the masks count. The context of each is the tokens before it in its row."""
         sums = Sums(BUCKETS)
         for batch in batches:
             scores = jax.device_get(scored(model, batch))

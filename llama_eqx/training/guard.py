@@ -1,4 +1,4 @@
-"""Numbers that stay numbers: which updates are withheld, and what may be saved."""
+"""Guards against numbers that are not finite and against spikes: which updates are withheld, and what may be saved."""
 
 import equinox as eqx
 import jax
@@ -8,11 +8,11 @@ from jaxtyping import Array, Bool, Float32, Int, PyTree
 from llama_eqx.config import Config
 from llama_eqx.errors import ConfigError, NonFiniteError
 
-DEVIATION = 1.4826  # of a normal distribution, in median absolute deviations
+DEVIATION = 1.4826  # the standard deviation of a normal distribution, in median absolute deviations
 
 
 class History(eqx.Module):
-    """Losses, in nats per token, and logarithms of gradient norms of the last steps: rings of which `count` places have been written."""
+    """Ring buffers of the losses, in nats per token, and log gradient norms of the last steps, after `count` writes."""
 
     losses: Float32[Array, "window"]
     log_norms: Float32[Array, "window"]
@@ -20,12 +20,12 @@ class History(eqx.Module):
 
 
 class GuardConfig(Config):
-    """An update is withheld when loss or gradient is not finite, and what of an update itself is not. A run is given up after
-    `max_withheld` of these in a row, the last kind counted where `train.meters` has `update_norm`.
+    """An update is withheld when its loss or gradient is not finite. Otherwise only those of its numbers are withheld that are not finite
+    themselves. A run ends after `max_withheld` of these in a row; the second kind counts only if `train.meters` has `update_norm`.
 
-    With `spike`, an update that is finite is withheld too if its loss, or the logarithm of its gradient's norm, lies more than so many
-    standard deviations above the median of the last `window`. The deviation is estimated by the median absolute one, which spikes hardly
-    move; spikes count for the next steps, so that a change that lasts is accepted after half a window.
+    With `spike`, a finite update is also withheld if its loss, or the logarithm of its gradient norm, lies more than `spike` standard
+    deviations above the median of the last `window`. The deviation is estimated by the median absolute deviation, which spikes hardly
+    move. Spikes enter the window, so a change that lasts is accepted after half a window.
     """
 
     max_withheld: int
@@ -39,14 +39,15 @@ class GuardConfig(Config):
                 raise ConfigError(f"{value} is too small", where=name)
 
     def history(self) -> History | None:
-        """Before the first step. None if spikes are not looked for."""
+        """The history before the first step. None without `spike`."""
         if self.spike is None:
             return None
         return History(jnp.zeros(self.window, jnp.float32), jnp.zeros(self.window, jnp.float32), jnp.zeros((), jnp.int32))
 
     def judged(self, loss: Float32[Array, ""], norm: Float32[Array, ""], history: History) -> tuple[Bool[Array, ""], History]:
-        """Whether a step with this loss and gradient norm is a spike, which none is before a whole window, and the history with it. One
-        that is not finite is neither.
+        """Whether a step with this loss and gradient norm is a spike, and the history with the step added.
+
+        Before a whole window, no step is a spike. A step that is not finite is no spike and is not added.
         """
         log_norm = jnp.log(norm)
         finite = jnp.isfinite(loss) & jnp.isfinite(log_norm)
@@ -70,7 +71,7 @@ def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
 
 
 def require_finite(state: PyTree[Array], step: int) -> None:
-    """Raises `NonFiniteError` when not every number of a state that is to be saved is finite."""
+    """Raises `NonFiniteError` unless every number of a state to be saved is finite."""
     if not all_finite(state):
         raise NonFiniteError(
             "weights or the state of the optimizer are not finite: they are not saved",

@@ -42,10 +42,10 @@ from llama_eqx.writer import sole_writer
 
 
 class Result(NamedTuple):
-    """What a finished run has to show: `checkpoint` is the folder of its last step, `sample` a continuation of the data's prompt.
-    `export` is the folder with the model for others, if there was to be one.
+    """The results of a finished run: `checkpoint` is the folder of its last step, `sample` a continuation of the data's prompt.
+    `export` is the folder of the exported model, if one was asked for.
 
-    `speed` are the typical values of `perf/tokens_per_second` and the like; empty when nothing was trained.
+    `speed` has the typical values of `perf/tokens_per_second` and the like; it is empty when nothing was trained.
     """
 
     evaluation: Evaluation
@@ -61,7 +61,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     """Trains from the last checkpoint in `run_dir`, or from the start, to `train.steps`.
 
     Raises `ConfigError` (also when another process writes in `run_dir`), `DataError`, `CheckpointError` and `StorageError` before
-    the first step, `NonFiniteError` and `StorageError` after it, and `Stopped` when `preemption` has heard of a signal.
+    the first step, `NonFiniteError` and `StorageError` after it, and `Stopped` when `preemption` has received a signal.
     """
     preemption = preemption or Preemption(config.checkpoint.grace)
     check_start(config)
@@ -100,7 +100,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     def is_due(step: int) -> bool:
         return step % config.train.eval_every == 0 or step == steps
 
-    told: list[str] = []  # there is nobody yet to say it
+    told: list[str] = []  # the tracker that says it comes later
     with Checkpoints(saved, config.checkpoint, told.append, run_dir) as checkpoints:
         checkpoints.require_room(program.shapes)
         target = abstract(program.shapes, program.shardings)
@@ -174,12 +174,12 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
 
             def save() -> None:
                 require_finite(state, done)
-                tracker.sync()  # a resumed run makes the records after a checkpoint again, but not those before
+                tracker.sync()  # a resumed run writes the records after a checkpoint again, but not those before
                 facts = {**source, "progress": progress._asdict()}
                 checkpoints.save(done, state.model, state.training, measured, facts)
 
             def keep() -> str:
-                """Brings the last finished step to the disk, if it is not there yet."""
+                """Saves the last finished step, if it is not on the disk yet."""
                 reporter.flush()
                 if done > begin:
                     save()
@@ -187,7 +187,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 return f"step {done} is saved" if done else "before the first step"
 
             def bundle() -> pathlib.Path:
-                checkpoints.wait()  # it is the one to replay from
+                checkpoints.wait()  # the save under way is the one to replay from
                 return write_bundle(setup, state.model, reporter.reported, reporter.metrics)
 
             with explained_by_a_bundle(bundle, lambda: saved_steps(saved)), preemption.training(keep):
@@ -205,7 +205,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                     done, measured = step, {}
                     reporter.add(step, metrics, progress)
                     crash_point("step")
-                    checkpoints.poll()  # and not after the last save, whose failure ends the run
+                    checkpoints.poll()  # not after the last save: its failure ends the run
                     if profile.ends_with(step):
                         with reporter.pause():
                             profile.end(metrics)
@@ -225,11 +225,11 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
             if isinstance(last, pathlib.Path):
                 tracker.checkpoint(run_dir / CHECKPOINTS / last.name)
 
-            if evaluation is None:  # a finished run, asked again
+            if evaluation is None:  # the run was finished already
                 evaluation = evaluate(state.model, data.val)
             sample = write_sample()
 
-    from llama_eqx.tracking.plot import plot_loss  # here: matplotlib would make every start a third of a second longer
+    from llama_eqx.tracking.plot import plot_loss  # imported here: matplotlib would add a third of a second to every start
 
     once(lambda: plot_loss(read_metrics(run_dir / "metrics.jsonl"), run_dir / "loss.png"))
     return Result(evaluation, sample, reporter.typical(), run_dir, last, export(config))

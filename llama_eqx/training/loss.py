@@ -20,7 +20,7 @@ from llama_eqx.wrapped import Wrapped
 
 
 class LossSums(NamedTuple):
-    """Over the targets of a batch: their cross-entropy in nats and their weight, which is their number where the mask has ones.
+    """Sums over the targets of a batch: their cross-entropy in nats and their weight, the sum of the mask.
 
     `terms` are other sums over them, by name. Each is recorded as `train/NAME`, divided by the weight.
     """
@@ -30,13 +30,15 @@ class LossSums(NamedTuple):
     terms: Mapping[str, Float32[Array, ""]] = {}
 
 
-# Of a model, a batch and a key for dropout, if any: the sum over the targets to be minimised, and the sums to be reported.
+# Maps a model, a batch and an optional key for dropout to the sum over the targets to minimise, and the sums to report.
 Loss = Callable[[Llama, Batch, PRNGKeyArray | None], tuple[Float32[Array, ""], LossSums]]
 
 
 class Objective(Config):
-    """What is minimised. `chunk` is how many tokens a device takes through the head at a time, None for all, where held-out text is scored
-    and wherever else `head_losses` is asked.
+    """What is minimised.
+
+    `chunk` is how many tokens a device takes through the head at a time, None for all, both in `head_losses` and where held-out text is
+    scored.
     """
 
     chunk: int | None
@@ -53,7 +55,7 @@ class Objective(Config):
 class LossConfig(Objective):
     """Cross-entropy in nats over the targets that the mask counts; the logits of a device are chunk × vocab.
 
-    `z_loss` adds that multiple of log² Z, which keeps logits from drifting; PaLM has 1e-4.
+    `z_loss` adds that multiple of log² Z, which keeps logits from drifting; PaLM uses 1e-4.
     """
 
     z_loss: float
@@ -78,9 +80,9 @@ class LossConfig(Objective):
 def policy_view(
     precision: PrecisionConfig, remat: Remat, layout: Layout, kernel: KernelConfig | None = None, unroll: int = 1
 ) -> Callable[[Llama], Llama]:
-    """The model as the loss is to see it under the policies. Gradients through it have the structure of the model itself.
+    """Returns a function from a model to what the loss sees of it under the policies. Gradients have the structure of the model itself.
 
-    Without a `kernel` attention is the plain one. `unroll` layers make one turn of the loop over layers.
+    Without a `kernel`, attention is plain. Each iteration of the loop over layers runs `unroll` of them.
     """
 
     def view(model: Llama) -> Llama:

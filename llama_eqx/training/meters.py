@@ -1,4 +1,4 @@
-"""Measures of a step that cost something, and so are recorded only when `train.meters` names them; the default names `update_norm`."""
+"""Measures of a step that are not free, and so are recorded only when `train.meters` names them; the default is `update_norm`."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,8 +11,9 @@ Meter = Callable[[PyTree, PyTree, PyTree], Float32[Array, ""] | Mapping[str, Flo
 
 
 def update_norm(model: PyTree, gradient: PyTree, update: PyTree) -> Float32[Array, ""]:
-    """The norm over all parameters. XLA for GPUs writes the update to memory for it, and reads update and parameters once more: 12 bytes a
-    parameter on top of 26.
+    """The norm of the update over all parameters.
+
+    For it, XLA for GPUs writes the update to memory and reads update and parameters once more: 12 bytes per parameter on top of 26.
     """
     return optax.tree.norm(update)
 
@@ -29,6 +30,6 @@ def dead_updates(model: PyTree, gradient: PyTree, update: PyTree) -> Float32[Arr
     return jnp.stack(counts).sum() / sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
-# By name, a function of the model before the step, of the gradient before clipping, and of what is added to the model. Each becomes the
-# metric `optim/<name>`, or where it gives several by name, `optim/<name>/<part>`.
+# Functions of the model before the step, the gradient before clipping, and what is added to the model. Each is recorded as the metric
+# `optim/<name>`, or as `optim/<name>/<part>` if it returns several by name.
 METERS: dict[str, Meter] = {"update_norm": update_norm, "dead_updates": dead_updates}

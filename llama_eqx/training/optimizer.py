@@ -15,9 +15,9 @@ from llama_eqx.sharding import Matrix, axis_names, matrix
 
 
 class OptimizerConfig(Config):
-    """Gradients are clipped to a global norm of `clip_norm` before the variant sees them, or are not where it is None.
+    """Gradients are clipped to a global norm of `clip_norm` before the variant sees them, unless it is None.
 
-    Matrices decay by `weight_decay` of themselves times the learning rate (decoupled: Loshchilov and Hutter, 2017, arXiv 1711.05101).
+    Matrices decay by `weight_decay` times the learning rate times themselves (decoupled: Loshchilov and Hutter, 2017, arXiv 1711.05101).
     """
 
     clip_norm: float | None
@@ -35,7 +35,7 @@ class OptimizerConfig(Config):
     def direction(self) -> optax.GradientTransformation: ...
 
     def build(self) -> optax.GradientTransformation:
-        """A transformation whose updates are to be multiplied by minus the learning rate."""
+        """Returns a transformation whose updates are to be multiplied by minus the learning rate."""
         decay = optax.add_decayed_weights(self.weight_decay, mask=matrices)
         clip = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
         return optax.chain(clip, optax.chain(self.direction(), decay))
@@ -65,8 +65,8 @@ class LionConfig(OptimizerConfig):
 class MuonConfig(OptimizerConfig):
     """The momentum of every weight matrix of a block, orthogonalised (Jordan et al., 2024, kellerjordan.github.io/posts/muon).
 
-    Scaled to the size of AdamW's updates, 0.2 sqrt(max(in, out)) (Liu et al., 2025, arXiv 2502.16982), so that one learning rate
-    serves both: embedding, head and norms are AdamW's, with `b1`, `b2` and `eps`.
+    AdamW, with `b1`, `b2` and `eps`, updates the embedding, the head and the norms. Muon's updates are scaled by 0.2 sqrt(max(in, out))
+    to the size of AdamW's (Liu et al., 2025, arXiv 2502.16982), so one learning rate serves both.
     """
 
     momentum: float
@@ -83,9 +83,9 @@ class MuonConfig(OptimizerConfig):
 
 
 class AdafactorConfig(OptimizerConfig):
-    """Second moments of matrices as a row times a column (Shazeer and Stern, 2018, arXiv 1804.04235), without momentum.
+    """Second moments of matrices, factored into a row times a column (Shazeer and Stern, 2018, arXiv 1804.04235), without momentum.
 
-    Updates are scaled by the root mean square of the parameter, so its learning rate is relative to that.
+    Updates are scaled by the root mean square of the parameter, so the learning rate is relative to it.
     """
 
     decay: float
@@ -118,7 +118,7 @@ class AdafactorConfig(OptimizerConfig):
 
 
 class AdafactorState(NamedTuple):
-    """`second` has for each parameter the means of squared gradients over columns and over rows, or the squares themselves."""
+    """`second` holds for each matrix the means of squared gradients over columns and over rows, for others the squares themselves."""
 
     steps: Int[Array, ""]
     second: Any
@@ -135,7 +135,7 @@ def _muon_or_adam(model: Any) -> Any:
 
 
 def _muon_matrices(updates: Any) -> Any:
-    # optax would take 2-D arrays for matrices: a stacked norm is one, and a stacked weight is none.
+    # optax would take 2-D arrays for matrices, but a stacked norm is 2-D and a stacked weight is not.
     return _like(updates, [optax.contrib.MuonDimensionNumbers(*axes) for _, axes in _with_axes(updates)])
 
 

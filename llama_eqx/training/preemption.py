@@ -1,4 +1,4 @@
-"""A run that is told to stop: signals, and when the last finished step is safe."""
+"""Stops a run that receives a signal, once its last finished step is safe."""
 
 import contextlib
 import functools
@@ -21,23 +21,22 @@ from llama_eqx.meeting import PREEMPTED, end
 from llama_eqx.processes import once
 
 INTERRUPTED = 130
-# A scheduler's last word, SLURM's notice before it (`sbatch --signal=USR1@120`), a terminal that closes, and a person's Ctrl-C.
+# A scheduler's termination, SLURM's notice before it (`sbatch --signal=USR1@120`), a terminal that closes, and a person's Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class Preemption:
-    """While this is entered, a signal ends the run with its last finished step on the disk: with 75, "start me again", or 130 for SIGINT.
+    """While entered, a signal ends the run with its last finished step on the disk, and code 75, "start me again", or 130 for SIGINT.
 
-    The loop asks `check` after every step, and most often that is where a run ends. But the main thread may be in a compilation for
-    minutes, where Python runs no handler. So the signals go to a thread as well, which ends the process by itself when the main thread
-    has said that it is `idle`: that it does not touch the state meanwhile. A second SIGINT ends the process at once, and after
-    `grace` seconds so does the first signal.
+    The loop calls `check` after every step, and most runs end there. But the main thread may compile for minutes, and Python runs no
+    handler meanwhile. So the signals also go to a thread. It ends the process by itself while the main thread is `idle`, that is, does
+    not touch the state. A second SIGINT ends the process at once, and so does the first signal after `grace` seconds.
 
-    Not entered, as for users of the library, it leaves signals alone.
+    If it is not entered, as for users of the library, it leaves signals alone.
     """
 
     def __init__(self, grace: float, next: str = ""):
-        """`next` is what to type to go on."""
+        """`next` is what to type to continue the run."""
         self._grace, self._next = grace, next
         self._signal = 0
         self._idle = threading.Lock()  # held by the main thread while it is busy
@@ -65,30 +64,30 @@ class Preemption:
 
     @contextlib.contextmanager
     def training(self, keep: Callable[[], str]) -> Iterator[None]:
-        """Around the loop. `keep` brings the last finished step to the disk, and says so."""
+        """A context for the loop. `keep` saves the last finished step, and returns what to say of it."""
         self._keep, self._in_loop = keep, True
         with self._idle:
             yield
 
     @contextlib.contextmanager
     def idle(self) -> Iterator[None]:
-        """Around what may take long within the loop and leaves the state, and its last step, as they are."""
+        """A context for work in the loop that may take long and changes neither the state nor its last step."""
         self._idle.release()
         try:
             yield
         finally:
-            self._idle.acquire()  # for ever, if the process is being ended
+            self._idle.acquire()  # blocks for ever if the process is being ended
 
     def check(self, step: int) -> None:
-        """To be called by every process after every step. Raises `Stopped`, in all of them after the same step, once that is kept."""
+        """Every process calls it after every step. Raises `Stopped` in all of them after the same step, once that is saved."""
         if number := self._agreed(step):
             self._over = True
             said = self._keep()
-            once(lambda: None)  # a process that leaves takes the others with it, of which number 0 names the checkpoint
+            once(lambda: None)  # a process that leaves ends the others too, and process 0 is to name the checkpoint
             raise self._stopped(number, said)
 
     def _agreed(self, step: int) -> int:
-        """The signal that any process was given. It is asked with every step and answered with the next, so that no process waits."""
+        """The signal that any process received, or 0. Each step asks, and the next one reads the answer, so no process waits."""
         if jax.process_count() == 1:
             return self._signal
         here = np.full(jax.local_device_count(), self._signal, np.int32)
@@ -118,7 +117,7 @@ class Preemption:
         os.close(reader)
 
     def _leave(self, number: int) -> None:
-        """Ends the process when the main thread is idle. One of several cannot save by itself, and leaves it to `check`."""
+        """Ends the process once the main thread is idle. In the loop, one of several cannot save alone and leaves it to `check`."""
         with self._idle:
             if self._over or (jax.distributed.is_initialized() and self._in_loop):
                 return
@@ -140,7 +139,7 @@ class Preemption:
 
 @functools.cache
 def _reduction() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
-    """A sharding of one number a device, and what gives the largest of them to all."""
+    """A sharding of one number per device, and a function that gives all devices the largest."""
     mesh = Mesh(np.array(jax.devices()), ("devices",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec("devices")), jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

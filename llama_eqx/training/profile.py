@@ -1,4 +1,4 @@
-"""A trace of a few steps, and what it says in a few lines."""
+"""A trace of a few steps, and a summary of it in a few lines."""
 
 import collections
 import pathlib
@@ -12,12 +12,12 @@ import jax
 from llama_eqx.config import Config
 from llama_eqx.errors import ConfigError
 
-SHOWN = 10  # operations of a summary
+SHOWN = 10  # operations in a summary
 CONTAINERS = ("while", "call", "conditional")  # their time is that of what they contain
 
 
 class ProfileConfig(Config):
-    """The first and the last step to be traced, or None."""
+    """`steps` are the first and the last step to trace, or None."""
 
     steps: tuple[int, int] | None
 
@@ -44,9 +44,9 @@ class Profile:
         return self._steps is not None and step == self._steps[0]
 
     def begin(self) -> None:
-        """Begins the trace. The device is to be done with the step before."""
+        """Begins the trace. The device must be done with the step before."""
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # calls of Python would fill the trace, and slow the steps
+        options.python_tracer_level = 0  # Python calls would fill the trace, and slow the steps
         jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
         self._begun = time.perf_counter()
 

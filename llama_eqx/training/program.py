@@ -1,4 +1,4 @@
-"""What a run computes on its devices: the loop executes it, and it can be compiled ahead of time for devices that are not here."""
+"""What a run computes on its devices. The loop executes it; it can also be compiled ahead of time for devices that are not here."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,9 +20,9 @@ from llama_eqx.training.step import Metrics, make_step, microbatches
 
 class Program(NamedTuple):
     """Pure functions, not yet jitted: `initial(key)`, `step((batch, key), state)`, the `loss` that the step minimises and the `score` of a
-    batch that is held out.
+    held-out batch.
 
-    `shapes` is the abstract state, `shardings` says where each of its leaves lives. `remarks` are what a user may not expect of the
+    `shapes` is the abstract state, and `shardings` says where each of its leaves lives. `remarks` are what a user may not expect from the
     settings on that platform.
     """
 
@@ -36,9 +36,9 @@ class Program(NamedTuple):
 
 
 def make_program(config: RunConfig, layout: Layout) -> Program:
-    """Allocates nothing. `config.model.dims.vocab` must be known.
+    """Builds the program and allocates nothing. `config.model.dims.vocab` must be known.
 
-    Raises `ConfigError` when a size does not divide over the mesh, or a kernel cannot be had there.
+    Raises `ConfigError` when a size does not divide over the mesh, or a kernel is not available there.
     """
     train, platform = config.train, layout.mesh.devices.flat[0].platform
     remarks = layout.check({"batch": train.batch_size, "seq": train.seq_len, **vars(config.model.dims)})
@@ -73,17 +73,17 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
 
 
 def jitted_step(program: Program, config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The step as a run executes it, with the compiler options of its mesh; it takes over the memory of the state.
+    """The step as a run executes it, with the compiler options of its mesh. The state is donated.
 
-    A call returns before the device is done. `eqx.filter_jit` would wait for the device at the end of each, to tell of errors that a
-    program raises by itself, and the device would then idle until the host's next call.
+    A call returns before the device is done. `eqx.filter_jit` would wait for the device at the end of each call, to report errors that
+    the program itself raises, and the device would then idle until the host's next call.
     """
     options: Any = {"compiler_options": config.mesh.compiler_options}
     return jax.jit(program.step, donate_argnums=1, **options)
 
 
 def keep_compiled() -> None:
-    """Compiled programs, but for the smallest, are kept in the cache folder for the next start, unless JAX was told another one."""
+    """Keeps all but the smallest compiled programs in the cache folder for the next start, unless JAX has another folder for them."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)

@@ -1,4 +1,4 @@
-"""A step whose numbers were not finite: what is written down of it when a run ends, and the step once more."""
+"""A step whose numbers were not finite: what a run records of it when it ends, and its replay."""
 
 import contextlib
 import dataclasses
@@ -48,10 +48,10 @@ class ReplayConfig(Config):
 
 
 def write_bundle(setup: Setup, model: Llama, step: int, metrics: dict[str, float]) -> pathlib.Path:
-    """Writes `replay/step-<step>.json` into the run directory: the rows of the batch by their numbers, the key, loss and gradient norm as
-    the run had them in its `metrics`, and where `model` and its gradient cease to be finite. Every process calls it.
+    """Writes `replay/step-<step>.json` into the run directory: the row numbers of the batch, the key, the loss and gradient norm of the
+    run's `metrics`, and where `model` and its gradient cease to be finite. Every process calls it.
 
-    The step after it has begun already, and `model` has its update if that was finite; `replay` starts from before the step.
+    The next step has begun already, and `model` has its update if that was finite; `replay` starts from before the step.
     """
     run_dir = pathlib.Path(setup.config.run_dir)
     saved = steps(home(setup.config) / CHECKPOINTS)
@@ -75,8 +75,8 @@ def write_bundle(setup: Setup, model: Llama, step: int, metrics: dict[str, float
 
 @contextlib.contextmanager
 def explained_by_a_bundle(write: Callable[[], pathlib.Path], saved: Callable[[], list[int]]) -> Iterator[None]:
-    """Around a loop: a bundle is written when its numbers are not finite, and the error says how to look at it, and when no steps are
-    `saved` that no checkpoint is kept.
+    """A context for a loop. When its numbers are not finite, a bundle is written, and the error says how to look at it. It also says that
+    there is no checkpoint when no steps are `saved`.
     """
     try:
         yield
@@ -89,11 +89,11 @@ def explained_by_a_bundle(write: Callable[[], pathlib.Path], saved: Callable[[],
 
 
 def replay(config: ReplayConfig) -> str:
-    """Trains from the checkpoint before the step of a bundle, makes the step again, and says what is not finite in it. Nothing is written
-    into the run directory.
+    """Trains from the checkpoint before the step of a bundle, repeats the step, and says what is not finite in it. Writes nothing into
+    the run directory.
 
-    Raises `CheckpointError` when the bundle or its run cannot be read, the data is another, the step now has other rows, key or numbers,
-    or all of it is finite.
+    Raises `CheckpointError` when the bundle or its run cannot be read, when the data differs, when the step now has other rows, key or
+    numbers, or when all of it is finite.
     """
     assert config.bundle is not None
     path = pathlib.Path(config.bundle)
@@ -116,7 +116,7 @@ def replay(config: ReplayConfig) -> str:
     begin = checkpoint or 0
     for number in range(begin + 1, step):
         state, metrics = step_fn((_batch(setup, number), setup.key), state)
-        jax.block_until_ready(metrics)  # or the batches of all steps would lie on the device
+        jax.block_until_ready(metrics)  # otherwise the batches of all steps would be on the device at once
     found = {**_drawn(setup, step), **examine(setup, state.model, step)}
     same = [found[name] == bundle[name] for name in ("rows", "key")]
     same += [math.isfinite(float(found[name])) == math.isfinite(float(bundle[name])) for name in ("loss", "gradient_norm")]
@@ -136,9 +136,9 @@ def replay(config: ReplayConfig) -> str:
 
 
 def examine(setup: Setup, model: Llama, step: int) -> dict[str, Any]:
-    """Loss in nats per token and gradient norm of a step from the model before it, and what of it is not finite, by name and layer.
+    """The loss in nats per token and gradient norm of a step from the model before it, and what is not finite, by name and layer.
 
-    `through_layers` is the number of layers from the first on through which the loss is finite, None if it is through all.
+    `through_layers` is the number of layers, from the first, through which the loss is finite; None if it is through all.
     """
     batch, key = _batch(setup, step), jax.random.fold_in(setup.key, step - 1)
     gradient_of = make_gradient(setup.program.loss, setup.layout, setup.config.train.microbatch_size)
@@ -160,7 +160,7 @@ def examine(setup: Setup, model: Llama, step: int) -> dict[str, Any]:
 
 
 def explained(found: dict[str, Any]) -> str:
-    """What `examine` found, for people, the likeliest cause first."""
+    """What `examine` found, as text, with the likeliest cause first."""
     lines = [f"loss {found['loss']}, gradient norm {found['gradient_norm']}"]
     if found["weights_not_finite"]:
         lines.append(f"weights that are not finite: {', '.join(found['weights_not_finite'])}")
@@ -179,7 +179,7 @@ def explained(found: dict[str, Any]) -> str:
 
 
 def _through(loss: Loss, model: Llama, batch: Batch, key: PRNGKeyArray) -> int:
-    """The first layer (from 0) without which, and without those after it, the loss would be finite; -1 if it is not for want of layers."""
+    """The layer (from 0) that makes the loss not finite: the layers before it do not. -1 if it is not finite without any layer."""
 
     @eqx.filter_jit
     def finite(model: Llama, layers: Array) -> Array:
@@ -201,7 +201,7 @@ def _below(layers: Array, leaf: Array) -> Array:
 
 
 def _finite(model: Any) -> list[Array]:
-    """Of every parameter whether it is finite, for each layer of those in blocks."""
+    """Whether every parameter is finite, by layer for those in blocks."""
 
     def axes(name: str, leaf: Array) -> tuple[int, ...]:
         return tuple(range(1 if name.startswith("blocks.") else 0, leaf.ndim))
@@ -210,7 +210,7 @@ def _finite(model: Any) -> list[Array]:
 
 
 def _listed(names: list[str], finite: list[Any]) -> list[str]:
-    """The names of what is not finite, from the loss backwards: the head, the last norm, the layers from the last, the embedding."""
+    """The names of what is not finite, from the loss backwards: head, last norm, layers from the last to the first, embedding."""
     found = []
     for i, (name, flags) in enumerate(zip(names, finite, strict=True)):
         if name.startswith("blocks."):
@@ -221,12 +221,12 @@ def _listed(names: list[str], finite: list[Any]) -> list[str]:
 
 
 def _said(value: Any) -> str:
-    """All digits of a number that need not be finite, which JSON would not have."""
+    """A number with all digits, as text: JSON has no numbers that are not finite."""
     return repr(float(value))
 
 
 def _config(run_dir: pathlib.Path) -> tuple[RunConfig, str | None]:
-    """That of the run, whose steps measure their update, and the fingerprint of its data."""
+    """The config of the run, with `update_norm` as the only meter, and the fingerprint of its data."""
     tree = read_config(run_dir)
     fingerprint = tree.pop("data_fingerprint", None)
     config = load({**tree, "run_dir": str(run_dir)})
@@ -239,7 +239,7 @@ def _state(setup: Setup, run_dir: pathlib.Path, checkpoint: int | None) -> Train
     if checkpoint is None:
         return fresh_state(setup, open_start(setup.config))
     target = abstract(setup.program.shapes, setup.program.shardings)
-    # Not by `Checkpoints`, which clears away the save that is under way while the run goes on.
+    # Not by `Checkpoints`: it would clear away a save that is under way, if the run still goes on.
     parts = {"model": target.model, "training": target.training}
     restored = newest(home(setup.config) / CHECKPOINTS, parts, checkpoint, print)
     assert restored is not None
@@ -247,7 +247,7 @@ def _state(setup: Setup, run_dir: pathlib.Path, checkpoint: int | None) -> Train
 
 
 def _drawn(setup: Setup, step: int) -> dict[str, Any]:
-    """What chance gave to a step: the numbers of its rows, and its key."""
+    """What was drawn for a step: the numbers of its rows, and its key."""
     key = jax.random.key_data(jax.random.fold_in(setup.key, step - 1))
     return {"rows": setup.parts.numbers(step - 1).tolist(), "key": key.tolist()}
 

@@ -1,4 +1,4 @@
-"""The numbers of the steps, fetched one step late, and where the time went."""
+"""The metrics of the steps, fetched one step late, and where the time went."""
 
 import contextlib
 import pathlib
@@ -31,11 +31,10 @@ def last_logged(run_dir: pathlib.Path) -> int:
 class Reporter:
     """Logs the metrics of every `log_every`-th step. While the newest step runs on the device, those of the one before are fetched.
 
-    The first step is logged too: its time is mostly that of compilation. To the metrics come `tokens`, the targets counted so far,
-    `perf/tokens_per_second` (padding and masked targets are computed, and so included), `perf/mfu` (causal, where the chip's peak is
-    known), `data/starved_fraction`, the share of the time in which steps waited for a batch that was not made yet, `data/epoch` (of each
-    source of a mixture), and `data/ledger`, a number that says which rows all batches so far had. Time in `pause` counts for none of the
-    speeds.
+    The first step is logged too: its time is mostly compilation. The metrics also have `tokens`, the targets counted so far;
+    `perf/tokens_per_second` (padding and masked targets are computed, and so included); `perf/mfu` (causal, where the chip's peak is
+    known); `data/starved_fraction`, the fraction of the time that steps waited for a batch that was not ready; `data/epoch` (of each
+    source of a mixture); and `data/ledger`, a number that identifies the rows of all batches so far. The speeds leave out time in `pause`.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Reporter:
         devices: int,
         waited: Callable[[], float] = lambda: 0.0,
     ):
-        """`tokens` of one step, the `epochs` that are over after a step, and the seconds that steps have `waited` for data so far."""
+        """`tokens` are those of one step, `epochs` those completed after a step, `waited` the seconds steps have waited for data so far."""
         self._tracker, self._log_every, self._last_step = tracker, log_every, last_step
         self._tokens, self._flops, self._device_kind, self._devices = tokens, flops_per_token, device_kind, devices
         self._epochs, self._waited, self._max_withheld = epochs, waited, max_withheld
@@ -63,12 +62,12 @@ class Reporter:
         self._begun, self._waited_before = time.perf_counter(), waited()
 
     def add(self, step: int, metrics: Metrics, progress: Progress) -> None:
-        """Takes the metrics of the step just begun, and the progress that its batch made, and reports those of the one before.
+        """Takes the metrics of the step just begun and the progress of its batch, and reports those of the step before.
 
         Raises `NonFiniteError` after `max_withheld` updates in a row that were not finite.
         """
         self.flush()
-        # A CPU may have computed the step before it came back from beginning it.
+        # On a CPU, the step may be over before the call that begins it returns.
         over = metrics["train/loss"].is_ready()  # pyright: ignore[reportAttributeAccessIssue]
         self._late = step, metrics, progress, self._now() if over else None
 
@@ -80,7 +79,7 @@ class Reporter:
         fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._steps, self.metrics = self._steps + 1, fetched
         logged = step % self._log_every == 0 or step in (1, self._last_step)
-        if logged or not self._speeds:  # of any start, the first step compiles: its time goes into no other's speed
+        if logged or not self._speeds:  # the first step of every start compiles: its time goes into no other's speed
             speed = self._speed(*ready or self._now())
             if logged:
                 drawn = {"tokens": progress.tokens, LEDGER: progress.ledger} | self._epochs(step)
@@ -114,12 +113,12 @@ class Reporter:
             jax.block_until_ready(self._late[1])
 
     def typical(self) -> dict[str, float]:
-        """The median of each measure of speed over the records of this start, without the first step, which is compilation."""
+        """The median of each measure of speed over the records of this start, without the first step, which compiles."""
         return {name: statistics.median(speed[name] for speed in self._speeds[1:]) for name in self._speeds[0]} if self._speeds[1:] else {}
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Around what is not training, such as an evaluation. All steps are reported before it begins."""
+        """A context for what is not training, such as an evaluation. All steps are reported before it begins."""
         self.flush()
         begun = time.perf_counter()
         yield

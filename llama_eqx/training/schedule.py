@@ -13,7 +13,7 @@ from llama_eqx.errors import ConfigError
 
 
 class ScheduleConfig(Config):
-    """A rise over `warmup_steps`, of which the last is at the peak, then the variant's course to the end of the last step."""
+    """A linear rise over `warmup_steps`, the last of which is at the peak, then the variant's course to the end of the last step."""
 
     peak: float
     warmup_steps: int
@@ -22,7 +22,7 @@ class ScheduleConfig(Config):
     def after_warmup(self, steps: int) -> optax.Schedule: ...
 
     def rate(self, step: Int[Array, ""], steps: int) -> Float32[Array, ""]:
-        """The learning rate of update number `step` (from 0) of `steps`. The first is not 0: it would be a step lost."""
+        """The learning rate of update number `step` (from 0) of `steps`. The first is not 0: that step would be lost."""
         warmup = jnp.minimum((step + 1) / max(self.warmup_steps, 1), 1)
         course = self.after_warmup(max(steps - self.warmup_steps, 1))
         return jnp.asarray(warmup * course(jnp.maximum(step - self.warmup_steps, 0)), jnp.float32)
@@ -60,10 +60,10 @@ class InverseSqrtConfig(ScheduleConfig):
 
 
 class WSDConfig(ScheduleConfig):
-    """Warm-up, the peak, and over the last `decay_fraction` of what follows the warm-up a fall to `final_fraction` of the peak.
+    """Warm-up, the peak, then a fall to `final_fraction` of the peak over the last `decay_fraction` of the steps after warm-up.
 
-    Named in MiniCPM (Hu et al., 2024, arXiv 2404.06395); the fall as 1 - sqrt is that of Hägele et al. (2024, arXiv 2405.18392).
-    A run at the peak can be prolonged, and any of its checkpoints made to fall.
+    The name is from MiniCPM (Hu et al., 2024, arXiv 2404.06395), the fall as 1 - sqrt from Hägele et al. (2024, arXiv 2405.18392).
+    A run at the peak can be extended, and the fall can begin at any of its checkpoints.
     """
 
     decay_fraction: float

@@ -1,4 +1,4 @@
-"""What a run has before it touches its files: the same for the loop and for a replay of one of its steps."""
+"""What a run sets up before it touches its files: the same for the loop and for a replay of one of its steps."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from llama_eqx.training.state import TrainState
 
 
 class Setup(NamedTuple):
-    """`config` has the tokenizer's vocabulary. `parts` are this process's share of every batch, `key` that of dropout in all steps."""
+    """`config` has the tokenizer's vocabulary. `parts` are this process's share of every batch, `key` is the dropout key of all steps."""
 
     config: RunConfig
     layout: Layout
@@ -33,8 +33,8 @@ class Setup(NamedTuple):
 
 
 def set_up(config: RunConfig) -> Setup:
-    """Raises `ConfigError` and `DataError`; allocates no weights."""
-    # Where arrays are to live: first, since it asks least and may refuse.
+    """Sets up a run and allocates no weights. Raises `ConfigError` and `DataError`."""
+    # Where arrays live: first, since it is the cheapest check and may fail.
     size, length = config.train.batch_size, config.train.seq_len
     layout = Layout(config.mesh.build(), config.sharding)
     known = {axis: n for axis, n in vars(config.model.dims).items() if n is not None}
@@ -47,7 +47,7 @@ def set_up(config: RunConfig) -> Setup:
     parts = Parts(data.train, data.order, size, *process_rows(batch_sharding, size, length), data.fingerprint)
     config = matched(with_vocab(config, tokenizer))
 
-    # What the devices are to compute.
+    # What the devices compute.
     program = make_program(config, layout)
     key = jax.jit(lambda key: named(key, "dropout"), out_shardings=layout.sharding((), ()))(jax.random.key(config.seed))
     return Setup(config, layout, batch_sharding, tokenizer, data, parts, program, key)
@@ -58,6 +58,6 @@ def fresh_state(setup: Setup, weights: Weights | None) -> TrainState:
     initial, shardings = setup.program.initial, setup.program.shardings
     if weights is not None:
         return start(weights, setup.config, shardings)
-    # The CPU's compiler takes seconds to optimise, to the same bits, what is computed once.
+    # This runs once. The CPU's compiler would take seconds to optimise it, and the bits are the same without.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(initial, out_shardings=shardings, compiler_options=options)(named(jax.random.key(setup.config.seed), "init"))

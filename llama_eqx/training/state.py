@@ -1,4 +1,4 @@
-"""All that a step of training changes."""
+"""Everything that a training step changes."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from llama_eqx.training.guard import GuardConfig, History
 
 
 class TrainState(eqx.Module):
-    """`step` counts batches seen, updates that were withheld included; `history` is what spikes are told by. Every leaf is an array."""
+    """`step` counts batches seen, including those whose update was withheld; `history` is for finding spikes. Every leaf is an array."""
 
     step: Int[Array, ""]
     model: Llama
@@ -23,7 +23,7 @@ class TrainState(eqx.Module):
 
     @property
     def training(self) -> dict[str, Any]:
-        """All but the model, as it is filed beside it."""
+        """Everything but the model, as it is saved beside it."""
         return {"step": self.step, "opt_state": self.opt_state} | ({} if self.history is None else {"history": self.history})
 
 
@@ -39,5 +39,5 @@ def first_state(model: Llama, optimizer: optax.GradientTransformation, guard: Gu
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
-    """Shapes, dtypes and shardings in place of arrays."""
+    """The tree with shapes, dtypes and shardings in place of arrays."""
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)

@@ -24,9 +24,9 @@ Metrics = dict[str, Float32[Array, ""]]
 def make_gradient(
     loss: Loss, layout: Layout, microbatch_size: int | None = None
 ) -> Callable[[Llama, Batch, PRNGKeyArray], tuple[LossSums, Llama]]:
-    """Of a model, a batch and the key of a step: the reported sums, and the gradient of the sum to be minimised.
+    """Returns a function from a model, a batch and the key of a step to the reported sums and the gradient of the minimised sum.
 
-    With `microbatch_size`, both are added up over so many rows at a time.
+    With `microbatch_size`, both are accumulated over that many rows at a time.
     """
     value_and_gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -38,7 +38,7 @@ def make_gradient(
         def add(so_far: tuple[LossSums, Llama], each: tuple[Batch, Array]) -> tuple[tuple[LossSums, Llama], None]:
             microbatch, number = each
             (_, sums), gradient = value_and_gradient(model, microbatch, jax.random.fold_in(key, number))
-            # Without the barrier a TPU's compiler moves an all-reduce out of this loop, and fails where a cast stands before the sum.
+            # Without the barrier a TPU's compiler moves an all-reduce out of this loop, and fails if a cast comes before the sum.
             gradient = jax.tree.map(jax.lax.optimization_barrier, gradient)
             new = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), so_far, (sums, gradient))
             return (new[0], layout.place(new[1])), None
@@ -61,13 +61,13 @@ def make_step(
     guard: GuardConfig | None = None,
     meters: tuple[str, ...] = (),
 ) -> Callable[[tuple[Batch, PRNGKeyArray], TrainState], tuple[TrainState, Metrics]]:
-    """A step `((batch, key), state) -> (state, metrics)`; `state` may be donated.
+    """Returns a step `((batch, key), state) -> (state, metrics)`; `state` may be donated.
 
-    The gradient is that of the mean over the batch's targets, added up over microbatches if there are any.
-    When loss or gradient is not finite, or a spike to the `guard`, the update is withheld on the device. Of an update of a finite gradient
-    whatever is not finite is withheld. `optim/withheld` is then 1, in the last case only if `meters` has `update_norm`.
+    The gradient is that of the mean over the batch's targets, accumulated over microbatches if there are any.
+    When the loss or gradient is not finite, or the `guard` finds a spike, the update is withheld on the device. If only some numbers of
+    an update are not finite, those are withheld. `optim/withheld` is then 1, in the last case only if `meters` has `update_norm`.
     Metrics: `train/loss` in nats per token, the terms of the loss, `optim/lr`, `optim/grad_norm` (global, before clipping),
-    `optim/withheld`, the `meters` and, with a guard that looks for them, `optim/spike`, 1 for a spike.
+    `optim/withheld`, the `meters` and, if the guard looks for spikes, `optim/spike`, 1 for a spike.
     """
     summed = make_gradient(loss, layout, microbatch_size)
 
@@ -89,8 +89,8 @@ def make_step(
             spike, history = guard.judged(mean, norm, history)
             good, spikes = good & ~spike, {"optim/spike": spike.astype(jnp.float32)}
 
-        # Optax may promote what it keeps; a state has the dtypes that it began with. `good` does not wait for what is measured of the
-        # update: no update has to be written to memory for it (for `update_norm` it is).
+        # Optax may promote its state; here every leaf keeps the dtype it began with. `good` does not depend on measures of the update, so
+        # no update has to be written to memory for it (for `update_norm` it is).
         def keep(new: Array, old: Array) -> Array:
             new = new.astype(old.dtype)
             return jnp.where(good & jnp.isfinite(new), new, old)
@@ -113,7 +113,7 @@ def make_step(
 
 
 def microbatches(size: int, microbatch_size: int, layout: Layout) -> tuple[int, int]:
-    """How many microbatches a batch of `size` rows makes, and on how many devices the rows of each are.
+    """The number of microbatches in a batch of `size` rows, and the number of devices that the rows of each are split over.
 
     Raises `ConfigError` when they do not divide.
     """
@@ -129,7 +129,7 @@ def microbatches(size: int, microbatch_size: int, layout: Layout) -> tuple[int, 
 
 
 def split(batch: Batch, microbatch_size: int, layout: Layout) -> Batch:
-    """A batch whose arrays are "microbatches batch seq". Every microbatch has rows of every device, so that none moves."""
+    """Reshapes a batch's arrays to "microbatches batch seq". Every microbatch has rows of every device, so no row moves."""
     count, ways = microbatches(len(batch.tokens), microbatch_size, layout)
 
     def of_array(axes: tuple[str, ...], rows: Array) -> Array:

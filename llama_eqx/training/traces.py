@@ -1,4 +1,4 @@
-"""Pictures of the model at work while it trains."""
+"""Pictures of what happens in the model while it trains."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,16 +16,19 @@ SHOWN = 32  # tokens: as many as can be read in a picture
 
 
 def make_draw(setup: Setup) -> Callable[[Llama], dict[str, Any]]:
-    """A figure by the name of each trace in `train.traces`, of the first text that is held out, in the dtype of the parameters."""
+    """Returns a function that draws a figure of each trace in `train.traces`, by name, for the first held-out text.
+
+    Activations are in the dtype of the parameters.
+    """
     names, whole = setup.config.train.traces, setup.layout.sharding((), ())
     if not names:
         return lambda model: {}
-    from llama_eqx.tracking.pictures import plot_traces  # a third of a second, for matplotlib
+    from llama_eqx.tracking.pictures import plot_traces  # matplotlib takes a third of a second to import
 
     @eqx.filter_jit
     def look(model: Llama, row: Batch) -> dict[str, Any]:
         seen = trace(model, row.tokens, names, positions=row.positions, segment_ids=row.segment_ids)
-        return jax.lax.with_sharding_constraint(seen, whole)  # in every process
+        return jax.lax.with_sharding_constraint(seen, whole)  # whole in every process
 
     def draw(model: Llama) -> dict[str, Any]:
         row = jax.tree.map(lambda x: x[:, :SHOWN].astype(np.int32), setup.data.val.read(np.zeros(1, np.int64)))

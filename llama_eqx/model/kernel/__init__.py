@@ -1,8 +1,8 @@
-"""Attention proper, softmax(q k^T / sqrt(head_dim)) v, and which kernel computes it.
+"""Attention proper, softmax(q k^T / sqrt(head_dim)) v, and the choice of its kernel.
 
-The model calls `attend` and knows no more. The kernel comes from outside, through `KernelConfig.block` or, in generation, `prompts`, and
-holds while a block is traced; without one it is the plain one. This package is the only place in the model that may know of a mesh, and
-with `rotary` of a platform.
+The model calls `attend` and knows no more. The kernel is set from outside, by `KernelConfig.block` or, in generation, by `prompts`, and
+applies while a block is traced; the default is the plain kernel. Within the model, only this package may know of a mesh, and only this
+package and `rotary` of a platform.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from llama_eqx.model.kernel.tokenwise import ONE_ROW, PLATFORM
 from llama_eqx.tag import setting
 
 Name = Literal["plain", "blocked", "splash", "cudnn"]
-SHORT = 128  # tokens up to which every score at once is as fast
+SHORT = 128  # tokens up to which computing all scores at once is as fast
 _KERNEL: contextvars.ContextVar[Callable] = contextvars.ContextVar("kernel", default=plain)
 
 
@@ -38,39 +38,39 @@ def attend(
     start: Int[Array, ""] | int = 0,
     segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Causal attention: query i sits in slot `start + i`, and sees the slots up to its own that are of its segment.
+    """Causal attention: query i is in slot `start + i` and sees the slots of its segment up to its own.
 
-    `segment_ids` are those of the queries and of the slots; None makes all of one segment.
+    `segment_ids` are those of the queries and of the slots; None means a single segment.
 
     Scores and softmax are in float32. Query head n reads key head n // (heads / kv_heads) (Ainslie et al., 2023, arXiv 2305.13245).
-    The result, and what else a kernel keeps for its backward pass, is tagged "attention".
+    The result, and whatever else a kernel keeps for its backward pass, is tagged "attention".
     """
     return _KERNEL.get()(q, k, v, start, segment_ids)
 
 
 def keeps_no_scores(dtype: Any, head_dim: int) -> bool:
-    """Whether cuDNN can compute the attention of `prompts`: on one NVIDIA GPU, as arrays may be split over several, from Ampere on."""
+    """Whether cuDNN can compute the attention of `prompts`: on a single NVIDIA GPU (over several, arrays may be split), Ampere or newer."""
     device, *others = jax.devices()
     able = device.platform == "gpu" and "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
     return able and not others and not unfit_for_cudnn(jnp.dtype(dtype), 2, 2, head_dim)
 
 
 def prompts() -> contextlib.AbstractContextManager[None]:
-    """While a model is traced under it, whole rows are cuDNN's where `keeps_no_scores`, and the rest plain."""
+    """A context for tracing a model: cuDNN attends over whole rows where `keeps_no_scores`, and the plain kernel over the rest."""
 
     def kernel(q: Array, k: Array, v: Array, start: Any, segment_ids: Any) -> Array:
         (_, seq, _, head_dim), whole = q.shape, segment_ids is None and isinstance(start, int) and start == 0
         by = functools.partial(plain, start=start, segment_ids=segment_ids)
         if whole and seq > SHORT and seq == k.shape[1] and seq % 2 == 0 and keeps_no_scores(q.dtype, head_dim):
             of_cudnn = functools.partial(cudnn, start=start, segment_ids=segment_ids)
-            return jax.lax.platform_dependent(q, k, v, cuda=of_cudnn, default=by)  # arrays may still be a CPU's
+            return jax.lax.platform_dependent(q, k, v, cuda=of_cudnn, default=by)  # arrays may still be on a CPU
         return by(q, k, v)
 
     return setting(_KERNEL, kernel)
 
 
 class Choice(NamedTuple):
-    """A kernel by name, and why it is not the platform's own where it is not."""
+    """A kernel's name, and the reason where `auto` could not choose the platform's own kernel."""
 
     name: Name
     reason: str
@@ -79,8 +79,8 @@ class Choice(NamedTuple):
 class KernelConfig(Config):
     """Which kernel computes attention. `auto` is splash on TPUs and cuDNN on GPUs, elsewhere blocked, or plain for short rows.
 
-    Queries and keys are taken in blocks of up to `q_block` and `kv_block` tokens, None for a kernel's own choice; cuDNN has no other.
-    `fused_backward` has splash compute the gradients of q, k and v in one pass: fewer FLOPs and more memory.
+    `q_block` and `kv_block` are the largest block sizes in tokens; None leaves the choice to the kernel. cuDNN always chooses its own.
+    `fused_backward` makes splash compute the gradients of q, k and v in one pass: fewer FLOPs and more memory.
     """
 
     name: Literal["auto", "plain", "blocked", "splash", "cudnn"]
@@ -95,9 +95,9 @@ class KernelConfig(Config):
                 raise ConfigError(f"{value} is not a multiple of 128", where=field)
 
     def choose(self, platform: str, *, dtype: Any, seq: int, slots: int, head_dim: int, start: Any = 0, shards: int = 1) -> Choice:
-        """The kernel for `seq` queries, which `shards` devices share, and `slots` keys on a platform as JAX calls it.
+        """The kernel for `seq` queries, split over `shards` devices, and `slots` keys on a platform as JAX calls it.
 
-        Raises `ConfigError` when the kernel that is asked for by name cannot do it.
+        Raises `ConfigError` when a kernel that is asked for by name cannot compute this.
         """
         unfit = {
             "splash": "it is for TPUs" if platform != "tpu" else unfit_for_splash(seq // shards, slots, start),
@@ -113,14 +113,14 @@ class KernelConfig(Config):
         return Choice("blocked" if seq > SHORT else "plain", f"not {own}: {unfit[own]}" if own else "")
 
     def block(self, block: Callable, mesh: Mesh, spec: Spec) -> Callable:
-        """A block whose attention this kernel computes, on arrays that are split over `mesh` as `spec(axes, shape)` says."""
+        """Wraps a block so that this kernel computes its attention, on arrays split over `mesh` as `spec(axes, shape)` says."""
         platform = mesh.devices.flat[0].platform
 
         def kernel(q: Array, k: Array, v: Array, start: Any, segment_ids: Any) -> Array:
             seq, slots, head_dim = q.shape[1], k.shape[1], q.shape[3]
             shards = ways(mesh, spec(("batch", "seq"), q.shape[:2])[1])
             name, _ = self.choose(platform, dtype=q.dtype, seq=seq, slots=slots, head_dim=head_dim, start=start, shards=shards)
-            if name == "plain":  # what XLA partitions by itself
+            if name == "plain":  # XLA partitions it by itself
                 return plain(q, k, v, start, segment_ids)
             own = 512 if name == "splash" else 256
             blocks = Blocks(self.q_block or own, self.kv_block or own, self.fused_backward)

@@ -1,4 +1,4 @@
-"""Attention by blocks with a running softmax, in plain JAX: memory grows with the row and not with its square, on every platform."""
+"""Blockwise attention with a running softmax, in plain JAX for every platform. Memory grows with the row and not with its square."""
 
 import functools
 import math
@@ -27,15 +27,15 @@ def blocked(
     q_block: int,
     kv_block: int,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """As `attend`, computing only the blocks that a causal mask leaves (FlashAttention-2, Dao, 2023, arXiv 2307.08691).
+    """Like `attend`, but computes only the blocks that a causal mask leaves (FlashAttention-2, Dao, 2023, arXiv 2307.08691).
 
-    The backward pass computes the scores again, block by block, from the logarithms of the softmax's denominators.
+    The backward pass recomputes the scores block by block, and normalises them by the kept logarithms of the softmax's denominators.
     """
     batch, seq, heads, head_dim = q.shape
     slots, kv_heads = k.shape[1:3]
     (q_blocks, q_block), (kv_blocks, kv_block) = _blocks(seq, q_block), _blocks(slots, kv_block)
 
-    # What fills the last blocks up is after every real query, so that none sees it.
+    # The padding of the last blocks comes after every real query, so no query sees it.
     q = _padded(q, q_blocks * q_block).reshape(batch, q_blocks, q_block, kv_heads, heads // kv_heads, head_dim).transpose(1, 0, 3, 4, 2, 5)
     k, v = (
         _padded(x, kv_blocks * kv_block).reshape(batch, kv_blocks, kv_block, kv_heads, head_dim).transpose(1, 0, 3, 2, 4) for x in (k, v)
@@ -108,7 +108,7 @@ def _scores(
     start: Int[Array, ""],
     segment_ids: Segments | None,
 ) -> Float32[Array, "batch kv_heads group q_block kv_block"]:
-    """Of query block i with key block j."""
+    """Scores of query block i with key block j."""
     scores = _einsum("bkgqh,bksh->bkgqs", q, k) / math.sqrt(q.shape[-1])
     query = start + i * q.shape[3] + jnp.arange(q.shape[3])
     seen = j * k.shape[2] + jnp.arange(k.shape[2])[None, :] <= query[:, None]
@@ -118,12 +118,12 @@ def _scores(
 
 
 def _visible_blocks(q: Queries, k: Keys, i: Int[Array, ""], start: Int[Array, ""]) -> Int[Array, ""]:
-    """How many key blocks the last query of block i sees something of."""
+    """The number of key blocks that the last query of block i sees, at least in part."""
     return jnp.minimum((start + (i + 1) * q.shape[4] - 1) // k.shape[3] + 1, k.shape[0])
 
 
 def _blocks(length: int, largest: int) -> tuple[int, int]:
-    """How many blocks of which size: as even as can be, in eights."""
+    """The number of blocks and their size: as even as possible, and a multiple of 8 if there are several."""
     count = -(-length // largest)
     return count, -(-length // count // 8) * 8 if count > 1 else length
 

@@ -8,15 +8,15 @@ from llama_eqx.model.kernel.plain import plain
 
 
 def cudnn(q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, Array] | None) -> Array:
-    """As `attend`. A row that is one segment costs no memory for scores; several segments, or a start, cost a mask of seq × slots.
+    """Like `attend`. A row of one segment needs no memory for scores; several segments, or a start, need a mask of seq × slots.
 
-    Its residuals are those of a primitive that JAX does not let be named; `llama_eqx.remat` knows them by that primitive.
+    JAX cannot name the residuals of its primitive; `llama_eqx.remat` identifies them by that primitive.
     """
     return plain(q, k, v, start, segment_ids, "cudnn")
 
 
 def unfit_for_cudnn(dtype: Any, seq: int, slots: int, head_dim: int) -> str:
-    """Why cuDNN cannot compute it, or nothing."""
+    """Why cuDNN cannot compute the attention; empty if it can."""
     if dtype.itemsize != 2:
         return f"it takes 16-bit numbers and not {dtype.name} (precision=mixed)"
     if head_dim > 128 or head_dim % 8:

@@ -1,4 +1,4 @@
-"""Every score at once: the reference for the other kernels, and the fastest for short rows. Memory grows with seq × slots."""
+"""All scores at once: the reference for the other kernels, and the fastest for short rows. Memory grows with seq × slots."""
 
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ def plain(
     segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None,
     implementation: Literal["xla", "cudnn"] = "xla",
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """As `attend`."""
+    """Like `attend`."""
     if segment_ids is None and isinstance(start, int) and start == 0:
         return tag(jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation), "attention")
     seen = visible(start, q.shape[1], k.shape[1], segment_ids)

@@ -1,4 +1,4 @@
-"""A kernel on every device's part of the batch, the queries and the heads."""
+"""Runs a kernel on every device's part of the batch, the queries and the heads."""
 
 import math
 from collections.abc import Callable
@@ -35,12 +35,12 @@ def on_shards(
     start: Any,
     segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """As `attend`, by a kernel that XLA could not partition. Slots are whole on every device; queries may be split."""
+    """Like `attend`, with a kernel that XLA cannot partition. Every device has all slots; queries may be split."""
     batch, seq, heads, _ = spec(("batch", "seq", "heads", "head_dim"), q.shape)
     kv_heads = spec(("batch", "slots", "kv_heads", "head_dim"), k.shape)[2]
-    if heads != kv_heads:  # key heads that do not divide: as many copies as it takes
+    if heads != kv_heads:  # the key heads do not divide over the devices: repeat them until they do
         k, v = (_repeated(x, q.shape[2], ways(mesh, heads)) for x in (k, v))
-    # Axes of one device go with the batch: gradients would be summed over axes that are not named.
+    # Mesh axes of size 1 join the batch: gradients would be summed over axes that are not named.
     batch = (*_axes(batch), *(axis for axis, size in mesh.shape.items() if size == 1))
     q_spec, kv_spec = PartitionSpec(batch, seq, heads, None), PartitionSpec(batch, None, heads, None)
 
@@ -67,7 +67,7 @@ def on_shards(
 
 
 def ways(mesh: Mesh, part: Any) -> int:
-    """Into how many the mesh splits an axis, of which `part` is what a PartitionSpec says."""
+    """The number of parts into which the mesh splits an axis; `part` is the axis's entry in a PartitionSpec."""
     return math.prod(mesh.shape[axis] for axis in _axes(part))
 
 
@@ -76,7 +76,7 @@ def _axes(part: Any) -> tuple[str, ...]:
 
 
 def _repeated(x: Array, heads: int, ways: int) -> Array:
-    """Each key head as often as it takes for `ways` devices to hold those of their query heads, and no others."""
+    """Repeats each key head until each of `ways` devices can hold exactly the key heads of its query heads."""
     kv_heads = x.shape[2]
     enough = next(n for n in range(kv_heads, heads + 1, kv_heads) if n % ways == 0 and heads % n == 0)
     return jnp.repeat(x, enough // kv_heads, axis=2)

@@ -1,4 +1,4 @@
-"""Splash attention, JAX's fused kernel for TPUs with masks by block. Its module is slow to import: only what uses it does."""
+"""Splash attention, JAX's fused TPU kernel with blockwise masks. Its module is slow to import: only the functions that use it do."""
 
 import math
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-LANES = 128  # rows and blocks are whole vector registers
+LANES = 128  # rows and blocks are multiples of a vector register
 
 
 def make_splash(heads: int, seq: int, slots: int, shards: int, q_block: int, kv_block: int, fused_backward: bool, interpret: bool) -> Any:
-    """The kernel as a tree of arrays that say which blocks a causal mask leaves, for `shards` devices that split the queries.
+    """The kernel as a tree of arrays that say which blocks a causal mask leaves, for queries split over `shards` devices.
 
     The mask is computed in the kernel and not stored.
     """
@@ -40,8 +40,9 @@ def make_splash(heads: int, seq: int, slots: int, shards: int, q_block: int, kv_
 
 
 def splash(kernel: Any, q: Array, k: Array, v: Array, segment_ids: tuple[Array, Array] | None) -> Array:
-    """As `attend` from slot 0, with a kernel for its shape. Queries are scaled in their own dtype, which rounds those of 16 bits once more
-    unless sqrt(head_dim) is a power of two.
+    """Like `attend` with `start=0`, by a kernel made for these shapes.
+
+    Queries are scaled in their own dtype. This rounds 16-bit queries once more unless sqrt(head_dim) is a power of two.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention
 
@@ -57,7 +58,7 @@ def _rows(kernel: Any, q: Array, k: Array, v: Array, ids: Any) -> Array:
 
 @jax.custom_vjp
 def _of_16_bits(kernel: Any, q: Array, k: Array, v: Array, ids: Any) -> Array:
-    """`_rows`, whatever precision products of 32 bits are to have: asked for it, the TPU's compiler of kernels refuses those of 16."""
+    """`_rows` at the default matmul precision: with a higher one set for 32-bit products, the TPU kernel compiler rejects 16-bit ones."""
     with jax.default_matmul_precision("default"):
         return _rows(kernel, q, k, v, ids)
 
@@ -76,7 +77,7 @@ _of_16_bits.defvjp(_forward, _backward)
 
 
 def unfit_for_splash(seq: int, slots: int, start: Any) -> str:
-    """Why splash attention cannot compute it for `seq` queries on each device, or nothing."""
+    """Why splash cannot compute the attention of `seq` queries on each device; empty if it can."""
     if not (isinstance(start, int) and start == 0):
         return "it begins in slot 0"
     return f"{seq} queries on a device and {slots} keys are not multiples of {LANES}" if seq % LANES or slots % LANES else ""
