@@ -235,7 +235,7 @@ def test_the_lora_of_the_guide(tmp_path, monkeypatch, capsys):
     for run, moved in (("my-lora", False), ("plain", True)):
         trained = load_pretrained(run)
         for name, leaf in zip(parameter_names(trained), jax.tree.leaves(trained), strict=True):
-            assert name not in given or jax.numpy.array_equal(leaf, given[name]) is not moved, name
+            assert name not in given or bool(jax.numpy.array_equal(leaf, given[name])) is not moved, name
 
     exec(SHOWN[8], names := {})
     convert(ConvertConfig(from_="merged", to="merged-hf", format="hf", dtype=None, shards=None))
