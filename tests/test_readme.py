@@ -16,6 +16,7 @@ from llama_eqx.model.init import FanInInitConfig
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+TEXT = pathlib.Path(__file__).parent / "golden" / "text.md"
 VARIANTS = (pathlib.Path(__file__).parents[1] / "docs/variants.md").read_text(encoding="utf-8")
 SHOWN = re.findall(r"```python\n(.*?)```", VARIANTS, re.S)
 
@@ -180,6 +181,69 @@ def test_the_meter_of_the_guide():
     exec(SHOWN[5], names)
     gradient = types.SimpleNamespace(embed=jnp.full((2, 8), 0.5))
     assert names["METERS"]["embedding_gradient"](None, gradient, None) == 2.0
+
+
+def test_the_lora_of_the_guide(tmp_path, monkeypatch, capsys):
+    """It starts as the model it is added to, trains itself alone, resumes without the weights, and is an ordinary Llama once merged."""
+    import jax
+    import numpy as np
+    from jaxtyping import PyTree
+    from omegaconf import OmegaConf
+
+    from llama_eqx import build_model, load_config, load_pretrained, save_pretrained
+    from llama_eqx.config import load
+    from llama_eqx.interop.conversion import ConvertConfig, convert
+    from llama_eqx.sharding import parameter_names
+    from llama_eqx.tracking.jsonl import read_metrics
+    from llama_eqx.training import optimizer
+    from llama_eqx.training.loop import train
+
+    monkeypatch.chdir(tmp_path)
+    for module, code in ((attention, SHOWN[6]), (optimizer, SHOWN[7])):
+        names = {**vars(module), "parameter_names": parameter_names, "PyTree": PyTree}
+        exec(code, names)
+        for name in re.findall(r"^class (\w+)", code, re.M):
+            monkeypatch.setattr(module, name, names[name], raising=False)
+    slot, adam = (load(OmegaConf.to_container(OmegaConf.create(text))) for text in re.findall(r"```yaml\n(.*?)```", VARIANTS, re.S)[-2:])
+    (new,) = re.findall(r"init_new=\[.*?\]", VARIANTS)
+    sizes = {"vocab": 258, "layers": 2, "embed": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 48}
+
+    def settings(run_dir, *overrides):
+        return load_config(
+            *(f"model.dims.{axis}={size}" for axis, size in sizes.items()),
+            *("data=text", f"data.path={TEXT}", "tokenizer=bytes", "tracking.wandb.mode=disabled", f"run_dir={run_dir}"),
+            *("train.batch_size=8", "train.seq_len=32", "train.log_every=1", "train.sample_tokens=0", "schedule=constant"),
+            *("schedule.peak=0.03", "schedule.warmup_steps=1", "init_from=base", "mesh=cpu-8", *overrides),
+        )
+
+    def adapted(*overrides):
+        config = settings("my-lora", *overrides)
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=slot), optimizer=adam)
+
+    model = build_model(settings("plain").model, key=jax.random.key(1))
+    save_pretrained(model, "base", format="hf")
+    train(settings("plain", "train.steps=1"))
+    train(adapted(new, "train.steps=3", "checkpoint.every=2"))
+    assert "4 parameters that the weights have not start fresh" in capsys.readouterr().err
+    losses = [read_metrics(tmp_path / run / "metrics.jsonl")[0]["train/loss"] for run in ("plain", "my-lora")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+    (tmp_path / "base").rename("gone")
+    train(adapted(new, "train.steps=4"))
+    assert "resumed from step 3 of 4" in capsys.readouterr().err
+    given = dict(zip(parameter_names(model), jax.tree.leaves(model), strict=True))
+    for run, moved in (("my-lora", False), ("plain", True)):
+        trained = load_pretrained(run)
+        for name, leaf in zip(parameter_names(trained), jax.tree.leaves(trained), strict=True):
+            assert name not in given or bool(jax.numpy.array_equal(leaf, given[name])) is not moved, name
+
+    exec(SHOWN[8], names := {})
+    convert(ConvertConfig(from_="merged", to="merged-hf", format="hf", dtype=None, shards=None))
+    assert (tmp_path / "merged-hf" / "tokenizer.json").is_file()
+    tokens = jax.numpy.asarray(np.random.default_rng(0).integers(0, 258, (2, 20)), "int32")
+    first, unmerged, merged = (each(tokens) for each in (model, names["model"], load_pretrained("merged-hf")))
+    assert abs(unmerged - first).max() > 1e-2
+    np.testing.assert_allclose(merged, unmerged, atol=1e-5)
 
 
 def test_the_two_commands_are_there():

@@ -3,15 +3,16 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+from jaxtyping import Array, PRNGKeyArray
 
 from llama_eqx.checkpoint.native import CHECKPOINTS, read_config
 from llama_eqx.checkpoint.restore import steps
-from llama_eqx.config import Difference, differences, dump
+from llama_eqx.config import Config, Difference, differences, dump
 from llama_eqx.data.chat import chat_format
 from llama_eqx.data.sft import SftConfig
 from llama_eqx.data.tokenizer import HuggingFaceTokenizerConfig, Tokenizer
@@ -20,8 +21,10 @@ from llama_eqx.interop.conversion import ConvertConfig, convert, require_express
 from llama_eqx.interop.files import CARRIED, TOKENIZER, carried, mistaken, read_json
 from llama_eqx.interop.huggingface import GENERATION, token_ids
 from llama_eqx.interop.pretrained import format_of, load_pretrained, located, open_pretrained
-from llama_eqx.interop.weights import Weights, abstract
+from llama_eqx.interop.weights import Weights, abstract, compare, parameter_shapes
 from llama_eqx.model.llama import LlamaConfig
+from llama_eqx.precision import cast
+from llama_eqx.sharding import parameter_names
 from llama_eqx.training.run import RunConfig, home
 from llama_eqx.training.state import TrainState, first_state
 
@@ -40,26 +43,39 @@ def check_start(config: RunConfig) -> None:
 
 def open_start(config: RunConfig) -> Weights | None:
     """What lies at `init_from`, not yet read; None without it, or when the run has a checkpoint already. A context that is another is
-    noted.
+    noted, and so is what starts fresh by `init_new`.
 
-    Raises `CheckpointError` when there are none or they are of another model than `config.model`; all differences are listed.
+    Raises `CheckpointError` when there are none or they are of another model than `config.model`, but for what `init_new` names; all
+    differences are listed. Raises `ConfigError` when `init_new` names what the model has not, or the weights have.
     """
     if not _starts_elsewhere(config):
         return None
     assert config.init_from is not None
     weights = open_pretrained(config.init_from)
-    if found := model_differences(weights.config, config.model):
-        raise CheckpointError(
-            "the weights are of another model than the config:\n"
-            + "\n".join(f"model.{name} is {a} there, {b} here" for name, a, b in found),
-            where=config.init_from,
-            next=_advice(found),
-        )
+    given, wanted = parameter_shapes(abstract(weights.config)), parameter_shapes(abstract(config.model))
+    lacking = [name for name in wanted if name not in given]
+    every = f"init_new=[{','.join(lacking)}]"
+    new = _named(config.init_new or (), wanted, given, every if lacking else "leave init_new out")
+    found, explained = model_differences(weights.config, config.model), _explained(weights.config, config.model, new)
+    if wrong := [difference for difference in found if not difference.within(explained)]:
+        lines = [f"model.{name} is {a} there, {b} here" for name, a, b in wrong]
+        lines += [f"not part of this model: {name}" for name in given if name not in wanted]
+        advice, explicable = _advice(wrong), _explained(weights.config, config.model, lacking)
+        if all(difference.within(explicable) for difference in found):
+            advice += f"; or {every}, for these parameters to start fresh"
+        what = "the weights are of another model than the config:\n" + "\n".join(lines)
+        raise CheckpointError(what, where=config.init_from, next=advice)
+    compare({name: shape for name, shape in wanted.items() if name not in new}, given, where=config.init_from)
+    notes = []
+    if new:
+        notes.append(f"{len(new)} parameters that the weights have not start fresh, drawn with seed={config.seed}: {', '.join(new)}")
+        notes += [f"model.{name} is {a} there, {b} here" for name, a, b in found]
     there, here = weights.config.context, config.model.context
     if there != here:
-        said = f"the weights are of a context of {there}, and this model, with what it exports, of {here}: model.context={there} keeps it"
-        weights = dataclasses.replace(weights, notes=(*weights.notes, said))
-    return weights
+        notes.append(
+            f"the weights are of a context of {there}, and this model, with what it exports, of {here}: model.context={there} keeps it"
+        )
+    return dataclasses.replace(weights, notes=(*weights.notes, *notes))
 
 
 def seen_before(config: RunConfig, data: str) -> list[str]:
@@ -73,12 +89,26 @@ def seen_before(config: RunConfig, data: str) -> list[str]:
     return [f"the run at init_from had this seed and these data: its rows come again, and seed={config.seed + 1} takes others"]
 
 
-def start(weights: Weights, config: RunConfig, shardings: TrainState) -> TrainState:
-    """The state before the first step: these weights, read straight to where they are to live, and a fresh optimizer."""
+def start(weights: Weights, config: RunConfig, shardings: TrainState, key: PRNGKeyArray) -> TrainState:
+    """The state before the first step: these weights, read straight to where they are to live, what they lack as `key` draws it, and a
+    fresh optimizer.
+    """
     assert config.init_from is not None
-    places, here = jax.tree.flatten(shardings.model)
-    there = jax.tree.structure(abstract(weights.config))  # as `FREE` says, not in all the same
-    model = here.unflatten(jax.tree.leaves(load_pretrained(config.init_from, config.precision.params, there.unflatten(places))))
+    names, (places, here) = parameter_names(shardings.model), jax.tree.flatten(shardings.model)
+    place, there = dict(zip(names, places, strict=True)), abstract(weights.config)
+    given = parameter_names(there)
+    targets = jax.tree.structure(there).unflatten([place[name] for name in given])
+    loaded = load_pretrained(config.init_from, config.precision.params, targets)
+    leaves = dict(zip(given, jax.tree.leaves(loaded), strict=True))
+    new = {name: place[name] for name in names if name not in leaves}
+
+    def drawn(key: PRNGKeyArray) -> dict[str, Array]:  # the compiler leaves out what is not asked for
+        model = cast(config.model.build(key=key), config.precision.params)
+        return {name: leaf for name, leaf in zip(names, jax.tree.leaves(model), strict=True) if name in new}
+
+    if new:
+        leaves |= jax.jit(drawn, out_shardings=new)(key)
+    model = here.unflatten([leaves[name] for name in names])
     optimizer = config.optimizer.build()
     return jax.jit(lambda model: first_state(model, optimizer, config.guard), donate_argnums=0, out_shardings=shardings)(model)
 
@@ -170,6 +200,36 @@ def _starts_elsewhere(config: RunConfig) -> bool:
 def model_differences(there: LlamaConfig, here: LlamaConfig) -> list[Difference]:
     """Everything that bears on what the same weights compute; `old` is what it is there."""
     return [difference for difference in differences(dump(there), dump(here)) if not difference.within(FREE)]
+
+
+def _named(names: Collection[str], wanted: Collection[str], given: Collection[str], advice: str) -> list[str]:
+    """The parameters, of all that are `wanted`, whose names end with one of these, part by part.
+
+    Raises `ConfigError` when there is none, or one is `given`.
+    """
+    found: set[str] = set()
+    for name in names:
+        meant = [each for each in wanted if f".{each}".endswith(f".{name}")]
+        if not meant:
+            raise ConfigError(f"the model has no parameter {name}", where="init_new", next=advice)
+        if known := [each for each in meant if each in given]:
+            raise ConfigError(f"{name} names what the weights at init_from have: {', '.join(known)}", where="init_new", next=advice)
+        found |= {*meant}
+    return [name for name in wanted if name in found]
+
+
+def _explained(there: LlamaConfig, here: LlamaConfig, new: Collection[str]) -> list[str]:
+    """The keys of `here` that may differ when `new` are not among the weights: the class in a slot that has them beside all parameters of
+    the class there, and the settings that it alone has.
+    """
+    wanted, keys = parameter_shapes(abstract(here)), []
+    for slot, other in vars(there).items():
+        own = getattr(here, slot, None)
+        if isinstance(own, Config) and type(own) is not type(other):
+            without = parameter_shapes(abstract(dataclasses.replace(here, **{slot: other})))
+            if without.items() < wanted.items() and wanted.keys() - without.keys() <= {*new}:
+                keys += [f"{slot}.{key}" for key in dump(own) if key == "_target_" or key not in dump(other)]
+    return keys
 
 
 def _json(tree: dict[str, Any]) -> bytes:

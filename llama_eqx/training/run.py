@@ -75,7 +75,11 @@ class TrainConfig(Config):
 
 
 class RunConfig(Config):
-    """`eval_data` are further data by name, whose held-out text is evaluated as that of `data` is."""
+    """`eval_data` are further data by name, whose held-out text is evaluated as that of `data` is.
+
+    `init_new` are the parameters of the model that the weights at `init_from` have not, by their names or the ends of these, "lora_a" for
+    every "….lora_a": they are drawn with the seed.
+    """
 
     model: LlamaConfig
     data: DataConfig
@@ -97,6 +101,7 @@ class RunConfig(Config):
     compile_cache: bool
     train: TrainConfig
     init_from: str | None
+    init_new: tuple[str, ...] | None
     study: StudyConfig | None
     run_dir: str
     seed: int
@@ -104,6 +109,10 @@ class RunConfig(Config):
     def check(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"{self.seed} is not a seed: at least 0", where="seed")
+        if self.init_new and self.init_from is None:
+            raise ConfigError(
+                "what is new beside weights is named, and no weights", where="init_new", next="init_from=FOLDER, or leave init_new out"
+            )
         measured = ["val/loss", "val/bits_per_byte", *(f"val/{name}/loss" for name in self.eval_data)]
         if self.checkpoint.keep_best and self.checkpoint.best_by not in measured:
             raise ConfigError(
@@ -149,6 +158,8 @@ FREE = (
 )
 # What may lie elsewhere when a run goes on: the fingerprint of the data, in which that of the tokenizer is, tells whether it is the same.
 MOVABLE = ("data.path", "data.verify", "tokenizer.path")
+# What says how a run begins: not read any more once it has a checkpoint.
+BEGINNING = ("init_from", "init_new")
 # What a config may leave open, for `with_vocab` to fill in.
 OPEN = ("model.dims.vocab", "model.tokens.bos", "model.tokens.eos")
 
@@ -234,7 +245,7 @@ def claim(config: RunConfig, tokenizer: str, data: str) -> list[str]:
     free = [key for key in FREE if key != "train.microbatch_size" or not dropout]
     free += movable(dump(config))
     begun = bool(steps(there / CHECKPOINTS))
-    free += ["init_from"] if begun else []  # it is not read any more
+    free += BEGINNING if begun else ()
     manifest, facts = _newest(there / CHECKPOINTS)
     folders = [folder for folder in ((run_dir, there) if is_remote(there) else (run_dir,)) if CONFIG in children(folder)]
     for folder in folders:
@@ -249,7 +260,7 @@ def claim(config: RunConfig, tokenizer: str, data: str) -> list[str]:
     advice = "give another run_dir, or the settings, tokenizer and data of the run there"
     filed = _changed(known_to_both(old, now), known_to_both(now, old), free, where=manifest, next=advice)
     found = found if folders else filed
-    other = [difference for difference in found if begun and difference.key == "init_from"]
+    other = [difference for difference in found if begun and difference.key in BEGINNING]
     new |= {difference.key: difference.old for difference in other}  # what is written says where the weights came from
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -262,7 +273,12 @@ def claim(config: RunConfig, tokenizer: str, data: str) -> list[str]:
     said = [f"{difference}; {stretched}" for difference in found if difference.key == "train.steps"]
     if begun and not folders and "settings" not in facts:
         said.append(f"{CONFIG} was missing, and the newest checkpoint does not say its settings: whether these are the same is not known")
-    return said + [f"init_from={each.new} is not read: this run began from {each.old or 'new weights'}" for each in other if each.new]
+    for key, began, asked in other:
+        if asked and key == "init_from":
+            said.append(f"init_from={asked} is not read: this run began from {began or 'new weights'}")
+        elif asked:
+            said.append(f"init_new=[{','.join(asked)}] is not read: this run began with [{','.join(began or ())}]")
+    return said
 
 
 def _settings(folder: Place, *, replaceable: bool) -> dict[str, Any]:
@@ -342,7 +358,7 @@ def finished(config: RunConfig) -> bool:
 def is_over(config: RunConfig, settings: dict[str, Any], metrics: list[dict[str, Any]]) -> bool:
     """Whether `metrics` are those of a whole run of this config; `settings` are those that it was made with, in plain containers."""
     evaluated = any(record["step"] == config.train.steps and "val/loss" in record for record in metrics)
-    return evaluated and is_same(config, settings, (*FREE, "init_from"))  # which is not read any more
+    return evaluated and is_same(config, settings, (*FREE, *BEGINNING))
 
 
 def is_same(config: RunConfig, settings: dict[str, Any], free: Sequence[str]) -> bool:

@@ -56,8 +56,9 @@ def set_up(config: RunConfig) -> Setup:
 def fresh_state(setup: Setup, weights: Weights | None) -> TrainState:
     """The state before the first step: from `weights`, or drawn with the seed."""
     initial, shardings = setup.program.initial, setup.program.shardings
+    key = named(jax.random.key(setup.config.seed), "init")
     if weights is not None:
-        return start(weights, setup.config, shardings)
+        return start(weights, setup.config, shardings, key)
     # This runs once. The CPU's compiler would take seconds to optimise it, and the bits are the same without.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    return jax.jit(initial, out_shardings=shardings, compiler_options=options)(named(jax.random.key(setup.config.seed), "init"))
+    return jax.jit(initial, out_shardings=shardings, compiler_options=options)(key)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import transformers
+from jaxtyping import Array, Float
 
 from llama_eqx import load_config
 from llama_eqx.checkpoint.native import write_config
@@ -16,11 +17,17 @@ from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.data.chat import FORMATS
 from llama_eqx.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 from llama_eqx.data.tokenizer.export import tokenizer_json
+from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.interop.conversion import ConvertConfig, convert, save_pretrained
+from llama_eqx.model import attention
+from llama_eqx.model.attention import AttentionConfig, GroupedQueryAttention, GroupedQueryAttentionConfig
+from llama_eqx.model.init import named
 from llama_eqx.model.llama import build_model
 from llama_eqx.training.ends import handed_on, open_start, seen_before
 from llama_eqx.training.run import claim, file_tokenizer, with_vocab
+from llama_eqx.training.setup import fresh_state, set_up
 
+TEXT = pathlib.Path(__file__).parents[1] / "golden" / "text.md"
 SIZES = {"layers": 1, "embed": 8, "heads": 2, "kv_heads": 1, "head_dim": 4, "mlp": 8}
 TALK = [
     {"role": "system", "content": " Be brief."},
@@ -33,6 +40,32 @@ TALK = [
 def settings(run_dir, *overrides):
     sizes = [f"model.dims.{name}={size}" for name, size in SIZES.items()]
     return load_config(*sizes, "model.tied=false", f"run_dir={run_dir}", *overrides)
+
+
+class Beside(GroupedQueryAttention):
+    """Llama's, with a matrix beside its own."""
+
+    beside: Float[Array, "embed rank"]
+
+
+class BesideConfig(AttentionConfig):
+    rank: int
+
+    def build(self, dims, init, *, key):
+        plain = GroupedQueryAttentionConfig().build(dims, init, key=key)
+        return Beside(**vars(plain), beside=init.matrix(Beside, "beside", dims, fan_in="embed", rank=self.rank, key=key))
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """A config with that attention, and that of this package without it; what is built by name must be of this package."""
+    monkeypatch.setattr(BesideConfig, "__module__", attention.__name__)
+    monkeypatch.setattr(attention, "BesideConfig", BesideConfig, raising=False)
+    return lambda config: dataclasses.replace(config, model=dataclasses.replace(config.model, attention=BesideConfig(rank=2)))
+
+
+def named_leaves(tree):
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def handed_over(config, tokenizer, *, old=False):
@@ -172,3 +205,93 @@ def test_how_the_first_model_generates_goes_along_with_the_ids_of_this_one(tmp_p
         (tmp_path / "base" / "generation_config.json").write_text(wrong)
         files, left = handed_on(other, BytesTokenizer(), weights)
         assert (files, [note.split(":")[0] for note in left]) == ({}, ["generation_config.json was left behind"])
+
+
+@pytest.mark.parametrize("format", ["hf", "meta", "native"])
+def test_what_the_weights_have_not_starts_fresh_where_it_is_named(tmp_path, beside, format):
+    """Split over eight devices and in bfloat16; what is drawn is what a run without weights draws."""
+    asked = ["model.dims.layers=2", "model.dims.vocab=258", "data=text", f"data.path={TEXT}", "tokenizer=bytes", "train.seq_len=32"]
+    asked += ["mesh=cpu-8", "precision.params=bfloat16", "model/norm=layer"]
+    there = build_model(settings(tmp_path, *asked, "model/norm=rms").model, key=jax.random.key(7))
+    save_pretrained(there, tmp_path / "base", format=format)
+    fresh = set_up(beside(settings(tmp_path, *asked)))
+    drawn = named_leaves(fresh.program.initial(named(jax.random.key(0), "init")).model)
+    config = beside(settings(tmp_path, *asked, f"init_from={tmp_path / 'base'}", "init_new=[attention.beside,bias]"))
+    setup = set_up(config)
+    weights = open_start(setup.config)
+    state = fresh_state(setup, weights)
+    new = ["blocks.attn_norm.bias", "blocks.attention.beside", "blocks.ffn_norm.bias", "final_norm.bias"]
+    given, places = named_leaves(there), named_leaves(setup.program.shardings.model)
+    for name, leaf in named_leaves(state.model).items():
+        assert (name in new) is (name not in given)
+        assert (leaf.dtype, leaf.sharding) == ("bfloat16", places[name])
+        assert jnp.array_equal(leaf, drawn[name] if name in new else given[name].astype("bfloat16")), name
+    said = f"4 parameters that the weights have not start fresh, drawn with seed=0: {', '.join(new)}"
+    notes = [note for note in weights.notes if note.startswith((said, "model."))]
+    assert [note.split(" ")[0] for note in notes] == ["4", "model.attention._target_", "model.attention.rank", "model.norm._target_"]
+
+    save_pretrained(state.model, tmp_path / "own", format="native")
+    again = dataclasses.replace(setup.config, init_from=str(tmp_path / "own"), init_new=None)
+    weights = open_start(again)
+    assert weights.notes == ()
+    for a, b in zip(*map(jax.tree.leaves, (fresh_state(setup._replace(config=again), weights).model, state.model)), strict=True):
+        assert jnp.array_equal(a, b)
+
+
+ALL = "init_new=[blocks.attention.beside]"
+LAYER = ["model/norm=layer", "init_new=[beside]"]
+
+
+@pytest.mark.parametrize(
+    ("base", "asked", "said", "advice"),
+    [
+        ([], [], r"GroupedQueryAttentionConfig there, .*BesideConfig here\s+model.attention.rank is None there, 2 here", ALL),
+        ([], LAYER, "model.norm._target_ is", "attention.beside,blocks.ffn_norm.bias,final_norm.bias]"),
+        (
+            [],
+            [*LAYER, "init_new=[beside,final_norm.bias]"],
+            "model.norm._target_ is",
+            "attention.beside,blocks.ffn_norm.bias,final_norm.bias]",
+        ),
+        ([], ["init_new=[beside]", "model.norm.eps=1e-3"], "model.norm.eps is 1e-05 there, 0.001 here", "another model="),
+        ([], ["init_new=[beside]", "model.rotary.theta=7"], "model.rotary.theta is", "another model="),
+        ([], ["init_new=[beside]", "model.dims.mlp=16"], "model.dims.mlp is 8 there, 16 here", "another model="),
+        ([], ["init_new=[beside]", "model.tied=true"], r"tied is False .*\s+not part of this model: lm_head", "another model="),
+        (["model/rotary=nope"], ["init_new=[beside]"], "model.rotary._target_ is", "choose the model="),
+        (["model.tied=true"], ["init_new=[beside,lm_head]"], "model.tied is True there, False here", "another model="),
+        (["model/feed_forward=plain"], ["init_new=[beside,gate_proj]"], "activation is relu there, silu here", "another model="),
+        (
+            ["model.feed_forward.activation=relu"],
+            ["model/feed_forward=plain", "init_new=[beside]"],
+            "model: .*gate_proj",
+            "choose the model=",
+        ),
+    ],
+)
+def test_what_new_parameters_do_not_explain_is_refused(tmp_path, beside, base, asked, said, advice):
+    asked = ["model.dims.vocab=16", f"init_from={tmp_path / 'base'}", *asked]
+    there = build_model(settings(tmp_path, "model.dims.vocab=16", *base).model, key=jax.random.key(0))
+    save_pretrained(there, tmp_path / "base", format="native")
+    with pytest.raises(CheckpointError, match=said) as raised:
+        open_start(beside(settings(tmp_path, *asked)))
+    assert advice in raised.value.next
+    assert ("; or init_new=" in raised.value.next) is (advice.endswith("]"))
+
+
+def test_names_of_no_new_parameter_are_refused(tmp_path, beside):
+    asked = ["model.dims.vocab=16", f"init_from={tmp_path / 'base'}"]
+    model = settings(tmp_path, *asked).model
+    save_pretrained(build_model(model, key=jax.random.key(0)), tmp_path / "base", format="native")
+    for names, said in (
+        ("besides", "no parameter besides"),
+        ("side", "no parameter side"),
+        ("beside,q_proj", "have: blocks.attention.q_proj"),
+    ):
+        with pytest.raises(ConfigError, match=said) as raised:
+            open_start(beside(settings(tmp_path, *asked, f"init_new=[{names}]")))
+        assert raised.value.next == ALL
+    with pytest.raises(ConfigError, match="q_proj names") as raised:
+        open_start(settings(tmp_path, *asked, "init_new=[q_proj]"))
+    assert raised.value.next == "leave init_new out"
+    with pytest.raises(ConfigError, match="and no weights"):
+        settings(tmp_path, "init_new=[beside]")

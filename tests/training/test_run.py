@@ -97,8 +97,24 @@ def test_where_a_run_started_from_is_not_read_and_kept_once_it_has_a_checkpoint(
     assert claim(load_config(*asked, "init_from=there"), "", "") == ["init_from=there is not read: this run began from here"]
     assert claim(load_config(*asked), "", "") == claim(load_config(*asked, "init_from=here"), "", "") == []
     assert read_config(tmp_path)["init_from"] == "here"
+    named = load_config(*asked, "init_from=here", "init_new=[a,b]")
+    assert claim(named, "", "") == ["init_new=[a,b] is not read: this run began with []"]
+    assert read_config(tmp_path)["init_new"] is None
     metrics = [{"step": load_config(*asked).train.steps, "val/loss": 3.0}]
     assert is_over(load_config(*asked), read_config(tmp_path), metrics)
+    assert is_over(named, read_config(tmp_path), metrics)
+
+
+def test_parameters_that_are_new_belong_to_the_run(tmp_path):
+    asked = ["tokenizer=bytes", f"run_dir={tmp_path}", "init_from=here"]
+    claim(load_config(*asked), "", "")
+    before = (tmp_path / "config.yaml").read_text()
+    lines = before.splitlines(keepends=True)
+    (tmp_path / "config.yaml").write_text("".join(line for line in lines if not line.startswith("init_new:")))
+    assert claim(load_config(*asked), "", "") == []  # from before there was this setting
+    assert (tmp_path / "config.yaml").read_text() == before
+    with pytest.raises(CheckpointError, match="init_new: None -> "):
+        claim(load_config(*asked, "init_new=[a,b]"), "", "")
 
 
 def test_a_checkpoint_says_what_it_was_made_with_where_config_yaml_does_not(tmp_path):
