@@ -1,15 +1,23 @@
 #!/usr/bin/env bash
-# The tests of the GPU's kernels; training beside its peers, 1B in rows of 4,096 and an 8B's width in rows of 8,192; decoding, 8B and 1B, a row
-# and 128, with a prompt of 512 in 32 rows and of 4,096 in 4. All of it in bfloat16.
+# Measures one GPU, all of it in bfloat16. The three parts are:
+#
+#     tests      the tests of the GPU's kernels
+#     training   beside PyTorch: a 1B in rows of 4,096, and layers of an 8B's width in rows of 8,192
+#     decoding   an 8B and a 1B: 1 row and 128 rows; a prompt of 512 in 32 rows; a prompt of 4,096 in 4 rows
+#
+# Usage:
 #
 #     benchmarks/gpu.sh                 one GPU; the tables and all figures go to benchmarks/gpu/
 #     PARTS=decoding benchmarks/gpu.sh  some of: tests training decoding
-#     SIZE=tiny benchmarks/gpu.sh       a small model on this machine's CPU, to try the script; nothing of it is a figure
+#     SIZE=tiny benchmarks/gpu.sh       a small model on this machine's CPU, to try the script; do not use its figures
 #
-# Needs the packages of '.[test,cuda]' and nothing from the network. ROWS_1B and ROWS_8B are numbers of rows, of which each makes a table;
-# a side that runs out of memory says so and is left out of it. Alone, with PEERS= ROWS_1B=10 ROWS_8B=5 REMAT_8B=dots_attention, ours
-# fills 80 GB. The 8B has LAYERS (8) of its layers. No norm of the update is measured (train.meters=[]), as PyTorch's side measures none.
-# Decoding is measured against what the card can do, and with DECODING_PEERS="pytorch, compiled" beside PyTorch.
+# The script needs the packages of '.[test,cuda]' and nothing from the network.
+#
+# ROWS_1B and ROWS_8B are lists of numbers of rows. Each number makes a table. A side that runs out of memory says so and is left out of it.
+# With PEERS= ROWS_1B=10 ROWS_8B=5 REMAT_8B=dots_attention, llama_eqx runs alone and fills 80 GB. The 8B has LAYERS (8) of its layers.
+# The norm of the update is not measured (train.meters=[]), because PyTorch's side does not measure it either.
+#
+# Decoding is compared with what the card can do. DECODING_PEERS="pytorch, compiled" also compares it with PyTorch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD

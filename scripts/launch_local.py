@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""N processes of one training run on this machine, with 8 virtual devices among them unless mesh= says otherwise.
+"""Runs one training run as N processes on this machine. They share 8 virtual devices unless mesh= says otherwise.
 
     python scripts/launch_local.py 2 model=llama3_1m train.steps=20
 
-Each line is preceded by the number of its process. When one fails the others are ended, and its exit code is that of this script.
+Each line starts with the number of its process. When one process fails, the others are ended, and the script exits with its code.
 """
 
 import os
@@ -40,7 +40,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in children])
     try:
         code = wait(children)
-    except KeyboardInterrupt:  # the terminal has sent it to them too
+    except KeyboardInterrupt:  # the terminal has sent the signal to them too
         code = wait(children)
     for reader in readers:
         reader.join()
@@ -49,14 +49,14 @@ def main() -> int:
 
 def copy(i: int, source: IO[str], target: IO[str]) -> None:
     for line in source:
-        if "peer ranks" in line:  # of the library by which CPUs communicate, on every connection
+        if "peer ranks" in line:  # printed on every connection by the library that CPUs communicate with
             continue
         target.write(f"[{i}] {line}")
         target.flush()
 
 
 def wait(children: list[subprocess.Popen[str]]) -> int:
-    """The exit code of the first that fails, which is not 0; 0 when none does."""
+    """The exit code of the first process that fails, or 0 when none does."""
     failed: tuple[int, float] | None = None
     while running := [child for child in children if child.poll() is None]:
         failed = failed or next(((child.returncode, time.monotonic()) for child in children if child.returncode), None)
