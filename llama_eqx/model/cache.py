@@ -66,7 +66,7 @@ def require_room(caches: Any, tokens: int) -> None:
     there = 0 if isinstance(filled, Tracer) else int(filled)
     if there + tokens > slots:
         raise ConfigError(
-            f"{f'{there} and ' if there else ''}{tokens} tokens do not go into a cache of {slots} slots",
+            f"{f'{there} and ' if there else ''}{tokens} tokens do not fit into a cache of {slots} slots",
             where="cache",
             next="model.init_cache(batch, slots) with as many slots as there will be tokens",
         )

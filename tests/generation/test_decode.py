@@ -182,10 +182,10 @@ def test_bad_settings(name, value):
 
 
 def test_tokens_that_no_cache_holds(model):
-    with pytest.raises(ConfigError, match="9 tokens do not go into a cache of 8 slots"):
+    with pytest.raises(ConfigError, match="9 tokens do not fit into a cache of 8 slots"):
         model.hidden(jax.numpy.zeros((1, 9), int), cache=model.init_cache(1, 8))
     _, cache = model.hidden(jax.numpy.zeros((1, 6), int), cache=model.init_cache(1, 8))
-    with pytest.raises(ConfigError, match="6 and 3 tokens do not go into a cache of 8 slots"):
+    with pytest.raises(ConfigError, match="6 and 3 tokens do not fit into a cache of 8 slots"):
         model.hidden(jax.numpy.zeros((1, 3), int), cache=cache)
 
 

@@ -21,4 +21,4 @@ def unfit_for_cudnn(dtype: Any, seq: int, slots: int, head_dim: int) -> str:
         return f"it takes 16-bit numbers and not {dtype.name} (precision=mixed)"
     if head_dim > 128 or head_dim % 8:
         return f"head_dim={head_dim} is not a multiple of 8 up to 128"
-    return f"{seq} queries and {slots} keys are not even numbers" if seq % 2 or slots % 2 else ""
+    return f"{seq} queries and {slots} keys: both numbers must be even" if seq % 2 or slots % 2 else ""

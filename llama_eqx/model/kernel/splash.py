@@ -79,8 +79,8 @@ _of_16_bits.defvjp(_forward, _backward)
 def unfit_for_splash(seq: int, slots: int, start: Any) -> str:
     """Why splash cannot compute the attention of `seq` queries on each device; empty if it can."""
     if not (isinstance(start, int) and start == 0):
-        return "it begins in slot 0"
-    return f"{seq} queries on a device and {slots} keys are not multiples of {LANES}" if seq % LANES or slots % LANES else ""
+        return "its queries must begin in slot 0"
+    return f"{seq} queries on a device and {slots} keys are not both multiples of {LANES}" if seq % LANES or slots % LANES else ""
 
 
 def _largest(length: int, limit: int) -> int:
