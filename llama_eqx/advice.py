@@ -34,13 +34,13 @@ def check_words(overrides: Sequence[str], keys: Callable[[], list[str]]) -> None
             advice = f"{word}={following}"
         elif "=" in before:
             advice += f"; a value with spaces needs quotes: '{before.partition('=')[0]}=SEVERAL WORDS'"
-        raise ConfigError(f"{word!r} is no KEY=VALUE", where=" ".join(overrides), next=advice)
+        raise ConfigError(f"{word!r} is not KEY=VALUE", where=" ".join(overrides), next=advice)
 
 
 def check_flags(arguments: Sequence[str], keys: Callable[[], list[str]]) -> None:
     """Raises `ConfigError` for `--steps 5` and `--train.steps=5`, for which Hydra's parser would print a page, and for -m with --cfg."""
     if {"-m", "--multirun"} & {*arguments} and {"-c", "--cfg"} & {argument.partition("=")[0] for argument in arguments}:
-        raise ConfigError("-m makes a config for each job, and --cfg shows one", where="-m", next="--cfg job with the values of one job")
+        raise ConfigError("-m makes one config per job, and --cfg shows only one", where="-m", next="--cfg job with the values of one job")
     for flag, following in itertools.pairwise([*arguments, ""]):
         word, _, value = flag.removeprefix("--").partition("=")
         if flag.startswith("--") and word not in FLAGS and (not any(known.startswith(word) for known in FLAGS) or word in keys()):
@@ -60,16 +60,16 @@ def no_option(group: str, option: str, where: str, folders: Sequence[pathlib.Pat
 def instead(key: str, keys: list[str], overrides: Sequence[str], folders: Sequence[pathlib.Path]) -> str:
     """What to type instead of, or beside, a key or group that does not exist."""
     if key == "plan":
-        return "model=NAME mesh=NAME, which take what is planned for them by themselves"
+        return "model=NAME mesh=NAME, whose plan is used automatically"
     if key in ("rung", "stage") or key.startswith("experiment/"):
         experiment = key.partition("/")[2] or "NAME"
-        return f"experiment={experiment} {override_of(key, overrides)}: it is a part of experiments"
+        return f"experiment={experiment} {override_of(key, overrides)}: it exists only within experiments"
     group, _, field = key.rpartition(".")
     group = group.replace(".", "/")
     if group and any((folder / group).is_dir() for folder in folders):
         files = sorted(path for folder in folders for path in (folder / group).glob("[!_]*.yaml"))
         if owners := [f"{group}={path.stem}" for path in files if field in (yaml.safe_load(path.read_text()) or {})]:
-            return f"choose what has it first: {', '.join(owners)}"
+            return f"choose an option that has it first: {', '.join(owners)}"
     keys = [key for key in keys if not key.endswith("_target_") and not key.startswith("hydra")]
     if meant := _meant(key, keys):
         return f"did you mean {meant}?"

@@ -82,7 +82,7 @@ def conf_dirs() -> list[pathlib.Path]:
     for folder in others:
         for path in folder.rglob("*.yaml"):
             if (own / path.relative_to(folder)).is_file():
-                raise ConfigError("this package has an option of that name", where=str(path), next="another name")
+                raise ConfigError("llama_eqx already has an option of this name", where=str(path), next="another name")
     return [own, *others]
 
 
@@ -205,7 +205,7 @@ def check_groups(overrides: Sequence[str]) -> None:
     for override in overrides:
         key, _, value = override.partition("=")
         if "." in key and value and value[0] not in "{$" and _is_group(group := key.replace(".", "/")):
-            raise ConfigError(f"{key} is a group, with / before its name", where=override, next=f"{group}={value}")
+            raise ConfigError(f"{key} is a group, which is written with /", where=override, next=f"{group}={value}")
 
 
 def resolve(config: DictConfig) -> Any:
@@ -254,7 +254,7 @@ def explained(error: Exception, name: str, overrides: list[str]) -> UserError:
     if isinstance(error, OverrideParseException):
         hint = "values with commas, braces or = need quotes: 'key=\"value\"'"
     elif "is defined before" in text:
-        hint = "in a list of defaults what overrides a group comes last"
+        hint = "in a list of defaults, entries that override a group come last"
     return ConfigError(first, where=" ".join(overrides), next=hint)
 
 

@@ -45,7 +45,7 @@ class Config:
             if not _fits(value, hint):
                 raise ConfigError(f"{_said(value)} does not fit: {_wanted(hint, value)}", where=field.name)
             if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{value} is not a number to compute with", where=field.name)
+                raise ConfigError(f"{value} is not a finite number", where=field.name)
             object.__setattr__(self, field.name, value)
         self.check()
 
@@ -157,7 +157,7 @@ def _config_class(target: str, path: str) -> type[Config]:
                 cls = getattr(imported(module), name, None)
     if not (isinstance(cls, type) and issubclass(cls, Config) and cls is not Config):
         raise ConfigError(
-            f"{target} is not a config class of {' or '.join(packages)}, and nothing else is ever built",
+            f"{target} is not a config class of {' or '.join(packages)}, and only these are built",
             where=where,
             next="" if module.split(".")[0] in packages else "a package of your own needs an entry point: docs/variants.md",
         )
@@ -204,7 +204,7 @@ def _wanted(hint: Any, value: Any) -> str:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
     if isinstance(value, tuple) and (inner := next((typing.get_args(o)[0] for o in options if typing.get_origin(o) is tuple), None)):
         wrong = [part for part in value if not _fits(part, inner)]
-        return _wanted(inner, wrong[0]) if wrong else "wanted fewer or more of them"
+        return _wanted(inner, wrong[0]) if wrong else "wanted another number of elements"
     if literal := next((option for option in options if typing.get_origin(option) is typing.Literal), None):
         return nearest(str(value), map(str, typing.get_args(literal)))
     if any(typing.get_origin(option) is tuple for option in options) and not isinstance(value, tuple):

@@ -33,7 +33,7 @@ class Dims(Config):
                 next=f"kv_heads may be one of {', '.join(map(str, divisors))}",
             )
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim} is odd: rotary embedding turns pairs", where="head_dim")
+            raise ConfigError(f"head_dim={self.head_dim} is odd, but rotary embedding rotates pairs", where="head_dim")
 
     def of(self, axes: str, **own: int) -> tuple[int, ...]:
         """The sizes of the axes in a string of names: `(4096, 11008)` for "embed mlp". `own` sizes a variant's own axes: `rank=16`.

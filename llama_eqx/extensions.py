@@ -32,9 +32,9 @@ def _folder(name: str) -> pathlib.Path:
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or spec.origin is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"an entry point of the group llama_eqx names {name!r}, which is no package here",
+            f"an entry point of the group llama_eqx names {name!r}, which is not a package with an __init__.py",
             where=str(spec.submodule_search_locations) if spec else "",
-            next="the name of a folder with an __init__.py; one that is gone: pip uninstall what installed it",
+            next="name a folder with an __init__.py; if the package is gone, pip uninstall what installed it",
         )
     return pathlib.Path(spec.submodule_search_locations[0])
 

@@ -147,7 +147,7 @@ class Lines:
             message = None
         if self._over.is_set() or (message and "done" in message):
             return
-        message = message or {"error": lost.format("ended without a word"), "code": PREEMPTED, "lost": True}
+        message = message or {"error": lost.format("ended without saying why"), "code": PREEMPTED, "lost": True}
         if self._ending.is_set():
             return  # another line has said it
         self._ending.set()
@@ -194,7 +194,7 @@ def _receive(place: Place, deadline: float, timeout: float, config: dict[str, An
     try:
         server = socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
     except OSError as error:
-        advice = "another port; or, if two processes are told that they are number 0, another number for one"
+        advice = "another port; or, if two processes have the number 0, another number for one of them"
         raise ConfigError(f"cannot listen at port {port}: {error.strerror}", where="distributed.coordinator", next=advice) from None
     with server:
         while len(lines) < place.processes - 1 and (left := deadline - time.monotonic()) > 0:
@@ -212,17 +212,17 @@ def _receive(place: Place, deadline: float, timeout: float, config: dict[str, An
                 line.close()
                 continue
             problems += [
-                f"process {process} on {host} has another config than process 0, {difference}"
+                f"process {process} on {host} has a different config from process 0, {difference}"
                 for difference in _disagreements(config, theirs)
             ]
             if process in lines or not 0 < process < place.processes:
-                problems.append(f"process {process} on {host} is one too many")
+                problems.append(f"process {process} on {host} has a number that is taken or out of range")
                 line.close()
             else:
                 lines[process], hosts[process] = line, host
     missing = [process for process in range(1, place.processes) if process not in lines]
     if missing:
-        problems.insert(0, f"of {place.processes} processes, {_listed(missing)} did not come to {place.coordinator} within {timeout:g} s")
+        problems.insert(0, f"of {place.processes} processes, {_listed(missing)} did not reach {place.coordinator} within {timeout:g} s")
     answer: dict[str, Any] = {"error": "\n".join(problems)} if problems else {"config": config}
     for line in lines.values():
         with contextlib.suppress(OSError):

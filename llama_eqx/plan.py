@@ -27,7 +27,7 @@ def main(config: Any, overrides: list[str]) -> None:
         path, preset = plan_file(bare), load_config(*bare, name="plan", plan=False)
         if other := [part for part in ("model", "optimizer") if getattr(config, part) != getattr(preset, part)]:
             filed = f"not written to {path}: its plan is for another {' and another '.join(other)}"
-            print(f"note: what is found is {filed}", file=sys.stderr)
+            print(f"note: the plan found is {filed}", file=sys.stderr)
         else:
             check_writable(path)
         remats = sorted(path.stem for folder in conf_dirs() for path in (folder / "remat").glob("*.yaml"))

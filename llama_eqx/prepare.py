@@ -23,11 +23,11 @@ def main(config: Any, overrides: list[str]) -> None:
         print(f"speed       {done.read / 1e6 / done.seconds:,.2f} MB/s, {done.read:,} bytes of files in {done.seconds:,.1f} s")
     if done.touched:
         print(f"warning     {len(done.touched):,} files were written to or copied after they were encoded: {', '.join(done.touched[:3])}")
-        print("            if their text is another, output=ANOTHER encodes it")
+        print("            if their text has changed, output=ANOTHER encodes it")
     if done.counts["val"]["tokens"]:
         print(f"train       python -m llama_eqx.train data=prepared data.path={done.folder}")
     else:
-        print("train       needs some of it held out: another validation_fraction")
+        print("train       needs held-out text: another validation_fraction")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class DistributedConfig(Config):
     def check(self) -> None:
         for name in ("timeout", "heartbeat", "stall"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{value} is too small: seconds", where=name)
+                raise ConfigError(f"{value} is less than 1 second", where=name)
         names = ("coordinator", "processes", "process")
         missing = [name for name in names if getattr(self, name) is None]
         if missing and len(missing) < len(names):
@@ -48,7 +48,7 @@ class DistributedConfig(Config):
         if self.coordinator is None or self.processes is None or self.process is None:
             return
         if not 0 <= self.process < self.processes:
-            raise ConfigError(f"{self.processes} processes have no number {self.process}", where="process", next="the first is 0")
+            raise ConfigError(f"there is no process {self.process} of {self.processes}", where="process", next="numbers start at 0")
         if not self.coordinator.rpartition(":")[2].isdecimal():
             raise ConfigError(f"{self.coordinator} has no port", where="coordinator", next="HOST:PORT")
 
@@ -68,7 +68,7 @@ def together(config: Any) -> Iterator[tuple[Any, int]]:
             yield config, 0
         return
     if jax.distributed.is_initialized():
-        raise ConfigError("a sweep over several processes needs new ones for every job", where="-m", next="hydra/launcher=slurm")
+        raise ConfigError("a sweep over several processes needs new processes for every job", where="-m", next="hydra/launcher=slurm")
     settings = config.distributed
     with meet(place, settings.timeout, dump(config), settings.heartbeat) as lines:
         jax.distributed.initialize(
@@ -189,7 +189,7 @@ def require_same(text: str, what: str, where: str) -> None:
     found = np.ravel(multihost_utils.process_allgather(np.uint32(zlib.crc32(text.encode()))))
     if others := np.flatnonzero(found != found[0]).tolist():
         raise DataError(
-            f"processes {', '.join(map(str, others))} have other {what} than process 0",
+            f"processes {', '.join(map(str, others))} have different {what} from process 0",
             where=where,
             next="the same files and the same versions of the libraries on every machine",
         )
@@ -209,7 +209,7 @@ def _place(config: DistributedConfig) -> tuple[Place | None, Any]:
             found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, config.timeout)
         except Exception as error:
             raise ConfigError(
-                f"the cluster around this process cannot be made out: {error}",
+                f"the cluster of this process cannot be detected: {error}",
                 where="distributed",
                 next="distributed.coordinator=HOST:PORT distributed.processes=N distributed.process=I",
             ) from error

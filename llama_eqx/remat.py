@@ -66,7 +66,7 @@ class NamedRematConfig(Remat):
                 if name not in NAMES:
                     raise ConfigError(f"no activation is called {name}", where=field, next=nearest(name, NAMES))
         if both := set(self.names) & set(self.offloaded):
-            raise ConfigError(f"kept and moved at once: {', '.join(sorted(both))}", where="offloaded", next="name each once")
+            raise ConfigError(f"both kept and offloaded: {', '.join(sorted(both))}", where="offloaded", next="name each only once")
 
 
 def attention(primitive: Any, *args: Any, **params: Any) -> Any:

@@ -53,7 +53,7 @@ class MeshConfig(Config):
         if self.platform not in (None, found[0].platform) or self.devices not in (None, len(found)):
             spread = f" on {self.hosts} hosts, each of which runs this command" if (self.hosts or 1) > 1 else ""
             raise ConfigError(
-                f"this mesh needs {self.devices} {self.platform} devices{spread}; here are {len(found)} ({kind})",
+                f"this mesh needs {self.devices} {self.platform} devices{spread}; there are {len(found)} here ({kind})",
                 where="mesh",
                 next="mesh=local uses the devices that are here; mesh=cpu-8 tries eight virtual ones",
             )
@@ -70,7 +70,7 @@ class MeshConfig(Config):
     def check(self) -> None:
         sizes = [getattr(self, axis) for axis in MESH_AXES]
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-            raise ConfigError("axis sizes are at least 1, and one at most may be -1", where="/".join(MESH_AXES))
+            raise ConfigError("axis sizes must be at least 1, and at most one may be -1", where="/".join(MESH_AXES))
         if self.devices is not None and self.devices % (self.hosts or 1):
             raise ConfigError(f"{self.devices} devices do not divide over {self.hosts} hosts", where="hosts")
 
@@ -124,7 +124,7 @@ class Layout:
                 hint = f"train.batch_size={-(-sizes['batch'] // ways('batch', grid)) * ways('batch', grid)}; as a mesh, {hint}"
             raise ConfigError("\n".join(found), where="mesh, sharding", next=hint)
         heads, split = sizes.get("kv_heads", 0), ways("kv_heads", grid)
-        return [f"kv_heads={heads} does not divide by {split}: all of those devices hold every key and value"] if heads % split else []
+        return [f"kv_heads={heads} does not divide by {split}: each of those devices holds all keys and values"] if heads % split else []
 
     def spec(self, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
         """The mesh axes that split each axis of an array. A mesh axis splits an array once: the first axis that asks for it gets it.

@@ -55,7 +55,7 @@ def trace(
     Raises `ConfigError` for a name that the model has nothing of, and for a model that is laid out for decoding.
     """
     if isinstance(model.blocks, tuple):
-        raise ConfigError("this model is laid out for decoding and shows nothing", where="model", next="trace the one it was made from")
+        raise ConfigError("this model is laid out for decoding and cannot be traced", where="model", next="trace its original")
     sources = {name: TRACES.get(name, (name,)) for name in names}
     for name in names:
         if name not in TRACES and name not in NAMES:
@@ -75,7 +75,7 @@ def trace(
 
     def of_layer(seen: Seen) -> dict[str, Any]:
         if missing := [name for name in names for source in sources[name] if not seen[source]]:
-            raise ConfigError(f"this model has nothing called {', '.join(missing)}", where="names", next="a variant has tags of its own")
+            raise ConfigError(f"this model has no activation called {', '.join(missing)}", where="names", next="a variant may tag others")
         return {name: compute.get(name, lambda x: x)(*(seen[source][-1] for source in sources[name])) for name in names}
 
     probe = Probe({source for name in names for source in sources[name]}, of_layer)

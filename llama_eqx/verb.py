@@ -51,9 +51,9 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
     taken = [] if sweep else compose.from_plan(name, overrides)  # each job of a sweep takes and reports its own
     if taken:
         batch = "; the recipe's learning rate is for the recipe's batch" * any(each.startswith("train.batch_size") for each in taken)
-        print(f"note: planned for this model on this mesh: {' '.join(taken)}{batch}", file=sys.stderr)
+        print(f"note: the plan for this model on this mesh sets {' '.join(taken)}{batch}", file=sys.stderr)
     elif not sweep and name in compose.PLANNED and compose.plan_file(overrides).is_file() and "experiment" in compose.values(overrides):
-        print("note: an experiment takes nothing of what is planned for this model on this mesh", file=sys.stderr)
+        print("note: an experiment does not use the plan for this model on this mesh", file=sys.stderr)
     if {"-h", "--help"} & {*arguments}:
         _leave(guarded(lambda: print(help_text(name)), name))
     if not any(argument.startswith("-") for argument in arguments):
@@ -132,7 +132,7 @@ def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[
     except OSError as error:
         what = f"cannot write: {error.strerror}"
         if isinstance(error, FileExistsError | NotADirectoryError):
-            what = "run_dir is a file, or within one, and not a folder"
+            what = "run_dir is a file or within one; it must be a folder"
         raise StorageError(what, where=folder, next="another place: run_dir=FOLDER") from None
     log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
     for name in ("llama_eqx", "jax", "absl", "asyncio"):  # Orbax uses the last two, and logs a lot
@@ -220,6 +220,6 @@ def _unexpected(error: Exception) -> int:
     own = tuple(f"{folder}{os.sep}" for folder in folders())
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(own)]
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    advice = "look there: this line is of an extension" if frames else "please report this with the lines above"
+    advice = "look at this line, which is in an extension" if frames else "please report this with the lines above"
     print(UserError(f"unexpected {type(error).__name__}: {error}", where=where, next=advice), file=sys.stderr)
     return 1

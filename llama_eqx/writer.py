@@ -109,7 +109,7 @@ def _silent(folder: pathlib.Path, file: int) -> bool:
     probe.unlink()
     last, deadline = _seen(folder), time.monotonic() + SILENT - age
     if age < SILENT:
-        print(f"waits up to {SILENT - age:.0f} s for a sign of life of another writer in {folder}", file=sys.stderr, flush=True)
+        print(f"waiting up to {SILENT - age:.0f} s for a sign of life from another writer in {folder}", file=sys.stderr, flush=True)
     while time.monotonic() < deadline:
         if _seen(folder) != last:
             return False
@@ -126,7 +126,7 @@ def _beat(folder: pathlib.Path, own: dict[str, Any], over: threading.Event) -> N
     while not over.wait(BEAT):
         with contextlib.suppress(OSError, ValueError):  # the disk's errors show where the run writes
             if (taken := json.loads((folder / LOCK).read_bytes() or b"{}")) != own and not over.is_set():
-                print(_refusal(folder, taken, "was silent for too long, and lost its run directory"), file=sys.stderr, flush=True)
+                print(_refusal(folder, taken, "silent for too long; another took the run directory"), file=sys.stderr, flush=True)
                 os._exit(ConfigError.code)
             os.utime(folder / LOCK)
 

@@ -42,7 +42,7 @@ def run(monkeypatch, capsys, name, *arguments, job=None, out=None):
         (2, "did you mean silu?", ["model.feed_forward.activation=sliu"]),
         (2, "wanted int", ["train.steps=many"]),
         (2, "kv_heads may be one of 1, 2, 4", ["model.dims.kv_heads=3"]),
-        (2, "nothing else is ever built", ["model.norm._target_=os.system"]),
+        (2, "only these are built", ["model.norm._target_=os.system"]),
         (2, "did you mean steps?", ["+train.stepz=3"]),
         (2, "did you mean schedule.peak?", ["optimizer.lr=3e-4"]),
         (2, "did you mean train.batch_size?", ["batch_size=3"]),
@@ -50,7 +50,7 @@ def run(monkeypatch, capsys, name, *arguments, job=None, out=None):
         (2, "did you mean model/feed_forward?", ["model/ffn=plain"]),
         (2, "one of: mesh.compiler_options, mesh.data,", ["mesh.foo=3"]),
         (2, "one of: auto, blocked, cudnn", ["kernel.name=flash"]),
-        (2, "next: model=NAME mesh=NAME, which", ["plan=llama2_7b_v4-32"]),
+        (2, "next: model=NAME mesh=NAME, whose", ["plan=llama2_7b_v4-32"]),
         (2, "next: experiment=NAME rung=10m:", ["rung=10m"]),
         (2, "next: experiment=norm experiment/norm=layer:", ["experiment/norm=layer"]),
         (2, "first: data=prepared, data=sft, data=shakespeare, data=test, data=text\n", ["data.path=notes/"]),
@@ -150,7 +150,7 @@ def planned(tmp_path, monkeypatch):
 def test_flags_go_with_a_plan_and_with_what_needs_quotes(arguments, planned, monkeypatch, capsys):
     code, err = run(monkeypatch, capsys, "train", *arguments, out=(out := []))
     assert code == 0
-    assert f"note: planned for this model on this mesh: {' '.join(PLAN)}" in err
+    assert f"note: the plan for this model on this mesh sets {' '.join(PLAN)}" in err
     shown = yaml.safe_load(out[0])
     assert (shown["train"]["batch_size"], shown["precision"]["compute"]) == (48, "bfloat16")
     assert (shown["profile"]["steps"], shown["data"]["prompt"]) == ([10, 13], "it's")
@@ -170,7 +170,7 @@ def test_a_job_hears_what_was_said_and_not_what_was_planned(flag, prompt, planne
 
 def test_an_experiment_takes_no_plan(planned, monkeypatch, capsys):
     _, err = run(monkeypatch, capsys, "train", "--cfg", "job", "mesh=cpu-8", "experiment=shakespeare", out=(out := []))
-    assert "note: an experiment takes nothing of what is planned" in err
+    assert "note: an experiment does not use the plan" in err
     shown = yaml.safe_load(out[0])
     assert (shown["train"]["batch_size"], shown["precision"]["compute"]) == (12, "float32")
 
@@ -204,7 +204,7 @@ defaults:
 @pytest.mark.parametrize(
     ("name", "words", "where", "advice"),
     [
-        ("train", ["experiment=odd"], "experiment=odd", "next: in a list of defaults what overrides a group comes last"),
+        ("train", ["experiment=odd"], "experiment=odd", "next: in a list of defaults, entries that override a group come last"),
         ("train", ["train.steps=a{b"], "train.steps=a{b", "next: values with commas, braces or = need quotes"),
         ("train", ["hydra.run.dir=${nowhere}"], "hydra.run.dir=", ""),
         ("train", ["schedule.warmup_steps=5", "schedule=triangle"], "schedule=triangle\n", "next: one of: constant"),

@@ -78,7 +78,7 @@ def test_an_error_in_it_is_its_own(lab, capsys):
     assert guarded(job) == 1
     said = capsys.readouterr().err
     assert "error: unexpected AttributeError: 'NoneType' object has no attribute 'embed'\nwhere: " in said
-    assert said.endswith("lab/__init__.py:5\nnext: look there: this line is of an extension\n")
+    assert said.endswith("lab/__init__.py:5\nnext: look at this line, which is in an extension\n")
     assert guarded(lambda: 1 // 0) == 1
     assert capsys.readouterr().err.endswith("next: please report this with the lines above\n")
 
@@ -109,7 +109,7 @@ def test_without_the_entry_point_nothing_of_it_is_imported_or_written(lab, tmp_p
         lambda: load({"_target_": "lab.norms.NothingConfig"}),
         lambda: save_pretrained(model, tmp_path / "model", format="native"),
     ):
-        with pytest.raises(ConfigError, match="not a config class of llama_eqx, and nothing else"):
+        with pytest.raises(ConfigError, match="not a config class of llama_eqx, and only these"):
             attempt()
     assert "lab" not in sys.modules
     assert not (tmp_path / "model").exists()
@@ -145,12 +145,12 @@ def test_what_lies_in_the_working_directory_is_not_installed(lab, tmp_path, monk
 def test_what_is_no_package_or_has_the_name_of_another_option_is_refused(lab, tmp_path):
     folder = tmp_path / "site" / "lab"
     (folder / "conf" / "model" / "norm" / "rms.yaml").write_text("")
-    with pytest.raises(ConfigError, match="this package has an option of that name"):
+    with pytest.raises(ConfigError, match="llama_eqx already has an option of this name"):
         load_config()
     (folder / "conf" / "model" / "norm" / "rms.yaml").unlink()
     (folder / "__init__.py").unlink()
     importlib.invalidate_caches()
-    with pytest.raises(ConfigError, match="names 'lab', which is no package here"):
+    with pytest.raises(ConfigError, match="names 'lab', which is not a package with an __init__"):
         load_config()
 
 

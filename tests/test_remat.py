@@ -92,5 +92,5 @@ def test_names_that_do_not_exist_are_refused():
     assert {"q", "k", "v", "attention"} < set(NAMES)
     with pytest.raises(ConfigError, match="did you mean gate"):
         load_config("remat=names", "remat.names=[gat]")
-    with pytest.raises(ConfigError, match="at once: q"):
+    with pytest.raises(ConfigError, match="kept and offloaded: q"):
         load_config("remat=offload", "remat.offloaded=[q]", "remat.names=[q,k]")

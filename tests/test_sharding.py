@@ -148,7 +148,7 @@ def test_shapes_that_constructors_did_not_see(tiny):
         (["mesh.fsdp=3"], "does not make 8 devices"),
         (["mesh.fsdp=-1", "mesh.tensor=3"], "mesh.tensor=4 is the nearest"),
         (["mesh=cpu-8", "mesh.hosts=3"], "do not divide over 3 hosts"),
-        (["mesh.fsdp=-1", "mesh.tensor=-1"], "one at most may be -1"),
+        (["mesh.fsdp=-1", "mesh.tensor=-1"], "at most one may be -1"),
         (["mesh.data=0"], "at least 1"),
     ],
 )

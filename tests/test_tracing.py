@@ -124,7 +124,7 @@ def test_names_that_are_not_there(model, tiny):
     with pytest.raises(ConfigError, match="laid out for decoding"):
         trace(for_decoding(model), TOKENS, ("residual",))
     plain = build_model(tiny("model/feed_forward=plain"), key=jax.random.key(0))
-    with pytest.raises(ConfigError, match="this model has nothing called gate"):
+    with pytest.raises(ConfigError, match="this model has no activation called gate"):
         trace(plain, TOKENS, ("residual", "gate"))
 
 

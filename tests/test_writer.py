@@ -105,7 +105,7 @@ def test_one_on_another_machine_is_known_by_its_heartbeat(tmp_path, elsewhere, m
         with held(tmp_path):
             holder.send_signal(signal.SIGCONT)
             assert holder.wait(60) == 2
-        assert f"was silent for too long, and lost its run directory: process {os.getpid()} on " in holder.stderr.read()
+        assert f"silent for too long; another took the run directory: process {os.getpid()} on " in holder.stderr.read()
 
 
 def test_a_lock_that_was_left_long_ago_is_taken_without_waiting(tmp_path, elsewhere, monkeypatch):
@@ -129,7 +129,7 @@ def test_a_lock_of_the_future_is_waited_for_no_longer_than_any(tmp_path, elsewhe
     monkeypatch.setattr(writer.time, "sleep", sleep)
     with held(tmp_path):
         pass
-    assert capsys.readouterr().err == f"waits up to 30 s for a sign of life of another writer in {tmp_path}\n"
+    assert capsys.readouterr().err == f"waiting up to 30 s for a sign of life from another writer in {tmp_path}\n"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\0\0"])

@@ -78,7 +78,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     weights = open_start(config)
     require_same(data.fingerprint, "tokens", where="data")
     if jax.process_count() > 1:
-        require_same(str((code(), jax.__version__, jax_settings())), "code, or another JAX or settings of it,", where="llama_eqx")
+        require_same(str((code(), jax.__version__, jax_settings())), "code, JAX version or JAX settings", where="llama_eqx")
     changed = once(lambda: claim(config, tokenizer.fingerprint, data.fingerprint)) or []
     if config.checkpoint.store is None:
         check_shared(run_dir)

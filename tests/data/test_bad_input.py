@@ -201,7 +201,7 @@ def test_prepared_data_of_which_nothing_is_held_out_is_refused(tmp_path, run, ca
     (tmp_path / "a.txt").write_text("some words " * 20)
     options = [f"input={tmp_path / 'a.txt'}", f"output={tmp_path / 'out'}", "tokenizer=bytes", "validation_fraction=0", "prepare.workers=1"]
     verb.main(load_config(*options, name="prepare"), options)
-    assert "train       needs some of it held out" in capsys.readouterr().out
+    assert "train       needs held-out text" in capsys.readouterr().out
     code, error, steps = run("data=prepared", f"data.path={tmp_path / 'out'}", f"data.rows={rows}", "data.long_documents=cut")
     assert (code, steps) == (3, 0)
     assert "the val split is empty" in error

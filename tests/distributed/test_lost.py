@@ -77,7 +77,7 @@ def test_survivors_end(tmp_path, gathered, fault, victim, processes):
     for i in survivors:
         assert started[i].wait(timeout=HEARTBEAT + 10) == 75, (tmp_path / f"said.{i}").read_text()  # the promise, with nothing to spare
         said = (tmp_path / f"said.{i}").read_text()
-        cause = {"SIGSTOP": f"no sign of life for {HEARTBEAT} s", "stuck": "no step for 3 s"}.get(fault, "ended without a word")
+        cause = {"SIGSTOP": f"no sign of life for {HEARTBEAT} s", "stuck": "no step for 3 s"}.get(fault, "ended without saying why")
         assert cause in said
         assert "Traceback" not in said
         log = tmp_path / (f"log.{i}.txt" if i else "log.txt")

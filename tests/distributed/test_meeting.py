@@ -65,7 +65,7 @@ def test_all_take_the_config_of_the_first(gathered):
 
 def test_a_process_that_does_not_come_is_named_to_all(gathered, address):
     found = gathered({0: {}, 2: {}}, timeout=1.0, processes=4)
-    assert found[0].what == found[2].what == f"of 4 processes, numbers 1, 3 did not come to {address} within 1 s"
+    assert found[0].what == found[2].what == f"of 4 processes, numbers 1, 3 did not reach {address} within 1 s"
     assert found[0].code == 2
 
 
@@ -77,7 +77,7 @@ def test_a_first_process_that_does_not_come_is_named(gathered, address):
 def test_another_config_is_named_to_all(gathered):
     found = gathered({0: {"seed": 1, "train": {"steps": 3}}, 1: {"seed": 2, "train": {"steps": 3}}})
     assert found[0].what == found[1].what
-    assert found[0].what.endswith("has another config than process 0, seed: 1 -> 2")
+    assert found[0].what.endswith("has a different config from process 0, seed: 1 -> 2")
 
 
 def test_strangers_are_not_taken_for_a_process(gathered, address):
@@ -119,7 +119,7 @@ def test_a_process_that_vanishes_ends_the_first_for_another_start(gathered, monk
     found[1]._peers["process 0"].hang_up()
     until(lambda: 75 in ended)
     assert 75 in ended
-    assert "ended without a word" in capsys.readouterr().err
+    assert "ended without saying why" in capsys.readouterr().err
 
 
 def test_an_end_without_error_is_no_error(gathered, monkeypatch):
@@ -155,7 +155,7 @@ def test_what_is_found_in_the_environment(environment, place, monkeypatch):
     ("overrides", "said"),
     [
         (["distributed.process=1"], "not given: coordinator, processes"),
-        (["distributed.coordinator=a:1", "distributed.processes=2", "distributed.process=2"], "no number 2"),
+        (["distributed.coordinator=a:1", "distributed.processes=2", "distributed.process=2"], "there is no process 2 of 2"),
         (["distributed.coordinator=a", "distributed.processes=2", "distributed.process=1"], "a has no port"),
     ],
 )

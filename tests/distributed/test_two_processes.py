@@ -65,7 +65,7 @@ def test_processes_that_compute_otherwise_are_refused(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(odd)
     code, said = launched(f"data.path={tmp_path}/text.txt", f"run_dir={tmp_path}/run", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert code == 3, said
-    assert "processes 1 have other code, or another JAX or settings of it, than process 0" in said
+    assert "processes 1 have different code, JAX version or JAX settings from process 0" in said
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 

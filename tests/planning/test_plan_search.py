@@ -248,7 +248,7 @@ def test_the_plan_of_another_model_is_not_written(other, monkeypatch, tmp_path, 
         plan_verb.main(load_config(*overrides, name="plan"), overrides)
         out, err = capsys.readouterr()
         assert words in out
-        assert ("checked" in out, "note: what is found is not written" in err) == (overrides is said, overrides is not said)
+        assert ("checked" in out, "note: the plan found is not written" in err) == (overrides is said, overrides is not said)
 
 
 def test_every_committed_plan_is_a_run():
