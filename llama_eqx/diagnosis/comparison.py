@@ -83,9 +83,9 @@ def model_parts(weights: Weights, tokens: Int[np.ndarray, "batch seq"]) -> Parts
     config = weights.config
     if type(config) is not LlamaConfig:
         raise ConfigError(
-            f"a {type(config).__name__} computes in its own way, and only Llama's can be taken apart",
+            f"only plain Llama models can be compared part by part, not a {type(config).__name__}",
             where="model",
-            next="llama_eqx.load_pretrained reads it: its logits on tokens of yours can be compared",
+            next="load it with llama_eqx.load_pretrained, and compare its logits on your own tokens",
         )
     model = abstract(config)
     rotation = config.rotary.build(config.dims)(jnp.asarray(POSITIONS))
@@ -135,7 +135,7 @@ def _compared(ours: Weights, theirs: Parts, vocab: int, tolerance: float) -> tup
         rows.append(Row(name, math.sqrt(np.mean(np.square(x))), tuple(np.abs(x - y).max(axis=(1, 2)).tolist())))
     first = next((row for row in rows if not all(apart <= tolerance * row.scale for apart in row.apart)), None)  # NaN is apart too
     if first is None:
-        return [f"no part is more than {tolerance:g} of its activations apart", *_table(rows)], [], None
+        return [f"no part differs by more than {tolerance:g} of its activations", *_table(rows)], [], None
     where = [said for said, apart in zip(ROWS, first.apart, strict=True) if not apart <= tolerance * first.scale]
     what = f"the first part that differs: by up to {np.max(first.apart):.2g} at positions {' and '.join(where)}"
     return _table(rows), [Finding("error", first.part, what)], first.part
@@ -159,7 +159,7 @@ def _reasons(ours: Weights, theirs: Weights, part: str) -> list[Finding]:
     a, b = ours.config, theirs.config
     findings = []
     if a.norm != b.norm and part != "embedding":
-        findings.append(Finding("error", "norm", f"{a.norm} and {b.norm}: it shows at every position", "the same norm and eps"))
+        findings.append(Finding("error", "norm", f"{a.norm} and {b.norm}: every position is affected", "the same norm and eps"))
     rotary = rotary_differences(a.rotary, b.rotary) if part.endswith("attention") else []
     for name, here, there in rotary:
         findings.append(Finding("error", f"rotary {name}", f"{here} and {there}: {said_phase_error(a, b)}", "the same rotary settings"))
@@ -176,7 +176,7 @@ def _reasons(ours: Weights, theirs: Weights, part: str) -> list[Finding]:
             if what:
                 findings.append(Finding("error", name if layer is None else f"{name}, layer {layer}", what))
     if part == "logits" and a.tied != b.tied:
-        findings.append(Finding("error", "tie", "the head is the embedding in one of them alone"))
+        findings.append(Finding("error", "tie", "the head is tied to the embedding in only one of the models"))
     return findings
 
 
@@ -200,4 +200,4 @@ def _apart(a: np.ndarray, b: np.ndarray) -> str | None:
         rows = (np.sort(np.linalg.norm(x.reshape(len(x), -1), axis=0)) for x in (a, b))
         if np.allclose(*rows, rtol=1e-3):
             return "the same columns in another order: a permutation with the wrong number of heads?"
-    return f"the weights are up to {np.abs(a - b).max():.2g} apart, of up to {np.abs(b).max():.2g}"
+    return f"the weights are up to {np.abs(a - b).max():.2g} apart, and as large as {np.abs(b).max():.2g}"

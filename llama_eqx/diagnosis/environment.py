@@ -49,7 +49,7 @@ def check_versions(wanted: list[Requirement], findings: list[Finding]) -> str:
     for requirement in wanted:
         found = _version(requirement.name)
         if found is None or not requirement.specifier.contains(found, prereleases=True):
-            what = f"{found or 'not installed'}, and {requirement.specifier} is needed"
+            what = f"{found or 'not installed'}, but {requirement.specifier} is needed"
             findings.append(Finding("error", requirement.name, what, f"pip install '{requirement}'"))
     for line, harm in BAD.items():
         bad = Requirement(line)
@@ -60,10 +60,10 @@ def check_versions(wanted: list[Requirement], findings: list[Finding]) -> str:
     for name in ("jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"):
         found = _version(name)
         if jax and found and Version(found).release[:3] != Version(jax).release[:3]:
-            what = f"{found} beside jax {jax}: they are made for each other's exact version"
+            what = f"{found} with jax {jax}: they must have the same version"
             findings.append(Finding("error", name, what, f"pip install '{name}=={jax}'"))
     if os.environ.get("JAX_ENABLE_X64", "").lower() in ("1", "true"):
-        what = "makes float64 of what is meant to be float32: slower, and no number is as documented"
+        what = "turns what is meant to be float32 into float64: slower, and no result is as documented"
         findings.append(Finding("warning", "JAX_ENABLE_X64", what, "unset JAX_ENABLE_X64"))
     shown = ("jax", "jaxlib", "equinox", "optax", "grain", "orbax-checkpoint", "hydra-core", "libtpu", "transformers", "torch")
     return ", ".join(f"{name} {found}" for name in shown if (found := _version(name)))
@@ -74,13 +74,13 @@ def check_lock(lock: pathlib.Path, findings: list[Finding]) -> bool:
     if _version("libtpu") is None or not lock.exists() or os.environ.get("ALLOW_MULTIPLE_LIBTPU_LOAD"):
         return True
     if not os.access(lock, os.W_OK):
-        findings.append(Finding("error", str(lock), "of another user: libtpu does not start", f"sudo rm {lock}"))
+        findings.append(Finding("error", str(lock), "belongs to another user: libtpu cannot start", f"sudo rm {lock}"))
         return False
     locks, here = pathlib.Path("/proc/locks"), lock.stat()
     place = f"{os.major(here.st_dev):02x}:{os.minor(here.st_dev):02x}:{here.st_ino}"
     holders = [line.split() for line in locks.read_text().splitlines() if f" {place} " in line] if locks.is_file() else []
     if holders:
-        what = f"process {holders[0][4]} holds the TPU, so its devices were not asked for"
+        what = f"process {holders[0][4]} holds the TPU, so its devices were not checked"
         findings.append(Finding("warning", str(lock), what, "wait for it, or JAX_PLATFORMS=cpu to work without"))
     return not holders
 
@@ -100,7 +100,7 @@ def _check_devices(findings: list[Finding]) -> str:
             if pathlib.Path(here[name]).exists():
                 hidden = os.environ.get("JAX_PLATFORMS")
                 hint = "unset JAX_PLATFORMS" if hidden else f"pip install 'llama_eqx[{extra}]'"
-                findings.append(Finding("note" if hidden else "warning", "jax", f"there is {name} here, and JAX does not use it", hint))
+                findings.append(Finding("note" if hidden else "warning", "jax", f"there is {name} here, but JAX does not use it", hint))
     limit = (first.memory_stats() or {}).get("bytes_limit")
     return f"devices: {len(devices)} x {first.device_kind}" + (f" with {limit / 2**30:.1f} GiB each" if limit else "")
 
@@ -122,14 +122,14 @@ def _check_folders(findings: list[Finding]) -> list[str]:
     try:
         tempfile.TemporaryFile(dir=here).close()
     except OSError as error:
-        what = f"cannot be written: {error.strerror}. Runs go to outputs/ in it"
+        what = f"cannot be written: {error.strerror}. Runs are written to outputs/ in it"
         findings.append(Finding("warning", str(here), what, "work in another folder, or run_dir=FOLDER"))
     facts = []
     for name, folder in {"cache": found, "this folder": here}.items():
         free = shutil.disk_usage(folder).free
         facts.append(f"{name}: {folder}, {free / 1e9:.1f} GB free")
         if free < ROOM:
-            what = f"{free / 1e9:.1f} GB are free on its disk: checkpoints may not find room"
+            what = f"{free / 1e9:.1f} GB are free on its disk: checkpoints may not fit"
             findings.append(Finding("warning", str(folder), what, "free some space, or work on another disk"))
     return facts
 

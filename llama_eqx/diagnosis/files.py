@@ -34,7 +34,7 @@ def check_manifest(folder: pathlib.Path, above: pathlib.Path) -> list[Finding]:
     hint, within = "copy or convert it again, or if the change is yours see docs/convert.md", folder.relative_to(above)
     saved = restore.steps(folder.parent) if folder != above else []  # of a run
     if before := [step for step in saved if step < int(folder.name)]:
-        hint = f"the same train command again falls back to step {before[-1]}; a copy of the run is to be copied again"
+        hint = f"the same train command falls back to step {before[-1]}; if this is a copy of the run, copy it again"
     changed = [Finding("error", str(within / name), f"damaged: its SHA-256 is not that of {MANIFEST}", hint) for name in damage.damaged]
     missing = [Finding("error", str(within / name), f"missing, and listed in {MANIFEST}", hint) for name in damage.missing]
     return [*changed, *missing, *(Finding("note", str(within / name), f"not listed in {MANIFEST}") for name in damage.extra)]

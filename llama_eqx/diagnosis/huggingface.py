@@ -69,14 +69,14 @@ def _check_config(folder: pathlib.Path, findings: list[Finding]) -> tuple[LlamaC
     tree = read_json(folder, CONFIG, findings)
     if tree is None:
         if not (folder / CONFIG).exists():
-            findings.append(Finding("error", CONFIG, "there is none: the model's sizes are not known", AGAIN))
+            findings.append(Finding("error", CONFIG, "missing: the model's sizes are not known", AGAIN))
         return None, None
     old, new = (found if isinstance(found := tree.get(key), dict) else {} for key in ("rope_scaling", "rope_parameters"))
     if "rope_theta" in tree:
         old = {"rope_theta": tree["rope_theta"], **old}
     for key in sorted(old.keys() & new.keys()):
         if old[key] != new[key]:
-            what = f"{key} is {old[key]!r} by the older keys and {new[key]!r} in rope_parameters: readers differ in which they take"
+            what = f"{key} is {old[key]!r} by the older keys and {new[key]!r} in rope_parameters: which one is used depends on the reader"
             findings.append(Finding("error", CONFIG, what, "leave one of them out"))
     try:
         return config_from_huggingface(tree), tree
@@ -103,7 +103,7 @@ def _open(folder: pathlib.Path, findings: list[Finding]) -> Files:
             findings.append(Finding("error", INDEX, "weight_map is not a map of names to files", AGAIN))
         total = index["metadata"].get("total_size") if isinstance(index.get("metadata"), dict) else None
     elif present:
-        findings.append(Finding("error", INDEX, f"there is none, and so no reader knows of {', '.join(present)}", AGAIN))
+        findings.append(Finding("error", INDEX, f"missing, so no reader knows of {', '.join(present)}", AGAIN))
         names = present
     else:
         pickled = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
@@ -136,10 +136,10 @@ def _open(folder: pathlib.Path, findings: list[Finding]) -> Files:
 def _check_index(weight_map: Mapping[str, str], total: Any, files: Files) -> list[Finding]:
     findings, hint = [], "download the index and the shards again, from one revision"
     if lost := [name for name, file in weight_map.items() if file in files and name not in files[file]]:
-        what = f"{len(lost)} tensors are not in the file that it names for them: {condensed(lost)}"
+        what = f"{len(lost)} tensors are not in the file that the index names for them: {condensed(lost)}"
         findings.append(Finding("error", INDEX, what, hint))
     if unknown := [name for tensors in files.values() for name in tensors if name not in weight_map]:
-        findings.append(Finding("error", INDEX, f"{len(unknown)} tensors of the shards are not in it: {condensed(unknown)}", hint))
+        findings.append(Finding("error", INDEX, f"{len(unknown)} tensors of the shards are not in the index: {condensed(unknown)}", hint))
     kinds = [filed for tensors in files.values() for filed in tensors.values()]
     if files.keys() == set(weight_map.values()) and isinstance(total, int) and all(filed.kind in DTYPES for filed in kinds):
         size = sum(int(np.prod(filed.shape)) * DTYPES[filed.kind].itemsize for filed in kinds)
@@ -171,7 +171,7 @@ def _check_names(config: LlamaConfig, found: Mapping[str, tuple[str, Filed]]) ->
             if here != there:
                 sizes[side, here, there].append(name)
     for (side, here, there), names in sizes.items():
-        what = f"{CONFIG_KEYS[side]} is {here:,}, and by the weights it is {there:,}: {condensed(names)}"
+        what = f"{CONFIG_KEYS[side]} is {here:,}, but {there:,} in the weights: {condensed(names)}"
         findings.append(Finding("error", CONFIG, what, f"set {CONFIG_KEYS[side]} to {there}, or find the weights of this config"))
     if missing := [name for name in expected if name not in found]:
         hint = '"tie_word_embeddings": true, if the head is the embedding' if missing == [HEAD] else "download or convert them again"
@@ -180,13 +180,13 @@ def _check_names(config: LlamaConfig, found: Mapping[str, tuple[str, Filed]]) ->
     known = expected.keys() | ({HEAD} if config.tied else set())
     if extra := [name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")]:
         layers = any(name.startswith("model.layers.") for name in extra)
-        hint = "num_hidden_layers is too small, or it is no plain Llama" if layers else "it is no plain Llama"
+        hint = "num_hidden_layers is too small, or this is not a plain Llama" if layers else "this is not a plain Llama"
         findings.append(Finding("error", CONFIG, f"{len(extra)} tensors are not part of this model: {condensed(extra)}", hint))
     kinds = defaultdict(list)
     for name, (_, filed) in found.items():
         kinds[filed.kind].append(name)
     for kind in kinds.keys() - DTYPES.keys():
-        hint = f"readable are {', '.join(DTYPES)}: use weights that are not quantised"
+        hint = f"the readable dtypes are {', '.join(DTYPES)}: use weights that are not quantised"
         findings.append(Finding("error", CONFIG, f"{len(kinds[kind])} tensors are {kind}: {condensed(kinds[kind])}", hint))
     if len(mixed := kinds.keys() & DTYPES.keys()) > 1:
         rare = min(mixed, key=lambda kind: len(kinds[kind]))
@@ -200,8 +200,8 @@ def _check_dtype(tree: Mapping[str, Any], kinds: set[str]) -> list[Finding]:
     said = str(tree.get("dtype") or tree.get("torch_dtype")).removeprefix("torch.")
     names = {DTYPES[kind].name for kind in kinds & DTYPES.keys()}
     if finer := sorted(name for name in names if jnp.promote_types(name, said) != said) if said in READABLE else []:
-        what = f"dtype is {said}, and the weights are {' and '.join(finer)}: transformers rounds them as it reads"
-        return [Finding("warning", CONFIG, what, "name the dtype of the files")]
+        what = f"dtype is {said}, but the weights are {' and '.join(finer)}: transformers rounds them as it reads"
+        return [Finding("warning", CONFIG, what, "set dtype to that of the weights")]
     return []
 
 
@@ -210,10 +210,10 @@ def _check_tie(config: LlamaConfig | None, tensors: Mapping[str, Tensor]) -> lis
         return []
     apart = max(float(np.abs(a - b).max()) for a, b in zip(tensors[EMBED].rows(), tensors[HEAD].rows(), strict=True))
     if config.tied and apart != 0:
-        what = f"tied, yet stored twice and different: {HEAD} and {EMBED} are up to {apart:.3g} apart, which every logit shows"
+        what = f"tied, yet stored twice and different: {HEAD} and {EMBED} are up to {apart:.3g} apart, which affects every logit"
         return [Finding("error", CONFIG, what, '"tie_word_embeddings": false if the head was trained apart, else delete it')]
     if not config.tied and apart == 0:
-        what = f"not tied, yet {HEAD} is a copy of {EMBED}: two parameters from the first training step on"
+        what = f"not tied, yet {HEAD} is a copy of {EMBED}: they diverge from the first training step on"
         return [Finding("note", CONFIG, what, '"tie_word_embeddings": true, if they are meant to be one')]
     return []
 

@@ -41,10 +41,10 @@ def transformers_parts(
     off = float(np.abs(held.double().numpy() / own - 1).max())
     if off < FREQUENCIES:
         held.copy_(torch.tensor(own))
-        facts.append(f"rotary frequencies are {off:.1g} apart, relative; transformers computed with these ones")
+        facts.append(f"rotary frequencies differ relatively by {off:.1g}; transformers was given this package's")
     else:
         drift = float(np.abs(held.double().numpy() - own).max())
-        what = f"rotary frequencies differ: the error of phase passes 0.1 rad at position {math.ceil(0.1 / drift):,}"
+        what = f"rotary frequencies differ: the phase error passes 0.1 rad at position {math.ceil(0.1 / drift):,}"
         findings.append(Finding("error", "rotary", what, "report it with the config.json"))
 
     parts: list[tuple[str, np.ndarray]] = []

@@ -36,7 +36,7 @@ def check_settings(
     for field, what, value in wrong[nearest]:
         hint = f"set {field} to {value}, if this is to be {nearest}"
         if others := [name for name in alike if name not in same_context and not wrong[name]]:
-            hint += f"; all would be right for {' or '.join(others)}, but for the context of {config.context:,}"
+            hint += f"; apart from the context of {config.context:,}, all settings are those of {' or '.join(others)}"
         if field == "rotary theta" and getattr(config.rotary, "theta", None) == CODE_LLAMA_THETA:
             findings.append(Finding("note", where, f"{what}. This theta is Code Llama's, which has the sizes of Llama 2"))
         else:
@@ -62,7 +62,7 @@ def said_phase_error(a: LlamaConfig, b: LlamaConfig) -> str:
     first, second = (math.ceil(radians / drift) for radians in (0.1, 1.0))
     return (
         f"{pairs} of {a.dims.head_dim // 2} frequencies differ, "
-        f"the error of phase passes 0.1 rad at position {first:,} and 1 rad at position {second:,}"
+        f"the phase error passes 0.1 rad at position {first:,} and 1 rad at position {second:,}"
     )
 
 
@@ -94,14 +94,14 @@ def _differences(config: LlamaConfig, preset: LlamaConfig, mean_square: float | 
         rows.append((f"rotary {name}", f"{here}, where {there} is expected: {said_phase_error(config, preset)}", there))
     here, there = getattr(config.norm, "eps", math.nan), getattr(preset.norm, "eps", math.nan)
     if here != there:
-        shows = "it shows at every position"
+        shows = "every position is affected"
         if mean_square:
             off = abs(math.sqrt((mean_square + there) / (mean_square + here)) - 1)
-            shows += f", from the first norm on, which it puts off by {off:.2g} of its value"
+            shows += f", from the first norm on, whose output is off by {off:.2g} of its value"
         rows.append(("eps", f"{here:g}, where {there:g} is expected: {shows}", f"{there:g}"))
     if config.tied != preset.tied:
         here, there = ("", "not ") if config.tied else ("not ", "")
-        what = f"the head is {here}tied to the embedding, where it is expected {there}to be: it shows at every position"
+        what = f"the head is {here}tied to the embedding, but is expected {there}to be: every position is affected"
         rows.append(("tie", what, str(preset.tied).lower()))
     return rows
 

@@ -56,7 +56,7 @@ def check_ends(folder: pathlib.Path, config: Mapping[str, Any], size: int, token
     said = said.get("content") if isinstance(said, dict) else said
     if not eos:
         wanted = sorted(ends.values()) if chat and ends else tokenizer.special.get(str(said), "ID")
-        what = "eos_token_id is not set: generation ends at the limit of tokens alone"
+        what = "eos_token_id is not set: generation ends only at the limit of tokens"
         findings.append(Finding("warning", where, what, f'"eos_token_id": {wanted}'))
     elif chat and "<|eot_id|>" in ends and (missing := [token for token, i in ends.items() if i not in eos]):
         what = f"a chat model (it has a chat template) whose eos_token_id {_said(eos)} lacks {', '.join(missing)}"

@@ -39,7 +39,7 @@ class HarnessModel(TemplateLM):
         tokenizer = self._opened.tokenizer
         found = tokenizer.bos if tokenizer.eos is None else tokenizer.eos
         if found is None:
-            raise ConfigError("this tokenizer has neither BOS nor EOS, and a benchmark begins texts with one", where="tokenizer")
+            raise ConfigError("this tokenizer has neither BOS nor EOS, but benchmarks begin each text with one", where="tokenizer")
         return found
 
     @property

@@ -57,7 +57,7 @@ class EvaluateConfig(Config):
         if self.checkpoint is None:
             raise ConfigError("checkpoint is not given", where="checkpoint", next="checkpoint=RUN_DIR, or a folder of Hugging Face or Meta")
         if self.tasks is not None and self.data is not None:
-            raise ConfigError("tasks have data of their own", where="tasks/data", next="one of the two")
+            raise ConfigError("tasks bring their own data", where="tasks/data", next="leave out tasks or data")
         for name in ("length", "stride", "batch_size", "limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{value} is too small", where=name)
@@ -112,7 +112,7 @@ def data_of(config: EvaluateConfig) -> DataConfig:
     if config.data is not None:
         return config.data
     if "data" not in (saved := _saved(config)):
-        raise ConfigError("this is not a run, which would have data of its own", where="data", next="data=test data.path=FILE")
+        raise ConfigError("no data is given, and the checkpoint is not a run with its own", where="data", next="data=test data.path=FILE")
     return load(saved["data"], "data")
 
 
@@ -150,5 +150,5 @@ def _tokenizer(config: EvaluateConfig) -> tuple[Tokenizer, list[str]]:
         return chosen, []
     if own.fingerprint == chosen.fingerprint:
         return chosen, []
-    whose = "the data was prepared with" if isinstance(config.tokenizer, PreparedTokenizerConfig) else "the tokenizer is"
-    return chosen, [f"{whose} another than the model's: {chosen.vocab:,} ids instead of {own.vocab:,}"]
+    whose = "the data was prepared with a tokenizer" if isinstance(config.tokenizer, PreparedTokenizerConfig) else "this tokenizer"
+    return chosen, [f"{whose} is not the model's: {chosen.vocab:,} ids instead of {own.vocab:,}"]

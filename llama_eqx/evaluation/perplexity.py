@@ -74,7 +74,7 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
     data, opened, step = data_of(config), open_model(config), step_of(config)  # without a checkpoint, opening says so
     length, stride = opened.length, config.stride or opened.length
     if stride > length:
-        raise ConfigError(f"a stride of {stride} leaves out tokens between windows of {length}", where="stride", next=f"stride={length}")
+        raise ConfigError(f"a stride of {stride} skips tokens between windows of {length}", where="stride", next=f"stride={length}")
     results = {}
     for name, (_, source) in data.sources().items():
         rows = sliding(source, opened.tokenizer, seq_len=length, stride=stride)

@@ -48,7 +48,7 @@ def _lines(result: Result, found: Evaluated) -> list[str]:
     windows = f"{result.windows:,} windows of up to {found.length:,}"
     if found.stride < found.length:
         windows += f", a new one every {found.stride:,}"
-    interval = perplexity = "too few to say how sure"
+    interval = perplexity = "too few for an interval"
     if not math.isnan(result.low):
         interval = f"{result.low:.4f} to {result.high:.4f}, 95% over {result.clusters}"
         perplexity = f"{math.exp(result.low):,.3f} to {math.exp(result.high):,.3f}"

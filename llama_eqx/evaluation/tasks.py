@@ -32,7 +32,7 @@ def run_tasks(config: EvaluateConfig) -> TaskResults:
     format_of(config.checkpoint)  # raises early: the harness takes a while to find its tasks
     if jax.process_count() > 1:
         raise ConfigError(
-            "benchmarks are run by one process",
+            "benchmarks run in a single process",
             where="tasks",
             next="start a single process: JAX_COORDINATOR_ADDRESS=localhost:1 JAX_NUM_PROCESSES=1 JAX_PROCESS_ID=0",
         )

@@ -101,7 +101,7 @@ def program_text(compiled: Any) -> str:
         raise UserError(
             f"the step is compiled, but JAX cannot read the program: {str(error).splitlines()[0]}",
             where=f"jax {jax.__version__} with libtpu {importlib.metadata.version('libtpu')}",
-            next=f"pip install 'jax[tpu]=={jax.__version__}' brings the libtpu that this JAX goes with",
+            next=f"pip install 'jax[tpu]=={jax.__version__}' brings the libtpu that matches this JAX",
         ) from error
 
 
@@ -183,7 +183,7 @@ def _refused() -> Iterator[None]:
             ) from None
         if "INTERNAL" in str(error):
             raise ConfigError(
-                f"the compiler fails on this step, by an error of its own: {str(error).splitlines()[0].strip()}",
+                f"the compiler fails on this step, with an internal error: {str(error).splitlines()[0].strip()}",
                 where="mesh.compiler_options, or what the step is made of",
                 next="train.microbatch_size=null, or for a TPU +mesh.compiler_options.xla_tpu_enable_collective_pipeliner=false: "
                 "one or the other has avoided such errors",

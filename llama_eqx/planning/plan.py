@@ -210,14 +210,14 @@ def shrink(plan: Plan, variant: Callable[..., RunConfig]) -> str:
         if FORMULA * max(scale, 1.0) * memory.total < (plan.may or 0):
             return f"{said}; it would fit with {' '.join(overrides)}"
     if refused and not composed:
-        return f"{said}; whether less would fit is not known, as no such run could be made: {refused}"
+        return f"{said}; smaller settings could not be tried: {refused}"
     return f"{said}; neither remat=full nor a smaller train.microbatch_size is enough: more devices, or mesh.tensor=2 sharding=fsdp_tensor"
 
 
 def _fits(plan: Plan) -> str:
     if plan.compiled and plan.host_excess:
         host = plan.compiled.host
-        return f"no: puts {_size(host)} per device into the memory of its host, which has {_size(host - plan.host_excess)} for each"
+        return f"no: needs {_size(host)} of host memory per device, and the host has {_size(host - plan.host_excess)} for each"
     if plan.needs is None or plan.may is None:
         return "yes" if plan.fits else "no"
     spare = plan.may - plan.needs

@@ -65,7 +65,7 @@ def candidates(variant: Variant, remats: Sequence[str], fixed: Sequence[str]) ->
     """
     first = variant()
     if first.mesh.topology is None:
-        raise UserError("only TPU slices can be searched: nothing else says how long a step takes", where="mesh", next="mesh=v4-32")
+        raise UserError("only TPU slices can be searched: only TPU compilers say how long a step takes", where="mesh", next="mesh=v4-32")
     whole = build_mesh(first.mesh)
     devices, torus = list(whole.devices.flat), Torus.of(whole.devices.flat)
     found, smallest, refused = [], math.inf, None
@@ -236,7 +236,7 @@ def check_writable(path: pathlib.Path) -> None:
 
 
 def _unwritable(path: pathlib.Path, why: str | None) -> StorageError:
-    return StorageError(f"cannot write: {why}", where=str(path), next="search in a checkout of one's own")
+    return StorageError(f"cannot write: {why}", where=str(path), next="search in your own checkout")
 
 
 def file_plan(path: pathlib.Path, found: Found, asked: str, before: Callable[[], RunConfig]) -> str:
@@ -255,7 +255,7 @@ def file_plan(path: pathlib.Path, found: Found, asked: str, before: Callable[[],
         except ConfigError as error:
             was = f"that cannot be compiled any more ({error.what.splitlines()[0]})"
     if old and old.fits and (_share(old) or 0) >= (_share(found.plan) or 0):
-        return f"kept as it was, not beaten: {_line(old)}; without it, what was found here would be written"
+        return f"kept, as nothing better was found: {_line(old)}; delete it to write what was found"
     libtpu = importlib.metadata.version("libtpu")
     lines = [
         f"# {_line(found.plan)}, of {(found.plan.may or 0) / GIB:.2f} GiB",

@@ -48,10 +48,10 @@ def test_requirements_are_those_of_the_project():
 @pytest.mark.parametrize(
     ("versions", "where", "words"),
     [
-        ({"jax": "0.9.0", "jaxlib": "0.9.0"}, "jax", "0.9.0, and <0.12,>=0.10.2 is needed"),
+        ({"jax": "0.9.0", "jaxlib": "0.9.0"}, "jax", "0.9.0, but <0.12,>=0.10.2 is needed"),
         ({"equinox": None}, "equinox", "not installed"),
-        ({"jaxlib": "0.10.1"}, "jaxlib", "made for each other's exact version"),
-        ({"jax_cuda12_plugin": "0.9.2"}, "jax-cuda12-plugin", "made for each other's exact version"),
+        ({"jaxlib": "0.10.1"}, "jaxlib", "they must have the same version"),
+        ({"jax_cuda12_plugin": "0.9.2"}, "jax-cuda12-plugin", "they must have the same version"),
         ({"torch": "2.5.1+cu124"}, "torch", "CVE-2025-32434"),
         ({"transformers": "5.2.0"}, "transformers", "CVE-2026-4372"),
         ({"hydra_core": "1.4.0.dev3"}, "hydra-core", "another omegaconf"),

@@ -134,7 +134,7 @@ BROKEN = {
         config(num_key_value_heads=4),
         "error",
         CONFIG,
-        "num_key_value_heads x head_dim is 32, and by the weights it is 16: model.layers.{0-2}.self_attn.k_proj.weight",
+        "num_key_value_heads x head_dim is 32, but 16 in the weights: model.layers.{0-2}.self_attn.k_proj.weight",
     ),
     "layers": (config(num_hidden_layers=2), "error", CONFIG, "9 tensors are not part of this model: model.layers.2.input_layernorm.weight"),
     "more layers": (config(num_hidden_layers=5), "error", CONFIG, "18 tensors are missing: model.layers.{3-4}.input_layernorm.weight"),
@@ -144,9 +144,9 @@ BROKEN = {
         CONFIG,
         "the settings ask for 1,000 layers, and there are 30 tensors",
     ),
-    "vocabulary": (config(vocab_size=80), "error", CONFIG, "vocab_size is 80, and by the weights it is 64"),
-    "mlp": (config(intermediate_size=64), "error", CONFIG, "intermediate_size is 64, and by the weights it is 48"),
-    "dtype": (config(dtype="bfloat16"), "warning", CONFIG, "dtype is bfloat16, and the weights are float32: transformers rounds them"),
+    "vocabulary": (config(vocab_size=80), "error", CONFIG, "vocab_size is 80, but 64 in the weights"),
+    "mlp": (config(intermediate_size=64), "error", CONFIG, "intermediate_size is 64, but 48 in the weights"),
+    "dtype": (config(dtype="bfloat16"), "warning", CONFIG, "dtype is bfloat16, but the weights are float32: transformers rounds them"),
     "activation": (config(hidden_act="gelu"), "error", CONFIG, "hidden_act is 'gelu'"),
     "two thetas": (config(rope_theta=1e4), "error", CONFIG, "rope_theta is 10000.0 by the older keys and 500000.0 in rope_parameters"),
     "own code": (
@@ -234,7 +234,7 @@ SHARDED = {
         lambda folder, _: write(shard(folder, 1).name, shard(folder, 0).read_bytes())(folder, _),
         "error",
         INDEX,
-        "tensors are not in the file that it names for them",
+        "tensors are not in the file that the index names for them",
     ),
     "outside": (
         lambda folder, _: write(INDEX, (folder / INDEX).read_bytes().replace(b"model-00001", b"../model-00001"))(folder, _),
@@ -261,7 +261,7 @@ TIED = {
         ),
         "note",
         CONFIG,
-        "a copy of model.embed_tokens.weight: two parameters from the first training step on",
+        "a copy of model.embed_tokens.weight: they diverge from the first training step on",
     ),
 }
 

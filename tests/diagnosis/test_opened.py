@@ -58,7 +58,7 @@ def test_a_damaged_step_of_a_run_is_named(folder):
     (run / "checkpoints" / "0").rename(run / "checkpoints" / "2")
     shutil.copytree(run / "checkpoints" / "2", run / "checkpoints" / "1")
     found = examine(str(run), published, weights=True).findings
-    assert found[0].next.startswith("the same train command again falls back to step 1")
+    assert found[0].next.startswith("the same train command falls back to step 1")
 
 
 def edit_pickle(folder, change):

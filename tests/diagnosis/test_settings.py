@@ -54,7 +54,7 @@ WRONG = {
             "rotary scaling: none, where factor 8 is expected",
             "35 of 64 frequencies differ",
             "0.1 rad at position 113 and 1 rad at position 1,125",
-            "all would be right for llama3_8b, but for the context of 131,072",
+            "apart from the context of 131,072, all settings are those of llama3_8b",
         ],
     ),
     "theta of Llama 2 in Llama 3": (
@@ -78,25 +78,25 @@ WRONG = {
         "llama2_70b",
         lambda c, p: changed(c, norm=EPS_1E6),
         "warning",
-        ["eps: 1e-06, where 1e-05 is expected: it shows at every position"],
+        ["eps: 1e-06, where 1e-05 is expected: every position is affected"],
     ),
     "eps of Llama 2 in Llama 1": (
         "llama1_7b",
         lambda c, p: changed(c, norm={"eps": 1e-5}),
         "warning",
-        ["eps: 1e-05, where 1e-06", "but for the context of 2,048"],
+        ["eps: 1e-05, where 1e-06", "apart from the context of 2,048"],
     ),
     "untied": (
         "llama3_2_3b",
         lambda c, p: changed(c, tied=False),
         "warning",
-        ["the head is not tied to the embedding, where it is expected to be"],
+        ["the head is not tied to the embedding, but is expected to be"],
     ),
     "tied": (
         "llama3_8b",
         lambda c, p: changed(c, tied=True),
         "warning",
-        ["the head is tied to the embedding, where it is expected not to be"],
+        ["the head is tied to the embedding, but is expected not to be"],
     ),
     "context": (
         "llama3_2_1b",

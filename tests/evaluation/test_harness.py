@@ -171,7 +171,7 @@ def run(monkeypatch, capsys, *arguments):
     [
         ("an answer of", ["tasks=choice", "include_path={tasks}", "length=4"]),
         ("leave no room", ["tasks=writing", "include_path={tasks}", "length=12"]),
-        ("one of the two", ["tasks=choice", "data=test"]),
+        ("leave out tasks or data", ["tasks=choice", "data=test"]),
     ],
 )
 def test_bad_input(said, arguments, hf_model, tasks, monkeypatch, capsys):

@@ -182,7 +182,7 @@ def test_bad_input(code, said, arguments, hf_model, small, corpus, monkeypatch, 
 
 @pytest.mark.parametrize(
     ("code", "said", "processes", "model"),
-    [(2, "not installed", 1, "{model}"), (2, "run by one process", 2, "{model}"), (4, "does not exist", 1, "no/such/model")],
+    [(2, "not installed", 1, "{model}"), (2, "run in a single process", 2, "{model}"), (4, "does not exist", 1, "no/such/model")],
 )
 def test_benchmarks_that_cannot_be_run(code, said, processes, model, hf_model, monkeypatch, capsys):
     """All is said before weights are loaded."""

@@ -103,7 +103,10 @@ def test_a_message_without_numbers():
 
 
 def test_an_error_of_the_compilers_own_is_answered():
-    with pytest.raises(ConfigError, match=r"of its own: INTERNAL: RET_CHECK failure \(x.cc:1\) a == b\n") as error, compiling._refused():
+    with (
+        pytest.raises(ConfigError, match=r"internal error: INTERNAL: RET_CHECK failure \(x.cc:1\) a == b\n") as error,
+        compiling._refused(),
+    ):
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (x.cc:1) a == b \nmore")
     assert "train.microbatch_size=null" in error.value.next
 

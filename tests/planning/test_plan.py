@@ -93,7 +93,7 @@ def test_too_big_for_the_host(plan):
     for size in (there, there + 2**30):
         offloaded = dataclasses.replace(slice_, compiled=plan.compiled._replace(host=size))
         assert offloaded.fits is figures(offloaded)["fits"] is (size == there)
-    assert "no: puts 105.31 GiB per device into the memory of its host, which has 104.31 GiB for each" in report(offloaded)
+    assert "no: needs 105.31 GiB of host memory per device, and the host has 104.31 GiB for each" in report(offloaded)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_no_advice_where_no_candidate_can_be_composed(plan):
         raise ConfigError("no such option", where="model")
 
     said = shrink(dataclasses.replace(plan, compiled=None, needs=plan.memory.total, may=1), variant)
-    assert said.endswith("is not known, as no such run could be made: no such option")
+    assert said.endswith("smaller settings could not be tried: no such option")
 
 
 def test_advice_leaves_out_what_is_said_of_the_group_that_it_replaces(plan, monkeypatch, tmp_path, capsys):

@@ -213,7 +213,7 @@ def test_a_plan_that_is_there_stays_unless_it_is_beaten(monkeypatch, tmp_path):
     for before in (timed(plain, 1.0), timed(plain, 2.0)):
         said, text = filed(before)
         assert text == "overrides: [remat=none]"
-        assert said.startswith("kept as it was, not beaten: 1.00 GiB")
+        assert said.startswith("kept, as nothing better was found: 1.00 GiB")
     for before in (timed(plain, 3.0), timed(plain, 1.0, needs=2**31)):
         said, text = filed(before)
         assert "- remat=full" in text
