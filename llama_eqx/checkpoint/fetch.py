@@ -22,7 +22,7 @@ def copy_of(path: str) -> pathlib.Path:
     home = place(run)
     saved = [number for number in steps(home / CHECKPOINTS) if not marker or str(number) == step]
     if not saved:
-        begun = f"; begun were {numbered(home / CHECKPOINTS)}" if numbered(home / CHECKPOINTS) else ""
+        begun = f"; begun but not completed: {numbered(home / CHECKPOINTS)}" if numbered(home / CHECKPOINTS) else ""
         raise CheckpointError(f"no checkpoint is saved there{begun}", where=path, next="gs://BUCKET/FOLDER as in checkpoint.store of a run")
     checkpoint = f"{CHECKPOINTS}/{saved[-1]}"
     manifest = content(home / checkpoint, MANIFEST)

@@ -191,7 +191,7 @@ def read_manifest(folder: Place) -> dict[str, Any]:
     try:
         found = json.loads(content(folder, MANIFEST))
         if found["sha256"] != _own_digest({name: value for name, value in found.items() if name != "sha256"}):
-            raise ValueError("its SHA-256 is not the one that it ends with")
+            raise ValueError("its content does not match its own SHA-256")
         for name, entry in found["files"].items():
             if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts:
                 raise ValueError(f"{name} lies outside of the folder")

@@ -119,7 +119,7 @@ def _opened(path: pathlib.Path, step: int | None) -> tuple[LlamaConfig, pathlib.
             advice = f"python -m llama_eqx.replay bundle={shlex.quote(str(newest))} shows where its numbers ceased to be finite"
         if found := [str(each) for each in restore.numbered(path / CHECKPOINTS)]:
             what, advice = (
-                f"no manifest says that checkpoint {' or '.join(found)} was saved to its end",
+                f"no manifest shows that the save of checkpoint {' or '.join(found)} was completed",
                 "copy the folder again, with its manifest.json",
             )
         raise CheckpointError(what, where=str(path / CHECKPOINTS), next=advice)
@@ -203,7 +203,7 @@ def read_config(folder: Place) -> dict[str, Any]:
         tree = yaml.safe_load(content(folder, CONFIG).decode())
     except OSError as error:
         raise CheckpointError(
-            f"this is no run directory: it has no {CONFIG}" if folder.is_dir() else "there is no such folder",
+            f"this is not a run directory: it has no {CONFIG}" if folder.is_dir() else "there is no such folder",
             where=str(folder),
             next="give the directory of a run (outputs/<date>/<time>) or a folder written by `python -m llama_eqx.convert`",
         ) from error

@@ -68,10 +68,10 @@ def newest(folder: Place, parts: Mapping[str, PyTree], step: int | None, say: Ca
             for line in lost:
                 say(f"warning: {line}; step {path.name} is used")
             return Restored(int(path.name), found["model"], found["training"], facts)
-        lost.append(f"step {path.name} is damaged: {damage or 'another process says how'}")
+        lost.append(f"step {path.name} is damaged: {damage or 'see the other processes'}")
     if not lost:
         return None
-    raise CheckpointError("\n".join(["no checkpoint is as it was written", *lost]), where=str(folder), next=NONE_LEFT)
+    raise CheckpointError("\n".join(["every checkpoint is damaged", *lost]), where=str(folder), next=NONE_LEFT)
 
 
 def set_aside(*paths: Place) -> None:

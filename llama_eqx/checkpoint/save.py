@@ -55,11 +55,11 @@ class CheckpointConfig(Config):
         if self.keep < 1:
             raise ConfigError(f"keep={self.keep} would delete every checkpoint", where="keep", next="keep=1 holds the newest")
         if self.keep_every is not None and self.keep_every < 1:
-            raise ConfigError(f"{self.keep_every} is not a number of steps", where="keep_every", next="null keeps none for its number")
+            raise ConfigError(f"{self.keep_every} is not a number of steps", where="keep_every", next="null turns this off")
         if self.keep_best < 0:
-            raise ConfigError(f"{self.keep_best} is not a number of checkpoints", where="keep_best", next="0 keeps none for its metric")
+            raise ConfigError(f"{self.keep_best} is not a number of checkpoints", where="keep_best", next="0 turns this off")
         if self.store is not None and not re.fullmatch(rf"{SCHEME}[\w.-]+(/[^/]+)*", self.store):
-            raise ConfigError(f"{self.store} is no folder in an object store", where="store", next=f"{SCHEME}BUCKET/FOLDER, or null")
+            raise ConfigError(f"{self.store} is not a folder in an object store", where="store", next=f"{SCHEME}BUCKET/FOLDER, or null")
         if self.grace <= 0:
             raise ConfigError(f"{self.grace} s are not enough to save anything", where="grace")
 
@@ -118,7 +118,7 @@ class Checkpoints:
             return
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts))
         if (free := shutil.disk_usage(self._folder).free) < size:
-            raise self._unwritable("a checkpoint has no room", OSError(f"it needs {_said(size)}, and {_said(free)} are free"))
+            raise self._unwritable("there is no room for a checkpoint", OSError(f"it needs {_said(size)}, and {_said(free)} are free"))
 
     def save(
         self,
@@ -314,7 +314,7 @@ class Checkpoints:
         told = self._unwritable(f"step {step} could not be saved", error)
         if last or self._failures >= FAILURES or jax.process_count() > 1:
             raise told from error
-        self.say(f"warning: {told.what}; there is {told.kept}. Training goes on, and stops if the next save fails too")
+        self.say(f"warning: {told.what}; saved so far: {told.kept}. Training goes on, and stops if the next save fails too")
 
     def _unwritable(self, what: str, error: Exception) -> StorageError:
         try:

@@ -73,7 +73,7 @@ def checksums(folder: Place) -> dict[str, dict[str, Any]]:
         root = store._strip_protocol(str(folder))
         found = store.find(root, detail=True)
     if missing := [name for name, info in found.items() if "md5Hash" not in info]:
-        raise StorageError(f"the store has no MD5 of {missing[0]}: it was put together of parts", where=str(folder))
+        raise StorageError(f"the store has no MD5 of {missing[0]}: it was assembled from parts", where=str(folder))
     digests = {name: base64.b64decode(info["md5Hash"]).hex() for name, info in found.items()}
     return {name.removeprefix(f"{root}/"): {"size": info["size"], "md5": digests[name]} for name, info in found.items()}
 

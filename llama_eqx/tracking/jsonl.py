@@ -85,7 +85,7 @@ def _records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 return
-            raise DataError("this line is no record of metrics", where=f"{path}:{number}", next="remove the line") from error
+            raise DataError("this line is not a record of metrics", where=f"{path}:{number}", next="remove the line") from error
         yield record
 
 

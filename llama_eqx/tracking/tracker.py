@@ -50,12 +50,12 @@ class Tracker:
         self._console = Console(steps, start)
         self._wandb = Wandb(config.wandb, self._run_dir, {**settings, **origin}, self._console.say)
         if start and before and (changed := _changed(before, origin)):
-            meant = "losses agree to rounding with those of an uninterrupted run, and no longer bit by bit"
+            meant = "losses agree to rounding with those of an uninterrupted run, but not bit by bit"
             if any(each.within(["jax"]) for each in changed):
                 meant = "what follows is computed, and dropout drawn, under other settings of JAX"
             if any(each.within(["code"]) for each in changed):
-                meant = "what follows is computed by other code than what went before"
-            self.say(f"warning: not as it was up to step {start}: {', '.join(map(str, changed))}; {meant}")
+                meant = "from here on, the code differs from that of the steps before"
+            self.say(f"warning: changed after step {start}: {', '.join(map(str, changed))}; {meant}")
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Reports metrics by name, after `step` steps. Units are in the names, losses in nats per token. Raises `StorageError`."""

@@ -97,7 +97,7 @@ class Wandb:
                 return
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._reason = self._reason or f"not everything was uploaded {patience:g} s after the end"
+            self._reason = self._reason or f"not everything was uploaded within {patience:g} s of the end"
         if failed:
             return
         self._start("offline")

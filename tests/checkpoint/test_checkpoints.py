@@ -196,7 +196,7 @@ def test_after_one_failed_save_training_goes_on_and_after_two_it_stops(tmp_path,
         free = full_disk()
         checkpoints.save(2, model, {"step": jnp.int32(2)})
         checkpoints.wait()
-        assert re.match("warning: step 2 could not be saved: .*File too large.*there is the checkpoint of step 1", said.pop())
+        assert re.match("warning: step 2 could not be saved: .*File too large.*saved so far: the checkpoint of step 1", said.pop())
         checkpoints.save(3, model, {"step": jnp.int32(3)})
         with pytest.raises(StorageError, match="step 3 could not be saved") as caught:
             checkpoints.wait()
@@ -231,10 +231,10 @@ def test_no_room_is_said_before_anything_is_written(tmp_path, model, monkeypatch
             checkpoints.require_room(model)
         checkpoints.save(2, model, {"step": jnp.int32(2)})
         checkpoints.poll()
-        assert "step 2 could not be saved: a checkpoint has no room" in said[0]
+        assert "step 2 could not be saved: there is no room for a checkpoint" in said[0]
         assert list(tmp_path.iterdir()) == []
         checkpoints.save(2, model, {"step": jnp.int32(2)})
-        with pytest.raises(StorageError, match="step 2 could not be saved: a checkpoint has no room"):  # it was the last
+        with pytest.raises(StorageError, match="step 2 could not be saved: there is no room for a checkpoint"):  # it was the last
             checkpoints.finish(2)
 
 
@@ -251,7 +251,7 @@ def test_one_look_at_the_folder_that_fails_does_not_end_a_run(tmp_path, model, m
             checkpoints.wait()
         checkpoints.save(2, model, {"step": jnp.int32(2)})
         checkpoints.finish(2)
-    assert said[0].startswith("warning: step 1 could not be saved: the object store says: 503; there is whatever was saved before")
+    assert said[0].startswith("warning: step 1 could not be saved: the object store says: 503; saved so far: whatever was saved before")
 
 
 def test_a_step_that_is_saved_is_said_to_be_though_older_ones_cannot_be_removed(tmp_path, model, monkeypatch):

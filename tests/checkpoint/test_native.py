@@ -154,10 +154,10 @@ def test_a_config_of_another_shape_is_refused(saved):
 def test_what_is_missing_is_said(tmp_path, saved, model):
     with pytest.raises(CheckpointError, match="no such folder"):
         load_native(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="no run directory"):
+    with pytest.raises(CheckpointError, match="not a run directory"):
         load_native(tmp_path)
     (saved / "manifest.json").rename(tmp_path / "manifest.json")
-    with pytest.raises(CheckpointError, match="no manifest says that checkpoint 0 was saved to its end"):
+    with pytest.raises(CheckpointError, match="no manifest shows that the save of checkpoint 0 was completed"):
         load_native(saved)
     shutil.rmtree(saved / "checkpoints")
     with pytest.raises(CheckpointError, match="no checkpoint has been saved yet"):

@@ -193,5 +193,5 @@ def test_the_tokenizer_of_a_run_that_goes_on_is_the_one_in_the_store(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["folder", "gs://", "s3://bucket/folder", "gs://bucket//folder"])
 def test_config_refuses(wrong):
-    with pytest.raises(ConfigError, match="no folder in an object store"):
+    with pytest.raises(ConfigError, match="not a folder in an object store"):
         load_config(f"checkpoint.store='{wrong}'")

@@ -47,17 +47,17 @@ def test_disabled_wandb_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        ({"mesh": {"fsdp": 1}}, {"mesh": {"fsdp": 2}}, "not as it was up to step 3: computed.mesh.fsdp: 1 -> 2; losses agree to rounding"),
+        ({"mesh": {"fsdp": 1}}, {"mesh": {"fsdp": 2}}, "changed after step 3: computed.mesh.fsdp: 1 -> 2; losses agree to rounding"),
         ({"mesh": {"fsdp": 1}, "seed": 1}, {"mesh": {"fsdp": 1}, "seed": 2}, None),
     ],
 )
 def test_a_start_tells_what_is_no_longer_as_it_was(tmp_path, capsys, before, after, said):
     tracker(tmp_path, settings=before).close()
-    assert "not as it was" not in capsys.readouterr().err
+    assert "changed after step" not in capsys.readouterr().err
     tracker(tmp_path, start=3, settings=after).close()
     err = capsys.readouterr().err
     assert (said or "\n") in err + "\n"
-    assert ("not as it was" in err) is bool(said)
+    assert ("changed after step" in err) is bool(said)
     assert [json.loads(line)["step"] for line in (tmp_path / "provenance.jsonl").read_text().splitlines()] == [0, 3]
 
 
@@ -66,11 +66,11 @@ def test_a_start_tells_of_other_settings_of_jax_where_they_were_recorded(tmp_pat
     with jax.enable_x64(True), jax.default_prng_impl("rbg"):
         tracker(tmp_path, start=3).close()
     said = "jax.enable_x64: False -> True, jax.default_prng_impl: threefry2x32 -> rbg; what follows is computed, and dropout drawn, under"
-    assert f"not as it was up to step 3: {said} other settings of JAX" in capsys.readouterr().err
+    assert f"changed after step 3: {said} other settings of JAX" in capsys.readouterr().err
     record = tmp_path / "provenance.jsonl"
     record.write_text(json.dumps({name: value for name, value in last_line(record).items() if name != "jax"}) + "\n")  # as it once was
     tracker(tmp_path, start=4).close()
-    assert "not as it was" not in capsys.readouterr().err
+    assert "changed after step" not in capsys.readouterr().err
 
 
 def test_a_start_tells_of_other_code_and_not_of_another_commit_with_the_same(tmp_path, capsys, monkeypatch):
@@ -81,17 +81,17 @@ def test_a_start_tells_of_other_code_and_not_of_another_commit_with_the_same(tmp
     monkeypatch.setattr("llama_eqx.tracking.tracker.commit", iter(["a", "b", "b", "b-dirty", "b-dirty"]).__next__)
     tracker(tmp_path / "run").close()
     tracker(tmp_path / "run", start=3).close()
-    assert "not as it was" not in capsys.readouterr().err
+    assert "changed after step" not in capsys.readouterr().err
     (tmp_path / "lab").mkdir()
     monkeypatch.setattr("llama_eqx.tracking.provenance.folders", lambda: [tmp_path / "lab"])  # of which the run has nothing
     tracker(tmp_path / "run", start=3).close()
-    assert "not as it was" not in capsys.readouterr().err
+    assert "changed after step" not in capsys.readouterr().err
     (package / "model.py").write_text("2")
     (package / ".#model.py").symlink_to("an.editor@host.1")  # its lock
     tracker(tmp_path / "run", start=4).close()
     old, same, _, new = (json.loads(line)["code"]["llama_eqx"] for line in (tmp_path / "run" / "provenance.jsonl").read_text().splitlines())
     assert old == same != new
-    assert f"code.llama_eqx: {old} -> {new}; what follows is computed by other code" in capsys.readouterr().err
+    assert f"code.llama_eqx: {old} -> {new}; from here on, the code differs" in capsys.readouterr().err
     (package / "model.py").rename(package / "other.py")
     tracker(tmp_path / "run", start=5).close()
     assert f"code.llama_eqx: {new} -> " in capsys.readouterr().err

@@ -143,11 +143,11 @@ def test_a_last_save_that_fails_ends_the_run(tmp_path, monkeypatch):
     def room(self, parts):
         happened.append("room")
         if len(happened) > 1:  # the first time is before the run
-            raise StorageError("a checkpoint has no room")
+            raise StorageError("there is no room for a checkpoint")
 
     monkeypatch.setattr(Checkpoints, "require_room", room)
     monkeypatch.setattr(tracker.Tracker, "sync", lambda self: happened.append(records(tmp_path / "run")[-1]["step"]))
-    with pytest.raises(StorageError, match="step 1 could not be saved: a checkpoint has no room") as error:
+    with pytest.raises(StorageError, match="step 1 could not be saved: there is no room for a checkpoint") as error:
         train(config(tmp_path / "run", "train.steps=1"))
     assert error.value.kept == "no checkpoint yet"
     assert happened == ["room", 1, "room"]
