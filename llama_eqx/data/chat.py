@@ -57,7 +57,7 @@ class ChatFormat(abc.ABC):
             raise ConfigError(
                 f"this chat format needs {', '.join(missing)}, which the tokenizer does not have",
                 where="tokenizer",
-                next=f"its own is {tokenizer.chat}" if tokenizer.chat else "another tokenizer, such as bytes, or one of Llama",
+                next=f"its own format is {tokenizer.chat}" if tokenizer.chat else "another tokenizer, such as bytes, or one of Llama",
             )
         ids, learn = [], []
         for special, run in itertools.groupby(pieces, lambda piece: piece.special):
@@ -238,16 +238,16 @@ def check(messages: Sequence[Any], roles: tuple[str, ...], *, generate: bool) ->
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) or not isinstance(message.get("role"), str):
             raise DataError('not a message: {"role": …, "content": …}, both strings', where=where)
         if extra := sorted(key for key, value in message.items() if key not in ("role", "content") and value is not None):
-            raise DataError(f"a message has a role and a content; there is no place for {', '.join(extra)}", where=where)
+            raise DataError(f"a message has only a role and a content, not {', '.join(extra)}", where=where)
         role = message["role"]
         allowed = [known for known in AFTER[before] if known in roles]
         if role not in allowed:
             place = f"after {before}" if before else "at the beginning"
-            raise DataError(f"{role!r} {place}: here speaks {' or '.join(allowed)}", where=f"{where}.role")
+            raise DataError(f"{role!r} {place}, where {' or '.join(allowed)} is expected", where=f"{where}.role")
         before = role
     if generate and before not in ("user", "tool", "ipython"):
         raise DataError(
-            f"the last message is of {before}: there is nothing for the assistant to answer", where=f"messages[{len(messages) - 1}].role"
+            f"the last message is from {before}: there is nothing for the assistant to answer", where=f"messages[{len(messages) - 1}].role"
         )
     if before == "system":
-        raise DataError("only a system message: nobody has spoken", where="messages")
+        raise DataError("there is only a system message", where="messages")

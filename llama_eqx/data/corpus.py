@@ -66,7 +66,7 @@ class DataConfig(Config):
     def require(self, identity: str) -> None:
         """Raises `DataError` when `identity` has changed. What was read meanwhile may belong to neither text."""
         if self.identity() != identity:
-            raise DataError("the files changed while they were read", where="data.path", next="the same command, when they are written")
+            raise DataError("the files changed while they were read", where="data.path", next="the same command, once they are complete")
 
     @abc.abstractmethod
     def sources(self) -> "dict[str, tuple[float, SourceConfig]]":
@@ -239,7 +239,7 @@ class ShakespeareConfig(CorpusConfig):
         except (OSError, ValueError, HTTPException) as error:
             raise DataError(f"the download failed: {error}", where=self.url, next=advice) from error
         if (found := hashlib.sha256(content).hexdigest()) != self.sha256:
-            raise DataError(f"what was downloaded is another file: sha256 {found}, not {self.sha256}", where=self.url, next=advice)
+            raise DataError(f"the downloaded file is not the expected one: sha256 {found}, not {self.sha256}", where=self.url, next=advice)
         (folder / "input.txt").write_bytes(content)
 
 

@@ -97,7 +97,7 @@ def _open(source: SourceConfig, tokenizer: Tokenizer) -> _Opened:
     except DataError as error:
         if not (path := _not_here(source)):
             raise
-        there = f"if {path} is there in the folder in which the run was started, type this there: it is relative, and not in {Path.cwd()}"
+        there = f"{path} is relative, and not in {Path.cwd()}: if the run was started in a folder that has it, type this there"
         raise DataError(error.what, where=error.where, kept=error.kept, next=f"{there}\nelse {error.next}") from error
     skipped = source.skipped()
     notes = [f"{len(skipped):,} records or files cannot be read and are skipped, the first at {skipped[0]}"] if skipped else []

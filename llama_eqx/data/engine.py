@@ -85,7 +85,7 @@ def _local(workers: int | None) -> Iterator[Done]:
             error = future.exception()
             if isinstance(error, concurrent.futures.BrokenExecutor):
                 raise UserError(
-                    "a worker was killed, perhaps for want of memory",
+                    "a worker was killed, perhaps for lack of memory",
                     kept="the units that are done",
                     next=f"the same command continues; with fewer workers: prepare.workers={max(1, workers // 2)}",
                 )

@@ -27,13 +27,15 @@ class MixtureConfig(DataConfig):
                 raise ConfigError("a mixture cannot be part of a mixture", where=f"components.{name}")
             if component.position_offset:
                 raise ConfigError(
-                    "a mixture has one offset", where=f"components.{name}.position_offset", next="data.position_offset, for all rows"
+                    "the rows of a mixture share one offset",
+                    where=f"components.{name}.position_offset",
+                    next="data.position_offset=N",
                 )
         unmatched = sorted(self.components.keys() ^ self.weights.keys())
-        wrong = [f"{name} has {'no weight' if name in self.components else 'a weight and is no component'}" for name in unmatched]
+        wrong = [f"{name} has {'no weight' if name in self.components else 'a weight but is not a component'}" for name in unmatched]
         wrong += [f"the weight of {name} is {weight}" for name, weight in self.weights.items() if not 0 < weight <= 1]
         wrong += [f"the weight of {n} is {w}, not a multiple of {1 / STEPS}" for n, w in self.weights.items() if not _whole(w)]
-        advice = "a weight between 0 and 1 for each component, that sum to 1"
+        advice = "a weight between 0 and 1 for each component, with a sum of 1"
         if wrong or not self.components:
             raise ConfigError("; ".join(wrong) or "no components", where="weights", next=advice)
         if (total := sum(map(_steps, self.weights.values()))) != STEPS:

@@ -212,7 +212,7 @@ def process_rows(sharding: Sharding, batch_size: int, seq_len: int) -> tuple[int
     held = last - first
     touching = all(end == begin for (_, end), (begin, _) in itertools.pairwise(parts))
     if not touching or batch_size % held or first % held:
-        raise ConfigError(f"a process holds the rows {parts} of {batch_size}, not one run of them", where="mesh")
+        raise ConfigError(f"a process holds the rows {parts} of {batch_size}, which are not one contiguous, equal part", where="mesh")
     return first // held, batch_size // held
 
 

@@ -31,7 +31,7 @@ class PreparedConfig(SourceConfig):
         raise self._no_text()
 
     def _no_text(self) -> ConfigError:
-        return ConfigError("data=prepared has tokens, and no text for a tokenizer to be trained on", where="tokenizer", next=OWN)
+        return ConfigError("data=prepared has only tokens, and no text to train a tokenizer on", where="tokenizer", next=OWN)
 
 
 class PreparedTokenizerConfig(TokenizerConfig):

@@ -23,7 +23,7 @@ class ProvenanceConfig(Config):
     def check(self) -> None:
         given = {"run_dir": self.run_dir, "step": self.step, "row": self.row}
         if missing := [f"{name}=" for name, value in given.items() if value is None]:
-            raise ConfigError(f"it is not said which row: {' '.join(missing)}", next="run_dir=FOLDER step=1234 row=3")
+            raise ConfigError(f"not given: {' '.join(missing)}", next="run_dir=FOLDER step=1234 row=3")
         assert self.step is not None
         assert self.row is not None
         if self.step < 1 or self.row < 0:

@@ -75,7 +75,7 @@ class Edges:
         if wrong.any():
             at = int(wrong.argmax())
             raise DataError(
-                f"a document from id {begins[at]} up to id {ends[at]}, of {tokens}: the offsets are out of order or of another shard",
+                f"a document from id {begins[at]} to {ends[at]} of {tokens}: the offsets are out of order or of another shard",
                 where=f"{self._shard.file('offsets')}, document {documents[at]}",
                 next=AGAIN,
             )
@@ -108,6 +108,6 @@ def _mapped(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"damaged token shard: {error}", where=str(file), next=AGAIN) from error
     if (array.shape, array.dtype) != (shape, dtype):
-        what = f"{array.dtype} {list(array.shape)} in this file, and the index says {dtype} {list(shape)}"
+        what = f"{array.dtype} {list(array.shape)} in this file, but the index says {dtype} {list(shape)}"
         raise DataError(what, where=str(file), next=AGAIN)
     return array

@@ -29,7 +29,7 @@ SPLITS = ("train", "val")
 COUNTS = ("tokens", "documents", "bytes")
 VERIFIED = 2**30  # bytes: a dataset of up to this size is hashed whenever it is opened
 HEADER = 128  # bytes, of each .npy file
-OWN = "leave tokenizer=... out, so that it is the data's own"
+OWN = "leave out tokenizer=..., which then is the data's own"
 DELETE = "delete this folder; it is made anew"
 SUMS = "sha256.json"
 HOLD_OUT = "python -m llama_eqx.prepare validation_fraction=0.01 with the same input and another output"
@@ -155,7 +155,7 @@ def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = Non
         content = (folder / "index.json").read_bytes()
         index = json.loads(content)
         if index["format"] != FORMAT:
-            raise DataError(f"format {index['format']}, and this version reads {FORMAT}", where=str(folder / "index.json"), next=remedy)
+            raise DataError(f"format {index['format']}, but this version reads {FORMAT}", where=str(folder / "index.json"), next=remedy)
         splits: dict[str, list[Shard]] = {split: [] for split in SPLITS}
         files: dict[Path, tuple[int, str]] = {}
         for record in index["shards"]:
@@ -174,7 +174,7 @@ def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = Non
     if tokenizer is not None and tokenizer.fingerprint != fingerprint:
         raise DataError(
             f"this data was prepared with the tokenizer {fingerprint[:12]}… of {index['vocab']} ids,"
-            f" and the one given is {tokenizer.fingerprint[:12]}… of {tokenizer.vocab}",
+            f" but the one given is {tokenizer.fingerprint[:12]}… of {tokenizer.vocab}",
             where=str(folder),
             next=OWN,
         )

@@ -103,7 +103,9 @@ def records(piece: Piece, field: str, *, skip: bool) -> Iterator[Record]:
     source, number = piece.source, 0
     try:
         if (size := os.stat(source.path).st_size) != source.size:
-            raise DataError(f"{size} bytes, and a moment ago it had {source.size}", where=source.path, next="wait until it is written")
+            raise DataError(
+                f"the file has {size} bytes, and had {source.size} a moment ago", where=source.path, next="wait until it is complete"
+            )
         if kind_of(source) == PARQUET:
             for number, content in enumerate(_rows(piece, field), piece.first + 1):
                 yield _row(number, content, field)

@@ -228,16 +228,16 @@ def test_what_people_write_is_never_a_special_token(name, role, llama3):
     ("roles", "generate", "said"),
     [
         ([], False, "no messages"),
-        (["assistant"], False, "'assistant' at the beginning: here speaks system or user"),
-        (["user", "user"], False, "'user' after user: here speaks assistant"),
+        (["assistant"], False, "'assistant' at the beginning, where system or user is expected"),
+        (["user", "user"], False, "'user' after user, where assistant is expected"),
         (["user", "assistant", "assistant"], False, "'assistant' after assistant"),
         (["user", "system"], False, "'system' after user"),
         (["system", "system", "user"], False, "'system' after system"),
-        (["system", "assistant"], False, "'assistant' after system: here speaks user"),
+        (["system", "assistant"], False, "'assistant' after system, where user is expected"),
         (["user", "tool"], False, "'tool' after user"),
         (["user", "assistant", "tool", "user"], False, "'user' after tool"),
         (["user", "bot"], False, "'bot' after user"),
-        (["system"], False, "nobody has spoken"),
+        (["system"], False, "only a system message"),
         (["system"], True, "nothing for the assistant to answer"),
         (["user", "assistant"], True, "nothing for the assistant to answer"),
     ],
@@ -252,7 +252,7 @@ def test_roles_out_of_order_are_refused(name, roles, generate, said, llama3):
 def test_llama_2_has_no_tools(llama3):
     messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "tool")]
     FORMATS["llama3"].encode(messages, llama3, generate=True)
-    with pytest.raises(DataError, match="'tool' after assistant: here speaks user"):
+    with pytest.raises(DataError, match="'tool' after assistant, where user is expected"):
         FORMATS["llama2"].encode(messages, BytesTokenizer(), generate=True)
 
 
@@ -275,7 +275,7 @@ def test_what_is_no_message_is_refused(message, llama3):
 
 def test_what_a_message_holds_besides_is_not_dropped(llama3):
     messages = [{"role": "user", "content": "x", "name": None}, {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]
-    with pytest.raises(DataError, match="no place for tool_calls"):
+    with pytest.raises(DataError, match="a role and a content, not tool_calls"):
         FORMATS["llama3"].encode(messages, llama3, generate=False)
 
 

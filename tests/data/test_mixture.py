@@ -53,10 +53,10 @@ def test_components_keep_their_own_rows_and_are_held_out_on_their_own(mixture):
         (["data.weights.code=0", "data.weights.prose=1"], "the weight of code is 0"),
         (["data.weights.code=-0.5", "data.weights.prose=1.5"], "the weight of code is -0.5"),
         (["data.weights.code=0.33333", "data.weights.prose=0.66667"], "the weight of code is 0.33333, not a multiple of 0.0001"),
-        (["+data.weights.poems=0.1"], "poems has a weight and is no component"),
+        (["+data.weights.poems=0.1"], "poems has a weight but is not a component"),
         (["~data.weights.code", "data.weights.prose=1"], "code has no weight"),
         (["data@data.components.code=mixture"], "a mixture cannot be part of a mixture"),
-        (["data.components.code.position_offset=8"], "a mixture has one offset"),
+        (["data.components.code.position_offset=8"], "the rows of a mixture share one offset"),
         (["data.position_offset=-1"], "-1 is not at least 0"),
     ],
 )

@@ -116,7 +116,7 @@ def test_the_rows_of_a_process_follow_from_its_devices(sharding, monkeypatch, de
     if expected:
         assert process_rows(layout, 8, SEQ) == expected
     else:
-        with pytest.raises(ConfigError, match="not one run of them"):
+        with pytest.raises(ConfigError, match="which are not one contiguous, equal part"):
             process_rows(layout, 8, SEQ)
 
 

@@ -128,7 +128,7 @@ def test_data_at_a_relative_path_is_looked_for_where_the_run_was_started(tmp_pat
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(DataError) as error:
         opened(path)
-    assert f"if {path} is there in the folder in which the run was started, type this there" in error.value.next
+    assert f"{path} is relative, and not in {tmp_path / 'here'}: " in error.value.next
     assert str(tmp_path / "here") in error.value.next
     pathlib.Path("b").write_text("no data")
     for other in ("b", tmp_path / "no"):  # it is not for being relative that these are no data

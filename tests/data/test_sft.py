@@ -88,7 +88,7 @@ BAD = {
     '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}': (
         r"messages\[1\].role: 'user' after user"
     ),
-    '{"messages": [{"role": "user", "content": "a", "name": "Ann"}, {"role": "assistant", "content": "b"}]}': "there is no place for name",
+    '{"messages": [{"role": "user", "content": "a", "name": "Ann"}, {"role": "assistant", "content": "b"}]}': "a content, not name",
     '{"messages": [{"role": "user", "content": "a"}]}': "the assistant says nothing",
     r'{"prompt": "\ud800", "response": "a"}': "not JSON",
 }
@@ -153,7 +153,7 @@ def test_a_damaged_compressed_file_is_left_out_whole(sft, tmp_path):
 def test_a_conversation_that_the_format_does_not_know_is_named(sft, monkeypatch):
     monkeypatch.setattr(BytesTokenizer, "chat", "llama2")
     messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "tool", "assistant")]
-    with pytest.raises(DataError, match="'tool' after assistant: here speaks user") as error:
+    with pytest.raises(DataError, match="'tool' after assistant, where user is expected") as error:
         opened(sft([{"messages": messages}, *({"prompt": "a", "response": "b"} for _ in range(9))]))
     assert error.value.where.endswith(r"a.jsonl:1, messages[2].role")
 

@@ -56,7 +56,7 @@ class HuggingFaceTokenizer(Tokenizer):
     ) -> None:
         """Sets the ids that begin and end a text. Raises `DataError` when one is not in the vocabulary."""
         if wrong := [i for i in (bos, eos, pad, *stop) if i is not None and not 0 <= i < self.vocab]:
-            raise DataError(f"a special id is {wrong[0]}, but tokenizer.json has {self.vocab} ids", next="files of two models are mixed")
+            raise DataError(f"a special id is {wrong[0]}, but tokenizer.json has {self.vocab} ids", next="take all files from one model")
         self.bos, self.eos, self.pad = bos, eos, pad
         self.stop = tuple(dict.fromkeys([*([] if eos is None else [eos]), *stop, *turn_ends(self.special)]))
         self.chat = chat or _chat(self.special)
