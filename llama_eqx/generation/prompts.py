@@ -32,7 +32,9 @@ def read_prompts(prompt: str | None, file: str | None, tokenizer: Tokenizer) -> 
     try:
         lines = pathlib.Path(os.path.expanduser(file)).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the prompts: {reason(error)}", where=file, next="prompts=FILE, .jsonl or a prompt a line") from None
+        raise DataError(
+            f"cannot read the prompts: {reason(error)}", where=file, next="prompts=FILE, .jsonl or one prompt per line"
+        ) from None
     plain = not file.lower().endswith((".jsonl", ".ndjson"))
     asked, kinds = [], {}
     for number, line in enumerate(lines, 1):
@@ -45,13 +47,13 @@ def read_prompts(prompt: str | None, file: str | None, tokenizer: Tokenizer) -> 
         kinds.setdefault("prompt" if "prompt" in given else "messages", number)
         if len(kinds) == 2:
             raise DataError(
-                f"raw text in line {kinds['prompt']} and a conversation in line {kinds['messages']}: they are continued differently",
+                f"raw text in line {kinds['prompt']} and a conversation in line {kinds['messages']}: one file may hold only one kind",
                 where=file,
-                next="a file for each",
+                next="a file for each kind",
             )
         asked.append(Asked(given, _tokens(given, tokenizer, where), where))
     if not asked:
-        raise DataError("no prompts in this file", where=file, next='a prompt a line or, in .jsonl, {"prompt": "…"}')
+        raise DataError("no prompts in this file", where=file, next='one prompt per line or, in .jsonl, {"prompt": "…"}')
     return asked
 
 
@@ -72,9 +74,9 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
     try:
         given = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON: {error}", where=where, next='{"prompt": "…"} or {"messages": […]}, an object a line') from None
+        raise DataError(f"not JSON: {error}", where=where, next='{"prompt": "…"} or {"messages": […]}, one object per line') from None
     if not isinstance(given, dict) or ("prompt" in given) == ("messages" in given):
-        raise DataError("neither a prompt nor messages, or both", where=where, next='{"prompt": "…"} or {"messages": […]}')
+        raise DataError("a line needs either a prompt or messages", where=where, next='{"prompt": "…"} or {"messages": […]}')
     if "prompt" in given and not (isinstance(given["prompt"], str) and given["prompt"]):
-        raise DataError("an empty prompt, or one that is no text", where=where, next="take the line out")
+        raise DataError("an empty prompt, or one that is not text", where=where, next="take the line out")
     return given

@@ -48,7 +48,7 @@ def search_beams(
     rows, rule = prepared(model, prompts, max_new_tokens, Sampling(), **settings)
     least = max(2, 1 + len(rule.stop)) * beams
     if beams < 1 or least > rule.vocab:
-        what = f"{beams} is less than 1" if beams < 1 else f"{beams} beams choose among {least} tokens, and the vocabulary has {rule.vocab}"
+        what = f"{beams} is less than 1" if beams < 1 else f"{beams} beams need {least} tokens, and the vocabulary has {rule.vocab}"
         raise ConfigError(what, where="beams", next="beams=4")
     state = on_host(_search(model, rows, rule, beams, length_penalty, early_stopping))
     cut = lambda tokens, length: tokens[:length].tolist()  # noqa: E731

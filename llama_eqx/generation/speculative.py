@@ -45,15 +45,17 @@ def generate_speculatively(
     Raises `ConfigError` as `generate_tokens` does, for penalties, and for models with different vocabularies.
     """
     if draft.config.dims.vocab != model.config.dims.vocab:
-        sizes = f"{draft.config.dims.vocab} and {model.config.dims.vocab}"
-        raise ConfigError(f"vocabularies of {sizes} ids", where="draft", next="a draft model with the same tokenizer")
+        sizes = f"{draft.config.dims.vocab} ids, the model {model.config.dims.vocab}"
+        raise ConfigError(f"the draft model has {sizes}", where="draft", next="a draft model with the same tokenizer")
     if sampling.penalties:
-        raise ConfigError("penalties change with every token, and drafts are judged together", where="draft", next="leave them out")
+        raise ConfigError(
+            "penalties change with every token, but drafts are judged all at once", where="draft", next="leave out the penalties"
+        )
     if drafted < 1:
-        raise ConfigError(f"{drafted} tokens are no draft", where="drafted", next="drafted=4")
+        raise ConfigError(f"drafted={drafted} is less than 1", where="drafted", next="drafted=4")
     for name, only in {"samples": 1, "top_logprobs": 0}.items():
         if settings.get(name, only) != only:
-            raise ConfigError(f"with a draft model {name} is {only}", where=name, next=f"{name}={only}")
+            raise ConfigError(f"with a draft model, {name} must be {only}", where=name, next=f"{name}={only}")
     rows, rule = prepared(model, prompts, max_new_tokens, sampling, **settings)
     state = on_host(_speculate(model, draft, rows, rule, drafted))
     cut = lambda array: [row[:length].tolist() for row, length in zip(array, state.lengths, strict=True)]  # noqa: E731

@@ -55,7 +55,7 @@ def test_ids_that_are_not_the_tokenizers(model):
         search_beams(model, PROMPTS, NEW, 6, vocab=11)
 
 
-@pytest.mark.parametrize(("beams", "what"), [(0, "0 is less than 1"), (31, "31 beams choose among 62 tokens, and the vocabulary has 61")])
+@pytest.mark.parametrize(("beams", "what"), [(0, "0 is less than 1"), (31, "31 beams need 62 tokens, and the vocabulary has 61")])
 def test_beams_without_tokens(model, beams, what):
     with pytest.raises(ConfigError, match=what):
         search_beams(model, PROMPTS, NEW, beams)

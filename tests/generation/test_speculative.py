@@ -108,7 +108,7 @@ def test_bad_settings(model, draft, settings, where):
 
 
 def test_models_and_penalties_that_do_not_fit(model, draft, tiny):
-    with pytest.raises(ConfigError, match="vocabularies of 64 and 61"):
+    with pytest.raises(ConfigError, match="the draft model has 64 ids, the model 61"):
         generate_speculatively(model, build_model(tiny(), key=jax.random.key(0)), PROMPTS, NEW)
     with pytest.raises(ConfigError, match="penalties"):
         generate_speculatively(model, draft, PROMPTS, NEW, Sampling(repetition_penalty=1.1))

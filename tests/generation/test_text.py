@@ -260,7 +260,7 @@ def test_a_prompt_with_a_character_that_the_tokenizer_does_not_know(tmp_path):
         ("{", "p.jsonl:1", "not JSON"),
         ("[" * 3000, "p.jsonl:1", "not JSON"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "p.jsonl:1", "not valid Unicode"),
-        ("[]", "p.jsonl:1", "neither a prompt nor messages"),
+        ("[]", "p.jsonl:1", "either a prompt or messages"),
         ('{"messages": [{"role": "assistant", "content": "b"}]}', "p.jsonl:1: messages[0].role", "'assistant' at the beginning"),
         ("\n", "p.jsonl", "no prompts"),
         (None, "p.jsonl", "No such file"),
