@@ -79,7 +79,7 @@ class Sums:
     def loss(self) -> float:
         """Nats per token over all numbers. Raises `DataError` when no target counts."""
         if not self.weights.any():
-            raise DataError("none of the held-out targets counts", where="data", next="other data, or longer rows: train.seq_len")
+            raise DataError("no held-out target counts in the loss", where="data", next="other data, or longer rows: train.seq_len")
         return math.fsum(self.nats) / math.fsum(self.weights)
 
     def accuracy(self) -> float:

@@ -129,7 +129,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
             if restored:
                 files = len(restored.facts["files"])
                 tracker.say(
-                    f"resumed from step {begin} of {steps}, {files} files verified" if begin < steps else f"trained to step {begin} already"
+                    f"resumed from step {begin} of {steps}, {files} files verified" if begin < steps else f"already trained to step {begin}"
                 )
                 if jax.process_index() == 0 and (last := last_logged(run_dir)) < begin - begin % config.train.log_every:
                     tracker.say(

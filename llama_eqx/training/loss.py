@@ -63,7 +63,9 @@ class LossConfig(Objective):
     def check(self) -> None:
         super().check()
         if self.z_loss < 0:
-            raise ConfigError(f"{self.z_loss} would reward what it is to prevent", where="z_loss", next="loss.z_loss=1e-4, or 0")
+            raise ConfigError(
+                f"{self.z_loss} is negative, and would reward what it should prevent", where="z_loss", next="loss.z_loss=1e-4, or 0"
+            )
 
     def build(self, view: Callable[[Llama], Llama], layout: Layout) -> Loss:
         def loss(model: Llama, batch: Batch, key: PRNGKeyArray | None) -> tuple[Float32[Array, ""], LossSums]:

@@ -104,12 +104,14 @@ class Preemption:
             if number not in SIGNALS or (self._signal and number != signal.SIGINT):
                 continue
             if self._signal:
-                self._end(number, "ended at once; the checkpoints saved before are whole")
+                self._end(number, "ended at once; checkpoints saved before are intact")
             self._signal = number
-            again = "; once more ends at once, without it" if number == signal.SIGINT else ""
+            again = "; a second Ctrl-C ends at once, without saving" if number == signal.SIGINT else ""
             _say(f"{_name(number)}: the last finished step is being saved{again}")
             self._timer = threading.Timer(
-                self._grace, self._end, (number, f"not over after {self._grace:g} s (checkpoint.grace); what was saved is whole")
+                self._grace,
+                self._end,
+                (number, f"not finished after {self._grace:g} s (checkpoint.grace); checkpoints saved before are intact"),
             )
             self._timer.daemon = True
             self._timer.start()

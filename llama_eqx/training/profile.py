@@ -23,7 +23,7 @@ class ProfileConfig(Config):
 
     def check(self) -> None:
         if self.steps is not None and not 1 <= self.steps[0] <= self.steps[1]:
-            raise ConfigError(f"{list(self.steps)} are not steps to trace", where="steps", next="profile.steps=[10,13]")
+            raise ConfigError(f"{list(self.steps)} is not a first and a last step", where="steps", next="profile.steps=[10,13]")
 
 
 class Profile:

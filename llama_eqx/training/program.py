@@ -54,9 +54,9 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
     if kernel.reason:
         remarks.append(f"attention is computed by {kernel.name}, {kernel.reason}")
     if platform == "cpu" and getattr(config.remat, "offloaded", ()):
-        remarks.append("a CPU has one memory: what remat is to offload stays in it")
+        remarks.append("a CPU has only one memory: what remat would offload stays in it")
     if kernel.name == "cudnn" and "attention" in getattr(config.remat, "offloaded", ()):
-        remarks.append("cuDNN's attention is computed again in the backward pass: what it keeps has no names, and cannot be moved by one")
+        remarks.append("cuDNN's attention cannot be offloaded, as what it keeps has no names: it is computed again in the backward pass")
     optimizer = config.optimizer.build()
 
     def initial(key: PRNGKeyArray) -> TrainState:

@@ -34,7 +34,7 @@ from llama_eqx.training.step import make_gradient
 
 FOLDER = "replay"
 LAST = 2**30  # after every layer
-OTHER = "the code, the libraries and the mesh of the run: see its provenance.jsonl and config.yaml"
+OTHER = "use the code, the libraries and the mesh of the run: see its provenance.jsonl and config.yaml"
 
 
 class ReplayConfig(Config):
@@ -107,9 +107,9 @@ def replay(config: ReplayConfig) -> str:
     setup = set_up(config_then)
     if setup.data.fingerprint != data_then:
         raise CheckpointError(
-            f"the data is not that of the run: its fingerprint is {setup.data.fingerprint[:12]}…, and was {str(data_then)[:12]}…",
+            f"the data is not that of the run: its fingerprint is {setup.data.fingerprint[:12]}…, but was {str(data_then)[:12]}…",
             where=str(run_dir / CONFIG),
-            next="bring back the files of then: the data and the tokenizer that this config.yaml names",
+            next="bring back the data and the tokenizer that this config.yaml names, as they were",
         )
     state = _state(setup, run_dir, checkpoint)
     step_fn = jitted_step(setup.program, setup.config)
@@ -123,7 +123,8 @@ def replay(config: ReplayConfig) -> str:
     if not all(same):
         differing = [name for name, alike in zip(("rows", "key", "loss", "gradient_norm"), same, strict=True) if not alike]
         raise CheckpointError(
-            "the step is not what it was:\n" + "\n".join(f"{name}: {found[name]}, then {bundle[name]}" for name in differing),
+            "the step differs from the recorded one:\n"
+            + "\n".join(f"{name}: {found[name]} now, {bundle[name]} then" for name in differing),
             where=str(path),
             next=OTHER,
         )
@@ -132,7 +133,7 @@ def replay(config: ReplayConfig) -> str:
     if all(math.isfinite(float(number)) for number in numbers) and not found["weights_not_finite"]:
         raise CheckpointError("the step is finite: loss, gradient and update", where=str(path), next=OTHER)
     whence = f"the checkpoint of step {begin}" if begin else "the start"
-    return f"step {step}, {step - begin} from {whence}, is not finite again\n{explained(found)}"
+    return f"step {step}, {step - begin} after {whence}, is again not finite\n{explained(found)}"
 
 
 def examine(setup: Setup, model: Llama, step: int) -> dict[str, Any]:
@@ -170,11 +171,11 @@ def explained(found: dict[str, Any]) -> str:
         )
     if found["gradient_not_finite"]:
         first, count = found["gradient_not_finite"][0], len(found["gradient_not_finite"])
-        lines.append(f"gradients that are not finite: {count}, of which that of {first} is the first from the loss backwards")
+        lines.append(f"gradients that are not finite: {count}, the first of which, backwards from the loss, is that of {first}")
     elif not math.isfinite(float(found["gradient_norm"])):
-        lines.append("every gradient is finite, and the norm of all is not")
+        lines.append("every gradient is finite, but the norm of all is not")
     elif not found["weights_not_finite"]:
-        lines.append("loss and gradient are finite, and the update is not: see optim/lr in metrics.jsonl")
+        lines.append("loss and gradient are finite, but the update is not: see optim/lr in metrics.jsonl")
     return "\n".join(lines)
 
 

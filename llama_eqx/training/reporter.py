@@ -102,9 +102,9 @@ class Reporter:
             raise NonFiniteError(
                 f"loss, gradient or update was not finite for {self.withheld} steps in a row; their updates were withheld",
                 where=f"step {step}",
-                kept="the checkpoints, none of which has numbers that are not finite",
-                next="a run of its own (another run_dir) with a lower schedule.peak or more schedule.warmup_steps: from the beginning, or "
-                "if a checkpoint was kept with init_from=CHECKPOINT from its weights, without the state of the optimizer",
+                kept="the checkpoints, all of whose numbers are finite",
+                next="start another run (another run_dir) with a lower schedule.peak or more schedule.warmup_steps: from the beginning, or "
+                "with init_from=CHECKPOINT from the weights of a checkpoint if there is one, without its optimizer state",
             )
 
     def settle(self) -> None:

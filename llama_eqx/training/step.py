@@ -121,7 +121,7 @@ def microbatches(size: int, microbatch_size: int, layout: Layout) -> tuple[int, 
     ways = math.prod(layout.mesh.shape[axis] for axis in mesh_axes(part))
     if microbatch_size % ways or size % microbatch_size:
         raise ConfigError(
-            f"{size} rows over {ways} devices do not come in microbatches of {microbatch_size}",
+            f"{size} rows over {ways} devices do not divide into microbatches of {microbatch_size}",
             where="train.microbatch_size",
             next=f"one of: {', '.join(str(n) for n in range(ways, size + 1, ways) if size % n == 0)}",
         )

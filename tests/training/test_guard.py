@@ -120,8 +120,8 @@ def test_what_is_not_finite_of_an_update_stays_out_of_the_state(tmp_path, spoilt
     assert all(np.isfinite(record["optim/grad_norm"]) and np.isnan(record["optim/update_norm"]) for record in records)
     assert records[2]["train/loss"] < records[0]["train/loss"]  # by the entries that were applied
     said = replay(load_config(f"bundle={tmp_path / 'run' / 'replay' / 'step-3.json'}", name="replay"))
-    assert "is not finite again" in said
-    assert "loss and gradient are finite, and the update is not" in said
+    assert "is again not finite" in said
+    assert "loss and gradient are finite, but the update is not" in said
 
 
 def test_it_stays_out_without_being_counted_where_no_norm_of_the_update_is_measured(tmp_path, spoilt_directions):

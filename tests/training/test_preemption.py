@@ -114,14 +114,14 @@ def test_while_it_is_imported(arguments, code, said, tmp_path):
 def test_when_the_grace_is_over():
     code, out, err = told("busy", signal.SIGTERM, grace=0.5)
     assert (code, out) == (75, "")
-    assert "not over after 0.5 s (checkpoint.grace)" in err
+    assert "not finished after 0.5 s (checkpoint.grace)" in err
 
 
 def test_the_second_interrupt_ends_at_once_and_the_first_says_so():
     code, _, err = told("idle", signal.SIGINT, signal.SIGINT, seconds=60)
     assert code == 130
-    assert "once more ends at once" in err.splitlines()[0]
-    assert "the checkpoints saved before are whole" in err
+    assert "a second Ctrl-C ends at once" in err.splitlines()[0]
+    assert "checkpoints saved before are intact" in err
 
 
 def test_another_signal_does_not_hurry_it():

@@ -62,7 +62,7 @@ def test_how_it_is_asked_for():
 
 
 def test_steps_that_are_none(tmp_path):
-    with pytest.raises(ConfigError, match="are not steps to trace"):
+    with pytest.raises(ConfigError, match="is not a first and a last step"):
         config(tmp_path, "profile.steps=[3,2]")
 
 

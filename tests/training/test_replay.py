@@ -60,7 +60,7 @@ def test_weights_that_are_not_finite_are_named_and_never_saved(tmp_path, model):
     assert f"python -m llama_eqx.replay bundle={bundle}" in unsaved.value.next
     assert json.loads(bundle.read_text())["weights_not_finite"] == ["blocks.feed_forward.up_proj of layer 1"]
     said = asked(bundle)
-    assert "step 3, 3 from the start, is not finite again" in said
+    assert "step 3, 3 after the start, is again not finite" in said
     assert "weights that are not finite: blocks.feed_forward.up_proj of layer 1" in said
 
 
@@ -92,12 +92,12 @@ def test_replayed_from_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(LossConfig, "build", spoilt)
     with pytest.raises(NonFiniteError) as error:
         train(run)
-    assert error.value.kept.startswith("the checkpoints, none of which")
+    assert error.value.kept.startswith("the checkpoints, all of whose")
     assert steps(tmp_path / "run" / "checkpoints") == [3, 6]
     bundle = tmp_path / "run" / "replay" / "step-7.json"
     under_way = tmp_path / "run" / "checkpoints" / "9.unfinished"
     under_way.mkdir()
-    assert "step 7, 1 from the checkpoint of step 6, is not finite again\nloss nan" in asked(bundle)
+    assert "step 7, 1 after the checkpoint of step 6, is again not finite\nloss nan" in asked(bundle)
     assert under_way.is_dir()  # the run may go on meanwhile
 
     left = json.loads(bundle.read_text())
