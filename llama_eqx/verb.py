@@ -50,7 +50,7 @@ def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = Tr
     sweep = bool({"-m", "--multirun"} & {*flags})
     taken = [] if sweep else compose.from_plan(name, overrides)  # each job of a sweep takes and reports its own
     if taken:
-        batch = "; the recipe's learning rate is for the recipe's batch" * any(each.startswith("train.batch_size") for each in taken)
+        batch = "; the recipe's learning rate is meant for the recipe's batch" * any(each.startswith("train.batch_size") for each in taken)
         print(f"note: the plan for this model on this mesh sets {' '.join(taken)}{batch}", file=sys.stderr)
     elif not sweep and name in compose.PLANNED and compose.plan_file(overrides).is_file() and "experiment" in compose.values(overrides):
         print("note: an experiment does not use the plan for this model on this mesh", file=sys.stderr)

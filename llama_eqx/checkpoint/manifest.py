@@ -197,7 +197,7 @@ def read_manifest(folder: Place) -> dict[str, Any]:
                 raise ValueError(f"{name} lies outside of the folder")
             _ = int(entry["size"]), str(entry.get("sha256") or entry["md5"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"no manifest can be read: {type(error).__name__}: {error}", where=str(folder / MANIFEST)) from error
+        raise CheckpointError(f"the manifest cannot be read: {type(error).__name__}: {error}", where=str(folder / MANIFEST)) from error
     return found
 
 

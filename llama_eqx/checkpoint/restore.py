@@ -170,7 +170,7 @@ def _compare(path: Place, parts: Mapping[str, PyTree], found: Mapping[str, str])
     pairs = [(name, wanted.get(name, "nothing"), found.get(name, "nothing")) for name in sorted(wanted.keys() | found.keys())]
     if rows := [row for row in pairs if row[1] != row[2]]:
         raise CheckpointError(
-            "the checkpoint is of another model or optimizer\n" + _table([("name", "expected", "found"), *rows]),
+            "the checkpoint belongs to another model or optimizer\n" + _table([("name", "expected", "found"), *rows]),
             where=str(path),
             kept="the checkpoint is untouched",
             next="use the config.yaml beside the checkpoints, or start a new run directory",

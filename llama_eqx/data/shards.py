@@ -197,7 +197,7 @@ def check_sealed(folder: Path) -> None:
     try:
         files = {folder / name: (int(size), str(sha256)) for name, (size, sha256) in json.loads((folder / SUMS).read_bytes()).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"no {SUMS} can be read: {type(error).__name__}: {error}", where=str(folder), next=DELETE) from error
+        raise DataError(f"{SUMS} cannot be read: {type(error).__name__}: {error}", where=str(folder), next=DELETE) from error
     _compare(folder, files, None, DELETE)
 
 

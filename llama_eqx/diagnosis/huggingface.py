@@ -60,7 +60,7 @@ def examine_huggingface(folder: pathlib.Path, published: Published, weights: boo
         tokenizer, wrong = check_vocabulary(folder, config, facts)
         findings += wrong
         check_ends(folder, tree or {}, config.dims.vocab or 0, tokenizer, findings)
-    facts.append("whether rotary pairs are in the right order cannot be told without a reference: against=OTHER")
+    facts.append("the order of rotary pairs cannot be checked without a reference: against=OTHER")
     return Report(f"{folder}: a folder of Hugging Face", tuple(facts), tuple(findings))
 
 

@@ -146,7 +146,7 @@ class LlamaConfig(Config):
     def check(self) -> None:
         self.within(1, 2**31, "context")
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"{self.dropout} is not a probability below 1", where="dropout")
+            raise ConfigError(f"{self.dropout} is not at least 0 and below 1", where="dropout")
 
     def build(self, *, key: PRNGKeyArray) -> Llama:
         """A model with fresh float32 parameters. Under `eqx.filter_eval_shape` it allocates nothing, whatever its size."""

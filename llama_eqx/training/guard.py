@@ -74,7 +74,7 @@ def require_finite(state: PyTree[Array], step: int) -> None:
     """Raises `NonFiniteError` unless every number of a state to be saved is finite."""
     if not all_finite(state):
         raise NonFiniteError(
-            "weights or the state of the optimizer are not finite: they are not saved",
+            "weights or optimizer state are not finite: they are not saved",
             where=f"step {step}",
             kept="the checkpoints before, all of whose numbers are finite",
             next="look at the weights that the run started from: init_from",

@@ -220,7 +220,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                                 save()
                     preemption.check(step)
             checkpoints.finish(max(begin, steps))
-            tracker.say(f"final state {fingerprint(state)}: the same command ends with the same")
+            tracker.say(f"final state {fingerprint(state)}: the same command reproduces it")
             last = saved / str(max(begin, steps))
             if isinstance(last, pathlib.Path):
                 tracker.checkpoint(run_dir / CHECKPOINTS / last.name)

@@ -101,7 +101,7 @@ def replay(config: ReplayConfig) -> str:
         bundle = json.loads(path.read_text(encoding="utf-8"))
         step, checkpoint = int(bundle["step"]), bundle["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"no bundle can be read: {type(error).__name__}: {error}", where=str(path)) from error
+        raise CheckpointError(f"the bundle cannot be read: {type(error).__name__}: {error}", where=str(path)) from error
     run_dir = path.absolute().parents[1]
     config_then, data_then = _config(run_dir)
     setup = set_up(config_then)

@@ -288,7 +288,7 @@ def test_the_manifest(tmp_path, models):
         load_pretrained(tmp_path / "hf")
     manifest["files"]["../outside"] = {"size": 1, "sha256": ""}
     (tmp_path / "hf" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="no manifest can be read"):
+    with pytest.raises(CheckpointError, match="the manifest cannot be read"):
         load_pretrained(tmp_path / "hf")
 
 

@@ -118,5 +118,5 @@ def test_replayed_from_a_checkpoint(tmp_path, monkeypatch):
 
 
 def test_no_bundle(tmp_path: pathlib.Path):
-    with pytest.raises(CheckpointError, match="no bundle can be read"):
+    with pytest.raises(CheckpointError, match="the bundle cannot be read"):
         asked(tmp_path / "none.json")
