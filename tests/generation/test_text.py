@@ -150,6 +150,12 @@ def test_a_file_of_prompts(folders, tmp_path, monkeypatch, capsys):
     assert [line["text"] for line in alone] == [line["text"] for line in found[:2]]
     split = lines(printed(monkeypatch, capsys, *common, f"prompts={file}", "mesh=cpu-8"))
     assert [line["tokens"] for line in split] == [line["tokens"] for line in found]
+    context = load_pretrained(folder).config.context
+    full = next(text for n in range(context) if len(find_tokenizer(folder).encode(text := "The fox" + " a" * n)) == context - 3)
+    file.write_text(f"{full}\nThe fox\n{full}\n")
+    new = lines(printed(monkeypatch, capsys, *common, f"prompts={file}", said=(notes := [])))
+    assert [(len(line["tokens"]), line["end"]) for line in new[::2]] == [(2, "length"), (6, "length"), (2, "length")]
+    assert notes[0] == f"{file}:1: 2 new tokens fill the context of {context}; 1 more prompts have room for fewer than 6"
 
 
 def test_a_model_with_more_ids_than_its_tokenizer(tiny, tmp_path, monkeypatch, capsys):
