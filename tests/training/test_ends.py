@@ -198,9 +198,10 @@ def test_how_the_first_model_generates_goes_along_with_the_ids_of_this_one(tmp_p
         handed_over(config, BytesTokenizer())
         config = settings(tmp_path / "second", *asked, f"init_from={tmp_path / 'run'}")
     assert not any("context" in note for note in open_start(config).notes)
-    folder, _ = handed_over(config, BytesTokenizer())
+    folder, _ = handed_over(config, type("Padding", (BytesTokenizer,), {"pad": 3})())
     found = json.loads((folder / "generation_config.json").read_text())
-    assert found == {"do_sample": True, "temperature": 0.6, "bos_token_id": 256, "eos_token_id": 257}
+    assert found == {"do_sample": True, "temperature": 0.6, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 3}
+    assert transformers.AutoConfig.from_pretrained(folder).pad_token_id == 3
     for wrong in ("", "[]", "version https://git-lfs.github.com/spec/v1"):
         (tmp_path / "base" / "generation_config.json").write_text(wrong)
         files, left = handed_on(other, BytesTokenizer(), weights)
