@@ -161,6 +161,7 @@ FREE = (
 MOVABLE = ("data.path", "data.verify", "tokenizer.path")
 # What says how a run begins: not read any more once it has a checkpoint.
 BEGINNING = ("init_from", "init_new")
+FINETUNE_WARMUP = 20  # steps, of recipe=finetune
 # What a config may leave open, for `with_vocab` to fill in.
 OPEN = ("model.dims.vocab", "model.tokens.bos", "model.tokens.eos", "model.tokens.pad")
 
@@ -222,7 +223,7 @@ def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
             "them); precision=mixed keeps float32"
         )
     if config.schedule.warmup_steps >= config.train.steps:
-        recipe = ", or recipe=finetune" if config.init_from else ""
+        recipe = ", or recipe=finetune" if config.init_from and config.train.steps > FINETUNE_WARMUP else ""
         said.append(
             f"the warm-up of {config.schedule.warmup_steps} steps is not over after {config.train.steps}: schedule.peak is not reached; "
             f"next: schedule.warmup_steps={config.train.steps // 10}{recipe}"

@@ -64,6 +64,9 @@ def test_what_is_seldom_meant_is_warned_of():
     assert "precision=mixed keeps float32" in said("precision=mixed", "precision.params=bfloat16")[0]
     assert said("train.steps=50")[0].endswith("; next: schedule.warmup_steps=5")
     assert said("train.steps=50", "init_from=here")[0].endswith("; next: schedule.warmup_steps=5, or recipe=finetune")
+    recipe = ["init_from=here", "recipe=finetune", "model.context=2048"]
+    steps = load_config(*recipe).schedule.warmup_steps
+    assert said(f"train.steps={steps}", *recipe)[0].endswith(f"; next: schedule.warmup_steps={steps // 10}")
 
 
 def test_a_run_goes_on_where_its_data_lies_elsewhere_and_not_with_other_data(tmp_path, monkeypatch):
