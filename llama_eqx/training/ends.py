@@ -13,7 +13,7 @@ from jaxtyping import Array, PRNGKeyArray
 from llama_eqx.checkpoint.native import CHECKPOINTS, read_config
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.config import Config, Difference, differences, dump
-from llama_eqx.data.chat import chat_format
+from llama_eqx.data.chat import FORMATS, chat_format
 from llama_eqx.data.sft import SftConfig
 from llama_eqx.data.tokenizer import HuggingFaceTokenizerConfig, Tokenizer
 from llama_eqx.errors import CheckpointError, ConfigError
@@ -149,6 +149,7 @@ def handed_on(config: RunConfig, tokenizer: Tokenizer, weights: Weights | None) 
         remarks += [
             f"conversations are learned in the format {tokenizer.chat!r}, and the model is handed on with {name}, which is not of it: "
             "apply_chat_template will give ids that were not learned"
+            + "".join(f"; next: tokenizer.chat={known}, which it may be of" for known, other in FORMATS.items() if other.wrote(template))
             for name, template in templates.items()
             if not learned.wrote(template)
         ]

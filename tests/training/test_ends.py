@@ -121,6 +121,8 @@ def test_what_lies_beside_a_tokenizer_json_is_kept_from_the_start(tmp_path):
     for template, foreign in (("{{ messages }}", True), (FORMATS["llama2"].template, False)):
         (source / "chat_template.jinja").write_text(template)
         assert any("not of it" in line for line in handed_on(config, tokenizer, None)[1]) is foreign
+    (source / "chat_template.jinja").write_text(FORMATS["llama3"].template)
+    assert "; next: tokenizer.chat=llama3, " in handed_on(config, tokenizer, None)[1][0]
     (source / "chat_template.jinja").unlink()
     (source / "chat_template.jinja").symlink_to(secret)
     (source / "chat_template.json").write_text("no JSON")
