@@ -260,14 +260,20 @@ LAYER = ["model/norm=layer", "init_new=[beside]"]
         ([], ["init_new=[beside]", "model.rotary.theta=7"], "model.rotary.theta is", "another model="),
         ([], ["init_new=[beside]", "model.dims.mlp=16"], "model.dims.mlp is 8 there, 16 here", "another model="),
         ([], ["init_new=[beside]", "model.tied=true"], r"tied is False .*\s+not part of this model: lm_head", "another model="),
-        (["model/rotary=nope"], ["init_new=[beside]"], "model.rotary._target_ is", "choose the model="),
+        (["model/rotary=nope"], ["init_new=[beside]"], "model.rotary._target_ is", ", or model/rotary=nope"),
+        (
+            ["model/rotary=llama3_2", "model.rotary.original_context=64", "model.block.dropout=0.5"],
+            ["init_new=[beside]", "model.dims.mlp=16"],
+            "model.rotary._target_ is",
+            ", or model/rotary=llama3_2 model.dims.mlp=8 model.rotary.original_context=64",
+        ),
         (["model.tied=true"], ["init_new=[beside,lm_head]"], "model.tied is True there, False here", "another model="),
         (["model/feed_forward=plain"], ["init_new=[beside,gate_proj]"], "activation is relu there, silu here", "another model="),
         (
             ["model.feed_forward.activation=relu"],
             ["model/feed_forward=plain", "init_new=[beside]"],
             "model: .*gate_proj",
-            "choose the model=",
+            "model/feed_forward=gated model.feed_forward.activation=relu",
         ),
     ],
 )
