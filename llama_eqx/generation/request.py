@@ -69,7 +69,7 @@ def prepared(
     known = size if vocab is None else min(vocab, size)
     for name, value, least in [("max_new_tokens", max_new_tokens, 1), ("samples", samples, 1), ("prefill_chunk", prefill_chunk, 1)]:
         if value is not None and value < least:
-            raise ConfigError(f"{value} is less than {least}", where=name)
+            raise ConfigError(f"{value} is less than {least}", where=name, next=f"{name}={least} or more")
     if not 0 <= top_logprobs <= known:
         raise ConfigError(f"{top_logprobs} of {known} tokens cannot be told", where="top_logprobs")
     require_stop(stop, size)
@@ -108,7 +108,7 @@ def require_stop(stop: Sequence[int], vocab: int) -> None:
     """Raises `ConfigError` for an id outside of the vocabulary."""
     for token in stop:
         if not 0 <= token < vocab:
-            raise ConfigError(f"id {token} is outside of the vocabulary of {vocab}", where="stop")
+            raise ConfigError(f"id {token} is outside of the vocabulary of {vocab}", where="stop", next=f"ids from 0 to {vocab - 1}")
 
 
 def fitting(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, shift: bool) -> list[Sequence[int]]:

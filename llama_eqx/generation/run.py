@@ -112,7 +112,7 @@ class GenerateConfig(Config):
                 raise ConfigError(what, where=given[0], next=f"leave out {' and '.join(given)}, or {way}")
         for name in ("batch", "samples", "beams", "drafted", "max_new_tokens", "prefill_chunk"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{value} is less than 1", where=name)
+                raise ConfigError(f"{value} is less than 1", where=name, next=f"{name}=1 or more")
         if self.beams is not None and self.samples > self.beams:
             raise ConfigError(f"{self.samples} samples of {self.beams} beams", where="samples", next=f"beams={self.samples}")
         require_strings(self.stop_strings)

@@ -206,6 +206,7 @@ def test_bad_settings(name, value):
     with pytest.raises(ConfigError, match=str(value)) as error:
         Sampling(**{name: value})
     assert error.value.where == name
+    assert error.value.next
 
 
 def test_tokens_that_no_cache_holds(model):

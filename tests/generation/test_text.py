@@ -317,6 +317,7 @@ def test_bad_settings(folders, monkeypatch, capsys, arguments, what):
     code, said = failed(monkeypatch, capsys, f"checkpoint={folders / 'llama3'}", "prompt=The", *arguments)
     assert code == (3 if "quantize=int8" in arguments else 2)
     assert what in said
+    assert "\nnext: " in said
     assert len(said.splitlines()) <= 4
 
 
