@@ -152,6 +152,8 @@ def generate(config: GenerateConfig) -> None:
         return converse(loaded(config, config.checkpoint, tokenizer), tokenizer, config)
     asked = read_prompts(config.prompt, config.prompts, tokenizer)
     check_room(asked, config, llama.context)
+    if config.beams and config.temperature > 0:
+        say("beams are searched and not drawn: temperature, top_p and seed change nothing", file=sys.stderr)
     if config.output is not None and is_first():
         _open(config.output, "a").close()
     model = loaded(config, config.checkpoint, tokenizer)

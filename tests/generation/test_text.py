@@ -376,7 +376,10 @@ def test_a_draft_and_beams(folders, monkeypatch, capsys):
     plain = printed(monkeypatch, capsys, *arguments)
     drafted = printed(monkeypatch, capsys, *arguments, f"draft={folder}", "drafted=2", said=(notes := []))
     assert (drafted, notes) == (plain, ["2.75 tokens of each reading of the model, with 2 drafted"])
-    assert printed(monkeypatch, capsys, *arguments, "beams=1") == plain
+    assert printed(monkeypatch, capsys, *arguments, "beams=1", said=(notes := [])) == plain
+    assert notes == []
+    assert printed(monkeypatch, capsys, *arguments, "beams=1", "temperature=2", "seed=5", said=notes) == plain
+    assert notes == ["beams are searched and not drawn: temperature, top_p and seed change nothing"]
     best, second = lines(printed(monkeypatch, capsys, *arguments, "beams=3", "samples=2"))
     assert best["score"] > second["score"]
 
