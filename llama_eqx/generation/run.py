@@ -183,7 +183,7 @@ def _open(output: str, mode: Literal["a", "w"]) -> TextIO:
 
 
 def check_room(asked: list[Asked], config: GenerateConfig, context: int) -> None:
-    """Prints which prompt leaves the fewest new tokens in the context, if fewer than `max_new_tokens`, and how many more are cut short.
+    """Prints which prompt leaves the fewest new tokens in the context, if fewer than `max_new_tokens`, and how many prompts do so.
 
     Raises `ConfigError` naming the longest prompt when it fills the context.
     """
@@ -196,7 +196,7 @@ def check_room(asked: list[Asked], config: GenerateConfig, context: int) -> None
         raise ConfigError(what, where=longest.where, next="shorten the prompt, or shift=true leaves out its beginning")
     if room < config.max_new_tokens:
         cut = sum(context - len(each.tokens) < config.max_new_tokens for each in asked)
-        others = f"; {cut - 1} more prompts have room for fewer than {config.max_new_tokens}" if cut > 1 else ""
+        others = f"; prompts with room for fewer than {config.max_new_tokens}: {cut}" if cut > 1 else ""
         say(f"{longest.where}: {room} new tokens fill the context of {context}{others}", file=sys.stderr)
 
 

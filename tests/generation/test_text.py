@@ -155,7 +155,7 @@ def test_a_file_of_prompts(folders, tmp_path, monkeypatch, capsys):
     file.write_text(f"{full}\nThe fox\n{full}\n")
     new = lines(printed(monkeypatch, capsys, *common, f"prompts={file}", said=(notes := [])))
     assert [(len(line["tokens"]), line["end"]) for line in new[::2]] == [(2, "length"), (6, "length"), (2, "length")]
-    assert notes[0] == f"{file}:1: 2 new tokens fill the context of {context}; 1 more prompts have room for fewer than 6"
+    assert notes[0] == f"{file}:1: 2 new tokens fill the context of {context}; prompts with room for fewer than 6: 2"
 
 
 def test_a_model_with_more_ids_than_its_tokenizer(tiny, tmp_path, monkeypatch, capsys):
