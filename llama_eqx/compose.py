@@ -15,10 +15,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llama_eqx import extensions
 from llama_eqx.advice import check_words, instead, no_option, override_of
 from llama_eqx.config import Config, load, nearest
 from llama_eqx.errors import ConfigError, UserError
+from llama_eqx.extensions import conf_dir, conf_dirs
 
 # Keys whose values are text or paths: what a user types after "=" is taken as it stands, whatever commas, quotes or braces it has.
 VERBATIM = (
@@ -48,8 +48,6 @@ PLANNED = ("train", "plan")  # verbs that take the settings planned for a model 
 
 HYDRAS = (HydraException, OmegaConfBaseException)  # errors, for `explained` to explain
 
-PACKAGE = pathlib.Path(__file__).resolve().parent
-
 
 def sweep_name(overrides: list[str]) -> str:
     """The name of a sweep's folder, the same for the same overrides."""
@@ -66,24 +64,6 @@ def registration() -> Any:
     from llama_eqx.studies import registration  # which knows YAML and no JAX, but few configs ask for it
 
     return registration
-
-
-def conf_dir() -> pathlib.Path:
-    """The folder of YAML: the copy inside an installed package, else the checkout's."""
-    return next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if (path / "train.yaml").is_file())
-
-
-def conf_dirs() -> list[pathlib.Path]:
-    """`conf_dir`, and that folder of every extension that has one.
-
-    Raises `ConfigError` for a file of an extension that this package has too: Hydra would take this package's.
-    """
-    own, others = conf_dir(), [folder / "conf" for folder in extensions.folders() if (folder / "conf").is_dir()]
-    for folder in others:
-        for path in folder.rglob("*.yaml"):
-            if (own / path.relative_to(folder)).is_file():
-                raise ConfigError("llama_eqx already has an option of this name", where=str(path), next="another name")
-    return [own, *others]
 
 
 def home(name: str) -> pathlib.Path:

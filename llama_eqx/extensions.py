@@ -7,6 +7,8 @@ import pathlib
 
 from llama_eqx.errors import ConfigError
 
+PACKAGE = pathlib.Path(__file__).resolve().parent
+
 
 @functools.cache
 def extensions() -> tuple[str, ...]:
@@ -26,6 +28,24 @@ def extensions() -> tuple[str, ...]:
 def folders() -> list[pathlib.Path]:
     """The folders of the extensions. Raises `ConfigError` for one that is no package."""
     return [_folder(name) for name in extensions()]
+
+
+def conf_dir() -> pathlib.Path:
+    """The folder of YAML: the copy inside an installed package, else the checkout's."""
+    return next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if (path / "train.yaml").is_file())
+
+
+def conf_dirs() -> list[pathlib.Path]:
+    """`conf_dir`, and that folder of every extension that has one.
+
+    Raises `ConfigError` for a file of an extension that this package has too: Hydra would take this package's.
+    """
+    own, others = conf_dir(), [folder / "conf" for folder in folders() if (folder / "conf").is_dir()]
+    for folder in others:
+        for path in folder.rglob("*.yaml"):
+            if (own / path.relative_to(folder)).is_file():
+                raise ConfigError("llama_eqx already has an option of this name", where=str(path), next="another name")
+    return [own, *others]
 
 
 def _folder(name: str) -> pathlib.Path:

@@ -101,11 +101,12 @@ def _index(split: Split, learned: Split | None, seq_len: int, fill: Fill, long_d
     if (long := places > seq_len).any():
         if long_documents == "refuse":
             longest = int(lengths.argmax())
+            anywhere = "data.rows=documents lets rows begin anywhere, " if learned is None else ""  # rows of conversations do not
             raise DataError(
                 f"{long.sum()} of {len(lengths)} documents of {split.name} are longer than the {seq_len + 1} tokens of a row,"
                 f" the longest with {lengths[longest]}",
                 where=split.source(longest),
-                next="data.long_documents=cut cuts them, data.rows=documents lets rows begin anywhere, train.seq_len= makes longer rows",
+                next=f"data.long_documents=cut cuts them, {anywhere}train.seq_len={lengths[longest] - 1} makes rows long enough",
             )
         pieces = -(-np.maximum(places, 1) // seq_len)
         number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # the number of a piece in its document

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import os
+import shlex
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ TEXT, LINES, PARQUET = ".txt", ".jsonl", ".parquet"
 COMPRESSED = (".gz", ".zst")
 UNREAD = "cannot read: "
 NO_TEXT = "not UTF-8 text"
+TALK = "a conversation"
 ALSO_LINES = ".ndjson"
 IN_FOLDERS = (*(f"{suffix}{pressed}" for suffix in (TEXT, ".md", LINES, ALSO_LINES) for pressed in ("", *COMPRESSED)), PARQUET)
 
@@ -148,6 +150,9 @@ def read_text(path: Path) -> str:
 def refusal(piece: Piece, record: Record, key: str) -> DataError:
     """The problem of a record as an error for users. `key` names the files."""
     where = f"{piece.source.path}:{_lines_before(piece) + record.number}" if record.number else piece.source.path
+    if record.problem.startswith(TALK):
+        file = shlex.quote(piece.source.path)
+        return DataError(record.problem, where=where, next=f"python -m llama_eqx.train data=sft data.path={file} trains on conversations")
     return DataError(record.problem, where=where, next=f"{remedy(record)}, or leave the file out with a glob such as {key}='FOLDER/*.md'")
 
 
@@ -217,11 +222,13 @@ def _line(number: int, line: bytes, field: str) -> Record:
     record = _record(number, line)
     if record.text is None or not record.text.strip():
         return record if record.problem else Record(number, None)
+    found = None
     try:
-        text = json.loads(record.text)[field]
+        text = (found := json.loads(record.text))[field]
         text.encode()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return Record(number, None, f'not a JSON object with a string "{field}"')
+        talk = isinstance(found, dict) and isinstance(found.get("messages"), list)
+        return Record(number, None, f'{TALK}, without a string "{field}"' if talk else f'not a JSON object with a string "{field}"')
     return Record(number, text)
 
 

@@ -51,16 +51,17 @@ def generate_tokens(
     shift: bool = False,
     vocab: int | None = None,
 ) -> Generation:
-    """Continues every prompt by up to `max_new_tokens`, or until it draws a token of `stop`.
+    """Continues every prompt by up to `max_new_tokens`, or until it draws a token of `stop` or fills the context.
 
     Each prompt yields `samples` rows, side by side. The key for token t of sample s of prompt r depends on (seed, first_row + r, s, t)
     alone: prompts split over several calls, each with its `first_row`, draw the same tokens. `cache_dtype` defaults to the dtype of the
     weights. Prompts go through the model `prefill_chunk` tokens at a time, rounded down to a power of two; the default is 512, or all at
-    once where cuDNN computes attention and they are not too many. With `shift`, a prompt that would pass the context loses its
-    beginning, but not the model's BOS. With `vocab`, only ids below it are drawn: a model may have more ids than its tokenizer.
+    once where cuDNN computes attention and they are not too many. With `shift`, a prompt that leaves less room in the context than
+    `max_new_tokens` loses its beginning, but not the model's BOS. With `vocab`, only ids below it are drawn: a model may have more ids
+    than its tokenizer.
 
-    Raises `ConfigError` before anything is compiled: for an empty prompt, an id outside of the vocabulary, a length past the context
-    or a setting out of range.
+    Raises `ConfigError` before anything is compiled: for an empty prompt, an id outside of the vocabulary, a prompt that
+    fills the context or a setting out of range.
     """
     rows, rule = prepared(
         model,
@@ -89,12 +90,13 @@ def found(state: "State") -> Generation:
 
 
 class State(eqx.Module):
-    """Rows with `t` new tokens each. The last of them is not in the cache yet; it stands at `position` in its row."""
+    """Rows with `t` new tokens each, of up to `limits`. The last of them is not in the cache yet; it stands at `position` in its row."""
 
     cache: Any
     keys: Key[Array, " batch"] | None
     history: History | None
     position: Int[Array, " batch"]
+    limits: Int[Array, " batch"]
     new: Int[Array, "batch new"]
     logprobs: Float[Array, "batch new"]
     top_ids: Int[Array, "batch new top"]
@@ -173,6 +175,7 @@ def first(model: Llama, hidden: Float[Array, "prompts embed"], cache: Any, rows:
         keys=rows.keys,
         history=history,
         position=rows.real.sum(axis=1)[each] - 1,
+        limits=rows.limits[each],
         new=jnp.zeros((batch, n), jnp.int32),
         logprobs=jnp.zeros((batch, n), jnp.float32),
         top_ids=jnp.zeros((batch, n, rule.top_logprobs), jnp.int32),
@@ -241,11 +244,12 @@ def _drawn(model: Llama, state: State, rule: Rule, hidden: Float[Array, "batch 1
         keys=state.keys,
         history=None if state.history is None else state.history.extended(token),
         position=state.position + 1,
+        limits=state.limits,
         new=state.new.at[:, t].set(token),
         logprobs=state.logprobs.at[:, t].set(logprob[:, 0]),
         top_ids=state.top_ids.at[:, t].set(top_ids),
         top_logprobs=state.top_logprobs.at[:, t].set(top - total),
         lengths=state.lengths + (~state.stopped).astype(jnp.int32),
-        stopped=state.stopped | jnp.isin(token, rule.stop),
+        stopped=state.stopped | jnp.isin(token, rule.stop) | (t + 1 >= state.limits),
         t=t + 1,
     )

@@ -18,16 +18,17 @@ SHORTEST = 16  # prompts are padded to a power of two, at least this, so that fe
 
 
 class Rows(eqx.Module):
-    """Prompts padded on the left to one width, the keys of their rows, and the ids that each prompt contains."""
+    """Prompts padded on the left to one width, the new tokens that each may get, the keys of their rows, and the ids in each prompt."""
 
     tokens: Int[Array, "prompts seq"]
     real: Bool[Array, "prompts seq"]
+    limits: Int[Array, " prompts"]
     keys: Key[Array, " batch"] | None
     present: Bool[Array, "prompts vocab"] | None
 
 
 class Rule(eqx.Module):
-    """How rows are continued."""
+    """How rows are continued. None gets more than `max_new_tokens`."""
 
     constraints: tuple[Constraint, ...]
     stop: Int[Array, " stop"]
@@ -68,11 +69,14 @@ def prepared(
     known = size if vocab is None else min(vocab, size)
     for name, value, least in [("max_new_tokens", max_new_tokens, 1), ("samples", samples, 1), ("prefill_chunk", prefill_chunk, 1)]:
         if value is not None and value < least:
-            raise ConfigError(f"{value} is less than {least}", where=name)
+            raise ConfigError(f"{value} is less than {least}", where=name, next=f"{name}={least} or more")
     if not 0 <= top_logprobs <= known:
         raise ConfigError(f"{top_logprobs} of {known} tokens cannot be told", where="top_logprobs")
     require_stop(stop, size)
+    context = model.config.context
+    max_new_tokens = min(max_new_tokens, context - 1)
     prompts = fitting(model, prompts, max_new_tokens, shift)
+    limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     width = max(SHORTEST, 1 << (max(map(len, prompts)) - 1).bit_length())
     tokens, real = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
     present = np.zeros((len(prompts), size), bool) if sampling.penalties else None
@@ -89,25 +93,27 @@ def prepared(
         constraints=sampling.constraints,
         stop=jnp.asarray(stop, jnp.int32),
         samples=samples,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=min(max_new_tokens, 1 << (max(limits) - 1).bit_length()),  # so that few are compiled
         top_logprobs=top_logprobs,
         cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype).name,
         prefill_chunk=prefill_chunk and 1 << (prefill_chunk.bit_length() - 1),  # so that it divides the prompts' width
         vocab=known,
     )
     as_array = lambda x: None if x is None else jnp.asarray(x)  # noqa: E731
-    return Rows(tokens=jnp.asarray(tokens), real=jnp.asarray(real), keys=keys, present=as_array(present)), rule
+    limits = jnp.asarray(limits, jnp.int32)
+    return Rows(tokens=jnp.asarray(tokens), real=jnp.asarray(real), limits=limits, keys=keys, present=as_array(present)), rule
 
 
 def require_stop(stop: Sequence[int], vocab: int) -> None:
     """Raises `ConfigError` for an id outside of the vocabulary."""
     for token in stop:
         if not 0 <= token < vocab:
-            raise ConfigError(f"id {token} is outside of the vocabulary of {vocab}", where="stop")
+            raise ConfigError(f"id {token} is outside of the vocabulary of {vocab}", where="stop", next=f"ids from 0 to {vocab - 1}")
 
 
 def fitting(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, shift: bool) -> list[Sequence[int]]:
-    """The prompts. With `shift`, a prompt that would pass the context loses its beginning, or what follows its BOS.
+    """The prompts. With `shift`, a prompt that leaves less room in the context than `max_new_tokens` loses its beginning, or what follows
+    its BOS.
 
     Raises `ConfigError` as `generate_tokens` does.
     """
@@ -121,15 +127,13 @@ def fitting(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int,
         for position, token in enumerate(prompt):
             if not 0 <= token < vocab:
                 raise ConfigError(f"id {token} is outside of the vocabulary of {vocab}", where=f"prompts[{row}][{position}]")
-        if len(prompt) + max_new_tokens > context and not (shift and max_new_tokens < context):
+        if len(prompt) >= context and not shift:
             raise ConfigError(
-                f"{len(prompt)} tokens and {max_new_tokens} new ones pass the context of {context}",
+                f"{len(prompt)} tokens and new ones pass the context of {context}",
                 where=f"prompts[{row}]",
-                next=f"max_new_tokens may be up to {context - len(prompt)}"
-                if len(prompt) < context
-                else "shorten the prompt, or shift=true leaves out its beginning",
+                next="shorten the prompt, or shift=true leaves out its beginning",
             )
-        room = context - max_new_tokens
+        room = context - max_new_tokens if shift else context
         begin = prompt[:1] if prompt[0] == model.config.tokens.bos and 1 < room < len(prompt) else prompt[:0]
         found.append([*begin, *prompt[len(begin) - room :]])
     return found

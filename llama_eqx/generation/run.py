@@ -52,8 +52,8 @@ DIGITS = 5  # of log-probabilities in JSON: float32 has no more that matter
 class GenerateConfig(Config):
     """A prompt, a file of prompts or a conversation, and the settings of `generate_tokens` with text in place of tokens.
 
-    `max_new_tokens` is cut to what the context leaves. A file has a prompt per line or, if its name ends with .jsonl or .ndjson, an object
-    per line with a `prompt` or the `messages` of a conversation. `batch` of them are continued at once.
+    `max_new_tokens` is cut to what the context leaves after each prompt. A file has a prompt per line or, if its name ends with .jsonl or
+    .ndjson, an object per line with a `prompt` or the `messages` of a conversation. `batch` of them are continued at once.
     """
 
     checkpoint: str | None
@@ -112,7 +112,7 @@ class GenerateConfig(Config):
                 raise ConfigError(what, where=given[0], next=f"leave out {' and '.join(given)}, or {way}")
         for name in ("batch", "samples", "beams", "drafted", "max_new_tokens", "prefill_chunk"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{value} is less than 1", where=name)
+                raise ConfigError(f"{value} is less than 1", where=name, next=f"{name}=1 or more")
         if self.beams is not None and self.samples > self.beams:
             raise ConfigError(f"{self.samples} samples of {self.beams} beams", where="samples", next=f"beams={self.samples}")
         require_strings(self.stop_strings)
@@ -151,21 +151,23 @@ def generate(config: GenerateConfig) -> None:
         print(f"conversations in the format {tokenizer.chat!r}{f', which is not that of {foreign}' if foreign else ''}", file=sys.stderr)
         return converse(loaded(config, config.checkpoint, tokenizer), tokenizer, config)
     asked = read_prompts(config.prompt, config.prompts, tokenizer)
-    length = fitted_length(asked, config, llama.context)
+    check_room(asked, config, llama.context)
+    if config.beams and config.temperature > 0:
+        say("beams are searched and not drawn: temperature, top_p and seed change nothing", file=sys.stderr)
     if config.output is not None and is_first():
         _open(config.output, "a").close()
     model = loaded(config, config.checkpoint, tokenizer)
     plain = config.prompts is None and config.output is None and config.samples == 1 and not config.top_logprobs
     if plain and not (config.draft or config.beams):
         settings = {key: value for key, value in config.settings().items() if key != "samples"}
-        parts = stream_text(model, tokenizer, asked[0].tokens, length, config.sampling(), **settings)
+        parts = stream_text(model, tokenizer, asked[0].tokens, config.max_new_tokens, config.sampling(), **settings)
         begun = next(parts, "")  # settings that do not fit the model raise before the prompt is printed
         for part in watched(itertools.chain([tokenizer.decode(asked[0].tokens), begun], parts), config.distributed.stall):
             say(part, end="", flush=True)
         say()
         return
     with contextlib.nullcontext(sys.stdout) if config.output is None else _open(config.output if is_first() else os.devnull, "w") as file:
-        for line in _lines(model, tokenizer, config, asked, length):
+        for line in _lines(model, tokenizer, config, asked):
             text = tokenizer.decode(asked[0].tokens) + line["text"] if plain else json.dumps(line, ensure_ascii=False)
             say(text, file=file, flush=True)
     if config.output:
@@ -180,20 +182,22 @@ def _open(output: str, mode: Literal["a", "w"]) -> TextIO:
         raise StorageError(f"cannot write: {error.strerror}", where=output, next="another place: output=FILE") from None
 
 
-def fitted_length(asked: list[Asked], config: GenerateConfig, context: int) -> int:
-    """Returns `max_new_tokens`, or what the context leaves if that is less, which it prints.
+def check_room(asked: list[Asked], config: GenerateConfig, context: int) -> None:
+    """Prints which prompt leaves the fewest new tokens in the context, if fewer than `max_new_tokens`, and how many prompts do so.
 
     Raises `ConfigError` naming the longest prompt when it fills the context.
     """
     longest = max(asked, key=lambda each: len(each.tokens))
-    room = context - len(longest.tokens)
-    if config.shift or room >= config.max_new_tokens:
-        return config.max_new_tokens
+    room = min(context - len(longest.tokens), config.max_new_tokens)
+    if config.shift:
+        room = min(context - 1, config.max_new_tokens)
     if room < 1:
         what = f"{len(longest.tokens)} tokens and new ones pass the context of {context}"
         raise ConfigError(what, where=longest.where, next="shorten the prompt, or shift=true leaves out its beginning")
-    say(f"{room} new tokens fill the context of {context}", file=sys.stderr)
-    return room
+    if room < config.max_new_tokens:
+        cut = sum(context - len(each.tokens) < config.max_new_tokens for each in asked)
+        others = f"; prompts with room for fewer than {config.max_new_tokens}: {cut}" if cut > 1 else ""
+        say(f"{longest.where}: {room} new tokens fill the context of {context}{others}", file=sys.stderr)
 
 
 def say(*values: Any, **settings: Any) -> None:
@@ -241,7 +245,7 @@ def converse(model: Llama, tokenizer: Tokenizer, config: GenerateConfig) -> None
         print()
 
 
-def _lines(model: Llama, tokenizer: Tokenizer, config: GenerateConfig, asked: list[Asked], length: int) -> Iterator[dict[str, Any]]:
+def _lines(model: Llama, tokenizer: Tokenizer, config: GenerateConfig, asked: list[Asked]) -> Iterator[dict[str, Any]]:
     """Yields what is written for each sample of each prompt. Progress goes to the terminal."""
     draft = None if config.draft is None else loaded(config, config.draft, tokenizer)
     settings: dict[str, Any] = {**config.settings()}
@@ -261,10 +265,10 @@ def _lines(model: Llama, tokenizer: Tokenizer, config: GenerateConfig, asked: li
             part = asked[begin : begin + config.batch]
             prompts = [each.tokens for each in part]
             if config.beams is None:
-                found = generate_texts(model, tokenizer, prompts, length, config.sampling(), first_row=begin, **settings)
+                found = generate_texts(model, tokenizer, prompts, config.max_new_tokens, config.sampling(), first_row=begin, **settings)
                 said = [_said(tokenizer, continuation, i % config.samples) for i, continuation in enumerate(found)]
             else:
-                said = list(_searched(model, tokenizer, prompts, length, config))
+                said = list(_searched(model, tokenizer, prompts, config))
             for i, line in enumerate(said):
                 yield {**part[i // config.samples].given, **line}
             bar.update(len(part))
@@ -272,16 +276,14 @@ def _lines(model: Llama, tokenizer: Tokenizer, config: GenerateConfig, asked: li
         say(f"{sum(rates) / len(rates):.2f} tokens of each reading of the model, with {config.drafted} drafted", file=sys.stderr)
 
 
-def _searched(
-    model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], length: int, config: GenerateConfig
-) -> Iterator[dict[str, Any]]:
+def _searched(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], config: GenerateConfig) -> Iterator[dict[str, Any]]:
     """Yields the `samples` best hypotheses of each prompt."""
     assert config.beams is not None
     stop = (*tokenizer.stop, *config.stop)
     found = search_beams(
         model,
         prompts,
-        length,
+        config.max_new_tokens,
         config.beams,
         length_penalty=config.length_penalty,
         early_stopping="never" if config.early_stopping == "never" else config.early_stopping is True,

@@ -47,9 +47,9 @@ class Sampling:
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k} leaves no token to draw", where="top_k", next="at least 1, or null for all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"{self.top_p} is not in (0, 1]", where="top_p")
+            raise ConfigError(f"{self.top_p} is not in (0, 1]", where="top_p", next="top_p=0.95, or null for all tokens")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ConfigError(f"{self.min_p} is not in [0, 1]", where="min_p")
+            raise ConfigError(f"{self.min_p} is not in [0, 1]", where="min_p", next="min_p=0.05, or null for all tokens")
         if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
             raise ConfigError(
                 f"{self.repetition_penalty} is not a factor",
@@ -58,7 +58,7 @@ class Sampling:
             )
         for name in ("presence_penalty", "frequency_penalty"):
             if not math.isfinite(getattr(self, name) or 0):
-                raise ConfigError(f"{getattr(self, name)} is not a finite number", where=name)
+                raise ConfigError(f"{getattr(self, name)} is not a finite number", where=name, next=f"{name}=0.5")
 
     @property
     def penalties(self) -> tuple[Constraint, ...]:

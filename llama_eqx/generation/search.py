@@ -59,10 +59,11 @@ def search_beams(
 
 
 class Beams(eqx.Module):
-    """Running beams with `t` tokens each and their log-probabilities, and the best finished ones."""
+    """Running beams with `t` tokens each, of up to `limits`, and their log-probabilities, and the best finished ones."""
 
     cache: Any
     position: Int[Array, " beam"]
+    limits: Int[Array, "prompts 1"]
     running: Int[Array, "prompts beams new"]
     running_scores: Float[Array, "prompts beams"]
     done: Int[Array, "prompts beams new"]
@@ -82,6 +83,7 @@ def _search(model: Llama, rows: Rows, rule: Rule, beams: int, length_penalty: fl
     state = Beams(
         cache=with_rows(cache, each),
         position=rows.real.sum(axis=1)[each] - 1,
+        limits=rows.limits[:, None],
         running=zeros,
         running_scores=jnp.full((prompts, beams), NEVER).at[:, 0].set(0),  # all beams begin alike: only one of them counts
         done=zeros,
@@ -119,7 +121,7 @@ def _chosen(
     scores, index = jax.lax.top_k(logprobs.reshape(prompts, -1), keep)
     beam, token = jnp.divmod(index, logprobs.shape[-1])
     candidates = jnp.take_along_axis(state.running, beam[:, :, None], axis=1).at[:, :, t].set(token)
-    ends = jnp.isin(token, rule.stop) | (t + 1 == rule.max_new_tokens)
+    ends = jnp.isin(token, rule.stop) | (t + 1 == state.limits)
 
     running_scores, go_on = jax.lax.top_k(scores + jnp.where(ends, NEVER, 0.0), beams)
     finishing = ends & (jnp.arange(keep) < beams) & state.improvable[:, None]
@@ -138,6 +140,7 @@ def _chosen(
     return Beams(
         cache=with_rows(state.cache, rows.reshape(-1)),
         position=state.position[rows.reshape(-1)] + 1,
+        limits=state.limits,
         running=jnp.take_along_axis(candidates, go_on[:, :, None], axis=1),
         running_scores=running_scores,
         done=jnp.take_along_axis(jnp.concatenate([state.done, candidates], axis=1), best[:, :, None], axis=1),

@@ -65,9 +65,10 @@ def generate_speculatively(
 
 
 class Drafts(eqx.Module):
-    """Rows with `t` new tokens, of which the last is in neither cache. `cache` has the model's cache and the draft model's."""
+    """Rows with `t` new tokens, of up to `limits`. The last is in neither cache. `cache` has the model's cache and the draft model's."""
 
     cache: tuple[Any, Any]
+    limits: Int[Array, " batch"]
     new: Int[Array, "batch room"]
     logprobs: Float[Array, "batch room"]
     lengths: Int[Array, " batch"]
@@ -87,10 +88,11 @@ def _speculate(model: Llama, draft: Llama, rows: Rows, rule: Rule, drafted: int)
     room = jnp.zeros((batch, new + drafted), jnp.int32)
     state = Drafts(
         cache=(cache, draft_cache),
+        limits=rows.limits,
         new=room.at[:, 0].set(token),
         logprobs=room.astype(jnp.float32).at[:, 0].set(_logprob(logits, token)),
         lengths=jnp.ones(batch, jnp.int32),
-        stopped=jnp.isin(token, rule.stop),
+        stopped=jnp.isin(token, rule.stop) | (rows.limits == 1),
         t=jnp.ones((), jnp.int32),
         rounds=jnp.zeros((), jnp.int32),
     )
@@ -102,9 +104,7 @@ def _speculate(model: Llama, draft: Llama, rows: Rows, rule: Rule, drafted: int)
 
         return jax.lax.while_loop(going, lambda state: _round(model, draft, state, rows.keys, start, rule, drafted), state)
 
-    state = while_growing(state, run, width + drafted, new)
-    lengths = jnp.minimum(state.lengths, new)
-    return eqx.tree_at(lambda s: (s.cache, s.lengths), state, (None, lengths))
+    return eqx.tree_at(lambda s: s.cache, while_growing(state, run, width + drafted, new), None)
 
 
 def _round(
@@ -152,12 +152,14 @@ def _round(
     ends = jnp.isin(tokens, rule.stop) & counts
     added = jnp.where(ends.any(axis=1), jnp.argmax(ends, axis=1) + 1, kept + 1)
     put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, t, axis=1)  # noqa: E731
+    lengths = jnp.minimum(state.lengths + jnp.where(state.stopped, 0, added), state.limits)
     return Drafts(
         cache=(with_length(cache, filled + kept + 1), with_length(draft_cache, filled + kept + 1)),
         new=put(state.new, tokens),
         logprobs=put(state.logprobs, jax.vmap(_logprob, in_axes=1, out_axes=1)(logits, tokens)),
-        lengths=state.lengths + jnp.where(state.stopped, 0, added),
-        stopped=state.stopped | ends.any(axis=1),
+        limits=state.limits,
+        lengths=lengths,
+        stopped=state.stopped | ends.any(axis=1) | (lengths == state.limits),
         t=t + kept + 1,
         rounds=state.rounds + 1,
     )

@@ -38,9 +38,7 @@ def continued(model: Llama, tokenizer: Tokenizer, prompt: list[int], max_new_tok
 
     Raises `ConfigError` for an empty prompt and for one that fills the context.
     """
-    room = model.config.context - len(prompt)
-    length = min(max_new_tokens, room) if room > 0 else max_new_tokens
-    new = generate_tokens(model, [prompt], length, sampling, stop=tokenizer.stop, seed=seed, vocab=tokenizer.vocab)
+    new = generate_tokens(model, [prompt], max_new_tokens, sampling, stop=tokenizer.stop, seed=seed, vocab=tokenizer.vocab)
     return tokenizer.decode([*prompt, *without_end(new.tokens[0], tokenizer.stop)])
 
 

@@ -149,7 +149,8 @@ def filed_tensors(file: pathlib.Path) -> dict[str, Filed]:
             stream.seek(8)
             header = json.loads(stream.read(length), object_pairs_hook=_unique)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(mistaken(file, f"not a complete safetensors file: {error}"), where=str(file)) from None
+        what, advice = mistaken(file, f"not a complete safetensors file: {error}"), "download or copy this file again"
+        raise CheckpointError(what, where=str(file), next=advice) from None
     header.pop("__metadata__", None)
 
     def filed(kind: str, shape: list[int], begin: int) -> Filed:

@@ -182,4 +182,5 @@ def losses(config: LlamaConfig) -> list[str]:
     )
     if not isinstance(config.rotary, Llama3RotaryConfig) or config.rotary.factor == 8:
         return [said]
-    return [said, f"nor for the rotary factor {config.rotary.factor:g}: Meta's own code takes 8, this package knows Llama 3.2 by its size"]
+    factor = f"{config.rotary.factor:g}: Meta's own code takes 8, this package knows Llama 3.2 by its size or a tied table"
+    return [said, f"nor for the rotary factor {factor}"]

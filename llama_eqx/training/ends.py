@@ -7,16 +7,18 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+import yaml
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PRNGKeyArray
 
 from llama_eqx.checkpoint.native import CHECKPOINTS, read_config
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.config import Config, Difference, differences, dump
-from llama_eqx.data.chat import chat_format
+from llama_eqx.data.chat import FORMATS, chat_format
 from llama_eqx.data.sft import SftConfig
 from llama_eqx.data.tokenizer import HuggingFaceTokenizerConfig, Tokenizer
 from llama_eqx.errors import CheckpointError, ConfigError
+from llama_eqx.extensions import conf_dirs
 from llama_eqx.interop.conversion import ConvertConfig, convert, require_expressible
 from llama_eqx.interop.files import CARRIED, TOKENIZER, carried, mistaken, read_json
 from llama_eqx.interop.huggingface import GENERATION, token_ids
@@ -60,7 +62,7 @@ def open_start(config: RunConfig) -> Weights | None:
     if wrong := [difference for difference in found if not difference.within(explained)]:
         lines = [f"model.{name} is {a} there, {b} here" for name, a, b in wrong]
         lines += [f"not part of this model: {name}" for name in given if name not in wanted]
-        advice, explicable = _advice(wrong), _explained(weights.config, config.model, lacking)
+        advice, explicable = _advice(weights.config, wrong), _explained(weights.config, config.model, lacking)
         if all(difference.within(explicable) for difference in found):
             advice += f"; or {every}, for these parameters to start fresh"
         what = "the weights are of another model than the config:\n" + "\n".join(lines)
@@ -149,6 +151,7 @@ def handed_on(config: RunConfig, tokenizer: Tokenizer, weights: Weights | None) 
         remarks += [
             f"conversations are learned in the format {tokenizer.chat!r}, and the model is handed on with {name}, which is not of it: "
             "apply_chat_template will give ids that were not learned"
+            + "".join(f"; next: tokenizer.chat={known}, which it may be of" for known, other in FORMATS.items() if other.wrote(template))
             for name, template in templates.items()
             if not learned.wrote(template)
         ]
@@ -236,8 +239,27 @@ def _json(tree: dict[str, Any]) -> bytes:
     return (json.dumps(tree, indent=2) + "\n").encode()
 
 
-def _advice(found: list[Difference]) -> str:
-    """What to type so that the model becomes that of the weights."""
-    if any("_target_" in name for name, _, _ in found):
-        return "choose the model= and the options of its slots that the weights are of"
-    return "another model=, or " + " ".join(f"model.{name}={value}" for name, value, _ in found)
+def _advice(there: LlamaConfig, found: list[Difference]) -> str:
+    """What to type so that the model becomes that of the weights, or the class that a slot wants where no option has it."""
+    slots = [name.removesuffix("._target_") for name, _, _ in found if name.endswith("._target_")]
+    typed, values = [], [each for each in found if not each.within(slots)]
+    for slot in slots:
+        wanted = dump(getattr(there, slot))
+        files = [path for folder in conf_dirs() for path in sorted((folder / "model" / slot).glob("*.yaml"))]
+        trees = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) or {} for path in files}
+        options = {
+            name: {key: _number(value) for key, value in tree.items()} for name, tree in trees.items()
+        }  # YAML 1.1 takes 5e5 for text
+        left = {name: differences(tree, wanted, slot) for name, tree in options.items() if tree.get("_target_") == wanted["_target_"]}
+        option = min(left, key=lambda name: len(left[name]), default=f"an option with {wanted['_target_']}")
+        typed.append(f"model/{slot}={option}")
+        values += [Difference(each.key, each.new, None) for each in left.get(option, []) if not each.within(FREE)]
+    typed += [f"model.{name}={'null' if value is None else value}" for name, value, _ in values]
+    return f"another model=, or {' '.join(typed)}"
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value

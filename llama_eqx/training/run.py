@@ -143,6 +143,7 @@ FREE = (
     "distributed",
     "profile",
     "compile_cache",
+    "model.tokens.pad",
     "guard.max_withheld",
     "train.steps",
     "data.prompt",
@@ -160,8 +161,9 @@ FREE = (
 MOVABLE = ("data.path", "data.verify", "tokenizer.path")
 # What says how a run begins: not read any more once it has a checkpoint.
 BEGINNING = ("init_from", "init_new")
+FINETUNE_WARMUP = 20  # steps, of recipe=finetune
 # What a config may leave open, for `with_vocab` to fill in.
-OPEN = ("model.dims.vocab", "model.tokens.bos", "model.tokens.eos")
+OPEN = ("model.dims.vocab", "model.tokens.bos", "model.tokens.eos", "model.tokens.pad")
 
 
 def movable(settings: dict[str, Any]) -> list[str]:
@@ -179,7 +181,7 @@ SHARED_WITHIN = 30  # seconds; a network's file system may be slow to show a new
 
 
 def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """`config` with the tokenizer's size where `dims.vocab` is None, and its BOS where `tokens` has none.
+    """`config` with the tokenizer's size where `dims.vocab` is None, and its BOS and padding where `tokens` has none.
 
     Among the ends of a text are all that the tokenizer knows, those of a turn too: a model that has learned to end with one of them
     is handed on with it, and else nobody would stop there. Not if `tokens` are those of another tokenizer.
@@ -187,10 +189,11 @@ def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     Raises `ConfigError` when the tokenizer has ids that the model has not.
     """
     vocab, tokens = config.model.dims.vocab, config.model.tokens
+    pad = tokenizer.pad if tokens.pad is None else tokens.pad
     if tokens.bos is None and not tokens.eos:
-        tokens = dataclasses.replace(tokens, bos=tokenizer.bos, eos=tokenizer.stop)
+        tokens = dataclasses.replace(tokens, bos=tokenizer.bos, eos=tokenizer.stop, pad=pad)
     elif tokenizer.eos in tokens.eos:
-        tokens = dataclasses.replace(tokens, eos=tuple(dict.fromkeys((*tokens.eos, *tokenizer.stop))))
+        tokens = dataclasses.replace(tokens, eos=tuple(dict.fromkeys((*tokens.eos, *tokenizer.stop))), pad=pad)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, tokens=tokens))
     if vocab is None:
         dims = dataclasses.replace(config.model.dims, vocab=tokenizer.vocab)
@@ -220,7 +223,7 @@ def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
             "them); precision=mixed keeps float32"
         )
     if config.schedule.warmup_steps >= config.train.steps:
-        recipe = ", or recipe=finetune" if config.init_from else ""
+        recipe = ", or recipe=finetune" if config.init_from and config.train.steps > FINETUNE_WARMUP else ""
         said.append(
             f"the warm-up of {config.schedule.warmup_steps} steps is not over after {config.train.steps}: schedule.peak is not reached; "
             f"next: schedule.warmup_steps={config.train.steps // 10}{recipe}"

@@ -189,6 +189,9 @@ def test_prepare_names_or_counts_it_too(tmp_path, ended):
     code, error = ended(verb.main, "prepare", *options)
     assert code == 3
     assert f"where: {tmp_path / 'a.jsonl'}:201" in error
+    (tmp_path / "talk.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    talk = ended(verb.main, "prepare", f"input={tmp_path / 'talk.jsonl'}", f"output={tmp_path / 'talk'}", "tokenizer=bytes")[1]
+    assert f"next: python -m llama_eqx.train data=sft data.path={tmp_path / 'talk.jsonl'} trains" in talk
     shutil.rmtree(tmp_path / "out")
     assert ended(verb.main, "prepare", *options, "on_error=skip")[0] == 0
     assert json.loads((tmp_path / "out" / "index.json").read_text())["dropped"]["named"] == [

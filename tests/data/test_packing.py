@@ -72,6 +72,11 @@ def test_a_long_document_is_refused_or_cut(split):
     with pytest.raises(DataError, match="2 of 3 documents of val are longer than the 9 tokens of a row, the longest with 26") as error:
         index_of(long)
     assert "data.long_documents=cut" in error.value.next
+    assert "data.rows=documents" in error.value.next
+    assert error.value.next.endswith("train.seq_len=25 makes rows long enough")
+    with pytest.raises(DataError, match="longer than") as error:  # of conversations
+        index_of(long, learned=split([[1] * 3, [1] * 26, [1] * 10], vocab=2), fingerprint="talk")
+    assert "data.rows" not in error.value.next
     assert error.value.where == "a.jsonl:2"
     index = index_of(long, long_documents="cut")
     assert sorted(itertools.chain(*rows_of(index))) == [(0, 3), (3, 9), (11, 9), (19, 9), (27, 2), (29, 9), (37, 2)]

@@ -11,6 +11,8 @@ from llama_eqx.generation import decode, request, stream
 from llama_eqx.generation.decode import generate_tokens
 from llama_eqx.generation.layout import for_decoding
 from llama_eqx.generation.sampling import Sampling
+from llama_eqx.generation.search import search_beams
+from llama_eqx.generation.speculative import generate_speculatively
 from llama_eqx.generation.stream import stream_tokens
 from llama_eqx.model.cache import emptied, with_length
 
@@ -81,6 +83,32 @@ def test_up_to_the_end_of_the_context(model, greedy):
     assert longest.tokens[0][:NEW] == greedy.tokens[-1]
 
 
+def in_beams(model, prompts, new, **settings):
+    return [beam for beams in search_beams(model, prompts, new, 3, **settings) for beam in beams]
+
+
+WAYS = {
+    "at once": lambda *args, first_row: generate_tokens(*args, first_row=first_row).tokens,
+    "samples": lambda *args, first_row: generate_tokens(*args, WARM, samples=2, first_row=first_row).tokens,
+    "streamed": lambda *args, first_row: list(zip(*stream_tokens(*args, every=3, first_row=first_row), strict=True)),
+    "drafted": lambda model, *args, first_row: generate_speculatively(model, model, *args, drafted=3).generation.tokens,
+    "beams": lambda *args, first_row: in_beams(*args, length_penalty=3.0),
+    "early beams": lambda *args, first_row: in_beams(*args, stop=[8, 33], early_stopping=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_prompt_has_its_own_room_in_the_context(model, way):
+    """A prompt that leaves few new tokens cuts no other short."""
+    prompts = [[12] * 16, [7, 8] * 30, [9] * 63, [3]]
+    rows = WAYS[way](model, prompts, NEW, first_row=0)
+    alone = [row for i, prompt in enumerate(prompts) for row in WAYS[way](model, [prompt], min(NEW, 64 - len(prompt)), first_row=i)]
+    flat = lambda row: [token for part in row for token in part] if way == "streamed" else getattr(row, "tokens", row)  # noqa: E731
+    assert list(map(flat, rows)) == list(map(flat, alone))
+    if "beams" not in way:
+        assert [len(flat(row)) for row in rows[:: len(rows) // 4]] == [NEW, 4, 1, NEW]
+
+
 def test_rows_end_with_their_first_stop_token(model, greedy):
     stop = (greedy.tokens[0][3], greedy.tokens[1][0])
     cut = [row[: min([row.index(s) for s in stop if s in row], default=NEW) + 1] for row in greedy.tokens]
@@ -144,8 +172,7 @@ def test_cache_in_another_dtype_compiles_once(model, greedy, monkeypatch):
         ({"prompts": [[1], []]}, "prompts[1]", "empty prompt"),
         ({"prompts": [[1], [1, 2, 61]]}, "prompts[1][2]", "id 61 is outside of the vocabulary of 61"),
         ({"prompts": [[-1]]}, "prompts[0][0]", "id -1 is outside"),
-        ({"prompts": [[1], [1] * 60]}, "prompts[1]", "60 tokens and 5 new ones pass the context of 64"),
-        ({"prompts": [[1]], "max_new_tokens": 64, "shift": True}, "prompts[0]", "1 tokens and 64 new ones pass the context of 64"),
+        ({"prompts": [[1], [1] * 64]}, "prompts[1]", "64 tokens and new ones pass the context of 64"),
         ({"max_new_tokens": 0}, "max_new_tokens", "0 is less than 1"),
         ({"samples": 0}, "samples", "0 is less than 1"),
         ({"prefill_chunk": 0}, "prefill_chunk", "0 is less than 1"),
@@ -179,6 +206,7 @@ def test_bad_settings(name, value):
     with pytest.raises(ConfigError, match=str(value)) as error:
         Sampling(**{name: value})
     assert error.value.where == name
+    assert error.value.next
 
 
 def test_tokens_that_no_cache_holds(model):
@@ -241,6 +269,7 @@ def test_shift_leaves_out_the_beginning(model):
     assert fitted([bos, *long], NEW) == [bos, *long[-room + 1 :]]
     assert fitted([bos, *long], 63) == long[-1:]
     assert fitted([bos, 5, 6], 61) == [bos, 5, 6]
+    assert generate_tokens(model, [long], 100, shift=True).tokens == generate_tokens(model, [long[-1:]], 63).tokens
 
 
 @pytest.mark.parametrize(("chunk", "widths"), [(12, {8}), (16, {16}), (500, {16})])

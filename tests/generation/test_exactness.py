@@ -56,7 +56,7 @@ def test_padded_on_the_right(either, prompts, alone):
     tokens, real = np.zeros(rows.tokens.shape, np.int32), np.zeros(rows.tokens.shape, bool)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], real[row, : len(prompt)] = prompt, True
-    turned = Rows(tokens=jnp.asarray(tokens), real=jnp.asarray(real), keys=None, present=None)
+    turned = Rows(tokens=jnp.asarray(tokens), real=jnp.asarray(real), limits=rows.limits, keys=None, present=None)
     assert_the_same(found(jax.device_get(_generate(either, turned, rule))).tokens, alone)
 
 

@@ -13,7 +13,7 @@ from llama_eqx.errors import ConfigError
 from llama_eqx.generation.constraints import constrained
 from llama_eqx.generation.decode import generate_tokens
 from llama_eqx.generation.layout import for_decoding
-from llama_eqx.generation.request import Rows, prepared
+from llama_eqx.generation.request import prepared
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.speculative import _speculate, generate_speculatively
 
@@ -70,7 +70,7 @@ def test_the_distribution_is_that_of_the_model(model):
     sampling, prompt, count = Sampling(temperature=1.5, top_k=3), [5, 6, 7], 2000
     rows, rule = prepared(model, [prompt], 4, sampling)
     keys = jax.random.split(jax.random.key(4), (count, 1))
-    one = lambda keys: _speculate(model, draft, Rows(tokens=rows.tokens, real=rows.real, keys=keys, present=None), rule, 3).new  # noqa: E731
+    one = lambda keys: _speculate(model, draft, eqx.tree_at(lambda r: r.keys, rows, keys), rule, 3).new  # noqa: E731
     drawn = np.asarray(eqx.filter_jit(eqx.filter_vmap(one))(keys))[:, 0, :4]
 
     @eqx.filter_jit

@@ -150,6 +150,12 @@ def test_a_file_of_prompts(folders, tmp_path, monkeypatch, capsys):
     assert [line["text"] for line in alone] == [line["text"] for line in found[:2]]
     split = lines(printed(monkeypatch, capsys, *common, f"prompts={file}", "mesh=cpu-8"))
     assert [line["tokens"] for line in split] == [line["tokens"] for line in found]
+    context = load_pretrained(folder).config.context
+    full = next(text for n in range(context) if len(find_tokenizer(folder).encode(text := "The fox" + " a" * n)) == context - 3)
+    file.write_text(f"{full}\nThe fox\n{full}\n")
+    new = lines(printed(monkeypatch, capsys, *common, f"prompts={file}", said=(notes := [])))
+    assert [(len(line["tokens"]), line["end"]) for line in new[::2]] == [(2, "length"), (6, "length"), (2, "length")]
+    assert notes[0] == f"{file}:1: 2 new tokens fill the context of {context}; prompts with room for fewer than 6: 2"
 
 
 def test_a_model_with_more_ids_than_its_tokenizer(tiny, tmp_path, monkeypatch, capsys):
@@ -311,6 +317,7 @@ def test_bad_settings(folders, monkeypatch, capsys, arguments, what):
     code, said = failed(monkeypatch, capsys, f"checkpoint={folders / 'llama3'}", "prompt=The", *arguments)
     assert code == (3 if "quantize=int8" in arguments else 2)
     assert what in said
+    assert "\nnext: " in said
     assert len(said.splitlines()) <= 4
 
 
@@ -369,7 +376,10 @@ def test_a_draft_and_beams(folders, monkeypatch, capsys):
     plain = printed(monkeypatch, capsys, *arguments)
     drafted = printed(monkeypatch, capsys, *arguments, f"draft={folder}", "drafted=2", said=(notes := []))
     assert (drafted, notes) == (plain, ["2.75 tokens of each reading of the model, with 2 drafted"])
-    assert printed(monkeypatch, capsys, *arguments, "beams=1") == plain
+    assert printed(monkeypatch, capsys, *arguments, "beams=1", said=(notes := [])) == plain
+    assert notes == []
+    assert printed(monkeypatch, capsys, *arguments, "beams=1", "temperature=2", "seed=5", said=notes) == plain
+    assert notes == ["beams are searched and not drawn: temperature, top_p and seed change nothing"]
     best, second = lines(printed(monkeypatch, capsys, *arguments, "beams=3", "samples=2"))
     assert best["score"] > second["score"]
 

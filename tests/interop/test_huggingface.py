@@ -213,6 +213,7 @@ def test_files_that_are_not_weights(folder, content, message):
     with pytest.raises(CheckpointError, match=message) as error:
         load_pretrained(folder)
     assert str(file) in str(error.value)
+    assert error.value.next == "download or copy this file again"
 
 
 def test_missing_shard(sharded):

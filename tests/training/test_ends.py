@@ -121,6 +121,8 @@ def test_what_lies_beside_a_tokenizer_json_is_kept_from_the_start(tmp_path):
     for template, foreign in (("{{ messages }}", True), (FORMATS["llama2"].template, False)):
         (source / "chat_template.jinja").write_text(template)
         assert any("not of it" in line for line in handed_on(config, tokenizer, None)[1]) is foreign
+    (source / "chat_template.jinja").write_text(FORMATS["llama3"].template)
+    assert "; next: tokenizer.chat=llama3, " in handed_on(config, tokenizer, None)[1][0]
     (source / "chat_template.jinja").unlink()
     (source / "chat_template.jinja").symlink_to(secret)
     (source / "chat_template.json").write_text("no JSON")
@@ -198,9 +200,10 @@ def test_how_the_first_model_generates_goes_along_with_the_ids_of_this_one(tmp_p
         handed_over(config, BytesTokenizer())
         config = settings(tmp_path / "second", *asked, f"init_from={tmp_path / 'run'}")
     assert not any("context" in note for note in open_start(config).notes)
-    folder, _ = handed_over(config, BytesTokenizer())
+    folder, _ = handed_over(config, type("Padding", (BytesTokenizer,), {"pad": 3})())
     found = json.loads((folder / "generation_config.json").read_text())
-    assert found == {"do_sample": True, "temperature": 0.6, "bos_token_id": 256, "eos_token_id": 257}
+    assert found == {"do_sample": True, "temperature": 0.6, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 3}
+    assert transformers.AutoConfig.from_pretrained(folder).pad_token_id == 3
     for wrong in ("", "[]", "version https://git-lfs.github.com/spec/v1"):
         (tmp_path / "base" / "generation_config.json").write_text(wrong)
         files, left = handed_on(other, BytesTokenizer(), weights)
@@ -257,14 +260,20 @@ LAYER = ["model/norm=layer", "init_new=[beside]"]
         ([], ["init_new=[beside]", "model.rotary.theta=7"], "model.rotary.theta is", "another model="),
         ([], ["init_new=[beside]", "model.dims.mlp=16"], "model.dims.mlp is 8 there, 16 here", "another model="),
         ([], ["init_new=[beside]", "model.tied=true"], r"tied is False .*\s+not part of this model: lm_head", "another model="),
-        (["model/rotary=nope"], ["init_new=[beside]"], "model.rotary._target_ is", "choose the model="),
+        (["model/rotary=nope"], ["init_new=[beside]"], "model.rotary._target_ is", ", or model/rotary=nope"),
+        (
+            ["model/rotary=llama3_2", "model.rotary.original_context=64", "model.block.dropout=0.5"],
+            ["init_new=[beside]", "model.dims.mlp=16"],
+            "model.rotary._target_ is",
+            ", or model/rotary=llama3_2 model.dims.mlp=8 model.rotary.original_context=64",
+        ),
         (["model.tied=true"], ["init_new=[beside,lm_head]"], "model.tied is True there, False here", "another model="),
         (["model/feed_forward=plain"], ["init_new=[beside,gate_proj]"], "activation is relu there, silu here", "another model="),
         (
             ["model.feed_forward.activation=relu"],
             ["model/feed_forward=plain", "init_new=[beside]"],
             "model: .*gate_proj",
-            "choose the model=",
+            "model/feed_forward=gated model.feed_forward.activation=relu",
         ),
     ],
 )

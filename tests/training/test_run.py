@@ -11,28 +11,39 @@ from llama_eqx.data.dataset import open_data
 from llama_eqx.data.prepare import prepare
 from llama_eqx.data.tokenizer import BytesTokenizer, HuggingFaceTokenizer, load_tokenizer
 from llama_eqx.errors import CheckpointError
-from llama_eqx.training.run import claim, file_tokenizer, is_over, origin, warnings, with_vocab
+from llama_eqx.training.run import claim, file_tokenizer, is_over, is_same, origin, warnings, with_vocab
 
 
 class Llama3(BytesTokenizer):
     """With the ids of Llama 3, at three of which a text may end."""
 
-    vocab, bos, eos, stop = 128256, 128000, 128001, (128001, 128008, 128009)
+    vocab, bos, eos, stop, pad = 128256, 128000, 128001, (128001, 128008, 128009), 7
 
 
 @pytest.mark.parametrize(
-    ("model", "tokenizer", "bos", "eos"),
+    ("model", "tokenizer", "bos", "eos", "pad"),
     [
-        ("llama3_1m", BytesTokenizer(), 256, (257,)),
-        ("llama3_1m", Llama3(), 128000, (128001, 128008, 128009)),
-        ("llama3_1_8b", Llama3(), 128000, (128001, 128008, 128009)),  # which says 128001
-        ("llama3_3_70b", Llama3(), 128000, (128001, 128008, 128009)),
-        ("llama3_1_8b", BytesTokenizer(), 128000, (128001,)),  # another's ids, of which a warning is given
+        ("llama3_1m", BytesTokenizer(), 256, (257,), None),
+        ("llama3_1m", Llama3(), 128000, (128001, 128008, 128009), 7),
+        ("llama3_8b", Llama3(), 128000, (128001, 128008, 128009), 7),  # which says 128001
+        ("llama3_3_70b", Llama3(), 128000, (128001, 128008, 128009), 128004),
+        ("llama3_8b", BytesTokenizer(), 128000, (128001,), None),  # another's ids, of which a warning is given
+        ("llama3_8b", type("Other", (Llama3,), {"eos": 5})(), 128000, (128001,), None),
     ],
 )
-def test_the_ends_of_a_text_are_all_that_the_tokenizer_knows(model, tokenizer, bos, eos):
+def test_the_special_ids_are_those_of_the_tokenizer(model, tokenizer, bos, eos, pad):
+    """Among the ends of a text are all that it knows."""
     tokens = with_vocab(load_config(f"model={model}"), tokenizer).model.tokens
-    assert (tokens.bos, tokens.eos) == (bos, eos)
+    assert (tokens.bos, tokens.eos, tokens.pad) == (bos, eos, pad)
+
+
+def test_a_run_from_before_it_knew_its_padding_goes_on_and_gets_it(tmp_path):
+    asked = load_config("tokenizer=bytes", f"run_dir={tmp_path}")
+    claim(with_vocab(asked, type("Before", (Llama3,), {"pad": None})()), "", "")
+    now = with_vocab(asked, Llama3())
+    assert claim(now, "", "") == []
+    assert read_config(tmp_path)["model"]["tokens"]["pad"] == 7
+    assert is_same(asked, read_config(tmp_path), ())
 
 
 @pytest.mark.parametrize("dropout", ["model.dropout=0.1", "model.block.dropout=0.1"])
@@ -53,6 +64,9 @@ def test_what_is_seldom_meant_is_warned_of():
     assert "precision=mixed keeps float32" in said("precision=mixed", "precision.params=bfloat16")[0]
     assert said("train.steps=50")[0].endswith("; next: schedule.warmup_steps=5")
     assert said("train.steps=50", "init_from=here")[0].endswith("; next: schedule.warmup_steps=5, or recipe=finetune")
+    recipe = ["init_from=here", "recipe=finetune", "model.context=2048"]
+    steps = load_config(*recipe).schedule.warmup_steps
+    assert said(f"train.steps={steps}", *recipe)[0].endswith(f"; next: schedule.warmup_steps={steps // 10}")
 
 
 def test_a_run_goes_on_where_its_data_lies_elsewhere_and_not_with_other_data(tmp_path, monkeypatch):
