@@ -16,6 +16,7 @@ from llama_eqx.config import dump
 from llama_eqx.errors import ConfigError
 from llama_eqx.multirun import Job, MultirunError, labels, run_jobs
 from llama_eqx.studies.pairing import kept_at
+from llama_eqx.training import loop
 from llama_eqx.verb import run_verb
 
 LATE = """
@@ -230,6 +231,18 @@ def test_a_sweep_of_a_study_says_what_is_wrong_with_its_registration_and_which_r
         "error: tuning wants three rates or more, rising, so that the best can lie between others\n"
         "where: experiments/ffn/prereg.yaml: rates\n",
     )
+    (folder / "prereg.yaml").write_text(text.replace("val/loss ", "val/cod/loss "))
+    arm += ["+data@eval_data.code=test", "eval_data.code.path=code.txt"]
+    assert sweep() == (
+        2,
+        "error: no evaluation of swiglu gives val/cod/loss\nwhere: experiments/ffn/prereg.yaml\nnext: did you mean val/code/loss?\n",
+    )
+    with pytest.raises(ConfigError, match="no evaluation of swiglu gives val/cod/loss"):
+        loop.train(load_config(*arm))  # no sweep
+    for metric in ("val/code/loss ", "val/loss_at_64 "):
+        (folder / "prereg.yaml").write_text(text.replace("val/loss ", metric))
+        assert sweep()[0] == 0
+    del arm[-2:]
     (folder / "prereg.yaml").write_text(text)
     short = load_config(*arm, "seed=1001", "train.steps=5")
     path = kept_at(short)

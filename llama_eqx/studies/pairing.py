@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Int, UInt32
 
 from llama_eqx.checkpoint.native import read_config
+from llama_eqx.config import nearest
 from llama_eqx.errors import ConfigError, DataError
 from llama_eqx.model.llama import Llama
 from llama_eqx.model.rotary import Rotary
@@ -56,6 +57,18 @@ def position_codes(rotary: Rotary, positions: Int[Array, " seq"]) -> int:
     """How many of these positions the compiled rotary embedding tells apart."""
     rotation = jax.jit(lambda p: (rotary(p).cos, rotary(p).sin))(positions[None])
     return len(np.unique(np.concatenate([np.asarray(part[0, :, 0]) for part in rotation], axis=-1), axis=0))
+
+
+def check_registered(config: RunConfig) -> None:
+    """Raises `ConfigError` when no report could use this run, as its evaluations do not give the registered metric."""
+    if config.study is None:
+        return
+    question, length = config.study.question, config.train.seq_len
+    losses = ["val/loss", *(f"val/{name}/loss" for name in config.eval_data)]
+    losses += [f"val/loss_at_{position}" for position in (0, *(1 << n for n in range((length - 1).bit_length())))]
+    if (metric := load_registration(question).metric) not in losses:
+        where = str(folder(question) / "prereg.yaml")
+        raise ConfigError(f"no evaluation of {config.study.arm} gives {metric}", where=where, next=nearest(metric, losses))
 
 
 def record_start(config: RunConfig, model: Llama, offset: int) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import re
 from typing import Any, Literal
 
 import yaml
@@ -12,6 +13,7 @@ from llama_eqx.errors import ConfigError
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 Contrast = dict[str, float]
+LOSS = r"val/(loss|loss_at_\d+|.+/loss)"  # the metrics in nats per token
 
 
 class Rule(Config):
@@ -34,11 +36,14 @@ class Rule(Config):
 class Registration(Config):
     """`prereg.yaml`. A contrast is a weighted sum of arms, with weights that sum to 0: {rounded: 1, exact: -1}.
 
-    `metric` is compared at the end of the schedule. `contrasts` are the family that is adjusted. Negative controls are expected to be
-    equivalent within `margin`, positive ones to show a loss. `same_data` lists groups of arms that must have seen the same batches; it is
-    empty when all must. Parameters that the arms of a contrast share must have begun with the same values, whatever the arms' groups,
-    unless they differ in `model.init`. `doses` are pictures by name: contrasts over a quantity. `tune_arms` are tuned over `rates` and
-    `tune_seeds`; any other arm takes the rate of the first of them.
+    `metric` is compared at the end of the schedule. It is a loss in nats per token: val/loss, val/loss_at_POSITION or val/NAME/loss. What
+    is better where it is higher, such as val/accuracy, is refused: a higher value is "worse" everywhere.
+
+    `contrasts` are the family that is adjusted. Negative controls are expected to be equivalent within `margin`, positive ones to show a
+    loss. `same_data` lists groups of arms that must have seen the same batches; it is empty when all must. Parameters that the arms of a
+    contrast share must have begun with the same values, whatever the arms' groups, unless they differ in `model.init`. `doses` are
+    pictures by name: contrasts over a quantity. `tune_arms` are tuned over `rates` and `tune_seeds`; any other arm takes the rate of the
+    first of them.
     """
 
     question: str
@@ -60,6 +65,12 @@ class Registration(Config):
     exclusion: str
 
     def check(self) -> None:
+        if not re.fullmatch(LOSS, self.metric):
+            raise ConfigError(
+                f"{self.metric} is no loss in nats per token",
+                where="metric",
+                next="metric: val/loss, or val/loss_at_64 of one position, or val/NAME/loss of an eval_data.NAME",
+            )
         for name, contrast in self.all_contrasts().items():
             for arm in contrast:
                 self.known(arm, f"{name}.{arm}")

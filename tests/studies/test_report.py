@@ -405,6 +405,9 @@ def test_what_is_not_there(experiment):
         ({"rates": [0.002, 0.001, 0.004]}, "rising"),
         ({"same_data": [["base", "worse"], ["noisy"]]}, "same, less in no group"),
         ({"margin": "small"}, "wanted float"),
+        ({"metric": "val/accuracy"}, "val/accuracy is no loss in nats per token"),
+        ({"metric": "val/bits_per_byte"}, "val/bits_per_byte is no loss in nats per token"),
+        ({"metric": "train/loss"}, "train/loss is no loss in nats per token"),
         ({"rule": {"equivalence": "tost", "difference": "paired_t", "confirmation": "sign_flip", "adjustment": "none"}}, "one of: holm"),
         ({"rule": {"equivalence": "tost"}}, "missing"),
         ({"seed": 1}, "seed"),
@@ -417,6 +420,23 @@ def test_a_registration_that_contradicts_itself(change, said, experiment):
     with pytest.raises(ConfigError) as found:
         load_registration("known")
     assert said in str(found.value)
+
+
+def test_a_metric_that_was_not_evaluated_is_no_divergence(experiment):
+    folder, add = experiment
+    known = yaml.safe_load((folder / "prereg.yaml").read_text())
+    (folder / "prereg.yaml").write_text(yaml.safe_dump({**known, "metric": "val/code/loss"}))
+    for seed in range(8):
+        for arm in known["arms"]:
+            path = add(arm, seed, 3.0, registration=load_registration("known").hash())
+    said = rf"{path.name}: val/code/loss was not evaluated, only val/loss, val/bits_per_byte, val/loss_at_1, val/loss_at_64\n"
+    with pytest.raises(DataError, match=said):
+        the()
+    (folder / "prereg.yaml").write_text(yaml.safe_dump({**known, "metric": "val/loss_at_64"}))
+    for seed in range(8):
+        for arm in known["arms"]:
+            add(arm, seed, 3.0, registration=load_registration("known").hash())
+    assert "Second: no effect" in the().words
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/prereg.yaml")), ids=lambda path: path.parent.name)
