@@ -219,8 +219,8 @@ def test_a_sweep_of_a_study_says_what_is_wrong_with_its_registration_and_which_r
     monkeypatch.setattr(multirun, "run_jobs", lambda jobs, skipped, **_: found.update(jobs=jobs, skipped=skipped))
     arm = ["experiment=ffn", "stage=tune", "experiment/ffn=swiglu", "schedule.peak=0.004"]
 
-    def sweep():
-        monkeypatch.setattr(sys, "argv", ["train", "-m", *arm, "seed=1000,1001"])
+    def sweep(*more):
+        monkeypatch.setattr(sys, "argv", ["train", "-m", *arm, "seed=1000,1001", *more])
         with pytest.raises(SystemExit) as ended:
             run_verb("train", train.main)
         return ended.value.code, capsys.readouterr().err
@@ -232,18 +232,24 @@ def test_a_sweep_of_a_study_says_what_is_wrong_with_its_registration_and_which_r
         "where: experiments/ffn/prereg.yaml: rates\n",
     )
     (folder / "prereg.yaml").write_text(text.replace("val/loss ", "val/cod/loss "))
-    arm += ["+data@eval_data.code=test", "eval_data.code.path=code.txt"]
-    assert sweep() == (
+    code = ["+data@eval_data.code=test", "eval_data.code.path=code.txt"]
+    assert sweep(*code) == (
         2,
         "error: no evaluation of swiglu gives val/cod/loss\nwhere: experiments/ffn/prereg.yaml\nnext: did you mean val/code/loss?\n",
     )
     with pytest.raises(ConfigError, match="no evaluation of swiglu gives val/cod/loss"):
-        loop.train(load_config(*arm))  # no sweep
+        loop.train(load_config(*arm, *code))  # no sweep
     for metric in ("val/code/loss ", "val/loss_at_64 "):
         (folder / "prereg.yaml").write_text(text.replace("val/loss ", metric))
-        assert sweep()[0] == 0
-    del arm[-2:]
+        assert sweep(*code)[0] == 0
     (folder / "prereg.yaml").write_text(text)
+    (folder / "tuned.yaml").write_text("1m: {swiglu: 0.004}")
+    final = ["stage=final", "schedule.peak=0.005"]
+    assert sweep(*final)[0] == 0  # of seeds that are not registered
+    code, said = sweep(*final, "seed=0")
+    assert code == 2
+    assert said.startswith("error: no report would take swiglu at 0.005, since its rate is 0.004\nwhere: schedule.peak\nnext: leave it out")
+    assert sweep("stage=final", "seed=0")[0] == 0
     short = load_config(*arm, "seed=1001", "train.steps=5")
     path = kept_at(short)
     path.parent.mkdir(parents=True)

@@ -22,7 +22,7 @@ from llama_eqx.model.llama import Llama
 from llama_eqx.model.rotary import Rotary
 from llama_eqx.sharding import parameter_names
 from llama_eqx.studies.matching import cost, residual
-from llama_eqx.studies.registration import folder, load_registration
+from llama_eqx.studies.registration import folder, load_registration, tuned
 from llama_eqx.studies.runs import free, outdated, read_kept, read_provenance
 from llama_eqx.training.run import RunConfig, is_same
 
@@ -60,15 +60,25 @@ def position_codes(rotary: Rotary, positions: Int[Array, " seq"]) -> int:
 
 
 def check_registered(config: RunConfig) -> None:
-    """Raises `ConfigError` when no report could use this run, as its evaluations do not give the registered metric."""
+    """Raises `ConfigError` when no report could use this run: its evaluations do not give the registered metric, or it is a registered run
+    of the final stage whose learning rate is not that of its arm.
+    """
     if config.study is None:
         return
-    question, length = config.study.question, config.train.seq_len
+    question, arm, length = config.study.question, config.study.arm, config.train.seq_len
+    registration = load_registration(question)
     losses = ["val/loss", *(f"val/{name}/loss" for name in config.eval_data)]
     losses += [f"val/loss_at_{position}" for position in (0, *(1 << n for n in range((length - 1).bit_length())))]
-    if (metric := load_registration(question).metric) not in losses:
+    if (metric := registration.metric) not in losses:
         where = str(folder(question) / "prereg.yaml")
-        raise ConfigError(f"no evaluation of {config.study.arm} gives {metric}", where=where, next=nearest(metric, losses))
+        raise ConfigError(f"no evaluation of {arm} gives {metric}", where=where, next=nearest(metric, losses))
+    counts = config.study.stage == "final" and arm in registration.arms and config.seed in registration.seeds
+    if counts and config.schedule.peak != (rate := tuned(question, config.study.rung, arm)):
+        raise ConfigError(
+            f"no report would take {arm} at {config.schedule.peak:g}, since its rate is {rate:g}",
+            where="schedule.peak",
+            next=f"leave it out of the arm's file and of the command: {folder(question) / 'tuned.yaml'} gives an arm a rate of its own",
+        )
 
 
 def record_start(config: RunConfig, model: Llama, offset: int) -> None:

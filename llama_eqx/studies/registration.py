@@ -43,7 +43,7 @@ class Registration(Config):
     loss. `same_data` lists groups of arms that must have seen the same batches; it is empty when all must. Parameters that the arms of a
     contrast share must have begun with the same values, whatever the arms' groups, unless they differ in `model.init`. `doses` are
     pictures by name: contrasts over a quantity. `tune_arms` are tuned over `rates` and `tune_seeds`; any other arm takes the rate of the
-    first of them.
+    first of them. Without `tune_arms` there is one rate, which every arm takes.
     """
 
     question: str
@@ -84,7 +84,10 @@ class Registration(Config):
             self.known(arm, arm)
         if self.same_data and (alone := [arm for arm in self.arms if not any(arm in group for group in self.same_data)]):
             raise ConfigError(f"{', '.join(alone)} in no group", where="same_data", next="a group of its own, if its data is its own")
-        if len(self.rates) < 3 or list(self.rates) != sorted(self.rates):
+        if not self.tune_arms:
+            if len(self.rates) != 1:
+                raise ConfigError("without tune_arms every arm takes one rate", where="rates", next="rates: [0.004], or tune_arms")
+        elif len(self.rates) < 3 or list(self.rates) != sorted(self.rates):
             raise ConfigError("tuning wants three rates or more, rising, so that the best can lie between others", where="rates")
 
     def known(self, arm: str, where: str) -> None:
@@ -122,11 +125,18 @@ def load_registration(question: str) -> Registration:
 
 
 def registered(question: str, name: str) -> str:
-    """For YAML: a list of the registration as the values of a sweep, with "final_arms" for its `arms`; or its `hash`."""
+    """For YAML: a list of the registration as the values of a sweep, with "final_arms" for its `arms`; or its `hash`.
+
+    Raises `ConfigError` when the list is empty.
+    """
     found = load_registration(question)
     if name == "hash":
         return found.hash()
-    return ",".join(str(value) for value in getattr(found, name.removeprefix("final_")))
+    values = getattr(found, name := name.removeprefix("final_"))
+    if not values:
+        advice = f"python -m llama_eqx.train -m experiment={question}, without stage=tune" if name.startswith("tune") else ""
+        raise ConfigError(f"no {name} are registered", where=str(folder(question) / "prereg.yaml"), next=advice)
+    return ",".join(map(str, values))
 
 
 def write_tuned(question: str, rung: str, rates: dict[str, float]) -> pathlib.Path:
@@ -138,11 +148,15 @@ def write_tuned(question: str, rung: str, rates: dict[str, float]) -> pathlib.Pa
 
 
 def tuned(question: str, rung: str, arm: str) -> float:
-    """For YAML: the peak learning rate of an arm. Raises `ConfigError` when it has not been tuned."""
+    """For YAML: the peak learning rate of an arm: that in tuned.yaml, or the only one registered. Raises `ConfigError` when it has not been
+    tuned.
+    """
     path = folder(question) / "tuned.yaml"
     rates: dict[str, Any] = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get(rung, {}) if path.exists() else {}
-    first = load_registration(question).tune_arms[0]
-    rate = rates.get(arm, rates.get(first) if arm not in load_registration(question).tune_arms else None)
+    registration = load_registration(question)
+    if not registration.tune_arms:
+        return float(rates.get(arm, registration.rates[0]))
+    rate = rates.get(arm, rates.get(registration.tune_arms[0]) if arm not in registration.tune_arms else None)
     if rate is None:
         tuning = f"python -m llama_eqx.train -m experiment={question} stage=tune, then python -m llama_eqx.report with the same"
         raise ConfigError(f"{arm} has no learning rate at {rung} yet", where=str(path), next=tuning)

@@ -382,6 +382,24 @@ def test_a_run_whose_arm_is_not_tuned_is_told_what_comes_first(tmp_path, monkeyp
     ]
 
 
+def test_an_experiment_without_tuning_has_one_rate(experiment):
+    folder, add = experiment
+    known = yaml.safe_load((folder / "prereg.yaml").read_text())
+    (folder / "prereg.yaml").write_text(yaml.safe_dump({**known, "tune_arms": [], "tune_seeds": [], "rates": [0.003]}))
+    (folder / "tuned.yaml").write_text("1m: {worse: 0.001}")
+    assert (tuned("known", "1m", "base"), tuned("known", "1m", "worse")) == (0.003, 0.001)
+    for arm in known["arms"]:
+        for seed in range(8):
+            settings = {"schedule": {"peak": tuned("known", "1m", arm)}}
+            add(arm, seed, 3.0 + (arm == "less"), registration=load_registration("known").hash(), settings=settings)
+    assert "Second: no effect" in the().words
+    with pytest.raises(ConfigError, match="no tune_arms are registered") as found:
+        registered("known", "tune_arms")
+    assert found.value.next == "python -m llama_eqx.train -m experiment=known, without stage=tune"
+    (folder / "tuned.yaml").unlink()
+    assert tuned("known", "1m", "worse") == 0.003
+
+
 def test_what_is_not_there(experiment):
     folder, _ = experiment
     (folder / "tuned.yaml").unlink()
@@ -403,6 +421,7 @@ def test_what_is_not_there(experiment):
         ({"contrasts": {"a": {"worse": 1, "base": -0.5}}}, "sum to 0.5"),
         ({"contrasts": {"a": {"worse": 1, "bass": -1}}}, "did you mean base?"),
         ({"rates": [0.002, 0.001, 0.004]}, "rising"),
+        ({"tune_arms": []}, "without tune_arms every arm takes one rate"),
         ({"same_data": [["base", "worse"], ["noisy"]]}, "same, less in no group"),
         ({"margin": "small"}, "wanted float"),
         ({"metric": "val/accuracy"}, "val/accuracy is no loss in nats per token"),
