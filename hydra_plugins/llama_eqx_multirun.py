@@ -43,10 +43,10 @@ class Multirun(Launcher):
             with open_dict(settings):
                 del settings["hydra"]  # as Hydra does before it runs a job
             built = resolve(settings)
-            if verb == "train":
-                check_registered(built)
             # A run of a study that finished and was stopped before it was filed is filed by a start that ends at once.
             over = verb == "train" and (is_kept(built) if built.study is not None else finished(built))
+            if verb == "train" and not over:
+                check_registered(built)
             if over and (file := diverged(built)):
                 label += f" (without finite numbers: to make it again remove {file})"
             if verb == "train" and (file := in_the_way(built)):

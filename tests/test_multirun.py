@@ -12,8 +12,9 @@ import time
 import pytest
 
 from llama_eqx import compose, load_config, multirun, train
+from llama_eqx.checkpoint.native import write_config
 from llama_eqx.config import dump
-from llama_eqx.errors import ConfigError
+from llama_eqx.errors import ConfigError, StorageError
 from llama_eqx.multirun import Job, MultirunError, labels, run_jobs
 from llama_eqx.studies.pairing import kept_at
 from llama_eqx.training import loop
@@ -57,6 +58,19 @@ def test_jobs_that_fail_leave_the_others_to_finish(tmp_path, monkeypatch):
     )
     assert "done" in (tmp_path / "fine" / "console.txt").read_text()
     assert "\n3 1 false\n" in (tmp_path / "fine too" / "console.txt").read_text()  # one of five cores, and of a GPU what it needs
+
+
+@pytest.mark.parametrize(("second", "said"), [("no room", True), ("other", False)])
+def test_one_reason_for_all_that_failed_is_told_with_what_comes_next(second, said, tmp_path, monkeypatch):
+    for job, what in (("no room", "no room"), ("other", second)):
+        error = StorageError(f"{what}\non the disk", where=job, next="free some\nof it")
+        monkeypatch.setitem(JOBS, job, f"print('a line', flush=True); raise SystemExit({str(error)!r})")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "console.txt").write_text("$ before\nerror: of another start\n")
+    with pytest.raises(MultirunError) as found:
+        run(tmp_path, ["no room", "other", "fine"])
+    assert (", all for one reason: no room\non the disk" in found.value.what) is said
+    assert found.value.next == ("free some\nof it" if said else "the same command again runs what is missing and skips what is there")
 
 
 def test_when_all_that_is_missing_was_preempted_it_is_worth_starting_again(tmp_path):
@@ -250,6 +264,21 @@ def test_a_sweep_of_a_study_says_what_is_wrong_with_its_registration_and_which_r
     assert code == 2
     assert said.startswith("error: no report would take swiglu at 0.005, since its rate is 0.004\nwhere: schedule.peak\nnext: leave it out")
     assert sweep("stage=final", "seed=0")[0] == 0
+
+    run_dir = "outputs/ffn/final/1m/swiglu/seed_0"  # a run from before a change
+    pathlib.Path(run_dir).mkdir(parents=True)
+    write_config(dump(load_config(*arm, "stage=final", "seed=0", f"run_dir={run_dir}")), pathlib.Path(run_dir))
+    assert sweep("stage=final", "seed=0")[0] == 0
+    for name, old, new, why in (
+        ("prereg.yaml", text, text.replace("alpha: 0.05", "alpha: 0.01"), "another registration"),
+        ("tuned.yaml", "1m: {swiglu: 0.004}", "1m: {swiglu: 0.005}", "another rate (0.004)"),
+    ):
+        (folder / name).write_text(new)
+        code, said = sweep("stage=final", "schedule.peak=0.005" if "tuned" in name else "schedule.peak=0.004", "seed=0")
+        assert (code, said.count("\n")) == (4, 4)
+        assert said.startswith(f"error: this run directory holds a run of {why}, which reports no longer take\n")
+        assert f"\nwhere: {run_dir}\nkept: the run there, as it is\nnext: rm -r outputs/ffn/final, then the same" in said
+        (folder / name).write_text(old)
     short = load_config(*arm, "seed=1001", "train.steps=5")
     path = kept_at(short)
     path.parent.mkdir(parents=True)

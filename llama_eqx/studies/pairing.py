@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import uuid
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxtyping import Array, Int, UInt32
 
 from llama_eqx.checkpoint.native import read_config
 from llama_eqx.config import nearest
-from llama_eqx.errors import ConfigError, DataError
+from llama_eqx.errors import CheckpointError, ConfigError, DataError, UserError
 from llama_eqx.model.llama import Llama
 from llama_eqx.model.rotary import Rotary
 from llama_eqx.sharding import parameter_names
@@ -61,7 +62,8 @@ def position_codes(rotary: Rotary, positions: Int[Array, " seq"]) -> int:
 
 def check_registered(config: RunConfig) -> None:
     """Raises `ConfigError` when no report could use this run: its evaluations do not give the registered metric, or it is a registered run
-    of the final stage whose learning rate is not that of its arm.
+    of the final stage whose learning rate is not that of its arm. Raises `CheckpointError` when its directory has a run of a registration
+    or a rate that has changed since.
     """
     if config.study is None:
         return
@@ -78,6 +80,19 @@ def check_registered(config: RunConfig) -> None:
             f"no report would take {arm} at {config.schedule.peak:g}, since its rate is {rate:g}",
             where="schedule.peak",
             next=f"leave it out of the arm's file and of the command: {folder(question) / 'tuned.yaml'} gives an arm a rate of its own",
+        )
+    run_dir, found = pathlib.Path(config.run_dir), []
+    with contextlib.suppress(UserError, KeyError, TypeError):  # no run, or none of a study
+        old = read_config(run_dir)
+        found += ["another registration"] * (old["study"]["registration"] != config.study.registration)
+        found += [f"another rate ({old['schedule']['peak']:g})"] * (counts and old["schedule"]["peak"] != config.schedule.peak)
+    if found:
+        all_runs = config.run_dir.removesuffix(config.study.path.removeprefix(config.study.stage))  # of the stage
+        raise CheckpointError(
+            f"this run directory holds a run of {' and '.join(found)}, which reports no longer take",
+            where=config.run_dir,
+            kept="the run there, as it is",
+            next=f"{shlex.join(['rm', '-r', all_runs])}, then the same command; or bring back {folder(question)} as it was",
         )
 
 
