@@ -60,15 +60,18 @@ def test_jobs_that_fail_leave_the_others_to_finish(tmp_path, monkeypatch):
     assert "\n3 1 false\n" in (tmp_path / "fine too" / "console.txt").read_text()  # one of five cores, and of a GPU what it needs
 
 
-@pytest.mark.parametrize(("second", "said"), [("no room", True), ("other", False)])
+@pytest.mark.parametrize(("second", "said"), [("no room", True), ("other", False), ("killed", False)])
 def test_one_reason_for_all_that_failed_is_told_with_what_comes_next(second, said, tmp_path, monkeypatch):
-    for job, what in (("no room", "no room"), ("other", second)):
-        error = StorageError(f"{what}\non the disk", where=job, next="free some\nof it")
-        monkeypatch.setitem(JOBS, job, f"print('a line', flush=True); raise SystemExit({str(error)!r})")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "console.txt").write_text("$ before\nerror: of another start\n")
+    for what in ("no room", "other"):
+        error = StorageError(f"{what}\non the disk", where=what, next="free some\nof it")
+        monkeypatch.setitem(JOBS, what, f"print('a line', flush=True); raise SystemExit({str(error)!r})")
+    monkeypatch.setitem(JOBS, "second", JOBS[second])
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "console.txt").write_text(
+        "$ an earlier start\nerror: no room\n       on the disk\nnext: free some\n       of it\n"
+    )
     with pytest.raises(MultirunError) as found:
-        run(tmp_path, ["no room", "other", "fine"])
+        run(tmp_path, ["no room", "second", "fine"])
     assert (", all for one reason: no room\non the disk" in found.value.what) is said
     assert found.value.next == ("free some\nof it" if said else "the same command again runs what is missing and skips what is there")
 

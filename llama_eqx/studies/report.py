@@ -217,11 +217,16 @@ def _origins(runs: Sequence[Run]) -> list[list[str]]:
     for run in runs:
         for origin in run.provenance:
             versions = origin.get("versions", {})
-            commit, dash, changed = str(origin.get("commit")).partition("-")  # for changed code it ends with "-dirty"
-            commit = commit[:12] + dash + changed + (f" (code {' '.join(origin['code'].values())})" if "code" in origin else "")
+            commit = _short(origin.get("commit")) + (f" (code {' '.join(origin['code'].values())})" if "code" in origin else "")
+            commit += "".join(f", {name} {_short(of)}" for name, of in origin.get("extensions", {}).items())
             key = origin.get("computed", {}).get("kind"), commit, versions.get("python"), versions.get("jax")
             found.setdefault(tuple(map(str, key)), set()).add(run.seed)
     return [[", ".join(map(str, sorted(seeds))), *key] for key, seeds in sorted(found.items(), key=lambda item: sorted(item[1]))]
+
+
+def _short(commit: str | None) -> str:
+    head, dash, changed = str(commit).partition("-")  # for changed code it ends with "-dirty"
+    return head[:12] + dash + changed
 
 
 def _arm(arm: str, runs: Sequence[Run], metric: str) -> list[str]:

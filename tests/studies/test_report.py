@@ -326,7 +326,7 @@ def test_the_files(experiment):
     assert {"differences.png", "dose.png", "positions.png"} <= {path.name for path in folder.iterdir()}
     assert "| first | 8 |" in markdown
     assert "| 0, 1, 2, 3, 4 | cpu | 0123456789ab (code c1) | 3.11.7 | 0.10.2 |\n" in markdown
-    assert "| 5, 6, 7 | H100 | 0123456789ab-dirty (code c2) | 3.11.7 | 0.10.2 |\n" in markdown
+    assert "| 5, 6, 7 | H100 | 0123456789ab-dirty (code c2), lab fedcba987654 | 3.11.7 | 0.10.2 |\n" in markdown
     assert "llama_eqx was changed between these runs (2 versions of it)" in markdown
     assert page.count("<svg") == 3
     assert "loss less that of base" in page  # of the picture over a dose
