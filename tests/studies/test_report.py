@@ -143,6 +143,27 @@ def test_where_there_is_no_run_it_is_said_where_there_are(stage, next, experimen
     assert refused.value.next.endswith(next)
 
 
+def test_the_words_tell_which_runs_were_made_by_other_code(experiment):
+    _, add = experiment
+    assert "c1 made base (seeds 0, 1, 2, 3, 4), less (seeds 0, 1, 2, 3, 4)" in (words := the().words)
+    assert words.endswith(
+        "; c2 made base (seeds 5, 6, 7), less (seeds 5, 6, 7), noisy (seeds 5, 6, 7), same (seeds 5, 6, 7), worse (seeds 5, 6, 7)."
+    )
+    for arm in ("base", "worse", "same", "noisy", "less"):
+        for seed in range(8):
+            add(arm, seed, 3.0, code=["c1"])
+    assert "changed" not in the().words
+    add("worse", 3, 3.0, code=["c1", "c2"])
+    add("worse", 4, 3.0, code=[])
+    words = the().words
+    assert " The code of llama_eqx changed between these runs, so a difference may be one of code: c1 made base (seeds 0, 1," in words
+    assert words.endswith("worse (seeds 0, 1, 2, 5, 6, 7); c1 and c2 made worse (seed 3).")
+    for arm in ("base", "worse", "same", "noisy", "less"):
+        for seed in range(8):
+            add(arm, seed, 3.0, code=["c1", "c2"])
+    assert "may be one of code: c1 and c2 made base" in the().words
+
+
 def test_without_controls_nothing_is_claimed_of_them(experiment):
     registration = load_registration("known")
     assert "There is no positive control:" in in_words([], registration)
@@ -327,7 +348,7 @@ def test_the_files(experiment):
     assert "| first | 8 |" in markdown
     assert "| 0, 1, 2, 3, 4 | cpu | 0123456789ab (code c1) | 3.11.7 | 0.10.2 |\n" in markdown
     assert "| 5, 6, 7 | H100 | 0123456789ab-dirty (code c2), lab fedcba987654 | 3.11.7 | 0.10.2 |\n" in markdown
-    assert "llama_eqx was changed between these runs (2 versions of it)" in markdown
+    assert markdown.count("changed between these runs") == 1
     assert page.count("<svg") == 3
     assert "loss less that of base" in page  # of the picture over a dose
     assert not re.search(r"""(src|href)=["'](?!#)""", page.replace("xlink:", ""))
