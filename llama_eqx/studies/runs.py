@@ -218,7 +218,9 @@ def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[R
                 if not run.series(LEDGER)[0]:
                     yield run, f"no {LEDGER} says whether it saw the data of {first.arm} of seed {run.seed}"
                 elif wrong := _other_data(first, run):
-                    yield run, f"saw other data than {first.arm} of seed {run.seed}, from step {wrong[0]} on or before"
+                    old, new = (each.settings.get("data_fingerprint") for each in (first, run))
+                    cause = "; the text, the names of its files or the tokenizer differ" * (None not in (old, new) and old != new)
+                    yield run, f"saw other data than {first.arm} of seed {run.seed}, from step {wrong[0]} on or before{cause}"
 
 
 def _pairs(contrasts: Mapping[str, Contrast], registration: Registration) -> list[tuple[str, str]]:

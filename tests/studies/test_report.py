@@ -236,6 +236,15 @@ def test_arms_of_other_data_begin_with_the_same_values_all_the_same(of, options,
         the()
 
 
+def test_other_data_may_come_of_a_file_with_another_name(experiment):
+    _, add = experiment
+    add("base", 3, 3.0, settings={"data_fingerprint": "f"})
+    for fingerprint, said in (("f", "\n"), ("g", "; the text, the names of its files or the tokenizer differ\n")):
+        path = add("worse", 3, 3.0, ledger=8.0, settings={"data_fingerprint": fingerprint})
+        with pytest.raises(DataError, match=rf"{path.name}: saw other data than base of seed 3, from step 50 on or before{said}"):
+            the()
+
+
 def test_arms_that_differ_in_how_they_begin_share_their_data_alone(experiment):
     _, add = experiment
     model = {"dims": {"mlp": 8, "kv_heads": 2}, "init": {"std": 0.02}}
