@@ -1,14 +1,15 @@
 """What was registered about an experiment before its runs, and the learning rates that its tuning found."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import yaml
 
-from llama_eqx.config import Config, dump, nearest
+from llama_eqx.config import Config, dump, load, nearest
 from llama_eqx.errors import ConfigError
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
@@ -102,6 +103,10 @@ class Registration(Config):
         return hashlib.sha256(json.dumps(dump(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
+# Each key of a registration, with what to write where there is nothing to say.
+EMPTY = {field.name: {dict: "{}", tuple: "[]"}.get(get_origin(field.type), "…") for field in dataclasses.fields(Registration)}
+
+
 def folder(question: str) -> pathlib.Path:
     """`experiments/<question>` here, or else in the checkout of this package."""
     here = pathlib.Path("experiments", question)
@@ -113,7 +118,12 @@ def load_registration(question: str) -> Registration:
     path = folder(question) / "prereg.yaml"
     try:
         known = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Registration(**{**known, "rule": Rule(**known.get("rule", {}))})
+        if missing := [name for name in EMPTY if name not in {**(known or {})}]:
+            lines = ", ".join(f"{name}: {EMPTY[name]}" for name in missing)
+            raise ConfigError(f"missing: {', '.join(missing)}", next=f"add {lines}; docs/experiments.md has a whole one")
+        rule = known["rule"]
+        rule = {**rule, "_target_": f"{__name__}.Rule"} if isinstance(rule, dict) else rule
+        return load({**known, "rule": rule, "_target_": f"{__name__}.Registration"})
     except OSError:
         raise ConfigError(
             "this question is not registered yet", where=str(path), next="write that file, and commit it, before any run"
@@ -121,7 +131,8 @@ def load_registration(question: str) -> Registration:
     except (TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"this is no registration: {str(error).splitlines()[0]}", where=str(path)) from None
     except ConfigError as error:
-        raise ConfigError(error.what, where=f"{path}: {error.where}", next=error.next) from None
+        where = f"{path}: {error.where}" if error.where else str(path)
+        raise ConfigError(error.what, where=where, next=error.next) from None
 
 
 def registered(question: str, name: str) -> str:

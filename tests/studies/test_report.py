@@ -458,14 +458,17 @@ def test_what_is_not_there(experiment):
         ({"metric": "val/bits_per_byte"}, "val/bits_per_byte is no loss in nats per token"),
         ({"metric": "train/loss"}, "train/loss is no loss in nats per token"),
         ({"rule": {"equivalence": "tost", "difference": "paired_t", "confirmation": "sign_flip", "adjustment": "none"}}, "one of: holm"),
-        ({"rule": {"equivalence": "tost"}}, "missing"),
+        ({"rule": {"equivalence": "tost"}}, "missing: difference, confirmation, adjustment\nwhere: experiments/known/prereg.yaml: rule"),
+        ({"rule": "tost"}, "prereg.yaml: rule"),
+        ({"doses": ..., "margin": ...}, "missing: margin, doses\nwhere: experiments/known/prereg.yaml\nnext: add margin: …, doses: {};"),
         ({"seed": 1}, "seed"),
     ],
 )
 def test_a_registration_that_contradicts_itself(change, said, experiment):
     folder, _ = experiment
     known = yaml.safe_load((folder / "prereg.yaml").read_text())
-    (folder / "prereg.yaml").write_text(yaml.safe_dump({**known, **change}))
+    changed = {name: value for name, value in {**known, **change}.items() if value is not ...}
+    (folder / "prereg.yaml").write_text(yaml.safe_dump(changed))
     with pytest.raises(ConfigError) as found:
         load_registration("known")
     assert said in str(found.value)
