@@ -430,6 +430,18 @@ def test_an_experiment_without_tuning_has_one_rate(experiment):
     assert tuned("known", "1m", "worse") == 0.003
 
 
+def test_data_that_cannot_be_held_out_for_tuning_is_told_what_can(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    prepared = ["experiment=norm", "experiment/norm=rms", "data=prepared", "data.path=shards", "~data.validation_fraction"]
+    load_config(*prepared)  # whose own validation split serves
+    with pytest.raises(ConfigError, match="stage=tune holds out a part of the training text, and this data is no text") as found:
+        load_config(*prepared, "stage=tune")
+    assert "or '~data.holdout', and" in found.value.next
+    load_config(*prepared, "stage=tune", "~data.holdout")
+    with pytest.raises(ConfigError, match="no such key: holdout"):  # which is no matter of tuning
+        load_config(*prepared, "+data.holdout=tuning")
+
+
 def test_what_is_not_there(experiment):
     folder, _ = experiment
     (folder / "tuned.yaml").unlink()
