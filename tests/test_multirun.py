@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -289,3 +290,31 @@ def test_a_sweep_of_a_study_says_what_is_wrong_with_its_registration_and_which_r
     path.write_bytes(gzip.compress(json.dumps(first).encode() + b'\n{"step": 5, "val/loss": 3.0}\n'))
     assert sweep()[0] == 0
     assert [job.label for job in found["jobs"]] == ["seed=1000", f"seed=1001 (will not be filed: {path} has other settings)"]
+
+
+OWN = """# @package _global_
+defaults:
+  - _study
+  - _self_
+  - override /data: prepared
+study: {question: own, arm: rms}
+data: {path: shards}
+"""
+
+
+def test_a_study_of_ones_own_may_tune_nothing_and_run_on_prepared_data(tmp_path, monkeypatch, capsys):
+    found = {}
+    text = (TEXT.parents[2] / "experiments" / "norm" / "prereg.yaml").read_text()
+    for name, new in (("tune_arms", "[]"), ("tune_seeds", "[]"), ("rates", "[0.004]"), ("seeds", "[3, 4, 5]")):
+        text = re.sub(rf"^{name}:.*", f"{name}: {new}", text, flags=re.MULTILINE)
+    for name, content in (("experiments/own/prereg.yaml", text), ("conf/experiment/own.yaml", OWN)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(multirun, "run_jobs", lambda jobs, skipped, **_: found.update(jobs=jobs))
+    for more, code, said in (([], 0, ""), (["stage=tune"], 2, "error: no tune_seeds are registered\n")):
+        monkeypatch.setattr(sys, "argv", ["train", "-m", "experiment=own", *more, "--config-dir", str(tmp_path / "conf")])
+        with pytest.raises(SystemExit) as ended:
+            run_verb("train", train.main)
+        assert (ended.value.code, capsys.readouterr().err.startswith(said)) == (code, True)
+    assert [job.label for job in found["jobs"]] == ["seed=3", "seed=4", "seed=5"]
