@@ -24,7 +24,7 @@ class Multirun(Launcher):
         from llama_eqx.compose import planned, quoted, resolve  # what a single run need not wait for
         from llama_eqx.errors import ConfigError
         from llama_eqx.multirun import Job, command, labels, run_jobs
-        from llama_eqx.studies.pairing import diverged, in_the_way, is_kept
+        from llama_eqx.studies.pairing import check_registered, diverged, in_the_way, is_kept
         from llama_eqx.training.run import finished
 
         if not isinstance(self.at_once, int) or self.at_once < 1:
@@ -45,6 +45,8 @@ class Multirun(Launcher):
             built = resolve(settings)
             # A run of a study that finished and was stopped before it was filed is filed by a start that ends at once.
             over = verb == "train" and (is_kept(built) if built.study is not None else finished(built))
+            if verb == "train" and not over:
+                check_registered(built)
             if over and (file := diverged(built)):
                 label += f" (without finite numbers: to make it again remove {file})"
             if verb == "train" and (file := in_the_way(built)):

@@ -197,7 +197,17 @@ def resolve(config: DictConfig) -> Any:
         raise said from None
     assert isinstance(tree, dict)
     tree.pop("hydra", None)
-    return load(tree)
+    try:
+        return load(tree)
+    except ConfigError as error:
+        if ((tree.get("study") or {}).get("stage"), error.what, error.where) != ("tune", "no such key: holdout", "data"):
+            raise
+        raise ConfigError(
+            "stage=tune holds out a part of the training text, and this data is no text that it can cut",
+            where="data.holdout",
+            next="data=text data.path=FOLDER, the same as text; or '~data.holdout', and data of its own to tune on; or tune_arms: [] in "
+            "prereg.yaml: see docs/experiments.md",
+        ) from None
 
 
 def _compose(name: str, overrides: list[str]) -> DictConfig:

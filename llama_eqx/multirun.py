@@ -124,12 +124,15 @@ def run_jobs(
         return say(f"{fine} ok")
     for row in _table([("job", "", "", "what it printed"), *((str(j.number), j.label, _said(code), str(j.console)) for j, code in failed)]):
         say(row)
+    reasons = {_reason(job.console) for job, _ in failed}
+    why, advice = reasons.pop() if len(reasons) == 1 else ("", "")
     raise MultirunError(
         [code for _, code in failed],
-        f"{fine} ok, {len(failed)} failed ({'; '.join(f'job {job.number}: {_said(code)}' for job, code in failed)})",
+        f"{fine} ok, {len(failed)} failed ({'; '.join(f'job {job.number}: {_said(code)}' for job, code in failed)})"
+        + f", all for one reason: {why}" * bool(why),
         where=str(folder.parent),
         kept=f"the {fine} that succeeded" if fine else "",
-        next="the same command again runs what is missing and skips what is there",
+        next=(why and advice) or "the same command again runs what is missing and skips what is there",
     )
 
 
@@ -195,6 +198,15 @@ def _said(code: int | str) -> str:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         return f"{name}, out of memory?" if -code == signal.SIGKILL else name
     return "ok" if code == 0 else f"exit code {code}, {CODES.get(code, 'unknown')}"
+
+
+def _reason(console: pathlib.Path) -> tuple[str, str]:
+    """What the last command of a console says went wrong, and its "next", as a `UserError` prints them; empty where it prints none."""
+    said = {"error": "", "next": ""}
+    with contextlib.suppress(OSError):
+        last = f"\n{console.read_text(encoding='utf-8', errors='replace')}".rpartition("\n$ ")[2]
+        said |= re.findall(r"^(error|next): (.*(?:\n {7}.*)*)", last, re.MULTILINE)
+    return said["error"].replace("\n" + " " * 7, "\n"), said["next"].replace("\n" + " " * 7, "\n")
 
 
 def _listed(jobs: Sequence[Job]) -> str:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +13,12 @@ import time
 import pytest
 
 from llama_eqx import compose, load_config, multirun, train
+from llama_eqx.checkpoint.native import write_config
 from llama_eqx.config import dump
-from llama_eqx.errors import ConfigError
+from llama_eqx.errors import ConfigError, StorageError
 from llama_eqx.multirun import Job, MultirunError, labels, run_jobs
 from llama_eqx.studies.pairing import kept_at
+from llama_eqx.training import loop
 from llama_eqx.verb import run_verb
 
 LATE = """
@@ -56,6 +59,22 @@ def test_jobs_that_fail_leave_the_others_to_finish(tmp_path, monkeypatch):
     )
     assert "done" in (tmp_path / "fine" / "console.txt").read_text()
     assert "\n3 1 false\n" in (tmp_path / "fine too" / "console.txt").read_text()  # one of five cores, and of a GPU what it needs
+
+
+@pytest.mark.parametrize(("second", "said"), [("no room", True), ("other", False), ("killed", False)])
+def test_one_reason_for_all_that_failed_is_told_with_what_comes_next(second, said, tmp_path, monkeypatch):
+    for what in ("no room", "other"):
+        error = StorageError(f"{what}\non the disk", where=what, next="free some\nof it")
+        monkeypatch.setitem(JOBS, what, f"print('a line', flush=True); raise SystemExit({str(error)!r})")
+    monkeypatch.setitem(JOBS, "second", JOBS[second])
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "console.txt").write_text(
+        "$ an earlier start\nerror: no room\n       on the disk\nnext: free some\n       of it\n"
+    )
+    with pytest.raises(MultirunError) as found:
+        run(tmp_path, ["no room", "second", "fine"])
+    assert (", all for one reason: no room\non the disk" in found.value.what) is said
+    assert found.value.next == ("free some\nof it" if said else "the same command again runs what is missing and skips what is there")
 
 
 def test_when_all_that_is_missing_was_preempted_it_is_worth_starting_again(tmp_path):
@@ -218,8 +237,8 @@ def test_a_sweep_of_a_study_says_what_is_wrong_with_its_registration_and_which_r
     monkeypatch.setattr(multirun, "run_jobs", lambda jobs, skipped, **_: found.update(jobs=jobs, skipped=skipped))
     arm = ["experiment=ffn", "stage=tune", "experiment/ffn=swiglu", "schedule.peak=0.004"]
 
-    def sweep():
-        monkeypatch.setattr(sys, "argv", ["train", "-m", *arm, "seed=1000,1001"])
+    def sweep(*more):
+        monkeypatch.setattr(sys, "argv", ["train", "-m", *arm, "seed=1000,1001", *more])
         with pytest.raises(SystemExit) as ended:
             run_verb("train", train.main)
         return ended.value.code, capsys.readouterr().err
@@ -230,7 +249,40 @@ def test_a_sweep_of_a_study_says_what_is_wrong_with_its_registration_and_which_r
         "error: tuning wants three rates or more, rising, so that the best can lie between others\n"
         "where: experiments/ffn/prereg.yaml: rates\n",
     )
+    (folder / "prereg.yaml").write_text(text.replace("val/loss ", "val/cod/loss "))
+    code = ["+data@eval_data.code=test", "eval_data.code.path=code.txt"]
+    assert sweep(*code) == (
+        2,
+        "error: no evaluation of swiglu gives val/cod/loss\nwhere: experiments/ffn/prereg.yaml\nnext: did you mean val/code/loss?\n",
+    )
+    with pytest.raises(ConfigError, match="no evaluation of swiglu gives val/cod/loss"):
+        loop.train(load_config(*arm, *code))  # no sweep
+    for metric in ("val/code/loss ", "val/loss_at_64 "):
+        (folder / "prereg.yaml").write_text(text.replace("val/loss ", metric))
+        assert sweep(*code)[0] == 0
     (folder / "prereg.yaml").write_text(text)
+    (folder / "tuned.yaml").write_text("1m: {swiglu: 0.004}")
+    final = ["stage=final", "schedule.peak=0.005"]
+    assert sweep(*final)[0] == 0  # of seeds that are not registered
+    code, said = sweep(*final, "seed=0")
+    assert code == 2
+    assert said.startswith("error: no report would take swiglu at 0.005, since its rate is 0.004\nwhere: schedule.peak\nnext: leave it out")
+    assert sweep("stage=final", "seed=0")[0] == 0
+
+    run_dir = "outputs/ffn/final/1m/swiglu/seed_0"  # a run from before a change
+    pathlib.Path(run_dir).mkdir(parents=True)
+    write_config(dump(load_config(*arm, "stage=final", "seed=0", f"run_dir={run_dir}")), pathlib.Path(run_dir))
+    assert sweep("stage=final", "seed=0")[0] == 0
+    for name, old, new, why in (
+        ("prereg.yaml", text, text.replace("alpha: 0.05", "alpha: 0.01"), "another registration"),
+        ("tuned.yaml", "1m: {swiglu: 0.004}", "1m: {swiglu: 0.005}", "another rate (0.004)"),
+    ):
+        (folder / name).write_text(new)
+        code, said = sweep("stage=final", "schedule.peak=0.005" if "tuned" in name else "schedule.peak=0.004", "seed=0")
+        assert (code, said.count("\n")) == (4, 4)
+        assert said.startswith(f"error: this run directory holds a run of {why}, which reports no longer take\n")
+        assert f"\nwhere: {run_dir}\nkept: the run there, as it is\nnext: rm -r outputs/ffn/final, then the same" in said
+        (folder / name).write_text(old)
     short = load_config(*arm, "seed=1001", "train.steps=5")
     path = kept_at(short)
     path.parent.mkdir(parents=True)
@@ -238,3 +290,31 @@ def test_a_sweep_of_a_study_says_what_is_wrong_with_its_registration_and_which_r
     path.write_bytes(gzip.compress(json.dumps(first).encode() + b'\n{"step": 5, "val/loss": 3.0}\n'))
     assert sweep()[0] == 0
     assert [job.label for job in found["jobs"]] == ["seed=1000", f"seed=1001 (will not be filed: {path} has other settings)"]
+
+
+OWN = """# @package _global_
+defaults:
+  - _study
+  - _self_
+  - override /data: prepared
+study: {question: own, arm: rms}
+data: {path: shards}
+"""
+
+
+def test_a_study_of_ones_own_may_tune_nothing_and_run_on_prepared_data(tmp_path, monkeypatch, capsys):
+    found = {}
+    text = (TEXT.parents[2] / "experiments" / "norm" / "prereg.yaml").read_text()
+    for name, new in (("tune_arms", "[]"), ("tune_seeds", "[]"), ("rates", "[0.004]"), ("seeds", "[3, 4, 5]")):
+        text = re.sub(rf"^{name}:.*", f"{name}: {new}", text, flags=re.MULTILINE)
+    for name, content in (("experiments/own/prereg.yaml", text), ("conf/experiment/own.yaml", OWN)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(multirun, "run_jobs", lambda jobs, skipped, **_: found.update(jobs=jobs))
+    for more, code, said in (([], 0, ""), (["stage=tune"], 2, "error: no tune_seeds are registered\n")):
+        monkeypatch.setattr(sys, "argv", ["train", "-m", "experiment=own", *more, "--config-dir", str(tmp_path / "conf")])
+        with pytest.raises(SystemExit) as ended:
+            run_verb("train", train.main)
+        assert (ended.value.code, capsys.readouterr().err.startswith(said)) == (code, True)
+    assert [job.label for job in found["jobs"]] == ["seed=3", "seed=4", "seed=5"]

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,12 +82,16 @@ def plan(task: Task, units: list[Unit], dedup: bool, shard_tokens: int) -> tuple
 
 
 def _another_fraction(task: Task, units: list[Unit]) -> str:
-    """Advice for an empty split: the smallest round fraction that leaves neither split empty."""
+    """Advice for an empty split: the smallest round fraction that leaves neither split empty; without one, how to train all the same."""
     hashes = np.concatenate([np.empty((0, 2), "<u8"), *(np.load(task.path(unit.number, "npy"))["hash"] for unit in units)])
     for fraction in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9):
         if 0 < held_out(hashes, fraction).sum() < len(hashes):
             return f"validation_fraction={fraction} (0 holds nothing out), or more text"
-    return "more text" + ", or validation_fraction=0, which holds nothing out" * bool(len(hashes))
+    if not len(hashes):
+        return "more text"
+    path = shlex.quote(next(piece.source.path for unit in units for piece in unit.pieces))
+    text = f"python -m llama_eqx.train data=text data.path={path}, which holds out the end of a document"
+    return f"{text}; or more documents, or validation_fraction=0, which holds nothing out and leaves nothing to evaluate on"
 
 
 def run_shards(task: Task, group: Group, vocab: int, dedup: bool) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import uuid
 from typing import Any
 
@@ -16,12 +17,13 @@ import numpy as np
 from jaxtyping import Array, Int, UInt32
 
 from llama_eqx.checkpoint.native import read_config
-from llama_eqx.errors import ConfigError, DataError
+from llama_eqx.config import nearest
+from llama_eqx.errors import CheckpointError, ConfigError, DataError, UserError
 from llama_eqx.model.llama import Llama
 from llama_eqx.model.rotary import Rotary
 from llama_eqx.sharding import parameter_names
 from llama_eqx.studies.matching import cost, residual
-from llama_eqx.studies.registration import folder, load_registration
+from llama_eqx.studies.registration import folder, load_registration, tuned
 from llama_eqx.studies.runs import free, outdated, read_kept, read_provenance
 from llama_eqx.training.run import RunConfig, is_same
 
@@ -56,6 +58,42 @@ def position_codes(rotary: Rotary, positions: Int[Array, " seq"]) -> int:
     """How many of these positions the compiled rotary embedding tells apart."""
     rotation = jax.jit(lambda p: (rotary(p).cos, rotary(p).sin))(positions[None])
     return len(np.unique(np.concatenate([np.asarray(part[0, :, 0]) for part in rotation], axis=-1), axis=0))
+
+
+def check_registered(config: RunConfig) -> None:
+    """Raises `ConfigError` when no report could use this run: its evaluations do not give the registered metric, or it is a registered run
+    of the final stage whose learning rate is not that of its arm. Raises `CheckpointError` when its directory has a run of a registration
+    or a rate that has changed since.
+    """
+    if config.study is None:
+        return
+    question, arm, length = config.study.question, config.study.arm, config.train.seq_len
+    registration = load_registration(question)
+    losses = ["val/loss", *(f"val/{name}/loss" for name in config.eval_data)]
+    losses += [f"val/loss_at_{position}" for position in (0, *(1 << n for n in range((length - 1).bit_length())))]
+    if (metric := registration.metric) not in losses:
+        where = str(folder(question) / "prereg.yaml")
+        raise ConfigError(f"no evaluation of {arm} gives {metric}", where=where, next=nearest(metric, losses))
+    counts = config.study.stage == "final" and arm in registration.arms and config.seed in registration.seeds
+    if counts and config.schedule.peak != (rate := tuned(question, config.study.rung, arm)):
+        raise ConfigError(
+            f"no report would take {arm} at {config.schedule.peak:g}, since its rate is {rate:g}",
+            where="schedule.peak",
+            next=f"leave it out of the arm's file and of the command: {folder(question) / 'tuned.yaml'} gives an arm a rate of its own",
+        )
+    run_dir, found = pathlib.Path(config.run_dir), []
+    with contextlib.suppress(UserError, KeyError, TypeError):  # no run, or none of a study
+        old = read_config(run_dir)
+        found += ["another registration"] * (old["study"]["registration"] != config.study.registration)
+        found += [f"another rate ({old['schedule']['peak']:g})"] * (counts and old["schedule"]["peak"] != config.schedule.peak)
+    if found:
+        all_runs = config.run_dir.removesuffix(config.study.path.removeprefix(config.study.stage))  # of the stage
+        raise CheckpointError(
+            f"this run directory holds a run of {' and '.join(found)}, which reports no longer take",
+            where=config.run_dir,
+            kept="the run there, as it is",
+            next=f"{shlex.join(['rm', '-r', all_runs])}, then the same command; or bring back {folder(question)} as it was",
+        )
 
 
 def record_start(config: RunConfig, model: Llama, offset: int) -> None:

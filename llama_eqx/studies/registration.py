@@ -1,17 +1,20 @@
 """What was registered about an experiment before its runs, and the learning rates that its tuning found."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
-from typing import Any, Literal
+import re
+from typing import Any, Literal, get_origin
 
 import yaml
 
-from llama_eqx.config import Config, dump, nearest
+from llama_eqx.config import Config, dump, load, nearest
 from llama_eqx.errors import ConfigError
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 Contrast = dict[str, float]
+LOSS = r"val/(loss|loss_at_\d+|.+/loss)"  # the metrics in nats per token
 
 
 class Rule(Config):
@@ -34,11 +37,14 @@ class Rule(Config):
 class Registration(Config):
     """`prereg.yaml`. A contrast is a weighted sum of arms, with weights that sum to 0: {rounded: 1, exact: -1}.
 
-    `metric` is compared at the end of the schedule. `contrasts` are the family that is adjusted. Negative controls are expected to be
-    equivalent within `margin`, positive ones to show a loss. `same_data` lists groups of arms that must have seen the same batches; it is
-    empty when all must. Parameters that the arms of a contrast share must have begun with the same values, whatever the arms' groups,
-    unless they differ in `model.init`. `doses` are pictures by name: contrasts over a quantity. `tune_arms` are tuned over `rates` and
-    `tune_seeds`; any other arm takes the rate of the first of them.
+    `metric` is compared at the end of the schedule. It is a loss in nats per token: val/loss, val/loss_at_POSITION or val/NAME/loss. What
+    is better where it is higher, such as val/accuracy, is refused: a higher value is "worse" everywhere.
+
+    `contrasts` are the family that is adjusted. Negative controls are expected to be equivalent within `margin`, positive ones to show a
+    loss. `same_data` lists groups of arms that must have seen the same batches; it is empty when all must. Parameters that the arms of a
+    contrast share must have begun with the same values, whatever the arms' groups, unless they differ in `model.init`. `doses` are
+    pictures by name: contrasts over a quantity. `tune_arms` are tuned over `rates` and `tune_seeds`; any other arm takes the rate of the
+    first of them. Without `tune_arms` there is one rate, which every arm takes.
     """
 
     question: str
@@ -60,6 +66,12 @@ class Registration(Config):
     exclusion: str
 
     def check(self) -> None:
+        if not re.fullmatch(LOSS, self.metric):
+            raise ConfigError(
+                f"{self.metric} is no loss in nats per token",
+                where="metric",
+                next="metric: val/loss, or val/loss_at_64 of one position, or val/NAME/loss of an eval_data.NAME",
+            )
         for name, contrast in self.all_contrasts().items():
             for arm in contrast:
                 self.known(arm, f"{name}.{arm}")
@@ -73,7 +85,10 @@ class Registration(Config):
             self.known(arm, arm)
         if self.same_data and (alone := [arm for arm in self.arms if not any(arm in group for group in self.same_data)]):
             raise ConfigError(f"{', '.join(alone)} in no group", where="same_data", next="a group of its own, if its data is its own")
-        if len(self.rates) < 3 or list(self.rates) != sorted(self.rates):
+        if not self.tune_arms:
+            if len(self.rates) != 1:
+                raise ConfigError("without tune_arms every arm takes one rate", where="rates", next="rates: [0.004], or tune_arms")
+        elif len(self.rates) < 3 or list(self.rates) != sorted(self.rates):
             raise ConfigError("tuning wants three rates or more, rising, so that the best can lie between others", where="rates")
 
     def known(self, arm: str, where: str) -> None:
@@ -88,6 +103,10 @@ class Registration(Config):
         return hashlib.sha256(json.dumps(dump(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
+# Each key of a registration, with what to write where there is nothing to say.
+EMPTY = {field.name: {dict: "{}", tuple: "[]"}.get(get_origin(field.type), "…") for field in dataclasses.fields(Registration)}
+
+
 def folder(question: str) -> pathlib.Path:
     """`experiments/<question>` here, or else in the checkout of this package."""
     here = pathlib.Path("experiments", question)
@@ -99,7 +118,12 @@ def load_registration(question: str) -> Registration:
     path = folder(question) / "prereg.yaml"
     try:
         known = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Registration(**{**known, "rule": Rule(**known.get("rule", {}))})
+        if missing := [name for name in EMPTY if name not in {**(known or {})}]:
+            lines = ", ".join(f"{name}: {EMPTY[name]}" for name in missing)
+            raise ConfigError(f"missing: {', '.join(missing)}", next=f"add {lines}; docs/experiments.md has a whole one")
+        rule = known["rule"]
+        rule = {**rule, "_target_": f"{__name__}.Rule"} if isinstance(rule, dict) else rule
+        return load({**known, "rule": rule, "_target_": f"{__name__}.Registration"})
     except OSError:
         raise ConfigError(
             "this question is not registered yet", where=str(path), next="write that file, and commit it, before any run"
@@ -107,15 +131,23 @@ def load_registration(question: str) -> Registration:
     except (TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"this is no registration: {str(error).splitlines()[0]}", where=str(path)) from None
     except ConfigError as error:
-        raise ConfigError(error.what, where=f"{path}: {error.where}", next=error.next) from None
+        where = f"{path}: {error.where}" if error.where else str(path)
+        raise ConfigError(error.what, where=where, next=error.next) from None
 
 
 def registered(question: str, name: str) -> str:
-    """For YAML: a list of the registration as the values of a sweep, with "final_arms" for its `arms`; or its `hash`."""
+    """For YAML: a list of the registration as the values of a sweep, with "final_arms" for its `arms`; or its `hash`.
+
+    Raises `ConfigError` when the list is empty.
+    """
     found = load_registration(question)
     if name == "hash":
         return found.hash()
-    return ",".join(str(value) for value in getattr(found, name.removeprefix("final_")))
+    values = getattr(found, name := name.removeprefix("final_"))
+    if not values:
+        advice = f"python -m llama_eqx.train -m experiment={question}, without stage=tune" if name.startswith("tune") else ""
+        raise ConfigError(f"no {name} are registered", where=str(folder(question) / "prereg.yaml"), next=advice)
+    return ",".join(map(str, values))
 
 
 def write_tuned(question: str, rung: str, rates: dict[str, float]) -> pathlib.Path:
@@ -127,11 +159,15 @@ def write_tuned(question: str, rung: str, rates: dict[str, float]) -> pathlib.Pa
 
 
 def tuned(question: str, rung: str, arm: str) -> float:
-    """For YAML: the peak learning rate of an arm. Raises `ConfigError` when it has not been tuned."""
+    """For YAML: the peak learning rate of an arm: that in tuned.yaml, or the only one registered. Raises `ConfigError` when it has not been
+    tuned.
+    """
     path = folder(question) / "tuned.yaml"
     rates: dict[str, Any] = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get(rung, {}) if path.exists() else {}
-    first = load_registration(question).tune_arms[0]
-    rate = rates.get(arm, rates.get(first) if arm not in load_registration(question).tune_arms else None)
+    registration = load_registration(question)
+    if not registration.tune_arms:
+        return float(rates.get(arm, registration.rates[0]))
+    rate = rates.get(arm, rates.get(registration.tune_arms[0]) if arm not in registration.tune_arms else None)
     if rate is None:
         tuning = f"python -m llama_eqx.train -m experiment={question} stage=tune, then python -m llama_eqx.report with the same"
         raise ConfigError(f"{arm} has no learning rate at {rung} yet", where=str(path), next=tuning)

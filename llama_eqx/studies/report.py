@@ -75,7 +75,7 @@ def final(config: ReportConfig, question: str) -> Report:
     check(runs, registration)
     complete(there, registration)
     found = findings(runs, registration)
-    words = " ".join([in_words(found, registration), *(f"{remark[:1].upper()}{remark[1:]}." for remark in others)])
+    words = " ".join([in_words(found, registration), *(f"{remark[:1].upper()}{remark[1:]}." for remark in [*_codes(runs), *others])])
     arms = {arm: [run for run in runs if run.arm == arm] for arm in registration.arms if any(run.arm == arm for run in runs)}
 
     page = Page(f"{question} at {config.rung}")
@@ -111,9 +111,6 @@ def final(config: ReportConfig, question: str) -> Report:
     page.table(["registered", ""], list(said.items()))
     page.text(f"Stopping: {registration.stopping} Exclusion: {registration.exclusion}")
     page.table(["seeds", "on", "commit", "Python", "JAX"], _origins(runs))
-    for package in dict.fromkeys(package for run in runs for package in run.codes):
-        if (count := len({code for run in runs for code in run.codes.get(package, [])})) > 1:
-            page.text(f"Note: {package} was changed between these runs ({count} versions of it): a difference may be one of code.")
     files = page.write(_output(config, folder(question)), f"report_{config.rung}")
     return Report(files, words)
 
@@ -217,11 +214,29 @@ def _origins(runs: Sequence[Run]) -> list[list[str]]:
     for run in runs:
         for origin in run.provenance:
             versions = origin.get("versions", {})
-            commit, dash, changed = str(origin.get("commit")).partition("-")  # for changed code it ends with "-dirty"
-            commit = commit[:12] + dash + changed + (f" (code {' '.join(origin['code'].values())})" if "code" in origin else "")
+            commit = _short(origin.get("commit")) + (f" (code {' '.join(origin['code'].values())})" if "code" in origin else "")
+            commit += "".join(f", {name} {_short(of)}" for name, of in origin.get("extensions", {}).items())
             key = origin.get("computed", {}).get("kind"), commit, versions.get("python"), versions.get("jax")
             found.setdefault(tuple(map(str, key)), set()).add(run.seed)
     return [[", ".join(map(str, sorted(seeds))), *key] for key, seeds in sorted(found.items(), key=lambda item: sorted(item[1]))]
+
+
+def _codes(runs: Sequence[Run]) -> list[str]:
+    """A remark on each package that was changed between runs, or during one, naming the runs of each version of it."""
+    remarks = []
+    for package in dict.fromkeys(package for run in runs for package in run.codes):
+        found: dict[str, list[Run]] = {}
+        for run in runs:
+            found.setdefault(" and ".join(run.codes.get(package, [])), []).append(run)
+        if len({code for run in runs for code in run.codes.get(package, [])}) > 1:
+            made = "; ".join(f"{code} made {named(of)}" for code, of in found.items() if code)  # older runs do not say
+            remarks.append(f"the code of {package} changed between these runs, so a difference may be one of code: {made}")
+    return remarks
+
+
+def _short(commit: str | None) -> str:
+    head, dash, changed = str(commit).partition("-")  # for changed code it ends with "-dirty"
+    return head[:12] + dash + changed
 
 
 def _arm(arm: str, runs: Sequence[Run], metric: str) -> list[str]:

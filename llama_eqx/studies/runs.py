@@ -49,7 +49,9 @@ class Run(NamedTuple):
         return found
 
     def last(self, name: str) -> float:
-        """The value of a metric at the last step; infinity, worse than any, when it is not finite or the run did not get there."""
+        """The value of a metric at the last step; infinity, worse than any, when it is not finite or the run did not get there. `check`
+        refuses a run that was evaluated without the metric.
+        """
         steps = self.settings["train"]["steps"]
         found = [record[name] for record in self.metrics if name in record and record["step"] == steps]
         return float(found[-1]) if found and math.isfinite(found[-1]) else math.inf
@@ -187,6 +189,9 @@ def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[R
     alike: dict[tuple[str, float], list[Run]] = {}
     for run in runs:
         yield from ((run, why) for why in outdated(run, registration))
+        measured = dict.fromkeys(name for record in run.metrics for name in record if name.startswith("val/"))
+        if measured and registration.metric not in measured:
+            yield run, f"{registration.metric} was not evaluated, only {', '.join(measured)}"
         left, match = run.study.get("residual"), _match(run)
         if left is None and match != "none":
             yield run, f"not known to be matched: what is left of the reference's {match} was not recorded"
@@ -213,7 +218,9 @@ def _faults(runs: Sequence[Run], registration: Registration) -> Iterator[tuple[R
                 if not run.series(LEDGER)[0]:
                     yield run, f"no {LEDGER} says whether it saw the data of {first.arm} of seed {run.seed}"
                 elif wrong := _other_data(first, run):
-                    yield run, f"saw other data than {first.arm} of seed {run.seed}, from step {wrong[0]} on or before"
+                    old, new = (each.settings.get("data_fingerprint") for each in (first, run))
+                    cause = "; the text, the names of its files or the tokenizer differ" * (None not in (old, new) and old != new)
+                    yield run, f"saw other data than {first.arm} of seed {run.seed}, from step {wrong[0]} on or before{cause}"
 
 
 def _pairs(contrasts: Mapping[str, Contrast], registration: Registration) -> list[tuple[str, str]]:

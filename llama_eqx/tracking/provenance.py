@@ -68,15 +68,26 @@ def commit() -> str | None:
 
     None when it does not run from a checkout: a repository that happens to contain an installed package says nothing about it.
     """
+    return _commit(PACKAGE, "config.py", "../conf")
+
+
+def extension_commits() -> dict[str, str | None]:
+    """By name, the commit of each extension as of `commit`. An extension's YAML is within its folder."""
+    return {folder.name: _commit(folder, "__init__.py") for folder in folders()}
+
+
+def _commit(folder: pathlib.Path, file: str, *beside: str) -> str | None:
+    """The commit of the repository that has `file` of this folder, with "-dirty" if the folder, or what is `beside` it, has changed."""
+    compiled = ":(exclude,glob)**/__pycache__/**"  # a repository may not ignore it
     try:
-        _git("ls-files", "--error-unmatch", "config.py")
-        head = _git("rev-parse", "HEAD").strip()
-        return head + "-dirty" * bool(_git("status", "--porcelain", "--", ".", "../conf"))
+        _git(folder, "ls-files", "--error-unmatch", file)
+        head = _git(folder, "rev-parse", "HEAD").strip()
+        return head + "-dirty" * bool(_git(folder, "status", "--porcelain", "--", ".", *beside, compiled))
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _git(*arguments: str) -> str:
+def _git(folder: pathlib.Path, *arguments: str) -> str:
     # Reading the status may otherwise take a lock on the index, and so disturb a commit being made.
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-    return subprocess.run(["git", *arguments], cwd=PACKAGE, env=environment, check=True, capture_output=True, text=True, timeout=10).stdout
+    return subprocess.run(["git", *arguments], cwd=folder, env=environment, check=True, capture_output=True, text=True, timeout=10).stdout

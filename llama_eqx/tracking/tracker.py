@@ -13,7 +13,7 @@ from llama_eqx.config import Config, Difference, differences, known_to_both
 from llama_eqx.errors import StorageError
 from llama_eqx.tracking.console import Console
 from llama_eqx.tracking.jsonl import Jsonl
-from llama_eqx.tracking.provenance import code, commit, computed, jax_settings, last_line, versions
+from llama_eqx.tracking.provenance import code, commit, computed, extension_commits, jax_settings, last_line, versions
 from llama_eqx.tracking.wandb import Wandb, WandbConfig
 
 
@@ -38,7 +38,14 @@ class Tracker:
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        origin = {"code": code(), "commit": commit(), "versions": versions(), "computed": computed(settings), "jax": jax_settings()}
+        origin = {
+            "code": code(),
+            "commit": commit(),
+            "extensions": extension_commits(),
+            "versions": versions(),
+            "computed": computed(settings),
+            "jax": jax_settings(),
+        }
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             before = last_line(self._run_dir / "provenance.jsonl")
@@ -118,8 +125,8 @@ class Tracker:
 
 
 def _changed(before: Mapping[str, Any], origin: Mapping[str, Any]) -> list[Difference]:
-    """What affects the numbers and is known of both starts. The commit counts only if the code, which commits may share, is unknown."""
-    names = [name for name in origin if name in before and (name != "commit" or "code" not in before)]
+    """What affects the numbers and is known of both starts. Commits count only if the code, which commits may share, is unknown."""
+    names = [name for name in origin if name in before and (name not in ("commit", "extensions") or "code" not in before)]
     old, new = {name: before[name] for name in names}, {name: origin[name] for name in names}
     if "code" in old:  # an extension that came or went is not used by the run, which could not be built without it
         old["code"], new["code"] = known_to_both(old["code"], new["code"]), known_to_both(new["code"], old["code"])

@@ -22,7 +22,7 @@ from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.text import continued, prompt_tokens
 from llama_eqx.model.llama import Llama
 from llama_eqx.processes import of_first, once, require_same, watched
-from llama_eqx.studies.pairing import record_start
+from llama_eqx.studies.pairing import check_registered, record_start
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.provenance import code, jax_settings
 from llama_eqx.tracking.tracker import Tracker
@@ -65,6 +65,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     """
     preemption = preemption or Preemption(config.checkpoint.grace)
     check_start(config)
+    check_registered(config)
     setup = set_up(config)
     config, layout, batch_sharding, tokenizer, data, parts, program, key = setup
     steps, size, length = config.train.steps, config.train.batch_size, config.train.seq_len

@@ -290,6 +290,8 @@ def test_an_empty_split_is_an_error_that_another_fraction_mends(tmp_path, conten
         prepare(config(*overrides, f"validation_fraction={fraction}"))
     advice = [word.strip(",") for word in error.value.next.split() if word.startswith("validation_fraction=")]
     assert len(advice) == any(content)
+    if len(content) == 1 and advice:
+        assert error.value.next.startswith(f"python -m llama_eqx.train data=text data.path={tmp_path}/0.txt, which holds out the end of")
     if advice:
         documents = {split: count["documents"] for split, count in prepare(config(*overrides, *advice)).counts.items()}
         assert (sum(documents.values()), documents["val"] > 0) == (len(content), len(content) > 1)

@@ -143,6 +143,27 @@ def test_where_there_is_no_run_it_is_said_where_there_are(stage, next, experimen
     assert refused.value.next.endswith(next)
 
 
+def test_the_words_tell_which_runs_were_made_by_other_code(experiment):
+    _, add = experiment
+    assert "c1 made base (seeds 0, 1, 2, 3, 4), less (seeds 0, 1, 2, 3, 4)" in (words := the().words)
+    assert words.endswith(
+        "; c2 made base (seeds 5, 6, 7), less (seeds 5, 6, 7), noisy (seeds 5, 6, 7), same (seeds 5, 6, 7), worse (seeds 5, 6, 7)."
+    )
+    for arm in ("base", "worse", "same", "noisy", "less"):
+        for seed in range(8):
+            add(arm, seed, 3.0, code=["c1"])
+    assert "changed" not in the().words
+    add("worse", 3, 3.0, code=["c1", "c2"])
+    add("worse", 4, 3.0, code=[])
+    words = the().words
+    assert " The code of llama_eqx changed between these runs, so a difference may be one of code: c1 made base (seeds 0, 1," in words
+    assert words.endswith("worse (seeds 0, 1, 2, 5, 6, 7); c1 and c2 made worse (seed 3).")
+    for arm in ("base", "worse", "same", "noisy", "less"):
+        for seed in range(8):
+            add(arm, seed, 3.0, code=["c1", "c2"])
+    assert "may be one of code: c1 and c2 made base" in the().words
+
+
 def test_without_controls_nothing_is_claimed_of_them(experiment):
     registration = load_registration("known")
     assert "There is no positive control:" in in_words([], registration)
@@ -213,6 +234,15 @@ def test_arms_of_other_data_begin_with_the_same_values_all_the_same(of, options,
             add(arm, seed, 3 + seed / 10, **{"registration": load_registration("known").hash(), **changed})
     with pytest.raises(DataError, match="these runs do not belong together") if refused else contextlib.nullcontext():
         the()
+
+
+def test_other_data_may_come_of_a_file_with_another_name(experiment):
+    _, add = experiment
+    add("base", 3, 3.0, settings={"data_fingerprint": "f"})
+    for fingerprint, said in (("f", "\n"), ("g", "; the text, the names of its files or the tokenizer differ\n")):
+        path = add("worse", 3, 3.0, ledger=8.0, settings={"data_fingerprint": fingerprint})
+        with pytest.raises(DataError, match=rf"{path.name}: saw other data than base of seed 3, from step 50 on or before{said}"):
+            the()
 
 
 def test_arms_that_differ_in_how_they_begin_share_their_data_alone(experiment):
@@ -326,8 +356,8 @@ def test_the_files(experiment):
     assert {"differences.png", "dose.png", "positions.png"} <= {path.name for path in folder.iterdir()}
     assert "| first | 8 |" in markdown
     assert "| 0, 1, 2, 3, 4 | cpu | 0123456789ab (code c1) | 3.11.7 | 0.10.2 |\n" in markdown
-    assert "| 5, 6, 7 | H100 | 0123456789ab-dirty (code c2) | 3.11.7 | 0.10.2 |\n" in markdown
-    assert "llama_eqx was changed between these runs (2 versions of it)" in markdown
+    assert "| 5, 6, 7 | H100 | 0123456789ab-dirty (code c2), lab fedcba987654 | 3.11.7 | 0.10.2 |\n" in markdown
+    assert markdown.count("changed between these runs") == 1
     assert page.count("<svg") == 3
     assert "loss less that of base" in page  # of the picture over a dose
     assert not re.search(r"""(src|href)=["'](?!#)""", page.replace("xlink:", ""))
@@ -382,6 +412,36 @@ def test_a_run_whose_arm_is_not_tuned_is_told_what_comes_first(tmp_path, monkeyp
     ]
 
 
+def test_an_experiment_without_tuning_has_one_rate(experiment):
+    folder, add = experiment
+    known = yaml.safe_load((folder / "prereg.yaml").read_text())
+    (folder / "prereg.yaml").write_text(yaml.safe_dump({**known, "tune_arms": [], "tune_seeds": [], "rates": [0.003]}))
+    (folder / "tuned.yaml").write_text("1m: {worse: 0.001}")
+    assert (tuned("known", "1m", "base"), tuned("known", "1m", "worse")) == (0.003, 0.001)
+    for arm in known["arms"]:
+        for seed in range(8):
+            settings = {"schedule": {"peak": tuned("known", "1m", arm)}}
+            add(arm, seed, 3.0 + (arm == "less"), registration=load_registration("known").hash(), settings=settings)
+    assert "Second: no effect" in the().words
+    with pytest.raises(ConfigError, match="no tune_arms are registered") as found:
+        registered("known", "tune_arms")
+    assert found.value.next == "python -m llama_eqx.train -m experiment=known, without stage=tune"
+    (folder / "tuned.yaml").unlink()
+    assert tuned("known", "1m", "worse") == 0.003
+
+
+def test_data_that_cannot_be_held_out_for_tuning_is_told_what_can(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    prepared = ["experiment=norm", "experiment/norm=rms", "data=prepared", "data.path=shards", "~data.validation_fraction"]
+    load_config(*prepared)  # whose own validation split serves
+    with pytest.raises(ConfigError, match="stage=tune holds out a part of the training text, and this data is no text") as found:
+        load_config(*prepared, "stage=tune")
+    assert "or '~data.holdout', and" in found.value.next
+    load_config(*prepared, "stage=tune", "~data.holdout")
+    with pytest.raises(ConfigError, match="no such key: holdout"):  # which is no matter of tuning
+        load_config(*prepared, "+data.holdout=tuning")
+
+
 def test_what_is_not_there(experiment):
     folder, _ = experiment
     (folder / "tuned.yaml").unlink()
@@ -403,20 +463,44 @@ def test_what_is_not_there(experiment):
         ({"contrasts": {"a": {"worse": 1, "base": -0.5}}}, "sum to 0.5"),
         ({"contrasts": {"a": {"worse": 1, "bass": -1}}}, "did you mean base?"),
         ({"rates": [0.002, 0.001, 0.004]}, "rising"),
+        ({"tune_arms": []}, "without tune_arms every arm takes one rate"),
         ({"same_data": [["base", "worse"], ["noisy"]]}, "same, less in no group"),
         ({"margin": "small"}, "wanted float"),
+        ({"metric": "val/accuracy"}, "val/accuracy is no loss in nats per token"),
+        ({"metric": "val/bits_per_byte"}, "val/bits_per_byte is no loss in nats per token"),
+        ({"metric": "train/loss"}, "train/loss is no loss in nats per token"),
         ({"rule": {"equivalence": "tost", "difference": "paired_t", "confirmation": "sign_flip", "adjustment": "none"}}, "one of: holm"),
-        ({"rule": {"equivalence": "tost"}}, "missing"),
+        ({"rule": {"equivalence": "tost"}}, "missing: difference, confirmation, adjustment\nwhere: experiments/known/prereg.yaml: rule"),
+        ({"rule": "tost"}, "prereg.yaml: rule"),
+        ({"doses": ..., "margin": ...}, "missing: margin, doses\nwhere: experiments/known/prereg.yaml\nnext: add margin: …, doses: {};"),
         ({"seed": 1}, "seed"),
     ],
 )
 def test_a_registration_that_contradicts_itself(change, said, experiment):
     folder, _ = experiment
     known = yaml.safe_load((folder / "prereg.yaml").read_text())
-    (folder / "prereg.yaml").write_text(yaml.safe_dump({**known, **change}))
+    changed = {name: value for name, value in {**known, **change}.items() if value is not ...}
+    (folder / "prereg.yaml").write_text(yaml.safe_dump(changed))
     with pytest.raises(ConfigError) as found:
         load_registration("known")
     assert said in str(found.value)
+
+
+def test_a_metric_that_was_not_evaluated_is_no_divergence(experiment):
+    folder, add = experiment
+    known = yaml.safe_load((folder / "prereg.yaml").read_text())
+    (folder / "prereg.yaml").write_text(yaml.safe_dump({**known, "metric": "val/code/loss"}))
+    for seed in range(8):
+        for arm in known["arms"]:
+            path = add(arm, seed, 3.0, registration=load_registration("known").hash())
+    said = rf"{path.name}: val/code/loss was not evaluated, only val/loss, val/bits_per_byte, val/loss_at_1, val/loss_at_64\n"
+    with pytest.raises(DataError, match=said):
+        the()
+    (folder / "prereg.yaml").write_text(yaml.safe_dump({**known, "metric": "val/loss_at_64"}))
+    for seed in range(8):
+        for arm in known["arms"]:
+            add(arm, seed, 3.0, registration=load_registration("known").hash())
+    assert "Second: no effect" in the().words
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/prereg.yaml")), ids=lambda path: path.parent.name)

@@ -12,7 +12,7 @@ import pytest
 from llama_eqx.config import load
 from llama_eqx.errors import ConfigError, StorageError
 from llama_eqx.tracking.console import Console
-from llama_eqx.tracking.provenance import commit, last_line, versions
+from llama_eqx.tracking.provenance import commit, extension_commits, last_line, versions
 from llama_eqx.tracking.tracker import Tracker, TrackingConfig
 
 WANDB = {
@@ -79,6 +79,7 @@ def test_a_start_tells_of_other_code_and_not_of_another_commit_with_the_same(tmp
     (package / "model.py").write_text("1")
     monkeypatch.setattr("llama_eqx.tracking.provenance.PACKAGE", package)
     monkeypatch.setattr("llama_eqx.tracking.tracker.commit", iter(["a", "b", "b", "b-dirty", "b-dirty"]).__next__)
+    monkeypatch.setattr("llama_eqx.tracking.tracker.extension_commits", iter([{"lab": commit} for commit in "abcde"]).__next__)
     tracker(tmp_path / "run").close()
     tracker(tmp_path / "run", start=3).close()
     assert "changed after step" not in capsys.readouterr().err
@@ -189,3 +190,16 @@ def test_commit_says_when_the_code_was_changed(monkeypatch, tmp_path):
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "variant.yaml").write_text("new")
     assert commit() == head + "-dirty"
+
+    extension = tmp_path / "lab"
+    (extension / "__pycache__").mkdir(parents=True)
+    (extension / "__pycache__" / "norms.pyc").write_text("compiled")
+    (extension / "__init__.py").write_text("1")
+    monkeypatch.setattr("llama_eqx.tracking.provenance.folders", lambda: [extension])
+    assert extension_commits() == {"lab": None}
+    git("add", "lab/__init__.py")
+    git("commit", "-m", "an extension")
+    head = git("rev-parse", "HEAD")
+    assert extension_commits() == {"lab": head}  # whatever is beside it
+    (extension / "norms.py").write_text("new")
+    assert extension_commits() == {"lab": head + "-dirty"}
