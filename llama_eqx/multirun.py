@@ -129,7 +129,7 @@ def run_jobs(
     raise MultirunError(
         [code for _, code in failed],
         f"{fine} ok, {len(failed)} failed ({'; '.join(f'job {job.number}: {_said(code)}' for job, code in failed)})"
-        + f", all for one reason: {why}" * bool(why),
+        + f"; the reason: {why}" * bool(why),
         where=str(folder.parent),
         kept=f"the {fine} that succeeded" if fine else "",
         next=(why and advice) or "the same command again runs what is missing and skips what is there",

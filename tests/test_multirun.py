@@ -73,7 +73,7 @@ def test_one_reason_for_all_that_failed_is_told_with_what_comes_next(second, sai
     )
     with pytest.raises(MultirunError) as found:
         run(tmp_path, ["no room", "second", "fine"])
-    assert (", all for one reason: no room\non the disk" in found.value.what) is said
+    assert ("; the reason: no room\non the disk" in found.value.what) is said
     assert found.value.next == ("free some\nof it" if said else "the same command again runs what is missing and skips what is there")
 
 
