@@ -224,7 +224,7 @@ def test_the_lora_of_the_guide(tmp_path, monkeypatch, capsys):
     save_pretrained(model, "base", format="hf")
     train(settings("plain", "train.steps=1"))
     train(adapted(new, "train.steps=3", "checkpoint.every=2"))
-    assert "4 parameters that the weights have not start fresh" in capsys.readouterr().err
+    assert "4 parameters that the weights lack start fresh" in capsys.readouterr().err
     losses = [read_metrics(tmp_path / run / "metrics.jsonl")[0]["train/loss"] for run in ("plain", "my-lora")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 

@@ -1,4 +1,4 @@
-"""The two ends of a run: the weights that it starts from, if not fresh ones, and those that it hands on."""
+"""The two ends of a run: the pretrained weights that it may start from, and the model that it exports."""
 
 import dataclasses
 import json
@@ -30,25 +30,26 @@ from llama_eqx.sharding import parameter_names
 from llama_eqx.training.run import RunConfig, home
 from llama_eqx.training.state import TrainState, first_state
 
-# What may differ between a model and the weights that it starts from: none of it changes what the weights compute.
+# What may differ between a model and the weights that it starts from. None of it changes what the weights compute.
 FREE = ("context", "dropout", "block.dropout", "init", "tokens")
-# In a generation_config.json, beside all that end with `_token_id`: of the tokenizer that it was written for.
+# Keys of a generation_config.json that hold ids of the original tokenizer, besides those that end with `_token_id`.
 IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "forced_decoder_ids", "sequence_bias")
 SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 def check_start(config: RunConfig) -> None:
-    """Raises `CheckpointError` when there is no model at `init_from`: before a tokenizer or data are made for nothing."""
+    """Raises `CheckpointError` when there is no model at `init_from`, before time is spent on a tokenizer or data."""
     if _starts_elsewhere(config):
         format_of(config.init_from or "")
 
 
 def open_start(config: RunConfig) -> Weights | None:
-    """What lies at `init_from`, not yet read; None without it, or when the run has a checkpoint already. A context that is another is
-    noted, and so is what starts fresh by `init_new`.
+    """Opens the weights at `init_from` without reading them. Returns None without `init_from`, or when the run has a checkpoint already.
 
-    Raises `CheckpointError` when there are none or they are of another model than `config.model`, but for what `init_new` names; all
-    differences are listed. Raises `ConfigError` when `init_new` names what the model has not, or the weights have.
+    Its notes name a different context, and the parameters that start fresh because `init_new` names them.
+
+    Raises `CheckpointError` when there are no weights, or when they are of another model than `config.model` apart from what `init_new`
+    names; all differences are listed. Raises `ConfigError` when `init_new` names a parameter that the model lacks or the weights have.
     """
     if not _starts_elsewhere(config):
         return None
@@ -70,7 +71,7 @@ def open_start(config: RunConfig) -> Weights | None:
     compare({name: shape for name, shape in wanted.items() if name not in new}, given, where=config.init_from)
     notes = []
     if new:
-        notes.append(f"{len(new)} parameters that the weights have not start fresh, drawn with seed={config.seed}: {', '.join(new)}")
+        notes.append(f"{len(new)} parameters that the weights lack start fresh, drawn with seed={config.seed}: {', '.join(new)}")
         notes += [f"model.{name} is {a} there, {b} here" for name, a, b in found]
     there, here = weights.config.context, config.model.context
     if there != here:
@@ -81,7 +82,7 @@ def open_start(config: RunConfig) -> Weights | None:
 
 
 def seen_before(config: RunConfig, data: str) -> list[str]:
-    """What is to be said where the weights at `init_from` saw the data with this fingerprint in the order in which they come now."""
+    """Returns a warning if the weights at `init_from` have already seen the data with this fingerprint in the order to come."""
     if not _starts_elsewhere(config) or format_of(config.init_from or "") != "native":
         return []
     there = read_config(located(config.init_from or "")[0])
@@ -92,8 +93,8 @@ def seen_before(config: RunConfig, data: str) -> list[str]:
 
 
 def start(weights: Weights, config: RunConfig, shardings: TrainState, key: PRNGKeyArray) -> TrainState:
-    """The state before the first step: these weights, read straight to where they are to live, what they lack as `key` draws it, and a
-    fresh optimizer.
+    """The state before the first step: these weights, each read straight to its devices, the parameters that they lack, drawn with `key`,
+    and a fresh optimizer.
     """
     assert config.init_from is not None
     names, (places, here) = parameter_names(shardings.model), jax.tree.flatten(shardings.model)
@@ -104,7 +105,7 @@ def start(weights: Weights, config: RunConfig, shardings: TrainState, key: PRNGK
     leaves = dict(zip(given, jax.tree.leaves(loaded), strict=True))
     new = {name: place[name] for name in names if name not in leaves}
 
-    def drawn(key: PRNGKeyArray) -> dict[str, Array]:  # the compiler leaves out what is not asked for
+    def drawn(key: PRNGKeyArray) -> dict[str, Array]:  # the compiler drops the parameters that are not returned
         model = cast(config.model.build(key=key), config.precision.params)
         return {name: leaf for name, leaf in zip(names, jax.tree.leaves(model), strict=True) if name in new}
 
@@ -116,11 +117,12 @@ def start(weights: Weights, config: RunConfig, shardings: TrainState, key: PRNGK
 
 
 def handed_on(config: RunConfig, tokenizer: Tokenizer, weights: Weights | None) -> tuple[dict[str, bytes], list[str]]:
-    """What the run keeps beside its tokenizer for whoever gets the model from it, by the name of the file; and what is to be said: what
-    is left behind, as a link leads outside of its folder or it is not what its name says, and a template of another format than is learned.
+    """Returns the files that the run keeps beside its tokenizer and exports with the model, by name, and remarks on them.
 
-    From the folder of `tokenizer=hf` its chat template and the like. Where none is there and conversations are trained on, the template
-    of their format. Of the model at `init_from` its settings of generation, with this model's special ids.
+    These are the chat template and the like from the folder of `tokenizer=hf`; without a template there, the one of the format of the
+    conversations that are trained on; and the generation settings of the model at `init_from`, with this model's special ids. The
+    remarks name files that are left behind, because a link leads out of the folder or the content does not fit the name, and a template
+    of another format than the one that is trained on.
     """
     files, trees, remarks = {}, {}, []
 
@@ -140,7 +142,7 @@ def handed_on(config: RunConfig, tokenizer: Tokenizer, weights: Weights | None) 
         for name in CARRIED:
             if name not in ("tokenizer.json", GENERATION):
                 keep(name, lambda name=name: carried(folder, [name]).get(name))
-    if trees.get(SETTINGS, {}).pop("auto_map", None) is not None:  # it names code, which does not go along
+    if trees.get(SETTINGS, {}).pop("auto_map", None) is not None:  # it names code, which is not exported
         files[SETTINGS] = _json(trees[SETTINGS])
     templates = {TEMPLATE: files[TEMPLATE].decode(errors="replace")} if TEMPLATE in files else {}
     templates |= {name: str(tree["chat_template"]) for name, tree in trees.items() if tree.get("chat_template")}
@@ -164,7 +166,7 @@ def handed_on(config: RunConfig, tokenizer: Tokenizer, weights: Weights | None) 
 
 
 def check_export(config: RunConfig) -> None:
-    """Raises `ConfigError` when the model cannot be exported as asked: before it is trained."""
+    """Raises `ConfigError` when the model cannot be exported as asked, before it is trained."""
     if config.checkpoint.export is not None:
         try:
             require_expressible(config.model, config.checkpoint.export)
@@ -177,8 +179,9 @@ def check_export(config: RunConfig) -> None:
 
 
 def export(config: RunConfig) -> pathlib.Path | None:
-    """Writes the last checkpoint of a run to `export` in its directory, in place of an earlier one, and says what the format leaves out.
-    Process 0 does it, the others wait.
+    """Writes the last checkpoint of a run to `export` in its directory, replacing an earlier export, and prints what the format leaves out.
+
+    Process 0 writes; the others wait.
 
     Raises `StorageError` when it cannot be written.
     """
@@ -201,14 +204,14 @@ def _starts_elsewhere(config: RunConfig) -> bool:
 
 
 def model_differences(there: LlamaConfig, here: LlamaConfig) -> list[Difference]:
-    """Everything that bears on what the same weights compute; `old` is what it is there."""
+    """Returns all differences that affect what the same weights compute. `old` is the value in `there`."""
     return [difference for difference in differences(dump(there), dump(here)) if not difference.within(FREE)]
 
 
 def _named(names: Collection[str], wanted: Collection[str], given: Collection[str], advice: str) -> list[str]:
-    """The parameters, of all that are `wanted`, whose names end with one of these, part by part.
+    """Returns those of the `wanted` parameters whose names end with one of `names`, compared part by part.
 
-    Raises `ConfigError` when there is none, or one is `given`.
+    Raises `ConfigError` when a name matches none, or matches one that is `given`.
     """
     found: set[str] = set()
     for name in names:
@@ -222,8 +225,9 @@ def _named(names: Collection[str], wanted: Collection[str], given: Collection[st
 
 
 def _explained(there: LlamaConfig, here: LlamaConfig, new: Collection[str]) -> list[str]:
-    """The keys of `here` that may differ when `new` are not among the weights: the class in a slot that has them beside all parameters of
-    the class there, and the settings that it alone has.
+    """Returns the keys of `here` that may differ if the parameters `new` are not among the weights.
+
+    These are the class of a slot, if it adds only new parameters to those of the class there, and the settings that this class alone has.
     """
     wanted, keys = parameter_shapes(abstract(here)), []
     for slot, other in vars(there).items():
@@ -240,7 +244,7 @@ def _json(tree: dict[str, Any]) -> bytes:
 
 
 def _advice(there: LlamaConfig, found: list[Difference]) -> str:
-    """What to type so that the model becomes that of the weights, or the class that a slot wants where no option has it."""
+    """Returns the overrides that make the model that of the weights. For a slot whose class no option has, it names the class."""
     slots = [name.removesuffix("._target_") for name, _, _ in found if name.endswith("._target_")]
     typed, values = [], [each for each in found if not each.within(slots)]
     for slot in slots:

@@ -1,4 +1,4 @@
-"""A run: everything that its YAML says, and what must be the same for it to be resumed."""
+"""A run: its whole config, and what must stay the same when it is resumed."""
 
 import contextlib
 import dataclasses
@@ -42,11 +42,11 @@ from llama_eqx.training.schedule import ScheduleConfig
 class TrainConfig(Config):
     """`batch_size` in sequences over all devices, `seq_len` in tokens; `log_every` and `eval_every` in steps.
 
-    `microbatch_size` is how many of the sequences go through the model at a time, None for all; gradients are added up.
-    `distinct_rows` is how many of the data's rows are drawn, again and again in new orders, None for all of them.
-    `meters` are measures that cost something, by their names in `llama_eqx.training.meters`. `traces` are what is drawn of the model at
-    each evaluation, for a text that is held out.
-    `unroll` layers make one turn of the loop over layers: more to compile, fewer copies while it runs.
+    `microbatch_size` sequences go through the model at a time, and gradients are added up; None takes all at once.
+    `distinct_rows` limits training to that many of the data's rows, repeated in new orders; None takes all of them.
+    `meters` names the measures of `llama_eqx.training.meters` to record; they cost something. `traces` names what is drawn of the model
+    at each evaluation, for a held-out text.
+    `unroll` layers make one turn of the loop over layers: more to compile, fewer copies at run time.
     """
 
     steps: int
@@ -75,10 +75,10 @@ class TrainConfig(Config):
 
 
 class RunConfig(Config):
-    """`eval_data` are further data by name, whose held-out text is evaluated as that of `data` is.
+    """`eval_data` holds further data by name. Their held-out text is evaluated like that of `data`.
 
-    `init_new` are the parameters of the model that the weights at `init_from` have not, by their names or the ends of these, "lora_a" for
-    every "….lora_a": they are drawn with the seed.
+    `init_new` names the parameters that the weights at `init_from` lack, which are drawn with the seed. A name may be the end of one:
+    "lora_a" stands for every "….lora_a".
     """
 
     model: LlamaConfig
@@ -111,7 +111,9 @@ class RunConfig(Config):
             raise ConfigError(f"{self.seed} is not a seed: at least 0", where="seed")
         if self.init_new and self.init_from is None:
             raise ConfigError(
-                "what is new beside weights is named, and no weights", where="init_new", next="init_from=FOLDER, or leave init_new out"
+                "parameters are named as new, but there are no weights to start from",
+                where="init_new",
+                next="init_from=FOLDER, or leave init_new out",
             )
         measured = ["val/loss", "val/bits_per_byte", *(f"val/{name}/loss" for name in self.eval_data)]
         if self.checkpoint.keep_best and self.checkpoint.best_by not in measured:
@@ -130,8 +132,8 @@ class RunConfig(Config):
             )
 
 
-# What may differ between the parts of one run: none of it changes what a step computes, but for the number of steps,
-# whose change is a decision that the course of the schedule shows.
+# What may differ between the parts of one run. None of it changes what a step computes, except the number of steps, whose change
+# the course of the schedule shows.
 FREE = (
     "run_dir",
     "mesh",
@@ -157,9 +159,9 @@ FREE = (
     "train.sample_tokens",
     "train.traces",
 )
-# What may lie elsewhere when a run goes on: the fingerprint of the data, in which that of the tokenizer is, tells whether it is the same.
+# What may move while a run is resumed. The fingerprint of the data, which includes that of the tokenizer, tells whether it is the same.
 MOVABLE = ("data.path", "data.verify", "tokenizer.path")
-# What says how a run begins: not read any more once it has a checkpoint.
+# How a run begins. Not read once it has a checkpoint.
 BEGINNING = ("init_from", "init_new")
 FINETUNE_WARMUP = 20  # steps, of recipe=finetune
 # What a config may leave open, for `with_vocab` to fill in.
@@ -167,13 +169,13 @@ OPEN = ("model.dims.vocab", "model.tokens.bos", "model.tokens.eos", "model.token
 
 
 def movable(settings: dict[str, Any]) -> list[str]:
-    """`MOVABLE`, and with it what it says of the components of a mixture; `settings` in plain containers."""
+    """`MOVABLE`, extended to the components of a mixture. `settings` are plain containers."""
     components = [f"data.components.{name}" for name in settings.get("data", {}).get("components", {})]
     return [*MOVABLE, *(f"{component}.{key}" for component in components for key in ("path", "verify"))]
 
 
 def home(config: RunConfig) -> Place:
-    """Where the run's checkpoints are, with its config and records: the run directory, or a folder of the same shape in a store."""
+    """The folder of the run's checkpoints, config and records: the run directory, or a folder of the same shape in a store."""
     return place(config.checkpoint.store or config.run_dir)
 
 
@@ -181,12 +183,12 @@ SHARED_WITHIN = 30  # seconds; a network's file system may be slow to show a new
 
 
 def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """`config` with the tokenizer's size where `dims.vocab` is None, and its BOS and padding where `tokens` has none.
+    """Returns `config` with the tokenizer's size if `dims.vocab` is None, and the tokenizer's BOS and padding if `tokens` has none.
 
-    Among the ends of a text are all that the tokenizer knows, those of a turn too: a model that has learned to end with one of them
-    is handed on with it, and else nobody would stop there. Not if `tokens` are those of another tokenizer.
+    All ids that end a text for the tokenizer are added to `tokens.eos`, those that end a turn too: a model that has learned to end with
+    one is exported with it, and generation stops there. They are not added if `tokens` belong to another tokenizer.
 
-    Raises `ConfigError` when the tokenizer has ids that the model has not.
+    Raises `ConfigError` when the tokenizer has ids that the model lacks.
     """
     vocab, tokens = config.model.dims.vocab, config.model.tokens
     pad = tokenizer.pad if tokens.pad is None else tokens.pad
@@ -208,7 +210,7 @@ def with_vocab(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
 
 
 def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
-    """What is allowed but seldom meant."""
+    """Returns warnings about settings that are allowed but seldom intended."""
     unused = config.model.dims.of("vocab")[0] - tokenizer.vocab
     said = [f"{unused} token ids of the model are not in the tokenizer: they will only be made less likely"] if unused else []
     tokens = config.model.tokens
@@ -232,14 +234,14 @@ def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
 
 
 def claim(config: RunConfig, tokenizer: str, data: str) -> list[str]:
-    """Writes `config.yaml` and the fingerprint of the data into the run directory, or compares them with those of the run to be resumed.
-    What a run left in a store is brought here. `tokenizer` and `data` are fingerprints.
+    """Writes `config.yaml` and the fingerprint of the data into the run directory, or compares them with those of the run to resume.
 
-    The manifest of the newest checkpoint says them too: it is compared whether there is a `config.yaml` or not.
+    Records that a run left in a store are copied here. `tokenizer` and `data` are fingerprints. The manifest of the newest checkpoint
+    holds the same facts, and is compared whether there is a `config.yaml` or not.
 
-    The result says what has changed since, if it bears on the numbers, and what is not read any more.
+    Returns remarks on changes that affect the numbers, and on settings that are not read any more.
 
-    Raises `CheckpointError` listing every difference that would make it another run, `StorageError` when it cannot be written.
+    Raises `CheckpointError` listing every difference that would make it another run, and `StorageError` when it cannot be written.
     """
     run_dir, there = pathlib.Path(config.run_dir), home(config)
     new, found = {**dump(config), "data_fingerprint": data}, []
@@ -285,7 +287,7 @@ def claim(config: RunConfig, tokenizer: str, data: str) -> list[str]:
 
 
 def _settings(folder: Place, *, replaceable: bool) -> dict[str, Any]:
-    """What `config.yaml` says. `replaceable`: nothing is lost with it."""
+    """Reads `config.yaml`. It is `replaceable` if nothing is lost with it."""
     try:
         return read_config(folder)
     except CheckpointError as error:
@@ -298,7 +300,7 @@ def _settings(folder: Place, *, replaceable: bool) -> dict[str, Any]:
 
 
 def _newest(folder: Place) -> tuple[Place, dict[str, Any]]:
-    """The newest manifest in a folder of checkpoints that can be read, and what it says; nothing where there is none."""
+    """The newest readable manifest in a folder of checkpoints, and its content; empty if there is none."""
     for step in reversed(steps(folder)):
         with contextlib.suppress(Damaged):
             return folder / str(step) / MANIFEST, manifest_of(folder / str(step))
@@ -308,7 +310,7 @@ def _newest(folder: Place) -> tuple[Place, dict[str, Any]]:
 def _changed(
     old: dict[str, Any], new: dict[str, Any], free: Sequence[str], fixed: Sequence[str] = (), *, where: Place, next: str
 ) -> list[Difference]:
-    """What differs, which is `free` and not `fixed`. Raises `CheckpointError` listing what is not."""
+    """Returns the differences, which must be `free` and not `fixed`. Raises `CheckpointError` listing those that are not."""
     found = differences(old, new)
     if changed := [str(difference) for difference in found if not difference.within(free) or difference.within(fixed)]:
         raise CheckpointError(
@@ -318,11 +320,11 @@ def _changed(
 
 
 def file_tokenizer(config: RunConfig, tokenizer: Tokenizer, beside: Mapping[str, bytes]) -> None:
-    """Into the run directory and, with the config, into the store: nothing is trained that could not be saved there. `beside` are the
-    files of the same folder that others need, by name.
+    """Saves the tokenizer into the run directory and, with the config, into the store, so no run trains that could not be saved there.
 
-    Once there is a checkpoint the one that was filed stays: its fingerprint does not tell where a generated text ends, or its chat format.
-    A run from before such files were kept gets them now. Nothing is removed from the folder that the tokenizer is read from.
+    `beside` holds the other files of that folder, by name. Once there is a checkpoint, the saved tokenizer stays: its fingerprint does
+    not cover where a generated text ends, or the chat format. An older run without these files gets them now. Nothing is removed from
+    the folder that the tokenizer is read from.
     """
     folder, there = pathlib.Path(config.run_dir, TOKENIZER), home(config)
     filed, begun = None, bool(steps(there / CHECKPOINTS))
@@ -349,7 +351,7 @@ def file_tokenizer(config: RunConfig, tokenizer: Tokenizer, beside: Mapping[str,
 
 
 def finished(config: RunConfig) -> bool:
-    """Whether the run of this config is over, so that to start it again would only evaluate it again."""
+    """Whether the run of this config is finished, so that starting it again would only evaluate it again."""
     run_dir = pathlib.Path(config.run_dir)
     if steps(home(config) / CHECKPOINTS)[-1:] != [config.train.steps]:
         return False
@@ -359,13 +361,13 @@ def finished(config: RunConfig) -> bool:
 
 
 def is_over(config: RunConfig, settings: dict[str, Any], metrics: list[dict[str, Any]]) -> bool:
-    """Whether `metrics` are those of a whole run of this config; `settings` are those that it was made with, in plain containers."""
+    """Whether `metrics` are those of a whole run of this config. `settings` are those of the run, in plain containers."""
     evaluated = any(record["step"] == config.train.steps and "val/loss" in record for record in metrics)
     return evaluated and is_same(config, settings, (*FREE, *BEGINNING))
 
 
 def is_same(config: RunConfig, settings: dict[str, Any], free: Sequence[str]) -> bool:
-    """Whether `settings`, in plain containers, are those of this config but for those that are `free`."""
+    """Whether `settings`, in plain containers, equal those of this config, except for the `free` ones."""
     old, new = known_to_both(settings, dump(config)), known_to_both(dump(config), settings)
     free = (*free, "model.dims.mlp") if config.study is not None and config.study.match != "none" else free  # matching sets it
     filled = [each for each in differences(old, new) if each.new in (None, []) and each.within(OPEN)]
@@ -386,8 +388,8 @@ def check_shared(run_dir: pathlib.Path) -> None:
 
 
 def origin(run_dir: pathlib.Path, tokenizer: str, data: str) -> dict[str, Any]:
-    """What a checkpoint says of where it comes from: the config as it stands in the run directory and its hash, those of tokenizer and
-    data, the commit of the code and the versions of the libraries. `claim` compares settings, tokenizer and data.
+    """Returns what a checkpoint records of its origin: the config in the run directory and its hash, the hashes of tokenizer and data, the
+    commit of the code and the versions of the libraries. `claim` compares settings, tokenizer and data.
     """
     config = {"config": hashlib.sha256((run_dir / CONFIG).read_bytes()).hexdigest(), "settings": read_config(run_dir)}
     return {**config, "tokenizer": tokenizer, "data": data, "commit": commit(), "versions": versions()}

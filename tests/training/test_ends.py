@@ -229,7 +229,7 @@ def test_what_the_weights_have_not_starts_fresh_where_it_is_named(tmp_path, besi
         assert (name in new) is (name not in given)
         assert (leaf.dtype, leaf.sharding) == ("bfloat16", places[name])
         assert jnp.array_equal(leaf, drawn[name] if name in new else given[name].astype("bfloat16")), name
-    said = f"4 parameters that the weights have not start fresh, drawn with seed=0: {', '.join(new)}"
+    said = f"4 parameters that the weights lack start fresh, drawn with seed=0: {', '.join(new)}"
     notes = [note for note in weights.notes if note.startswith((said, "model."))]
     assert [note.split(" ")[0] for note in notes] == ["4", "model.attention._target_", "model.attention.rank", "model.norm._target_"]
 
