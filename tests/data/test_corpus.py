@@ -206,7 +206,7 @@ def test_a_failed_download_says_what_to_do(tmp_path, cache, there):
     other = tmp_path / "other.txt"
     if there:
         other.write_text("another text")
-    with pytest.raises(DataError, match="another file" if there else "download failed") as error:
+    with pytest.raises(DataError, match="is not the expected one" if there else "download failed") as error:
         list(dataclasses.replace(config("shakespeare"), url=other.as_uri()).documents())
     assert f"download {other.as_uri()} yourself and pass data.path=FILE" in error.value.next
     assert not list((cache / "downloads").iterdir())
