@@ -302,5 +302,5 @@ def test_names_of_no_new_parameter_are_refused(tmp_path, beside):
     with pytest.raises(ConfigError, match="q_proj names") as raised:
         open_start(settings(tmp_path, *asked, "init_new=[q_proj]"))
     assert raised.value.next == "leave init_new out"
-    with pytest.raises(ConfigError, match="and no weights"):
+    with pytest.raises(ConfigError, match="no weights to start from"):
         settings(tmp_path, "init_new=[beside]")
