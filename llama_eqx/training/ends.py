@@ -250,10 +250,8 @@ def _advice(there: LlamaConfig, found: list[Difference]) -> str:
     for slot in slots:
         wanted = dump(getattr(there, slot))
         files = [path for folder in conf_dirs() for path in sorted((folder / "model" / slot).glob("*.yaml"))]
-        trees = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) or {} for path in files}
-        options = {
-            name: {key: _number(value) for key, value in tree.items()} for name, tree in trees.items()
-        }  # YAML 1.1 takes 5e5 for text
+        options = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) or {} for path in files}
+        options = {name: {key: _number(value) for key, value in tree.items()} for name, tree in options.items()}
         left = {name: differences(tree, wanted, slot) for name, tree in options.items() if tree.get("_target_") == wanted["_target_"]}
         option = min(left, key=lambda name: len(left[name]), default=f"an option with {wanted['_target_']}")
         typed.append(f"model/{slot}={option}")
@@ -263,6 +261,7 @@ def _advice(there: LlamaConfig, found: list[Difference]) -> str:
 
 
 def _number(value: Any) -> Any:
+    """The number that a text of YAML means: YAML 1.1 reads 5e5 as text. Anything else as it is."""
     try:
         return float(value)
     except (TypeError, ValueError):
