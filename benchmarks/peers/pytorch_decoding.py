@@ -69,21 +69,25 @@ device = "cuda" if task.device == "gpu" else "cpu"
 dtype = torch.bfloat16 if task.precision == "bfloat16" else torch.float32
 torch.set_num_threads(task.threads)
 torch.manual_seed(0)
-model = Llama().to(device)
+with torch.device(device):
+    model = Llama()
 cos, sin = model.cos, model.sin
 model = model.to(dtype).eval()
 model.cos, model.sin = cos, sin
 caches = [tuple(torch.zeros(task.batch, KV, task.seq, HEAD, device=device, dtype=dtype) for _ in range(2)) for _ in range(dims["layers"])]
+for array in (array for cache in caches for array in cache):
+    torch._dynamo.mark_static_address(array)  # without it a graph of CUDA, which may not write into its arguments, is given up
 tokens = torch.from_numpy(task.rows()[0][:, :prompt]).to(device)
+positions = torch.arange(task.seq, device=device)
 one = torch.compile(model, mode="reduce-overhead" if device == "cuda" else None, fullgraph=True) if task.options.get("compile") else model
 
 
 @torch.no_grad()
 def generate(n):
-    token = model(tokens, torch.arange(prompt, device=device), caches)
+    token = model(tokens, positions[:prompt], caches)
     found = [token]
     for i in range(n - 1):
-        token = one(token.clone(), torch.tensor([prompt + i], device=device), caches)
+        token = one(token.clone(), positions[prompt + i].clone()[None], caches)
         found.append(token.clone())
     return torch.cat(found, 1).cpu().numpy()
 

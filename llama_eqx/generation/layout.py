@@ -4,6 +4,7 @@ Blocks are a tuple: XLA copies a slice of stacked weights before it multiplies w
 up another. Every weight has the axis that is summed over last, which is how processors like to read it for few tokens.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -86,18 +87,23 @@ class Int8(eqx.Module):
 def product(x: Float[Array, "batch seq last"], weight: Any, dtype: DTypeLike | None = None) -> Array:
     """Sums over the last axis of both; the result is "batch seq *out".
 
-    For one token the weight is the right factor, for several the left: on CPUs the other order is up to twice as slow. The weight is always
-    reshaped to a matrix, since XLA copies one of more axes before it multiplies with it.
+    On CPUs the weight is the left factor for several tokens: the other order is up to twice as slow there. Elsewhere it is the right one,
+    so that the outputs of a token are beside each other in memory, where the kernels after it read them. The weight is always reshaped to
+    a matrix, since XLA copies one of more axes before it multiplies with it.
     """
     if isinstance(weight, Int8):
         y = product(x, weight.values.astype(x.dtype), dtype)
         return y * weight.scale.astype(y.dtype)
-    matrix = weight.reshape(-1, weight.shape[-1])
-    if x.shape[0] * x.shape[1] == 1:
-        y = jnp.tensordot(x, matrix, (-1, -1), preferred_element_type=dtype)
-    else:
-        y = jnp.moveaxis(jnp.tensordot(matrix, x, (-1, -1), preferred_element_type=dtype), 0, -1)
+    y = _sums(x, weight.reshape(-1, weight.shape[-1]), dtype)
     return y.reshape(*x.shape[:2], *weight.shape[:-1])
+
+
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)  # traced once for all layers
+def _sums(x: Float[Array, "batch seq last"], matrix: Float[Array, "out last"], dtype: DTypeLike | None) -> Float[Array, "batch seq out"]:
+    times = functools.partial(jnp.tensordot, axes=(-1, -1), preferred_element_type=dtype)
+    if x.shape[0] * x.shape[1] == 1:
+        return times(x, matrix)
+    return jax.lax.platform_dependent(x, matrix, cpu=lambda x, matrix: jnp.moveaxis(times(matrix, x), 0, -1), default=times)
 
 
 class PackedAttention(RotaryAttention):

@@ -39,6 +39,20 @@ def test_the_same_logits(models):
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), model(tokens), atol=1e-5)
 
 
+def test_the_same_logits_with_the_order_of_gpus_and_tpus(models, monkeypatch):
+    seen = []
+
+    def default_of(*args, default, **others):
+        seen.append("cpu" in others)
+        return default(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", default_of)
+    model, laid_out = models
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 64, (3, 7)), jnp.int32)  # shapes that nothing else has traced
+    np.testing.assert_allclose(laid_out(tokens), model(tokens), atol=1e-5)
+    assert any(seen)
+
+
 def test_the_same_tokens(models):
     model, laid_out = models
     assert type(laid_out.blocks[0].attention) is PackedAttention
