@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -244,6 +244,11 @@ def matrix(axes: tuple[str, ...]) -> Matrix:
 def parameter_names(tree: Any) -> list[str]:
     """The dotted path of every leaf, `blocks.attention.q_proj`, in the order of `jax.tree.leaves`."""
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def ending_in(name: str, names: Iterable[str]) -> list[str]:
+    """Those of `names` that are `name` or end with it, compared part by part: "q_proj" stands for every "….q_proj"."""
+    return [each for each in names if f".{each}".endswith(f".{name}")]
 
 
 def check_shapes(model: Any, dims: Dims) -> None:

@@ -147,9 +147,9 @@ def test_the_added_term_of_the_guide(tiny, policy):
         assert jnp.allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-def test_the_frozen_weights_of_the_guide(tiny, monkeypatch):
+def test_the_slow_embedding_of_the_guide(tiny, monkeypatch):
     import jax
-    import optax
+    import numpy as np
     from jaxtyping import PyTree
 
     from llama_eqx.sharding import parameter_names
@@ -159,17 +159,13 @@ def test_the_frozen_weights_of_the_guide(tiny, monkeypatch):
     vars(module).update(vars(optimizer), __name__="guide_optimizer", parameter_names=parameter_names, PyTree=PyTree)
     monkeypatch.setitem(sys.modules, "guide_optimizer", module)
     exec(SHOWN[4], vars(module))
-    model = tiny().build(key=jax.random.key(0))
-    train = module.NormsAloneConfig(clip_norm=1.0, weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-8).build()
-    state = train.init(model)
-    update, _ = train.update(jax.tree.map(jax.numpy.ones_like, model), state, model)
-    moved = optax.apply_updates(model, update)
-    same = [bool((a == b).all()) for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(model), strict=True)]
-    norms = ["norm" in name for name in parameter_names(model)]
-    assert same == [not norm for norm in norms]
-    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 3 * sum(
-        leaf.size for leaf, norm in zip(jax.tree.leaves(model), norms, strict=True) if norm
-    )
+    model, settings = tiny().build(key=jax.random.key(0)), {"clip_norm": 1.0, "weight_decay": 0.1, "b1": 0.9, "b2": 0.95, "eps": 1e-8}
+    gradient, updates = jax.tree.map(jax.numpy.ones_like, model), []
+    for kind in (optimizer.AdamWConfig, module.SlowEmbeddingConfig):
+        train = kind(**settings).build()
+        updates.append(jax.tree.leaves(train.update(gradient, train.init(model), model)[0]))
+    for name, plain, slowed in zip(parameter_names(model), *updates, strict=True):
+        np.testing.assert_allclose(slowed, plain * (0.1 if name == "embed" else 1), rtol=1e-6, err_msg=name)
 
 
 def test_the_meter_of_the_guide():
@@ -187,7 +183,6 @@ def test_the_lora_of_the_guide(tmp_path, monkeypatch, capsys):
     """It starts as the model it is added to, trains itself alone, resumes without the weights, and is an ordinary Llama once merged."""
     import jax
     import numpy as np
-    from jaxtyping import PyTree
     from omegaconf import OmegaConf
 
     from llama_eqx import build_model, load_config, load_pretrained, save_pretrained
@@ -195,17 +190,15 @@ def test_the_lora_of_the_guide(tmp_path, monkeypatch, capsys):
     from llama_eqx.interop.conversion import ConvertConfig, convert
     from llama_eqx.sharding import parameter_names
     from llama_eqx.tracking.jsonl import read_metrics
-    from llama_eqx.training import optimizer
     from llama_eqx.training.loop import train
 
     monkeypatch.chdir(tmp_path)
-    for module, code in ((attention, SHOWN[6]), (optimizer, SHOWN[7])):
-        names = {**vars(module), "parameter_names": parameter_names, "PyTree": PyTree}
-        exec(code, names)
-        for name in re.findall(r"^class (\w+)", code, re.M):
-            monkeypatch.setattr(module, name, names[name], raising=False)
-    slot, adam = (load(OmegaConf.to_container(OmegaConf.create(text))) for text in re.findall(r"```yaml\n(.*?)```", VARIANTS, re.S)[-2:])
-    (new,) = re.findall(r"init_new=\[.*?\]", VARIANTS)
+    exec(SHOWN[6], names := {**vars(attention)})
+    for name in re.findall(r"^class (\w+)", SHOWN[6], re.M):
+        monkeypatch.setattr(attention, name, names[name], raising=False)
+    slot = load(OmegaConf.to_container(OmegaConf.create(re.findall(r"```yaml\n(.*?)```", VARIANTS, re.S)[-1])))
+    (lora,) = re.findall(r"lora='(.*?)'", VARIANTS)
+    new = (f"init_new={lora}", f"train.only={lora}")
     sizes = {"vocab": 258, "layers": 2, "embed": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 48}
 
     def settings(run_dir, *overrides):
@@ -218,18 +211,18 @@ def test_the_lora_of_the_guide(tmp_path, monkeypatch, capsys):
 
     def adapted(*overrides):
         config = settings("my-lora", *overrides)
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=slot), optimizer=adam)
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=slot))
 
     model = build_model(settings("plain").model, key=jax.random.key(1))
     save_pretrained(model, "base", format="hf")
     train(settings("plain", "train.steps=1"))
-    train(adapted(new, "train.steps=3", "checkpoint.every=2"))
+    train(adapted(*new, "train.steps=3", "checkpoint.every=2"))
     assert "4 parameters that the weights lack start fresh" in capsys.readouterr().err
     losses = [read_metrics(tmp_path / run / "metrics.jsonl")[0]["train/loss"] for run in ("plain", "my-lora")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
     (tmp_path / "base").rename("gone")
-    train(adapted(new, "train.steps=4"))
+    train(adapted(*new, "train.steps=4"))
     assert "resumed from step 3 of 4" in capsys.readouterr().err
     given = dict(zip(parameter_names(model), jax.tree.leaves(model), strict=True))
     for run, moved in (("my-lora", False), ("plain", True)):
@@ -237,7 +230,7 @@ def test_the_lora_of_the_guide(tmp_path, monkeypatch, capsys):
         for name, leaf in zip(parameter_names(trained), jax.tree.leaves(trained), strict=True):
             assert name not in given or bool(jax.numpy.array_equal(leaf, given[name])) is not moved, name
 
-    exec(SHOWN[8], names := {})
+    exec(SHOWN[7], names := {})
     convert(ConvertConfig(from_="merged", to="merged-hf", format="hf", dtype=None, shards=None))
     assert (tmp_path / "merged-hf" / "tokenizer.json").is_file()
     tokens = jax.numpy.asarray(np.random.default_rng(0).integers(0, 258, (2, 20)), "int32")

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -13,6 +14,7 @@ from llama_eqx.model.kernel.shards import ways
 from llama_eqx.planning.compile import abstract_batch
 from llama_eqx.remat import RematConfig
 from llama_eqx.sharding import Layout
+from llama_eqx.training.optimizer import learning
 from llama_eqx.training.program import Program, make_program
 from llama_eqx.training.run import RunConfig
 
@@ -60,6 +62,8 @@ def memory_by_part(config: RunConfig, program: Program, layout: Layout, traced: 
     traced = traced or trace(config, layout)
     model, dims = program.shapes.model, config.model.dims
     parameters = _held(model, program.shardings.model)
+    learn = learning(config.train.only, model)
+    learned = _held(eqx.filter(model, learn), eqx.filter(program.shardings.model, learn))
     tensor, sequence = layout.mesh.shape["tensor"], layout.mesh.shape["sequence"]
     residual = ways(layout.mesh, layout.spec(("residual",), dims.of("embed"))[0])
     compute = jnp.dtype(config.precision.compute).itemsize
@@ -76,7 +80,7 @@ def memory_by_part(config: RunConfig, program: Program, layout: Layout, traced: 
     return Memory(
         parameters=parameters,
         optimizer=_held(program.shapes.opt_state, program.shardings.opt_state),
-        gradients=parameters if whole else 2 * parameters,
+        gradients=learned if whole else 2 * learned,
         copies=int(cast + traced.fixed / layout.mesh.size),
         activations=int(part * (traced.whole / residual + traced.split / tensor)),
         block=int(part * (traced.block_whole + traced.block_split / tensor) + 2 * layer * gathered),

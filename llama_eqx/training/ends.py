@@ -26,7 +26,8 @@ from llama_eqx.interop.pretrained import format_of, load_pretrained, located, op
 from llama_eqx.interop.weights import Weights, abstract, compare, parameter_shapes
 from llama_eqx.model.llama import LlamaConfig
 from llama_eqx.precision import cast
-from llama_eqx.sharding import parameter_names
+from llama_eqx.sharding import ending_in, parameter_names
+from llama_eqx.training.optimizer import transformation
 from llama_eqx.training.run import RunConfig, home
 from llama_eqx.training.state import TrainState, first_state
 
@@ -112,7 +113,7 @@ def start(weights: Weights, config: RunConfig, shardings: TrainState, key: PRNGK
     if new:
         leaves |= jax.jit(drawn, out_shardings=new)(key)
     model = here.unflatten([leaves[name] for name in names])
-    optimizer = config.optimizer.build()
+    optimizer = transformation(config.optimizer, config.train.only)
     return jax.jit(lambda model: first_state(model, optimizer, config.guard), donate_argnums=0, out_shardings=shardings)(model)
 
 
@@ -215,8 +216,7 @@ def _named(names: Collection[str], wanted: Collection[str], given: Collection[st
     """
     found: set[str] = set()
     for name in names:
-        meant = [each for each in wanted if f".{each}".endswith(f".{name}")]
-        if not meant:
+        if not (meant := ending_in(name, wanted)):
             raise ConfigError(f"the model has no parameter {name}", where="init_new", next=advice)
         if known := [each for each in meant if each in given]:
             raise ConfigError(f"{name} names what the weights at init_from have: {', '.join(known)}", where="init_new", next=advice)

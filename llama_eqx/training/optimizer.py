@@ -1,17 +1,18 @@
 """From gradients to directions. The step multiplies a direction by the learning rate, so that no optimizer holds a schedule of its own."""
 
 import abc
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float32, Int, PyTree
 
-from llama_eqx.config import Config
+from llama_eqx.config import Config, nearest
 from llama_eqx.errors import ConfigError
-from llama_eqx.sharding import Matrix, axis_names, matrix
+from llama_eqx.sharding import Matrix, axis_names, ending_in, matrix, parameter_names
 
 
 class OptimizerConfig(Config):
@@ -39,6 +40,27 @@ class OptimizerConfig(Config):
         decay = optax.add_decayed_weights(self.weight_decay, mask=matrices)
         clip = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
         return optax.chain(clip, optax.chain(self.direction(), decay))
+
+
+def transformation(config: OptimizerConfig, only: tuple[str, ...] | None) -> optax.GradientTransformation:
+    """The optimizer of a run in which `only` these parameters learn: see `learning`. The updates of the others are zero."""
+    if only is None:
+        return config.build()
+    return optax.partition({True: config.build(), False: optax.set_to_zero()}, functools.partial(learning, only))
+
+
+def learning(names: tuple[str, ...] | None, model: PyTree) -> PyTree:
+    """For every parameter, whether it is one of those that `names` stands for; None stands for all.
+
+    Raises `ConfigError` when a name stands for none.
+    """
+    known, learn = parameter_names(model), set()
+    for name in known if names is None else names:
+        if not (meant := ending_in(name, known)):
+            ends = {each.rpartition(".")[2] for each in known}
+            raise ConfigError(f"the model has no parameter {name}", where="train.only", next=nearest(name, {*known, *ends}))
+        learn |= {*meant}
+    return jax.tree.unflatten(jax.tree.structure(model), [name in learn for name in known])
 
 
 class AdamWConfig(OptimizerConfig):

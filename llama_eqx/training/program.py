@@ -5,14 +5,16 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from llama_eqx.batch import Batch
 from llama_eqx.data.cache import cache_dir
 from llama_eqx.model.kernel.shards import ways
+from llama_eqx.model.llama import Llama
 from llama_eqx.sharding import Layout, check_shapes
 from llama_eqx.training.evaluation import Score, make_score
-from llama_eqx.training.loss import Loss, policy_view
+from llama_eqx.training.loss import Loss, LossSums, policy_view
+from llama_eqx.training.optimizer import learning, transformation
 from llama_eqx.training.run import RunConfig
 from llama_eqx.training.state import TrainState, init_state
 from llama_eqx.training.step import Metrics, make_step, microbatches
@@ -57,7 +59,7 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
         remarks.append("a CPU has only one memory: what remat would offload stays in it")
     if kernel.name == "cudnn" and "attention" in getattr(config.remat, "offloaded", ()):
         remarks.append("cuDNN's attention cannot be offloaded, as what it keeps has no names: it is computed again in the backward pass")
-    optimizer = config.optimizer.build()
+    optimizer = transformation(config.optimizer, train.only)
 
     def initial(key: PRNGKeyArray) -> TrainState:
         return init_state(config.model, optimizer, config.precision, config.guard, key)
@@ -66,10 +68,21 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
     check_shapes(shapes.model, config.model.dims)
     view = policy_view(config.precision, config.remat, layout, config.kernel, train.unroll)
     loss = config.loss.build(view, layout)
+    loss = loss if train.only is None else _held(loss, train.only)
     rate = lambda step: config.schedule.rate(step, train.steps)  # noqa: E731
     step = make_step(optimizer, rate, loss, layout, train.microbatch_size, config.guard, train.meters)
     score = make_score(view, layout, config.loss.chunk)
     return Program(initial, step, loss, score, shapes, layout.shardings(shapes), remarks)
+
+
+def _held(loss: Loss, only: tuple[str, ...]) -> Loss:
+    """The loss as a function of `only` these parameters: no gradient of the others is computed."""
+
+    def held(model: Llama, batch: Batch, key: PRNGKeyArray | None) -> tuple[Array, LossSums]:
+        hold = lambda leaf, learns: leaf if learns else jax.lax.stop_gradient(leaf)  # noqa: E731
+        return loss(jax.tree.map(hold, model, learning(only, model)), batch, key)
+
+    return held
 
 
 def jitted_step(program: Program, config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:

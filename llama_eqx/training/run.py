@@ -47,6 +47,8 @@ class TrainConfig(Config):
     `meters` names the measures of `llama_eqx.training.meters` to record; they cost something. `traces` names what is drawn of the model
     at each evaluation, for a held-out text.
     `unroll` layers make one turn of the loop over layers: more to compile, fewer copies at run time.
+    `only` names the parameters that learn, in full or by how their names end; None lets all of them. The others have neither a gradient nor
+    a state of the optimizer.
     """
 
     steps: int
@@ -56,6 +58,7 @@ class TrainConfig(Config):
     unroll: int
     distinct_rows: int | None
     meters: tuple[str, ...]
+    only: tuple[str, ...] | None
     traces: tuple[Literal["residual", "attention_weights", "attention_entropy", "logit_lens"], ...]
     log_every: int
     eval_every: int
@@ -67,6 +70,8 @@ class TrainConfig(Config):
             least = 0 if field.name == "sample_tokens" else 1
             if isinstance(value, int) and value < least:
                 raise ConfigError(f"{value} is too small", where=field.name, next=f"train.{field.name}={least} or more")
+        if self.only == ():
+            raise ConfigError("then nothing learns", where="only", next="train.only=null, for all parameters, or [q_proj,v_proj]")
         if not METERS.keys() >= {*self.meters}:
             import_all()
         for name in self.meters:
