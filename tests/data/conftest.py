@@ -1,4 +1,7 @@
+import gzip
 import itertools
+import json
+import random
 
 import pytest
 
@@ -64,3 +67,31 @@ def split(tmp_path):
         return Split(tuple(written), name)
 
     return split
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder of files of every kind, and its documents in order as (source, text)."""
+    import pyarrow.parquet
+
+    folder, draw, expected = tmp_path / "corpus", random.Random(0), []
+    folder.mkdir()
+
+    def text():
+        return "".join(draw.choice("aé\n ") for _ in range(draw.randint(1, 60))) if draw.random() < 0.8 else "again and again"
+
+    def lines(name, count):
+        found = [text() for _ in range(count)]
+        expected.extend((f"{name}:{2 * i + 1}", content) for i, content in enumerate(found))
+        return "".join(json.dumps({"text": content}) + "\n\n" for content in found).encode()
+
+    for i in range(3):
+        (folder / f"a{i}.txt").write_text(content := text())
+        expected.append((f"a{i}.txt", content))
+    (folder / "b.jsonl").write_bytes(lines("b.jsonl", 120))
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines("c.jsonl.gz", 30)))
+    rows = [text() for _ in range(40)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), folder / "d.parquet", row_group_size=7)
+    expected += [(f"d.parquet:{i}", content) for i, content in enumerate(rows, 1)]
+    (folder / "e.md").write_text(content := text())
+    return folder, [*expected, ("e.md", content)]
