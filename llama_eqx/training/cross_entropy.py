@@ -24,8 +24,10 @@ def head_losses(
 
     Only the objective has a gradient. It is computed along with the value, chunk by chunk, so the logits are not computed again
     (Hsu et al., 2024, "Liger Kernel", arXiv 2410.10989). z_loss is that of PaLM (Chowdhery et al., 2022, arXiv 2204.02311, section 5).
-    Each device takes `chunk` of its own tokens at a time, or all. Logits, softmax and sums are in float32.
+    Each device takes `chunk` of its own tokens at a time, or all. Logits, softmax and sums are in float32. A target outside of the
+    vocabulary makes the sums NaN, unless its weight is 0.
     """
+    weights = jnp.where(_known(targets, table) | (weights == 0), weights, jnp.nan)
     batch, seq, _ = layout.spec(("batch", "seq", ""), x.shape)
     embed, vocab = layout.spec(("embed", "vocab"), table.shape)
     token_axes = mesh_axes(batch) + mesh_axes(seq)
@@ -91,7 +93,10 @@ def head_scores(
     chunk: int | None,
     layout: Layout,
 ) -> tuple[Float32[Array, "batch seq"], Bool[Array, "batch seq"]]:
-    """The cross-entropy of each target in nats, and whether it is the most probable token (the first, if tied). `chunk` as above."""
+    """The cross-entropy of each target in nats, and whether it is the most probable token (the first, if tied). `chunk` as above.
+
+    That of a target outside of the vocabulary is NaN.
+    """
     batch, seq, _ = layout.spec(("batch", "seq", ""), x.shape)
     _, vocab = layout.spec(("embed", "vocab"), table.shape)
     vocab_axes = tuple(axis for axis in mesh_axes(vocab) if axis not in mesh_axes(batch) + mesh_axes(seq))
@@ -114,7 +119,13 @@ def head_scores(
 
     ids_spec = PartitionSpec(batch, seq)
     specs = PartitionSpec(batch, seq, None), PartitionSpec(None, vocab_axes or None), ids_spec
-    return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=(ids_spec, ids_spec), check_vma=False)(x, table, targets)
+    mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=(ids_spec, ids_spec), check_vma=False)
+    losses, right = mapped(x, table, targets)
+    return jnp.where(_known(targets, table), losses, jnp.nan), right
+
+
+def _known(targets: Int[Array, "batch seq"], table: Float[Array, "embed vocab"]) -> Bool[Array, "batch seq"]:
+    return (targets >= 0) & (targets < table.shape[1])
 
 
 def _of_logits(

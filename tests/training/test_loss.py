@@ -83,6 +83,22 @@ def test_a_vocabulary_split_as_the_batch_is():
     assert (losses * weights).sum() == pytest.approx(pytorch(x, table, targets, weights, 0)[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 1, 2)])
+@pytest.mark.parametrize("outside", [-100, -1, 40])
+def test_a_target_outside_of_the_vocabulary_is_no_number_if_it_counts(outside, shape):
+    (x, table), targets, weights = arrays()
+    wanted = ours(x, table, targets, weights.at[1, 2].set(0), None, 1e-2, layout(*shape))
+    targets = targets.at[1, 2].set(outside)
+    for a, b in zip(ours(x, table, targets, weights.at[1, 2].set(0), None, 1e-2, layout(*shape)), wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+    objective, cross_entropy, *_ = ours(x, table, targets, weights.at[1, 2].set(0.5), None, 1e-2, layout(*shape))
+    assert np.isnan(objective)
+    assert np.isnan(cross_entropy)
+    losses, _ = jax.jit(lambda x, table: head_scores(x, table, targets, chunk=5, layout=layout(*shape)))(x, table)
+    assert np.isnan(losses).sum() == 1
+    assert np.isnan(losses[1, 2])
+
+
 def test_in_bfloat16_sums_are_float32():
     (x, table), targets, weights = arrays(seq=64)
     wanted = pytorch(x, table, targets, weights, 0)
