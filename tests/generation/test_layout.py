@@ -72,6 +72,15 @@ def test_bfloat16_stays_bfloat16(models):
     assert eqx.filter_eval_shape(laid_out.head, x).dtype == jnp.float32
 
 
+def test_float16_can_be_read_generated_from_and_is_near(models):
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)), jnp.int32)
+    for model in models:
+        half = cast(model, "float16")
+        logits = half(tokens)
+        assert 0 < abs(logits - model(tokens)).max() < 0.02
+        assert len(generate_tokens(half, PROMPTS, 4).tokens) == 3
+
+
 def test_eight_bits(models):
     """Every weight within half a step of what it was, logits near, and a quarter of the memory for the products."""
     _, laid_out = models
