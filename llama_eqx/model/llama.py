@@ -64,9 +64,12 @@ class Llama(eqx.Module):
         This is the only forward pass: it trains without a cache, and prefills or decodes with one. Tokens attend only within their
         segment; segment 0 is padding. `positions` default to 0, 1, 2 … (with a cache, starting at its length). No key, no dropout.
 
-        Raises `ConfigError` when the cache has too few slots, as far as this is known at trace time.
+        Raises `ConfigError` when the cache has too few slots, as far as this is known at trace time, or is of the other layout.
         """
         if cache is not None:
+            if isinstance(cache, tuple) != isinstance(self.blocks, tuple):  # one is laid out for decoding
+                what = f"this cache is {'' if isinstance(cache, tuple) else 'not '}laid out for decoding, unlike the model"
+                raise ConfigError(what, where="cache", next="model.init_cache(batch, slots) of this model")
             require_room(cache, tokens.shape[1])
         if positions is None:
             start = 0 if cache is None else tokens_in(cache)
@@ -88,7 +91,7 @@ class Llama(eqx.Module):
         blocks: Any = self.blocks
         if isinstance(blocks, tuple):  # laid out for decoding: the caches are in a tuple too
             caches: list[KVCache] = []
-            given: Any = cache if isinstance(cache, tuple) else (None,) * len(blocks)
+            given: Any = (None,) * len(blocks) if cache is None else cache
             for layer, (block, held) in enumerate(zip(blocks, given, strict=True)):
                 layer_key = None if block_keys is None else jax.random.fold_in(block_keys, layer)
                 x, held = block(x, rotation.in_layer(layer), segment_ids, held, layer_key)

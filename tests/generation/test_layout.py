@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llama_eqx import build_model
+from llama_eqx.errors import ConfigError
 from llama_eqx.generation.decode import generate_tokens
 from llama_eqx.generation.layout import PackedAttention, PackedFeedForward, for_decoding, in_int8, unpacked
 from llama_eqx.precision import cast
@@ -37,6 +38,14 @@ def test_the_same_logits(models):
         x, cache = eqx.filter_jit(lambda m, piece, cache: m.hidden(piece, cache=cache))(laid_out, piece, cache)
         parts.append(laid_out.head(x))
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), model(tokens), atol=1e-5)
+
+
+def test_a_cache_belongs_to_a_layout(models):
+    tokens = jnp.zeros((1, 3), int)
+    for model, other, what in ((*models, "is laid out"), (*models[::-1], "is not laid out")):
+        with pytest.raises(ConfigError, match=f"{what} for decoding, unlike the model") as error:
+            model.hidden(tokens, cache=other.init_cache(1, 8))
+        assert (error.value.where, "model.init_cache" in error.value.next) == ("cache", True)
 
 
 def test_the_same_logits_with_the_order_of_gpus_and_tpus(models, monkeypatch):
