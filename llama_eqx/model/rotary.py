@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from llama_eqx.config import Config
 from llama_eqx.dims import Dims
+from llama_eqx.errors import ConfigError
 from llama_eqx.model.kernel.tokenwise import PLATFORM
 
 RoundAt = Literal["none", "inv_freq", "position", "angle", "table", "rotation"]
@@ -186,6 +187,12 @@ class Llama3RotaryConfig(RotaryConfig):
     high_freq_factor: float
     original_context: int
     round_at: RoundAt
+
+    def check(self) -> None:
+        super().check()
+        if self.low_freq_factor >= self.high_freq_factor:
+            what = f"low_freq_factor={self.low_freq_factor:g} is not below high_freq_factor={self.high_freq_factor:g}"
+            raise ConfigError(what, where="low_freq_factor", next="low_freq_factor=1 high_freq_factor=4, as in Llama 3.1")
 
     def build(self, dims: Dims) -> Llama3Rotary:
         return Llama3Rotary(

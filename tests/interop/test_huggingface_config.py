@@ -59,6 +59,7 @@ def test_config_round_trip(config):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type is 'linear'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters.rope_type is 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.original_max_position_embeddings is missing"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor=4 is not below high_freq_factor=4"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', wanted an object"),
         ({"rope_parameters": [8.0]}, "rope_parameters is [8.0], wanted an object"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
