@@ -1,4 +1,4 @@
-"""The dtypes in which parameters are kept and used to compute: a policy on the tree, unknown to the model."""
+"""The dtypes in which numbers are kept and used to compute: a policy on the tree, unknown to the model."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -6,12 +6,26 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from llama_eqx.config import Config
+from llama_eqx.config import Config, nearest
+from llama_eqx.errors import ConfigError
 from llama_eqx.wrapped import outside
 
 Dtype = Literal["float32", "bfloat16"]
+STORED = ("float32", "bfloat16", "float16")  # dtypes of weights in files and of caches
+
+
+def stored(dtype: DTypeLike, where: str = "dtype") -> jnp.dtype:
+    """The dtype, which is one of `STORED`. Raises `ConfigError` for any other."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in STORED:
+        raise ConfigError(f"neither weights nor caches are kept in {name}", where=where, next=nearest(name, STORED))
+    return jnp.dtype(name)
 
 
 class PrecisionConfig(Config):

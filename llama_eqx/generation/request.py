@@ -13,6 +13,7 @@ from llama_eqx.errors import ConfigError
 from llama_eqx.generation.constraints import Constraint
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.model.llama import Llama
+from llama_eqx.precision import stored
 
 SHORTEST = 16  # prompts are padded to a power of two, at least this, so that few lengths are compiled
 
@@ -95,7 +96,7 @@ def prepared(
         samples=samples,
         max_new_tokens=min(max_new_tokens, 1 << (max(limits) - 1).bit_length()),  # so that few are compiled
         top_logprobs=top_logprobs,
-        cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype).name,
+        cache_dtype=None if cache_dtype is None else stored(cache_dtype, "cache_dtype").name,
         prefill_chunk=prefill_chunk and 1 << (prefill_chunk.bit_length() - 1),  # so that it divides the prompts' width
         vocab=known,
     )

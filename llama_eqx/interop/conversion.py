@@ -6,14 +6,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from llama_eqx.checkpoint.manifest import MANIFEST, appearing, write_manifest
 from llama_eqx.checkpoint.native import CONFIG, read_config, write_native
-from llama_eqx.config import Config, nearest
+from llama_eqx.config import Config
 from llama_eqx.data.chat import template_in
 from llama_eqx.data.tokenizer import find_tokenizer
 from llama_eqx.data.tokenizer.export import tokenizer_json
@@ -25,8 +24,7 @@ from llama_eqx.interop.params import config_to_meta
 from llama_eqx.interop.pretrained import MARKS, Format, located, manifested, open_pretrained, verified
 from llama_eqx.interop.weights import Weights, of_model, parameter_tree, pieces
 from llama_eqx.model.llama import Llama, LlamaConfig
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+from llama_eqx.precision import stored
 
 
 class ConvertConfig(Config):
@@ -45,8 +43,8 @@ class ConvertConfig(Config):
         for key, value, example in (("from", self.from_, "FOLDER"), ("to", self.to, "FOLDER"), ("format", self.format, "hf|meta|native")):
             if value is None:
                 raise ConfigError(f"{key} is not given", where=key, next=f"{key}={example}")
-        if self.dtype not in (None, *DTYPES):
-            raise ConfigError(f"no such dtype: {self.dtype}", where="dtype", next=nearest(self.dtype, DTYPES))
+        if self.dtype is not None:
+            stored(self.dtype)
         if self.shards is not None and self.format != "meta":
             raise ConfigError(f"format={self.format} has no shards to be chosen", where="shards", next="format=meta, or leave shards out")
 
@@ -62,7 +60,7 @@ def convert(config: ConvertConfig, *, replace: bool = False) -> list[str]:
     assert config.from_ is not None
     assert config.to is not None
     assert config.format is not None
-    dtype = None if config.dtype is None else np.dtype(DTYPES[config.dtype])
+    dtype = None if config.dtype is None else stored(config.dtype)
     with appearing(pathlib.Path(config.to), replace=replace) as target, verified(config.from_):
         weights = open_pretrained(config.from_)
         notes = [*weights.notes, *_write(weights, target, config.format, dtype, config.shards)]
@@ -81,13 +79,14 @@ def save_pretrained(
 ) -> None:
     """Writes `model` as a folder that `load_pretrained` reads. "hf" loads in `transformers` as it is, "meta" in Meta's own code.
 
-    Raises `CheckpointError` when the format cannot express the model, `ConfigError` for a format that is not known, `StorageError` when
-    there is something at `path` or it cannot be written.
+    Raises `CheckpointError` when the format cannot express the model, `ConfigError` for a format or a dtype that is not known,
+    `StorageError` when there is something at `path` or it cannot be written.
     """
     if format not in MARKS:
         raise ConfigError(f"no such format: {format}", where="format", next=f"one of: {', '.join(MARKS)}")
+    dtype = None if dtype is None else stored(dtype)
     with appearing(pathlib.Path(path)) as folder:
-        _write(of_model(model), folder, format, None if dtype is None else np.dtype(dtype), shards)
+        _write(of_model(model), folder, format, dtype, shards)
 
 
 def require_expressible(config: LlamaConfig, format: Format) -> None:

@@ -25,6 +25,7 @@ from llama_eqx.interop.files import carried
 from llama_eqx.interop.params import PARAMS
 from llama_eqx.interop.weights import Key, Weights, fetched, tensor_shapes, to_model
 from llama_eqx.model.llama import Llama
+from llama_eqx.precision import stored
 
 Format = Literal["hf", "meta", "native"]
 MARKS: dict[Format, str] = {"hf": huggingface.CONFIG, "meta": PARAMS, "native": CONFIG}
@@ -37,8 +38,9 @@ def load_pretrained(path: str | pathlib.Path, dtype: DTypeLike | None = None, sh
     structure, and each process reads what its own devices hold; without it everything goes to the first device. A folder with a
     `manifest.json` is checked against it meanwhile.
 
-    Raises `CheckpointError` when there is no model, or it is damaged or of another kind.
+    Raises `CheckpointError` when there is no model, or it is damaged or of another kind, `ConfigError` for a dtype that is not known.
     """
+    dtype = None if dtype is None else stored(dtype)
     folder, step = located(path)
     with verified(path):
         if format_of(path) == "native":

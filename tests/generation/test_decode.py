@@ -180,6 +180,7 @@ def test_cache_in_another_dtype_compiles_once(model, greedy, monkeypatch):
         ({"top_logprobs": 62}, "top_logprobs", "62 of 61"),
         ({"top_logprobs": 12, "vocab": 11}, "top_logprobs", "12 of 11"),
         ({"stop": (1, 61)}, "stop", "61"),
+        ({"cache_dtype": "int8"}, "cache_dtype", "neither weights nor caches are kept in int8"),
     ],
 )
 def test_bad_input(model, monkeypatch, arguments, where, what):

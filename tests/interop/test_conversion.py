@@ -23,7 +23,7 @@ from llama_eqx import load_config
 from llama_eqx.checkpoint.manifest import appearing, find_damage, read_manifest, verify
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.data.tokenizer import BytesTokenizer, find_tokenizer
-from llama_eqx.errors import CheckpointError, StorageError
+from llama_eqx.errors import CheckpointError, ConfigError, StorageError
 from llama_eqx.interop import conversion, huggingface, meta
 from llama_eqx.interop.conversion import ConvertConfig, convert, save_pretrained
 from llama_eqx.interop.pretrained import load_pretrained, open_pretrained
@@ -79,6 +79,17 @@ def test_dtypes(tmp_path, models, format):
     convert(job(tmp_path / "narrow", tmp_path / "half", "hf", dtype="float16"))
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float16"
     assert load_pretrained(tmp_path / "half", dtype="float32").embed.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("int8", "one of: bfloat16, float16, float32"), ("bfloat", "did you mean bfloat16?")])
+def test_a_dtype_that_is_not_known(tmp_path, models, dtype, said):
+    for call in (
+        lambda: load_pretrained(tmp_path, dtype),
+        lambda: save_pretrained(models["plain"], tmp_path / "x", format="hf", dtype=dtype),
+    ):
+        with pytest.raises(ConfigError, match=f"kept in {dtype}") as error:
+            call()
+        assert (error.value.where, error.value.next) == ("dtype", said)
 
 
 def test_a_run_and_one_of_its_steps(tmp_path, models):
