@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llama_eqx.generation.constraints import History, constrained
-from llama_eqx.generation.request import Rows, Rule, prepared
+from llama_eqx.generation.request import Prompts, Rows, Rule, prepared
 from llama_eqx.generation.sampling import Sampling, draw
 from llama_eqx.model import kernel
 from llama_eqx.model.attention import RotaryAttention
@@ -37,7 +37,7 @@ class Generation(NamedTuple):
 
 def generate_tokens(
     model: Llama,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008
     *,
@@ -53,15 +53,15 @@ def generate_tokens(
 ) -> Generation:
     """Continues every prompt by up to `max_new_tokens`, or until it draws a token of `stop` or fills the context.
 
-    Each prompt yields `samples` rows, side by side. The key for token t of sample s of prompt r depends on (seed, first_row + r, s, t)
-    alone: prompts split over several calls, each with its `first_row`, draw the same tokens. `cache_dtype` defaults to the dtype of the
-    weights. Prompts go through the model `prefill_chunk` tokens at a time, rounded down to a power of two; the default is 512, or all at
-    once where cuDNN computes attention and they are not too many. With `shift`, a prompt that leaves less room in the context than
-    `max_new_tokens` loses its beginning, but not the model's BOS. With `vocab`, only ids below it are drawn: a model may have more ids
-    than its tokenizer.
+    Prompts are ids, in lists or in an array. Each yields `samples` rows, side by side. The key for token t of sample s of prompt r depends
+    on (seed, first_row + r, s, t) alone: prompts split over several calls, each with its `first_row`, draw the same tokens. `cache_dtype`
+    defaults to the dtype of the weights. Prompts go through the model `prefill_chunk` tokens at a time, rounded down to a power of two; the
+    default is 512, or all at once where cuDNN computes attention and they are not too many. With `shift`, a prompt that leaves less room in
+    the context than `max_new_tokens` loses its beginning, but not the model's BOS. With `vocab`, only ids below it are drawn: a model may
+    have more ids than its tokenizer.
 
-    Raises `ConfigError` before anything is compiled: for an empty prompt, an id outside of the vocabulary, a prompt that
-    fills the context or a setting out of range.
+    Raises `ConfigError` before anything is compiled: for prompts that are not ids, an empty prompt, an id outside of the vocabulary, a
+    prompt that fills the context or a setting out of range.
     """
     rows, rule = prepared(
         model,

@@ -1,6 +1,9 @@
 """A request to generate: checked on the host, then turned into arrays."""
 
+import operator
+import reprlib
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,6 +19,10 @@ from llama_eqx.model.llama import Llama
 from llama_eqx.precision import stored
 
 SHORTEST = 16  # prompts are padded to a power of two, at least this, so that few lengths are compiled
+TEXT = "tokenizer.encode(text) gives the ids of a text, python -m llama_eqx.generate takes text"
+EXAMPLES = {"prompts": f"prompts=[[1, 2, 3], [4]]; {TEXT}", "stop": f"stop=[2]; {TEXT}"}
+
+Prompts = Sequence[Sequence[int]] | Int[np.ndarray, "prompts seq"] | Int[Array, "prompts seq"]
 
 
 class Rows(eqx.Module):
@@ -48,7 +55,7 @@ class Rule(eqx.Module):
 
 def prepared(
     model: Llama,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     sampling: Sampling,
     *,
@@ -66,17 +73,16 @@ def prepared(
 
     Raises `ConfigError` as it does.
     """
-    (size,) = model.config.dims.of("vocab")
-    known = size if vocab is None else min(vocab, size)
-    for name, value, least in [("max_new_tokens", max_new_tokens, 1), ("samples", samples, 1), ("prefill_chunk", prefill_chunk, 1)]:
-        if value is not None and value < least:
-            raise ConfigError(f"{value} is less than {least}", where=name, next=f"{name}={least} or more")
-    if not 0 <= top_logprobs <= known:
-        raise ConfigError(f"{top_logprobs} of {known} tokens cannot be told", where="top_logprobs")
-    require_stop(stop, size)
-    context = model.config.context
-    max_new_tokens = min(max_new_tokens, context - 1)
-    prompts = fitting(model, prompts, max_new_tokens, shift)
+    if not isinstance(sampling, Sampling):
+        example = "Sampling(temperature=0.8), from llama_eqx.generation.sampling"
+        raise ConfigError(f"{sampling!r} is not a Sampling", where="sampling", next=example)
+    (size,), context = model.config.dims.of("vocab"), model.config.context
+    known = size if vocab is None else min(number("vocab", vocab, 1), size)
+    max_new_tokens = min(number("max_new_tokens", max_new_tokens, 1), context - 1)
+    samples, top_logprobs = number("samples", samples, 1), number("top_logprobs", top_logprobs, 0, known)
+    prefill_chunk = None if prefill_chunk is None else number("prefill_chunk", prefill_chunk, 1)
+    require_stop(stop := whole("stop", stop, 1), size)
+    prompts = fitting(model, whole("prompts", prompts, 2), max_new_tokens, shift)
     limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     width = max(SHORTEST, 1 << (max(map(len, prompts)) - 1).bit_length())
     tokens, real = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
@@ -103,6 +109,31 @@ def prepared(
     as_array = lambda x: None if x is None else jnp.asarray(x)  # noqa: E731
     limits = jnp.asarray(limits, jnp.int32)
     return Rows(tokens=jnp.asarray(tokens), real=jnp.asarray(real), limits=limits, keys=keys, present=as_array(present)), rule
+
+
+def whole(where: str, value: Any, axes: int = 0) -> Any:
+    """`value` in Python's own numbers, in lists of so many axes: lists and arrays of any kind are taken.
+
+    Raises `ConfigError` for anything else: floats would be cut, and a text taken apart.
+    """
+    value = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        if axes and not isinstance(value, str | bytes):
+            return [whole(f"{where}[{i}]", each, axes - 1) for i, each in enumerate(value)]
+        return operator.index(value)
+    except TypeError:
+        wanted, name = ("a whole number", "a list of ids", "a list of lists of ids")[axes], where.partition("[")[0]
+        raise ConfigError(f"{reprlib.repr(value)} is not {wanted}", where=where, next=EXAMPLES.get(name, f"{name}=16")) from None
+
+
+def number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """A whole number. Raises `ConfigError` for one out of range."""
+    value = whole(name, value)
+    if value < least:
+        raise ConfigError(f"{value} is less than {least}", where=name, next=f"{name}={least} or more")
+    if most is not None and value > most:
+        raise ConfigError(f"{value} is more than {most}", where=name, next=f"{name}={most} or less")
+    return value
 
 
 def require_stop(stop: Sequence[int], vocab: int) -> None:

@@ -1,6 +1,5 @@
 """Beam search: the most probable continuations instead of drawn ones."""
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -10,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation.decode import prefilled, slots_for, while_growing
-from llama_eqx.generation.request import Rows, Rule, prepared
+from llama_eqx.generation.request import Prompts, Rows, Rule, prepared
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.model.cache import with_rows
 from llama_eqx.model.llama import Llama
@@ -28,7 +27,7 @@ class Hypothesis(NamedTuple):
 
 def search_beams(
     model: Llama,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     beams: int,
     *,

@@ -1,6 +1,5 @@
 """Speculative decoding: a small model drafts; the large one reads several tokens at the price of one and keeps those it accepts."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation.constraints import constrained
 from llama_eqx.generation.decode import Generation, prefilled, slots_for, while_growing
-from llama_eqx.generation.request import Rows, Rule, prepared
+from llama_eqx.generation.request import Prompts, Rows, Rule, prepared
 from llama_eqx.generation.sampling import Sampling, draw
 from llama_eqx.model.cache import tokens_in, with_length
 from llama_eqx.model.llama import Llama
@@ -30,7 +29,7 @@ class Speculation(NamedTuple):
 def generate_speculatively(
     model: Llama,
     draft: Llama,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008
     *,

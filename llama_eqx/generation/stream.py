@@ -1,6 +1,6 @@
 """Tokens as they come: a few per call, with the cache handed from one call to the next."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from typing import Any
 
 import equinox as eqx
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from llama_eqx.generation.decode import Generation, State, advance, begin, found, slots_for, told
-from llama_eqx.generation.request import Rule, prepared
+from llama_eqx.generation.request import Prompts, Rule, prepared
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.model.cache import slots_of, with_slots
 from llama_eqx.model.llama import Llama
@@ -20,7 +20,7 @@ Ended = Callable[[list[list[int]]], list[bool]]
 
 def stream_tokens(
     model: Llama,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008
     *,

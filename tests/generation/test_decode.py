@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -71,6 +72,13 @@ def test_equals_the_forward_without_a_cache(model, settings):
         np.testing.assert_allclose(logprobs, row[np.arange(NEW), tokens], atol=1e-5)
         if not settings:
             assert tokens == row.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("array", [np.asarray, jax.numpy.asarray, lambda prompts: [*map(np.asarray, prompts)]], ids=["np", "jnp", "rows"])
+def test_prompts_in_arrays(model, monkeypatch, array):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the annotations name arrays of two axes
+    prompts = [[5, 6, 7], [60, 2, 33]]
+    assert generate_tokens(model, array(prompts), 3, stop=array([2])).tokens == generate_tokens(model, prompts, 3, stop=[2]).tokens
 
 
 def test_one_token(model, greedy):
@@ -177,13 +185,23 @@ def test_cache_in_another_dtype_compiles_once(model, greedy, monkeypatch):
         ({"samples": 0}, "samples", "0 is less than 1"),
         ({"prefill_chunk": 0}, "prefill_chunk", "0 is less than 1"),
         ({"top_logprobs": -1}, "top_logprobs", "-1"),
-        ({"top_logprobs": 62}, "top_logprobs", "62 of 61"),
-        ({"top_logprobs": 12, "vocab": 11}, "top_logprobs", "12 of 11"),
+        ({"top_logprobs": 62}, "top_logprobs", "62 is more than 61"),
+        ({"top_logprobs": 12, "vocab": 11}, "top_logprobs", "12 is more than 11"),
         ({"stop": (1, 61)}, "stop", "61"),
+        ({"prompts": "hello"}, "prompts", "'hello' is not a list of lists of ids"),
+        ({"prompts": ["hello"]}, "prompts[0]", "'hello' is not a list of ids"),
+        ({"prompts": [1, 2, 3]}, "prompts[0]", "1 is not a list of ids"),
+        ({"prompts": np.arange(3)}, "prompts[0]", "0 is not a list of ids"),
+        ({"prompts": [[1, 2.7]]}, "prompts[0][1]", "2.7 is not a whole number"),
+        ({"stop": 2}, "stop", "2 is not a list of ids"),
+        ({"stop": ["\n"]}, "stop[0]", "'\\n' is not a whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens", "2.5 is not a whole number"),
+        ({"sampling": 0.8}, "sampling", "0.8 is not a Sampling"),
         ({"cache_dtype": "int8"}, "cache_dtype", "neither weights nor caches are kept in int8"),
     ],
 )
 def test_bad_input(model, monkeypatch, arguments, where, what):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests only
     monkeypatch.setattr(decode, "_generate", lambda *args: pytest.fail("compiled"))
     with pytest.raises(ConfigError) as error:
         generate_tokens(model, **{"prompts": [[1, 2]], "max_new_tokens": 5, **arguments})
