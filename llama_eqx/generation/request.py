@@ -151,19 +151,23 @@ def fitting(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int,
     """
     (vocab,), context = model.config.dims.of("vocab"), model.config.context
     if not prompts:
-        raise ConfigError("no prompts", where="prompts")
+        raise ConfigError("no prompts", where="prompts", next=EXAMPLES["prompts"])
     found = []
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise ConfigError("an empty prompt: there is nothing to continue", where=f"prompts[{row}]", next="begin it with the BOS token")
         for position, token in enumerate(prompt):
             if not 0 <= token < vocab:
-                raise ConfigError(f"id {token} is outside of the vocabulary of {vocab}", where=f"prompts[{row}][{position}]")
+                raise ConfigError(
+                    f"id {token} is outside of the vocabulary of {vocab}",
+                    where=f"prompts[{row}][{position}]",
+                    next=f"ids from 0 to {vocab - 1}; find_tokenizer(FOLDER) is the tokenizer in the folder of a model",
+                )
         if len(prompt) >= context and not shift:
             raise ConfigError(
                 f"{len(prompt)} tokens and new ones pass the context of {context}",
                 where=f"prompts[{row}]",
-                next="shorten the prompt, or shift=true leaves out its beginning",
+                next="shorten the prompt, or shift=True leaves out its beginning",
             )
         room = context - max_new_tokens if shift else context
         begin = prompt[:1] if prompt[0] == model.config.tokens.bos and 1 < room < len(prompt) else prompt[:0]

@@ -187,6 +187,7 @@ def test_cache_in_another_dtype_compiles_once(model, greedy, monkeypatch):
         ({"top_logprobs": -1}, "top_logprobs", "-1"),
         ({"top_logprobs": 62}, "top_logprobs", "62 is more than 61"),
         ({"top_logprobs": 12, "vocab": 11}, "top_logprobs", "12 is more than 11"),
+        ({"vocab": 0}, "vocab", "0 is less than 1"),
         ({"stop": (1, 61)}, "stop", "61"),
         ({"prompts": "hello"}, "prompts", "'hello' is not a list of lists of ids"),
         ({"prompts": ["hello"]}, "prompts[0]", "'hello' is not a list of ids"),
@@ -207,6 +208,8 @@ def test_bad_input(model, monkeypatch, arguments, where, what):
         generate_tokens(model, **{"prompts": [[1, 2]], "max_new_tokens": 5, **arguments})
     assert error.value.where == where
     assert what in error.value.what
+    assert error.value.next
+    assert "shift=true" not in error.value.next  # which Python does not know
 
 
 @pytest.mark.parametrize(
