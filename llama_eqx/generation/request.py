@@ -19,6 +19,7 @@ from llama_eqx.model.llama import Llama
 from llama_eqx.precision import stored
 
 SHORTEST = 16  # prompts are padded to a power of two, at least this, so that few lengths are compiled
+LAST_SEED = 2**32 - 1  # of a larger one, JAX's keys have only the last 32 bits
 TEXT = "tokenizer.encode(text) gives the ids of a text, python -m llama_eqx.generate takes text"
 EXAMPLES = {"prompts": f"prompts=[[1, 2, 3], [4]]; {TEXT}", "stop": f"stop=[2]; {TEXT}"}
 
@@ -81,6 +82,7 @@ def prepared(
     max_new_tokens = min(number("max_new_tokens", max_new_tokens, 1), context - 1)
     samples, top_logprobs = number("samples", samples, 1), number("top_logprobs", top_logprobs, 0, known)
     prefill_chunk = None if prefill_chunk is None else number("prefill_chunk", prefill_chunk, 1)
+    seed, first_row = number("seed", seed, 0, LAST_SEED), number("first_row", first_row, 0)
     require_stop(stop := whole("stop", stop, 1), size)
     prompts = fitting(model, whole("prompts", prompts, 2), max_new_tokens, shift)
     limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]

@@ -27,7 +27,7 @@ from llama_eqx.generation.chat import Chat
 from llama_eqx.generation.decode import Generation
 from llama_eqx.generation.layout import for_decoding, in_int8, unpacked
 from llama_eqx.generation.prompts import Asked, read_prompts, reason
-from llama_eqx.generation.request import require_stop
+from llama_eqx.generation.request import LAST_SEED, number, require_stop
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.search import search_beams
 from llama_eqx.generation.speculative import generate_speculatively
@@ -111,10 +111,11 @@ class GenerateConfig(Config):
                 what = f"{way} and {', '.join(given)} do not go together"
                 raise ConfigError(what, where=given[0], next=f"leave out {' and '.join(given)}, or {way}")
         for name in ("batch", "samples", "beams", "drafted", "max_new_tokens", "prefill_chunk"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{value} is less than 1", where=name, next=f"{name}=1 or more")
+            if (value := getattr(self, name)) is not None:
+                number(name, value, 1)
         if self.beams is not None and self.samples > self.beams:
             raise ConfigError(f"{self.samples} samples of {self.beams} beams", where="samples", next=f"beams={self.samples}")
+        number("seed", self.seed, 0, LAST_SEED)
         require_strings(self.stop_strings)
         self.sampling()  # for its errors
 

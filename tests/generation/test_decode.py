@@ -188,6 +188,8 @@ def test_cache_in_another_dtype_compiles_once(model, greedy, monkeypatch):
         ({"top_logprobs": 62}, "top_logprobs", "62 is more than 61"),
         ({"top_logprobs": 12, "vocab": 11}, "top_logprobs", "12 is more than 11"),
         ({"vocab": 0}, "vocab", "0 is less than 1"),
+        ({"seed": 2**32}, "seed", "4294967296 is more than 4294967295"),
+        ({"seed": -1}, "seed", "-1 is less than 0"),
         ({"stop": (1, 61)}, "stop", "61"),
         ({"prompts": "hello"}, "prompts", "'hello' is not a list of lists of ids"),
         ({"prompts": ["hello"]}, "prompts[0]", "'hello' is not a list of ids"),

@@ -241,6 +241,7 @@ def test_bad_files_of_prompts(folders, tmp_path, monkeypatch, capsys, content, w
         (["draft=somewhere", "presence_penalty=0"], "draft and presence_penalty do not go together"),
         (["draft=somewhere", "drafted=0"], "0 is less than 1"),
         (["prefill_chunk=0"], "0 is less than 1"),
+        (["seed=4294967296"], "4294967296 is more than 4294967295"),
         (["prompt="], "an empty prompt"),
         (["beams=2", "samples=3"], "3 samples of 2 beams"),
         (["mesh=cpu-8", "mesh.fsdp=1", "mesh.tensor=8"], "heads=4 does not divide"),
