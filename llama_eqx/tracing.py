@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32, Int
 from llama_eqx.config import nearest
 from llama_eqx.errors import ConfigError
 from llama_eqx.model.kernel.plain import visible
-from llama_eqx.model.llama import Llama
+from llama_eqx.model.llama import Llama, require_tokens
 from llama_eqx.remat import NAMES
 from llama_eqx.tag import Probe, Seen, probing
 
@@ -47,19 +47,22 @@ def trace(
     logit_lens: `Lens` of each of these, by the last norm and the head (nostalgebraist, 2020, "interpreting GPT: the logit lens").
     attention_weights: the weight of each token on every token, [layers, batch, heads, seq, seq], in float32.
     attention_entropy: the entropy of these weights in nats, [layers, batch, heads, seq]; the weights are computed layer by layer.
-    q k v attention_out gate up down, and the rest of `remat.NAMES`: unchanged, q and k after their rotation, [layers, batch, seq, …].
+    q k v attention_out gate up down, and the rest of `remat.NAMES` but input: unchanged, q and k after their rotation, [layers, batch,
+    seq, …].
 
     Arrays are split over devices as the model and the tokens are. A model under policies is seen as `policy_view` shows it, but not under
     rematerialisation, whose activations do not leave a block.
 
-    Raises `ConfigError` for a name that the model has nothing of, and for a model that is laid out for decoding.
+    Raises `ConfigError` for a name that the model has nothing of, for a model that is laid out for decoding, and as `Llama.hidden` does.
     """
     if isinstance(model.blocks, tuple):
         raise ConfigError("this model is laid out for decoding and cannot be traced", where="model", next="trace its original")
+    require_tokens(tokens)
+    names = (names,) if isinstance(names, str) else names
     sources = {name: TRACES.get(name, (name,)) for name in names}
     for name in names:
-        if name not in TRACES and name not in NAMES:
-            raise ConfigError(f"nothing to trace is called {name}", where="names", next=nearest(name, [*TRACES, *NAMES]))
+        if name not in (known := {*TRACES, *NAMES} - {"input"}):  # which only rematerialisation tags
+            raise ConfigError(f"nothing to trace is called {name}", where="names", next=nearest(name, known))
     read = visible(0, tokens.shape[1], tokens.shape[1], None if segment_ids is None else (segment_ids, segment_ids))
 
     def lens(x: Float[Array, "batch seq embed"]) -> Lens:

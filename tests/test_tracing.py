@@ -121,6 +121,10 @@ def test_names_that_are_not_there(model, tiny):
     with pytest.raises(ConfigError, match="called residul") as error:
         trace(model, TOKENS, ("residul",))
     assert "did you mean residual?" in error.value.next
+    with pytest.raises(ConfigError, match="called r") as error:
+        trace(model, TOKENS, ("r",))
+    assert error.value.next == "one of: " + ", ".join(sorted({*TRACES, *NAMES} - {"input"}))
+    np.testing.assert_array_equal(trace(model, TOKENS, "down")["down"], trace(model, TOKENS, ("down",))["down"])
     with pytest.raises(ConfigError, match="laid out for decoding"):
         trace(for_decoding(model), TOKENS, ("residual",))
     plain = build_model(tiny("model/feed_forward=plain"), key=jax.random.key(0))

@@ -109,8 +109,11 @@ def compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[i
 def of_model(model: Llama) -> Weights:
     """The weights of a model in memory. Layers are fetched from the devices one at a time.
 
-    Raises `CheckpointError` when the model has been edited and no longer fits its config.
+    Raises `CheckpointError` when the model has been edited and no longer fits its config, or is laid out for decoding.
     """
+    if isinstance(model.blocks, tuple):
+        what = "this model is laid out for decoding and cannot be saved"
+        raise CheckpointError(what, where="model", next="save the model that it was made from")
     leaves = dict(zip(parameter_names(model), jax.tree.leaves(model), strict=True))
     compare(parameter_shapes(abstract(model.config)), parameter_shapes(model), where="a model that is no longer that of its config")
 

@@ -46,7 +46,7 @@ class Llama(eqx.Module):
         segment_ids: Int[Array, "batch seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float32[Array, "batch seq vocab"]:
-        """Logits of the token that follows each token. See `hidden` for the arguments."""
+        """Logits of the token that follows each token. See `hidden` for the arguments and errors."""
         x, _ = self.hidden(tokens, positions=positions, segment_ids=segment_ids, key=key)
         return self.head(x)
 
@@ -63,9 +63,12 @@ class Llama(eqx.Module):
 
         This is the only forward pass: it trains without a cache, and prefills or decodes with one. Tokens attend only within their
         segment; segment 0 is padding. `positions` default to 0, 1, 2 … (with a cache, starting at its length). No key, no dropout.
+        Ids are not checked: JAX takes one beyond the vocabulary for its last id, and counts a negative one from the end.
 
-        Raises `ConfigError` when the cache has too few slots, as far as this is known at trace time, or is of the other layout.
+        Raises `ConfigError` for tokens that are not an array of two axes, and when the cache has too few slots, as far as this is known at
+        trace time, or is of the other layout.
         """
+        require_tokens(tokens)
         if cache is not None:
             if isinstance(cache, tuple) != isinstance(self.blocks, tuple):  # one is laid out for decoding
                 what = f"this cache is {'' if isinstance(cache, tuple) else 'not '}laid out for decoding, unlike the model"
@@ -117,6 +120,13 @@ class Llama(eqx.Module):
         if isinstance(self.blocks, tuple):
             return tuple(block.attention.init_cache(batch, slots, dtype) for block in self.blocks)
         return eqx.filter_vmap(lambda block: block.attention.init_cache(batch, slots, dtype))(self.blocks)
+
+
+def require_tokens(tokens: Any) -> None:
+    """Raises `ConfigError` for anything but an array of two axes."""
+    if getattr(tokens, "ndim", None) != 2:
+        found = f"an array of shape {tokens.shape}" if hasattr(tokens, "shape") else type(tokens).__name__
+        raise ConfigError(f"tokens are an array [batch, seq], and not {found}", where="tokens", next="jnp.asarray([[1, 2, 3]])")
 
 
 class SpecialTokens(Config):
@@ -174,7 +184,16 @@ class LlamaConfig(Config):
         )
 
 
-@eqx.filter_jit
 def build_model(config: LlamaConfig, *, key: PRNGKeyArray) -> Llama:
-    """`config.build` compiled: a model with fresh float32 parameters on the default device."""
+    """`config.build` compiled: a model with fresh float32 parameters on the default device.
+
+    Raises `ConfigError` for the config of a run, which has that of a model.
+    """
+    if isinstance(getattr(config, "model", None), LlamaConfig):
+        raise ConfigError("this is the config of a run", where="config", next="build_model(config.model, key=jax.random.key(0))")
+    return _built(config, key)
+
+
+@eqx.filter_jit
+def _built(config: LlamaConfig, key: PRNGKeyArray) -> Llama:
     return config.build(key=key)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from llama_eqx import trace
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation import decode, request, stream
 from llama_eqx.generation.decode import generate_tokens
@@ -239,6 +240,15 @@ def test_tokens_that_no_cache_holds(model):
     _, cache = model.hidden(jax.numpy.zeros((1, 6), int), cache=model.init_cache(1, 8))
     with pytest.raises(ConfigError, match="6 and 3 tokens do not fit into a cache of 8 slots"):
         model.hidden(jax.numpy.zeros((1, 3), int), cache=cache)
+
+
+def test_tokens_that_are_no_array_of_two_axes(model, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests only
+    for tokens, found in ((jax.numpy.arange(5), "shape (5,)"), ([[1, 2, 3]], "list")):
+        for call in (model, lambda tokens: trace(model, tokens, ("residual",))):
+            with pytest.raises(ConfigError, match="an array \\[batch, seq\\], and not") as error:
+                call(tokens)
+            assert error.value.what.endswith(found)
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.4])

@@ -15,6 +15,7 @@ from huggingface_configs import SIZES, TIED
 from safetensors.numpy import load_file, save_file
 
 from llama_eqx.errors import CheckpointError, StorageError
+from llama_eqx.generation.layout import for_decoding
 from llama_eqx.interop import huggingface
 from llama_eqx.interop.conversion import ConvertConfig, convert, save_pretrained
 from llama_eqx.interop.huggingface import config_from_huggingface, huggingface_tensors
@@ -279,6 +280,9 @@ def test_an_edited_model_is_refused(tmp_path):
     model = eqx.tree_at(lambda m: m.final_norm.weight, build(SIZES), jnp.ones(5))
     with pytest.raises(CheckpointError, match="shape: final_norm"):
         save_pretrained(model, tmp_path / "hf", format="hf")
+    with pytest.raises(CheckpointError, match="laid out for decoding and cannot be saved") as error:
+        save_pretrained(for_decoding(build(SIZES)), tmp_path / "hf", format="hf")
+    assert error.value.next == "save the model that it was made from"
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):

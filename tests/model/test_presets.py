@@ -8,11 +8,13 @@ import pathlib
 
 import equinox as eqx
 import jax
+import jaxtyping
 import pytest
 import yaml
 from jax.sharding import AxisType
 
-from llama_eqx import load_config
+from llama_eqx import build_model, load_config
+from llama_eqx.errors import ConfigError
 from llama_eqx.sharding import MESH_AXES, Layout, axis_names, parameter_names
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -134,6 +136,13 @@ def test_a_recipe_sets_what_every_variant_has():
 def test_the_size_that_was_never_released_says_so():
     for folder in ("model", "recipe"):
         assert "never released" in (ROOT / "conf" / folder / "llama2_34b.yaml").read_text().lower()
+
+
+def test_the_config_of_a_run_is_no_model(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests only
+    with pytest.raises(ConfigError, match="this is the config of a run") as error:
+        build_model(load_config("model=llama3_1m"), key=jax.random.key(0))
+    assert error.value.next.startswith("build_model(config.model")
 
 
 @pytest.mark.parametrize(
