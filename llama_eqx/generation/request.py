@@ -122,7 +122,7 @@ def whole(where: str, value: Any, axes: int = 0) -> Any:
     try:
         if axes and not isinstance(value, str | bytes):
             return [whole(f"{where}[{i}]", each, axes - 1) for i, each in enumerate(value)]
-        return operator.index(value)
+        return operator.index(value)  # pyright: ignore[reportArgumentType]
     except TypeError:
         wanted, name = ("a whole number", "a list of ids", "a list of lists of ids")[axes], where.partition("[")[0]
         raise ConfigError(f"{reprlib.repr(value)} is not {wanted}", where=where, next=EXAMPLES.get(name, f"{name}=16")) from None
