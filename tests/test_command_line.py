@@ -74,6 +74,7 @@ def run(monkeypatch, capsys, name, *arguments, job=None, out=None):
         (2, "does not divide", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "train.batch_size=3", "train.seq_len=32"]),
         (2, "the tokenizer has 258 ids", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "model.dims.vocab=100"]),
         (2, "is not a seed", ["seed=-1"]),
+        (2, "4294967296 is not a seed: from 0 to 4294967295", ["seed=4294967296"]),
         (2, "add -m", ["seed=0,1"]),
         (3, "nothing matches", ["data=text", "data.path=no/such/folder"]),
         (3, "a row needs", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "train.seq_len=250"]),

@@ -112,8 +112,8 @@ class RunConfig(Config):
     seed: int
 
     def check(self) -> None:
-        if self.seed < 0:
-            raise ConfigError(f"{self.seed} is not a seed: at least 0", where="seed")
+        if not 0 <= self.seed < 2**32:  # of a larger one, JAX's keys have only the last 32 bits
+            raise ConfigError(f"{self.seed} is not a seed: from 0 to {2**32 - 1}", where="seed", next="seed=0")
         if self.init_new and self.init_from is None:
             raise ConfigError(
                 "parameters are named as new, but there are no weights to start from",
