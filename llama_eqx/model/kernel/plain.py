@@ -18,7 +18,8 @@ def plain(
     implementation: Literal["xla", "cudnn"] = "xla",
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Like `attend`."""
-    if q.dtype == jnp.float16 and implementation == "xla":  # JAX has no such product of float16 on CPUs
+    # On CPUs JAX has no product, with sums in float32, of numbers with a smaller range.
+    if implementation == "xla" and jnp.finfo(q.dtype).maxexp < jnp.finfo(jnp.float32).maxexp:
         return plain(*(x.astype(jnp.float32) for x in (q, k, v)), start, segment_ids).astype(q.dtype)
     if segment_ids is None and isinstance(start, int) and start == 0:
         return tag(jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation), "attention")
