@@ -9,17 +9,19 @@ import pytest
 
 LONG = ("01_first_run", "06_read_an_ablation")  # run under `-m slow`
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
-nbclient = pytest.importorskip("nbclient", reason="the extra `notebooks` is not installed")
+nbformat = pytest.importorskip("nbformat", reason="the extra `test` is not installed")
+nbclient = pytest.importorskip("nbclient", reason="the extra `test` is not installed")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_is_kept_without_outputs(path):
+def test_is_kept_without_outputs_and_says_what_it_needs(path):
     book = nbformat.read(path, 4)
     nbformat.validate(book)
     for cell in book.cells:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
+    needs = any("import torch" in cell.source for cell in book.cells)
+    assert ("`pip install -e '.[notebooks,test]'`" in book.cells[0].source) is needs
 
 
 @pytest.mark.filterwarnings("ignore")  # of the kernel's libraries

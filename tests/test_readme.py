@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 import types
 
 import pytest
@@ -14,10 +15,11 @@ from llama_eqx.data.tokenizer import BytesTokenizer
 from llama_eqx.model import attention, feed_forward
 from llama_eqx.model.init import FanInInitConfig
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 TEXT = pathlib.Path(__file__).parent / "golden" / "text.md"
-VARIANTS = (pathlib.Path(__file__).parents[1] / "docs/variants.md").read_text(encoding="utf-8")
+VARIANTS = (ROOT / "docs/variants.md").read_text(encoding="utf-8")
 SHOWN = re.findall(r"```python\n(.*?)```", VARIANTS, re.S)
 
 
@@ -239,11 +241,16 @@ def test_the_lora_of_the_guide(tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(merged, unmerged, atol=1e-5)
 
 
-def test_the_two_commands_are_there():
+def test_the_commands_are_there():
     assert "pip install -e . && python -m llama_eqx.train\n" in README
     assert "pip install -e '.[test]' && pytest\n" in README
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for text in (README, (ROOT / "docs/index.md").read_text(encoding="utf-8")):
+        assert {extra for named in re.findall(r"\.\[(.*?)\]", text) for extra in named.split(",")} <= extras.keys()
+        assert "`pip install -e '.[notebooks]' && jupyter lab notebooks`" in text
+    assert any(package.startswith("jupyterlab>") for package in extras["notebooks"])
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
 def test_links_lead_somewhere(link):
-    assert (pathlib.Path(__file__).parents[1] / link).exists()
+    assert (ROOT / link).exists()
