@@ -130,7 +130,7 @@ def require_tokens(tokens: Any) -> None:
 
 
 class SpecialTokens(Config):
-    """BOS, EOS and padding ids and the tokenizer family. The tokenizer fills in those that are left empty.
+    """BOS, EOS and padding ids and the tokenizer family. A run fills in those that are left empty, from its tokenizer; `build` does not.
 
     The forward pass never reads them; they are exported with the model.
     """
