@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llama_eqx.studies.runs import Run
-from llama_eqx.studies.verdict import Finding
+from llama_eqx.studies.verdict import Finding, equivalence_in_words
 from llama_eqx.tracking.plot import smoothed
 
 COLORS = ("#3b76af", "#c8512f", "#4f8f4a", "#8a5fa8", "#b8892b", "#3d9aa1", "#a3476f", "#6b6b6b")
@@ -38,9 +38,9 @@ def save(made: Figure, path: pathlib.Path) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def forest(found: Sequence[Finding], margin: float) -> Figure:
+def forest(found: Sequence[Finding], margin: float, alpha: float) -> Figure:
     """The paired differences of each finding, their mean and 95% interval, against 0 and the margin within which there is no effect."""
-    made, axes = figure(1.3 + 0.45 * len(found))
+    made, axes = figure(1.5 + 0.45 * len(found))
     axes.axvspan(-margin, margin, color="#4f8f4a", alpha=0.1, linewidth=0, label=f"margin ±{margin:g}")
     axes.axvline(0, color="#5c5c5c", linewidth=1)
     for row, finding in enumerate(found):
@@ -58,7 +58,8 @@ def forest(found: Sequence[Finding], margin: float) -> Figure:
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("difference in loss (nats per token), paired by seed; below 0 is better")
-    axes.set_title(f"paired differences, mean and 95% interval; shaded: within ±{margin:g}", loc="left", fontsize=10)
+    title = f"paired differences, mean and 95% interval; shaded: within ±{margin:g}"
+    axes.set_title(f"{title}\n{equivalence_in_words(found, alpha)}", loc="left", fontsize=10)
     return made
 
 

@@ -12,7 +12,7 @@ from llama_eqx.studies import plots
 from llama_eqx.studies.page import Page
 from llama_eqx.studies.registration import Registration, folder, load_registration, write_tuned
 from llama_eqx.studies.runs import Run, arm_differences, asked_for, check, complete, config_differences, kept, named, read_run
-from llama_eqx.studies.verdict import Finding, best_rates, findings, in_words
+from llama_eqx.studies.verdict import Finding, best_rates, equivalence_in_words, findings, in_words
 
 
 class ReportConfig(Config):
@@ -83,10 +83,13 @@ def final(config: ReportConfig, question: str) -> Report:
     page.heading("Verdict")
     page.text(words)
     if found:
-        page.figure("differences", plots.forest(found, registration.margin), "paired differences with 95% intervals")
+        page.figure("differences", plots.forest(found, registration.margin, registration.alpha), "paired differences with 95% intervals")
         page.heading("Contrasts")
         head = ["contrast", "pairs", "difference", "95% interval", "sign-flip p", "t p", "p (Holm)", "p of equivalence", "verdict"]
         page.table(head, [_row(finding) for finding in found])
+        page.text(
+            f"Intervals printed and drawn are of 95%; {equivalence_in_words(found, registration.alpha)}, which must lie within the margin."
+        )
     page.heading("Arms")
     page.table(
         ["arm", "seeds", registration.metric, "sd", "bits per byte", "parameters", "MFLOPs per token", "position codes", "tokens/s"],

@@ -85,6 +85,13 @@ def _verdict(p: float, same: float, mean: float, alpha: float) -> str:
     return "undecided"
 
 
+def equivalence_in_words(found: Sequence[Finding], alpha: float) -> str:
+    """By which interval "no effect" is judged: two one-sided tests at `alpha` find it when that of 1 - 2 alpha lies within the margin."""
+    contrasts = sum(finding.role == "contrast" for finding in found)
+    adjusted = f" (Holm: up to {100 - 200 * alpha / contrasts:.3g}%)" if contrasts > 1 else ""
+    return f'"no effect" is judged by the {100 - 200 * alpha:.3g}% interval{adjusted}'
+
+
 def in_words(found: Sequence[Finding], registration: Registration) -> str:
     """The findings in one paragraph. It says "no effect" only where the equivalence test does."""
     said = []

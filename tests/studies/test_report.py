@@ -1,6 +1,7 @@
 """Of an experiment whose outcome is known: which runs the report refuses, and what it writes."""
 
 import contextlib
+import html
 import json
 import os
 import pathlib
@@ -265,6 +266,9 @@ def test_the_files(experiment):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     assert {"differences.png", "dose.png", "positions.png"} <= {path.name for path in folder.iterdir()}
     assert "| first | 8 |" in markdown
+    judged = '"no effect" is judged by the 90% interval (Holm: up to 96.7%)'  # of three contrasts
+    assert f"Intervals printed and drawn are of 95%; {judged}, which must lie within the margin." in markdown
+    assert html.unescape(page).count(judged) == 2  # the picture says so too
     assert "| 0, 1, 2, 3, 4 | cpu | 0123456789ab (code c1) | 3.11.7 | 0.10.2 |\n" in markdown
     assert "| 5, 6, 7 | H100 | 0123456789ab-dirty (code c2), lab fedcba987654 | 3.11.7 | 0.10.2 |\n" in markdown
     assert markdown.count("changed between these runs") == 1

@@ -67,11 +67,13 @@ def test_many_differences_are_sampled():
 
 
 def test_equivalence_is_the_shorter_interval_within_the_margin():
-    """p < 0.05 exactly when the 90% interval lies within the margin."""
+    """p < 0.05 exactly when the 90% interval lies within the margin, and after Holm's adjustment at most a wider one."""
     d = np.random.default_rng(3).normal(0, 1, 12)
-    _, low, high = interval(d, 0.9)
-    edge = max(-low, high)
-    assert equivalence_p(d, edge * 1.001) < 0.05 < equivalence_p(d, edge * 0.999)
+    for count in (1, 3):
+        _, low, high = interval(d, 1 - 0.1 / count)
+        edge = max(-low, high)
+        inside, outside = ({str(i): equivalence_p(d, edge * part) for i in range(count)} for part in (1.001, 0.999))
+        assert holm(inside)["0"] < 0.05 < holm(outside)["0"]
 
 
 def test_holm():
