@@ -13,6 +13,7 @@ from llama_eqx.studies.page import Page
 from llama_eqx.studies.registration import Registration, folder, load_registration, write_tuned
 from llama_eqx.studies.runs import Run, arm_differences, asked_for, check, complete, config_differences, kept, named, read_run
 from llama_eqx.studies.verdict import Finding, best_rates, equivalence_in_words, findings, in_words
+from llama_eqx.tracking.starts import changes
 
 
 class ReportConfig(Config):
@@ -122,7 +123,11 @@ def of_runs(config: ReportConfig) -> Report:
     """Writes a page of runs side by side."""
     runs = {_name(path, config.runs): read_run(pathlib.Path(path)) for path in config.runs}
     page = Page(" and ".join(runs))
-    said = [line for name, run in runs.items() if (line := f"{name}: {_ends(run)}")]
+    said = [f"{name}: {_ends(run)}" for name, run in runs.items()]
+    for name, run in runs.items():
+        if found := changes(run.provenance, max((record["step"] for record in run.metrics), default=0)):
+            page.text(remark := f"The starts of {name} differ: {', '.join(found)}.")
+            said.append(remark)
     first, *others = runs.items()
     for name, run in others:
         page.heading(f"{first[0]} → {name}")

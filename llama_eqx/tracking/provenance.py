@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -33,6 +32,8 @@ def computed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What affects the order in which numbers are summed, and so their last bits: devices, and how work is spread over them."""
     found = jax.devices()
     chosen = {name: settings[name] for name in ("mesh", "sharding", "remat", "kernel") if name in settings}
+    for group, names in {"train": ("microbatch_size", "unroll"), "loss": ("chunk",)}.items():
+        chosen[group] = {name: settings[group][name] for name in names if name in settings.get(group, {})}
     return {"processes": jax.process_count(), "devices": len(found), "kind": found[0].device_kind, **chosen}
 
 
@@ -40,14 +41,6 @@ def jax_settings() -> dict[str, Any]:
     """JAX's own settings that affect numbers: what is drawn, and how precisely it is computed."""
     names = ("enable_x64", "default_prng_impl", "threefry_partitionable", "default_matmul_precision")
     return {name: getattr(jax.config, f"jax_{name}") for name in names}
-
-
-def last_line(path: pathlib.Path) -> dict[str, Any] | None:
-    """The last record of a file of JSON lines; None if none can be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 def code() -> dict[str, str]:

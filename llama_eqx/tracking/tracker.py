@@ -9,11 +9,12 @@ from typing import Any, SupportsFloat
 
 import jax
 
-from llama_eqx.config import Config, Difference, differences, known_to_both
+from llama_eqx.config import Config
 from llama_eqx.errors import StorageError
 from llama_eqx.tracking.console import Console
 from llama_eqx.tracking.jsonl import Jsonl
-from llama_eqx.tracking.provenance import code, commit, computed, extension_commits, jax_settings, last_line, versions
+from llama_eqx.tracking.provenance import code, commit, computed, extension_commits, jax_settings, versions
+from llama_eqx.tracking.starts import changed, changes, read_starts
 from llama_eqx.tracking.wandb import Wandb, WandbConfig
 
 
@@ -45,24 +46,27 @@ class Tracker:
             "versions": versions(),
             "computed": computed(settings),
             "jax": jax_settings(),
+            "train": {"steps": steps},  # the course of the learning rate
         }
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            before = last_line(self._run_dir / "provenance.jsonl")
+            before = read_starts(self._run_dir / "provenance.jsonl")
             with (self._run_dir / "provenance.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": start, **origin}) + "\n")
         except OSError as error:
             raise StorageError(f"the run directory cannot be written: {error.strerror or error}", where=str(run_dir)) from error
+        self._starts = [*before, {"step": start, **origin}]
         self._jsonl = Jsonl(self._run_dir / "metrics.jsonl", start)
         self._console = Console(steps, start)
         self._wandb = Wandb(config.wandb, self._run_dir, {**settings, **origin}, self._console.say)
-        if start and before and (changed := _changed(before, origin)):
+        other = [each for each in changed(before[-1], origin) if not each.within(["train"])] if start and before else []
+        if other:
             meant = "losses agree to rounding with those of an uninterrupted run, but not bit by bit"
-            if any(each.within(["jax"]) for each in changed):
+            if any(each.within(["jax"]) for each in other):
                 meant = "what follows is computed, and dropout drawn, under other settings of JAX"
-            if any(each.within(["code"]) for each in changed):
+            if any(each.within(["code"]) for each in other):
                 meant = "from here on, the code differs from that of the steps before"
-            self.say(f"warning: changed after step {start}: {', '.join(map(str, changed))}; {meant}")
+            self.say(f"warning: changed after step {start}: {', '.join(map(str, other))}; {meant}")
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Reports metrics by name, after `step` steps. Units are in the names, losses in nats per token. Raises `StorageError`."""
@@ -104,6 +108,13 @@ class Tracker:
         if self._active:
             self._wandb.checkpoint(folder)
 
+    def final(self, step: int, state: str) -> None:
+        """Says the fingerprint of the `state` after the last `step`, and whether all starts that led to it were alike."""
+        if self._active:
+            found = changes(self._starts, step)
+            how = f"need not reproduce it, as its starts differ: {', '.join(found)}" if found else "reproduces it"
+            self.say(f"final state {state}: the same command {how}")
+
     def say(self, text: str) -> None:
         """Writes a line to the console alone."""
         if self._active:
@@ -122,12 +133,3 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None)
-
-
-def _changed(before: Mapping[str, Any], origin: Mapping[str, Any]) -> list[Difference]:
-    """What affects the numbers and is known of both starts. Commits count only if the code, which commits may share, is unknown."""
-    names = [name for name in origin if name in before and (name not in ("commit", "extensions") or "code" not in before)]
-    old, new = {name: before[name] for name in names}, {name: origin[name] for name in names}
-    if "code" in old:  # an extension that came or went is not used by the run, which could not be built without it
-        old["code"], new["code"] = known_to_both(old["code"], new["code"]), known_to_both(new["code"], old["code"])
-    return differences(old, new)

@@ -221,7 +221,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                                 save()
                     preemption.check(step)
             checkpoints.finish(max(begin, steps))
-            tracker.say(f"final state {fingerprint(state)}: the same command reproduces it")
+            tracker.final(max(begin, steps), fingerprint(state))
             last = saved / str(max(begin, steps))
             if isinstance(last, pathlib.Path):
                 tracker.checkpoint(run_dir / CHECKPOINTS / last.name)

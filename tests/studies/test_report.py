@@ -349,7 +349,13 @@ def test_any_two_runs_side_by_side(tmp_path, monkeypatch):
     assert "other code" not in of("a", "other").words
     assert "different data by step 1" in of("a", "other").words
     assert "equal to the last bit" in of("a", "other").words
+    assert "The starts" not in of("a", "other").words
+    with (tmp_path / "outputs/other/provenance.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, "code": {"llama_eqx": "c3"}}) + "\n")
+    written = of("a", "other")
+    for said in (written.words, written.files[0].read_text()):
+        assert "The starts of other differ: code.llama_eqx: c1 -> c3 after step 5." in said
     with (tmp_path / "outputs/other/provenance.jsonl").open("a") as file:
         file.write('{"a": 1')
-    with pytest.raises(DataError, match=r"no record of a start\nwhere: .*other/provenance\.jsonl:2\nnext: remove the line"):
+    with pytest.raises(DataError, match=r"no record of a start\nwhere: .*other/provenance\.jsonl:3\nnext: remove the line"):
         of("a", "other")

@@ -12,7 +12,8 @@ import pytest
 from llama_eqx.config import load
 from llama_eqx.errors import ConfigError, StorageError
 from llama_eqx.tracking.console import Console
-from llama_eqx.tracking.provenance import commit, extension_commits, last_line, versions
+from llama_eqx.tracking.provenance import commit, extension_commits, versions
+from llama_eqx.tracking.starts import read_starts
 from llama_eqx.tracking.tracker import Tracker, TrackingConfig
 
 WANDB = {
@@ -32,8 +33,8 @@ def config(**changes) -> TrackingConfig:
     return TrackingConfig(wandb=load({**target, **WANDB, **changes}))
 
 
-def tracker(folder, start=0, settings=None, **changes) -> Tracker:
-    return Tracker(config(**changes), folder, settings=settings or {}, steps=100, start=start)
+def tracker(folder, start=0, settings=None, steps=100, **changes) -> Tracker:
+    return Tracker(config(**changes), folder, settings=settings or {}, steps=steps, start=start)
 
 
 def test_disabled_wandb_leaves_nothing(tmp_path):
@@ -68,7 +69,8 @@ def test_a_start_tells_of_other_settings_of_jax_where_they_were_recorded(tmp_pat
     said = "jax.enable_x64: False -> True, jax.default_prng_impl: threefry2x32 -> rbg; what follows is computed, and dropout drawn, under"
     assert f"changed after step 3: {said} other settings of JAX" in capsys.readouterr().err
     record = tmp_path / "provenance.jsonl"
-    record.write_text(json.dumps({name: value for name, value in last_line(record).items() if name != "jax"}) + "\n")  # as it once was
+    (*_, last) = read_starts(record)
+    record.write_text(json.dumps({name: value for name, value in last.items() if name != "jax"}) + "\n")  # as it once was
     tracker(tmp_path, start=4).close()
     assert "changed after step" not in capsys.readouterr().err
 
@@ -96,6 +98,26 @@ def test_a_start_tells_of_other_code_and_not_of_another_commit_with_the_same(tmp
     (package / "model.py").rename(package / "other.py")
     tracker(tmp_path / "run", start=5).close()
     assert f"code.llama_eqx: {new} -> " in capsys.readouterr().err
+
+
+def test_the_end_tells_of_every_start_that_led_to_it_with_other_settings(tmp_path, capsys):
+    def end(begin, steps, **settings):
+        with tracker(tmp_path, begin, settings=settings, steps=steps) as told:
+            told.final(max(begin, steps), "abc")
+        return capsys.readouterr().err.splitlines()[-1]
+
+    alike = "final state abc: the same command reproduces it"
+    assert end(0, 10, mesh={"fsdp": 1}) == alike
+    assert end(0, 20, train={"unroll": 1}) == alike  # nothing is left of the first
+    with (tmp_path / "provenance.jsonl").open("a") as file:
+        file.write('{"st\n')
+    assert end(5, 20, train={"unroll": 1}) == alike
+    assert end(20, 20, mesh={"fsdp": 2}, train={"unroll": 2}) == alike  # it trained nothing
+    other = "final state abc: the same command need not reproduce it, as its starts differ: train.steps: 20 -> 24 after step 20"
+    assert end(20, 24, train={"unroll": 1}) == other
+    assert end(22, 24, train={"unroll": 1}) == other
+    assert end(23, 24, train={"unroll": 2}) == f"{other}, computed.train.unroll: 1 -> 2 after step 23"
+    assert end(24, 9, train={"unroll": 1}) == f"{other}, computed.train.unroll: 1 -> 2 after step 23"
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):

@@ -99,6 +99,7 @@ def test_an_interrupted_run_ends_the_same(finished, tmp_path, monkeypatch, capsy
     said = capsys.readouterr().err
     assert "warning: step 6 is damaged: model/manifest.ocdbt: " in said
     assert "; step 3 is used\nresumed from step 3 of 8" in said
+    assert ": the same command reproduces it" in said
     assert records(run_dir) == records(finished.run_dir)
     for a, b in zip(leaves(run_dir), leaves(finished.run_dir), strict=True):
         np.testing.assert_array_equal(a, b)
