@@ -76,7 +76,7 @@ def main(config: Any, overrides: list[str]) -> None:
 validation  {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte, on {evaluation.tokens:,} tokens{speed}
 curve       {result.run_dir / "loss.png"}
 checkpoint  {result.checkpoint}{exported}{kept}
-resume      {command} train.steps={2 * config.train.steps}{several}
+resume      {command} train.steps={2 * int(result.checkpoint.name)}{several}
 sample      python -m llama_eqx.generate checkpoint={config.checkpoint.store or run_dir} prompt={shlex.quote(prompt)}""")
     if config.tracking.wandb.mode != "disabled":
         print(f"view        wandb leet {run_dir}/wandb")

@@ -119,7 +119,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
             tracker.say(f"run_dir={run_dir}")
             tracker.say(f"{parameters:,} parameters, {flops.causal:,.0f} FLOPs per token, {layout.mesh.size} x {device_kind}")
             tracker.say(f"{data.train.targets:,} tokens to train on, {data.val.targets:,} held out, vocabulary of {tokenizer.vocab:,}")
-            for warning in warnings(config, tokenizer) + program.remarks + changed + data.notes + remarks:
+            for warning in (warnings(config, tokenizer) if begin < steps else []) + program.remarks + changed + data.notes + remarks:
                 tracker.say(f"warning: {warning}")
             if weights is not None:
                 tracker.say(f"starts from the weights in {config.init_from}")

@@ -272,6 +272,9 @@ def claim(config: RunConfig, tokenizer: str, data: str) -> list[str]:
     found = found if folders else filed
     other = [difference for difference in found if begun and difference.key in BEGINNING]
     new |= {difference.key: difference.old for difference in other}  # what is written says where the weights came from
+    trained, asked = int(manifest.parent.name) if facts else 0, config.train.steps
+    if over := trained >= asked:  # and on which course of the learning rate they were trained
+        new["train"] = {**new["train"], "steps": facts.get("settings", new)["train"]["steps"]}
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if is_remote(there):
@@ -280,7 +283,9 @@ def claim(config: RunConfig, tokenizer: str, data: str) -> list[str]:
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", where=config.run_dir, next="another place: run_dir=FOLDER") from error
     stretched = "the learning rate now takes the course of a run of that length"
-    said = [f"{difference}; {stretched}" for difference in found if difference.key == "train.steps"]
+    said = [f"{difference}; {stretched}" for difference in found if difference.key == "train.steps" and not over]
+    if over and (course := new["train"]["steps"]) != asked:
+        said.append(f"train.steps={asked} changes nothing: this run is trained to step {trained} already, with train.steps={course}")
     if begun and not folders and "settings" not in facts:
         said.append(f"{CONFIG} was missing, and the newest checkpoint does not say its settings: whether these are the same is not known")
     for key, began, asked in other:

@@ -110,6 +110,12 @@ def test_a_finished_run_only_reports(finished, capsys):
     assert again.evaluation == finished.evaluation
     assert again.sample == finished.sample
     assert "is lost" not in capsys.readouterr().err
+    before = (finished.run_dir / "config.yaml").read_text()
+    assert train(config(finished.run_dir, "train.steps=2")).checkpoint == finished.checkpoint
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")] == [
+        "warning: train.steps=2 changes nothing: this run is trained to step 8 already, with train.steps=8"
+    ]
+    assert (finished.run_dir / "config.yaml").read_text() == before
 
 
 def test_records_that_a_checkpoint_outlived_are_said_to_be_lost(finished, tmp_path, capsys):

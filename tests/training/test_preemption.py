@@ -142,10 +142,11 @@ def test_handlers_are_put_back(tmp_path: pathlib.Path):
 @pytest.mark.parametrize(("processes", "several"), [(1, False), (2, True)])
 def test_what_resumes_a_run_of_several_processes_says_that_it_is_for_each(tmp_path, monkeypatch, capsys, processes, several):
     told, evaluation = [], SimpleNamespace(loss=1.0, bits_per_byte=1.0, tokens=1)
-    result = SimpleNamespace(evaluation=evaluation, sample="", speed={}, run_dir=tmp_path, checkpoint=tmp_path, export=None)
+    result = SimpleNamespace(evaluation=evaluation, sample="", speed={}, run_dir=tmp_path, checkpoint=tmp_path / "7", export=None)
     monkeypatch.setattr("llama_eqx.training.loop.train", lambda config, preemption: told.append(preemption._next) or result)
     monkeypatch.setattr("llama_eqx.processes.count", lambda: processes)
     main(load_config(f"run_dir={tmp_path}", "compile_cache=false"), [])
     resume = capsys.readouterr().out.partition("\nresume ")[2].partition("\nsample ")[0]
+    assert resume.splitlines()[0].endswith(" train.steps=14")  # twice what is trained
     for said in (resume, told[0]):  # the command has its line to itself, to be copied
         assert said.splitlines()[1:] == ["            on each of the 2 hosts, or by the launcher that started this"] * several

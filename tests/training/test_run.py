@@ -173,6 +173,26 @@ def test_a_checkpoint_says_what_it_was_made_with_where_config_yaml_does_not(tmp_
         again("seed=1", data="other")
 
 
+def test_steps_that_are_trained_already_change_nothing(tmp_path):
+    def claimed(steps):
+        return claim(load_config("tokenizer=bytes", f"run_dir={tmp_path}", f"train.steps={steps}"), "", "")
+
+    claimed(8)
+    (tmp_path / "checkpoints" / "6").mkdir(parents=True)
+    write_manifest(tmp_path / "checkpoints" / "6", {}, **origin(tmp_path, "", ""))
+    before = (tmp_path / "config.yaml").read_text()
+    for steps in (6, 3):
+        assert claimed(steps) == [f"train.steps={steps} changes nothing: this run is trained to step 6 already, with train.steps=8"]
+        assert (tmp_path / "config.yaml").read_text() == before
+    assert claimed(8) == []
+    assert claimed(7) == ["train.steps: 8 -> 7; the learning rate now takes the course of a run of that length"]
+    (tmp_path / "checkpoints" / "7").mkdir()
+    write_manifest(tmp_path / "checkpoints" / "7", {}, **origin(tmp_path, "", ""))
+    claimed(9)  # and is given up
+    assert claimed(7) == []
+    assert read_config(tmp_path)["train"]["steps"] == 7
+
+
 def test_a_config_that_was_emptied_is_removed_where_a_checkpoint_says_the_same(tmp_path):
     config = load_config("tokenizer=bytes", f"run_dir={tmp_path}")
 
