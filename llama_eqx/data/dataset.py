@@ -1,7 +1,10 @@
 """Makes the rows to train and to evaluate on from a config, and the order in which they are drawn."""
 
+import contextlib
 import glob
 import hashlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,13 +48,9 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: i
     """
     train, val, fingerprints, notes, weights = [], [], [], [], []
     for name, (weight, source) in config.sources().items():
-        try:
+        with _named("data", name):
             found = _open(source, tokenizer)
             rows = [_rows(source, found, split, seq_len) for split in (found.data.train, found.data.val)]
-        except DataError as error:
-            if not name:
-                raise
-            raise DataError(f"the component {name}: {error.what}", where=error.where, kept=error.kept, next=error.next) from error
         train.append(rows[0])
         val.append(rows[1])
         fingerprints.append(f"{found.data.fingerprint} {source.rows} {source.long_documents} {seq_len}")
@@ -63,10 +62,17 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: i
     return Dataset(train, val, order, list(config.sources()), together, notes)
 
 
-def held_out(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int) -> Rows:
-    """Returns only the rows to evaluate on, as `open_data` does. There need be none to train on. Raises `DataError`, `StorageError`."""
-    opened = [(source, _open(source, tokenizer)) for _, source in config.sources().values()]
-    return _joined([_rows(source, found, found.data.val, seq_len) for source, found in opened], config.position_offset)
+def held_out(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, key: str) -> Rows:
+    """Returns only the rows to evaluate on, as `open_data` does. There need be none to train on.
+
+    Raises `DataError`, which names the `key` of the data in the config, and `StorageError`.
+    """
+    rows = []
+    for name, (_, source) in config.sources().items():
+        with _named(key, name):
+            found = _open(source, tokenizer)
+            rows.append(_rows(source, found, found.data.val, seq_len))
+    return _joined(rows, config.position_offset)
 
 
 def sliding(source: SourceConfig, tokenizer: Tokenizer, *, seq_len: int, stride: int) -> Sliding:
@@ -78,6 +84,18 @@ def sliding(source: SourceConfig, tokenizer: Tokenizer, *, seq_len: int, stride:
     split = found.data.val
     _check_not_empty(source, split)
     return Sliding(split, found.learned.get(split.name), seq_len, stride, whole=source.rows == "windows")
+
+
+@contextlib.contextmanager
+def _named(key: str, component: str) -> Iterator[None]:
+    """Names the data at `key` of the config, and the component of a mixture, in a `DataError` and the overrides that it advises."""
+    try:
+        yield
+    except DataError as error:
+        what = f"{key}: " * (key != "data") + f"the component {component}: " * bool(component) + error.what
+        key += f".components.{component}" * bool(component)
+        advice = re.sub(r"(?<![\w./])data\.(?=\w+=)", lambda _: f"{key}.", error.next)
+        raise DataError(what, where=error.where, kept=error.kept, next=advice) from error
 
 
 class _Opened(NamedTuple):

@@ -360,9 +360,9 @@ def _count(split: Split, seq_len: int) -> int:
     """The number of rows. Raises `DataError` when there is none."""
     if count := max(0, split.tokens - 1) // seq_len:
         return count
-    shorter = f"train.seq_len={split.tokens - 1} or less, " if split.tokens > 1 else ""
+    shorter = f", train.seq_len={split.tokens - 1} or less" if split.tokens > 1 else ""
     raise DataError(
         f"{split.name} has {split.tokens} tokens, a row needs {seq_len + 1}",
-        where="train.seq_len",
-        next=f"{shorter}more text, or another data.validation_fraction",
+        where=split.source(0) if split.documents else "train.seq_len",
+        next=f"data.rows=packed, which pads rows{shorter}, or more text",
     )

@@ -69,7 +69,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     setup = set_up(config)
     config, layout, batch_sharding, tokenizer, data, parts, program, key = setup
     steps, size, length = config.train.steps, config.train.batch_size, config.train.seq_len
-    others = {name: held_out(source, tokenizer, seq_len=length) for name, source in config.eval_data.items()}
+    others = {name: held_out(source, tokenizer, seq_len=length, key=f"eval_data.{name}") for name, source in config.eval_data.items()}
     prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.first()
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
 

@@ -7,9 +7,12 @@ import sysconfig
 import pytest
 import yaml
 
+from llama_eqx import load_config
 from llama_eqx.config import load
 from llama_eqx.data.cache import cache_dir, publish
 from llama_eqx.data.corpus import StdlibConfig
+from llama_eqx.data.dataset import held_out
+from llama_eqx.data.tokenizer import BytesTokenizer
 from llama_eqx.errors import ConfigError, DataError, StorageError
 
 CONF = pathlib.Path(__file__).resolve().parents[2] / "conf"
@@ -33,6 +36,31 @@ def names(data, split):
 
 def numbered(write, count):
     return write(**{f"{i:03}_txt": f"document {i}\n" for i in range(count)})
+
+
+def test_a_text_to_evaluate_on_is_evaluated_on_whole_however_long_a_row(write):
+    folder = write(a_txt="a" * 100, b_txt="b" * 3)
+    data = dataclasses.replace(config("test"), path=str(folder))
+    found = [held_out(data, BytesTokenizer(), seq_len=length, key="eval_data.abc") for length in (7, 16, 500)]
+    assert [(rows.targets, rows.bytes) for rows in found] == [(101 + 4, 103)] * 3  # the end of each, but not its beginning
+
+
+@pytest.mark.parametrize("rows", ["windows", "documents"])
+def test_an_evaluation_set_without_a_row_is_named_with_what_helps(write, rows):
+    data = dataclasses.replace(config("test"), path=str(write(a_txt="abc")), rows=rows)
+    with pytest.raises(DataError, match=r"eval_data\.abc: val has 5 tokens, a row needs 17") as error:
+        held_out(data, BytesTokenizer(), seq_len=16, key="eval_data.abc")
+    assert error.value.where.endswith("a.txt")
+    assert error.value.next.startswith("eval_data.abc.rows=packed, which pads rows, train.seq_len=4 or less, or ")
+    with pytest.raises(DataError, match=r"eval_data\.abc: the component prose: nothing matches") as error:
+        held_out(config_of_mixture("nowhere"), BytesTokenizer(), seq_len=16, key="eval_data.abc")
+    assert "else eval_data.abc.components.prose.path=FOLDER with" in error.value.next
+
+
+def config_of_mixture(path):
+    return load_config(
+        "data=mixture", "~data@data.components.code", "~data.weights.code", "data.weights.prose=1", f"data.components.prose.path={path}"
+    ).data
 
 
 @pytest.mark.parametrize("name", ["shakespeare", "stdlib", "text"])

@@ -8,6 +8,7 @@ import pytest
 
 from llama_eqx.data.packing import pack_index
 from llama_eqx.data.rows import Documents, Joined, Packed, Shifted, Windows
+from llama_eqx.data.shards import Split
 from llama_eqx.errors import DataError
 
 SEQ = 8
@@ -55,10 +56,12 @@ def test_every_window_that_fits_is_there(split, kind, tokens, count):
 
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("kind", [Windows, Documents])
-def test_a_split_without_a_row_says_what_to_change(split, kind, tokens):
+def test_a_split_without_a_row_says_what_to_change(split, kind, tokens, monkeypatch):
+    monkeypatch.setattr(Split, "source", lambda self, number: f"{number}.txt")
     with pytest.raises(DataError, match=f"val has {tokens} tokens, a row needs 5") as error:
         kind(split([np.arange(tokens)], name="val"), 4)
-    assert "more text" in error.value.next
+    assert error.value.where == "0.txt"
+    assert error.value.next.startswith("data.rows=packed")
     assert "train.seq_len=0" not in str(error.value)
 
 

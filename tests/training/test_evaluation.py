@@ -33,7 +33,7 @@ def run(tmp_path_factory):
         *("tracking.wandb.mode=disabled", f"run_dir={run_dir}", "train.steps=3", "train.batch_size=8", "train.seq_len=32"),
         *("train.eval_every=1", "train.sample_tokens=0", f"train.traces=[{','.join(TRACES)}]"),
         *("checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=2", "checkpoint.best_by=val/presets/loss"),
-        *("+data@eval_data.presets=test", f"eval_data.presets.path={GOLDEN / 'presets'}", "eval_data.presets.rows=packed"),
+        *("+data@eval_data.presets=test", f"eval_data.presets.path={GOLDEN / 'presets'}"),
     )
     seen, plot_traces = [], pictures.plot_traces
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +66,7 @@ def test_a_run_without_a_checkpoint(run, tmp_path):
 
 def test_sets_by_name(run):
     run_dir, _, _ = run
-    arguments = ["data=test", f"data.path={GOLDEN / 'presets'}", "data.rows=packed"]
+    arguments = ["data=test", f"data.path={GOLDEN / 'presets'}"]
     (found,) = evaluate(load_config(f"checkpoint={run_dir}", *arguments, name="evaluate")).results.values()
     named = [record["val/presets/loss"] for record in read_metrics(run_dir / "metrics.jsonl") if "val/presets/loss" in record]
     assert len(named) == 3
@@ -82,7 +82,7 @@ def test_the_best_checkpoint_stays_and_is_a_model_as_any(run, capsys):
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {*map(str, best), "3"}
     earlier = min(best)
     folder = run_dir / "checkpoints" / str(earlier)
-    arguments = ["data=test", f"data.path={GOLDEN / 'presets'}", "data.rows=packed"]
+    arguments = ["data=test", f"data.path={GOLDEN / 'presets'}"]
     (found,) = evaluate(load_config(f"checkpoint={folder}", *arguments, name="evaluate")).results.values()
     assert losses[earlier] == pytest.approx(found.loss, rel=1e-6)
     generate(load_config(f"checkpoint={folder}", "prompt=The ", "max_new_tokens=4", "temperature=0", name="generate"))
