@@ -53,26 +53,27 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: i
             rows = [_rows(source, found, split, seq_len) for split in (found.data.train, found.data.val)]
         train.append(rows[0])
         val.append(rows[1])
-        fingerprints.append(f"{found.data.fingerprint} {source.rows} {source.long_documents} {seq_len}")
+        fingerprints.append(_fingerprint(source, found, seq_len))
         notes += found.notes
         weights.append(weight)
-    together = hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
+    together = _together(fingerprints)
     order = Order([len(rows) for rows in train], shares(weights), seed, distinct_rows)
     train, val = (_joined(rows, config.position_offset) for rows in (train, val))
     return Dataset(train, val, order, list(config.sources()), together, notes)
 
 
-def held_out(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, key: str) -> Rows:
-    """Returns only the rows to evaluate on, as `open_data` does. There need be none to train on.
+def held_out(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, key: str) -> tuple[Rows, str]:
+    """Returns only the rows to evaluate on, and the fingerprint, as `open_data` does. There need be none to train on.
 
     Raises `DataError`, which names the `key` of the data in the config, and `StorageError`.
     """
-    rows = []
+    rows, fingerprints = [], []
     for name, (_, source) in config.sources().items():
         with _named(key, name):
             found = _open(source, tokenizer)
             rows.append(_rows(source, found, found.data.val, seq_len))
-    return _joined(rows, config.position_offset)
+        fingerprints.append(_fingerprint(source, found, seq_len))
+    return _joined(rows, config.position_offset), _together(fingerprints)
 
 
 def sliding(source: SourceConfig, tokenizer: Tokenizer, *, seq_len: int, stride: int) -> Sliding:
@@ -145,6 +146,14 @@ def _rows(source: SourceConfig, opened: _Opened, split: Split, seq_len: int) -> 
     marks = opened.learned.get(split.name)
     index = pack_index(split, marks, opened.data.fingerprint, seq_len, source.rows, source.long_documents)
     return Packed(split, marks, index, seq_len)
+
+
+def _fingerprint(source: SourceConfig, opened: _Opened, seq_len: int) -> str:
+    return f"{opened.data.fingerprint} {source.rows} {source.long_documents} {seq_len}"
+
+
+def _together(fingerprints: list[str]) -> str:
+    return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
 
 
 def _joined(rows: list[Rows], position_offset: int) -> Rows:

@@ -28,8 +28,18 @@ class Tracker:
     A context manager: leaving it by an exception marks the W&B run as failed.
     """
 
-    def __init__(self, config: TrackingConfig, run_dir: str | os.PathLike[str], *, settings: Mapping[str, Any], steps: int, start: int):
+    def __init__(
+        self,
+        config: TrackingConfig,
+        run_dir: str | os.PathLike[str],
+        *,
+        settings: Mapping[str, Any],
+        steps: int,
+        start: int,
+        texts: Mapping[str, str] | None = None,
+    ):
         """`settings` is the whole run's config in plain containers, `steps` the last step, and `start` the number of steps already done.
+        `texts` are the fingerprints of the named evaluation sets.
 
         Each start adds a line to `provenance.jsonl`, and reports what has changed in it since the last.
 
@@ -47,6 +57,7 @@ class Tracker:
             "computed": computed(settings),
             "jax": jax_settings(),
             "train": {"steps": steps},  # the course of the learning rate
+            "eval_data": texts or {},
         }
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -58,7 +69,7 @@ class Tracker:
         self._starts = [*before, {"step": start, **origin}]
         self._jsonl = Jsonl(self._run_dir / "metrics.jsonl", start)
         self._console = Console(steps, start)
-        self._wandb = Wandb(config.wandb, self._run_dir, {**settings, **origin}, self._console.say)
+        self._wandb = Wandb(config.wandb, self._run_dir, {**origin, **settings}, self._console.say)
         other = [each for each in changed(before[-1], origin) if not each.within(["train"])] if start and before else []
         if other:
             meant = "losses agree to rounding with those of an uninterrupted run, but not bit by bit"
@@ -67,6 +78,14 @@ class Tracker:
             if any(each.within(["code"]) for each in other):
                 meant = "from here on, the code differs from that of the steps before"
             self.say(f"warning: changed after step {start}: {', '.join(map(str, other))}; {meant}")
+
+        seen = {name: text for each in before if start for name, text in each.get("eval_data", {}).items()}
+        for name, text in (texts or {}).items():
+            if seen.get(name, text) != text:
+                self.say(
+                    f"warning: the text of eval_data.{name}, or how it is laid out in rows, changed after step {start}: val/{name}/loss "
+                    "before and after are of different texts"
+                )
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Reports metrics by name, after `step` steps. Units are in the names, losses in nats per token. Raises `StorageError`."""

@@ -70,6 +70,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     config, layout, batch_sharding, tokenizer, data, parts, program, key = setup
     steps, size, length = config.train.steps, config.train.batch_size, config.train.seq_len
     others = {name: held_out(source, tokenizer, seq_len=length, key=f"eval_data.{name}") for name, source in config.eval_data.items()}
+    texts = {name: fingerprint for name, (_, fingerprint) in others.items()}
     prompt = prompt_tokens(tokenizer, config.data.prompt) or data.train.first()
     sample_tokens = min(config.train.sample_tokens, config.model.context - len(prompt))
 
@@ -112,7 +113,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
             record_start(config, state.model, config.data.position_offset)
 
         with (
-            Tracker(config.tracking, run_dir, settings=dump(config), steps=steps, start=begin) as tracker,
+            Tracker(config.tracking, run_dir, settings=dump(config), steps=steps, start=begin, texts=texts) as tracker,
             Profile(config.profile, run_dir, tracker.say) as profile,
             training_batches(parts, batch_sharding, size, past) as batches,
         ):
@@ -158,7 +159,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 with reporter.pause(), preemption.idle():
                     crash_point("evaluate")
                     evaluation = evaluate(state.model, data.val)
-                    apart = {f"val/{name}/loss": evaluate(state.model, rows).loss for name, rows in others.items()}
+                    apart = {f"val/{name}/loss": evaluate(state.model, rows).loss for name, (rows, _) in others.items()}
                     pictures = draw(state.model)
                 measured = evaluation.metrics() | apart
                 tracker.log(done, measured)

@@ -41,7 +41,7 @@ def numbered(write, count):
 def test_a_text_to_evaluate_on_is_evaluated_on_whole_however_long_a_row(write):
     folder = write(a_txt="a" * 100, b_txt="b" * 3)
     data = dataclasses.replace(config("test"), path=str(folder))
-    found = [held_out(data, BytesTokenizer(), seq_len=length, key="eval_data.abc") for length in (7, 16, 500)]
+    found = [held_out(data, BytesTokenizer(), seq_len=length, key="eval_data.abc")[0] for length in (7, 16, 500)]
     assert [(rows.targets, rows.bytes) for rows in found] == [(101 + 4, 103)] * 3  # the end of each, but not its beginning
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -33,8 +34,8 @@ def config(**changes) -> TrackingConfig:
     return TrackingConfig(wandb=load({**target, **WANDB, **changes}))
 
 
-def tracker(folder, start=0, settings=None, steps=100, **changes) -> Tracker:
-    return Tracker(config(**changes), folder, settings=settings or {}, steps=steps, start=start)
+def tracker(folder, start=0, settings=None, steps=100, texts=None, **changes) -> Tracker:
+    return Tracker(config(**changes), folder, settings=settings or {}, steps=steps, start=start, texts=texts)
 
 
 def test_disabled_wandb_leaves_nothing(tmp_path):
@@ -118,6 +119,28 @@ def test_the_end_tells_of_every_start_that_led_to_it_with_other_settings(tmp_pat
     assert end(22, 24, train={"unroll": 1}) == other
     assert end(23, 24, train={"unroll": 2}) == f"{other}, computed.train.unroll: 1 -> 2 after step 23"
     assert end(24, 9, train={"unroll": 1}) == f"{other}, computed.train.unroll: 1 -> 2 after step 23"
+
+
+def test_a_start_tells_of_other_texts_to_evaluate_on(tmp_path, capsys):
+    for start, texts, said in (
+        (0, {"a": "1", "b": "1"}, []),
+        (0, {"a": "2", "b": "1"}, []),  # nothing is left of the first
+        (3, {"b": "2", "c": "1"}, ["b"]),
+        (6, {"a": "2", "b": "2"}, []),
+        (9, {"a": "3", "b": "2"}, ["a"]),
+    ):
+        tracker(tmp_path, start, texts=texts).close()
+        told = re.findall(rf"warning: the text of eval_data\.(\w), .* after step {start}: val/\1/loss", capsys.readouterr().err)
+        assert told == said, start
+
+
+def test_wandb_is_shown_the_settings_and_the_record_of_the_start(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("llama_eqx.tracking.tracker.Wandb", lambda config, run_dir, settings, say: shown.append(settings) or Mock())
+    settings = {"train": {"steps": 100, "unroll": 1}, "eval_data": {"a": {"path": "a.txt"}}}
+    tracker(tmp_path, settings=settings, texts={"a": "1"}).close()
+    assert settings.items() <= shown[0].items()
+    assert "versions" in shown[0]
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):

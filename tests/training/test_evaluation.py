@@ -15,6 +15,7 @@ from llama_eqx.generation.run import generate
 from llama_eqx.sharding import Layout
 from llama_eqx.tracking import pictures
 from llama_eqx.tracking.jsonl import read_metrics
+from llama_eqx.tracking.starts import read_starts
 from llama_eqx.training.cross_entropy import head_scores
 from llama_eqx.training.evaluation import Scores, Sums, bucket
 from llama_eqx.training.loop import train
@@ -73,6 +74,8 @@ def test_sets_by_name(run):
     assert named[1] != named[2]
     assert named[-1] == pytest.approx(found.loss, rel=1e-6)
     assert found.clusters == "documents"  # there are 16
+    (start,) = read_starts(run_dir / "provenance.jsonl")
+    assert start["eval_data"].keys() == {"presets"}
 
 
 def test_the_best_checkpoint_stays_and_is_a_model_as_any(run, capsys):
