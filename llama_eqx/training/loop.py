@@ -156,6 +156,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
 
             def measure() -> None:
                 nonlocal evaluation, measured
+                profile.between("an evaluation")
                 with reporter.pause(), preemption.idle():
                     crash_point("evaluate")
                     evaluation = evaluate(state.model, data.val)
@@ -175,6 +176,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 return text
 
             def save() -> None:
+                profile.between("a save")
                 require_finite(state, done)
                 tracker.sync()  # a resumed run writes the records after a checkpoint again, but not those before
                 facts = {**source, "progress": progress._asdict()}

@@ -37,6 +37,7 @@ class Profile:
         self._steps = config.steps if jax.process_index() == 0 else None
         self._begun: float | None = None
         self._ended, self._compiling = False, 0.0
+        self._between: dict[str, None] = {}
         if self._steps:
             jax.monitoring.register_event_duration_secs_listener(self._heard)
 
@@ -49,6 +50,11 @@ class Profile:
         options.python_tracer_level = 0  # Python calls would fill the trace, and slow the steps
         jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
         self._begun = time.perf_counter()
+
+    def between(self, what: str) -> None:
+        """Notes work that is traced but of no step, such as "an evaluation"."""
+        if self._begun is not None:
+            self._between[what] = None
 
     def ends_with(self, step: int) -> bool:
         return self._begun is not None and self._steps is not None and step == self._steps[1]
@@ -63,6 +69,8 @@ class Profile:
         self._begun, self._ended = None, True
         jax.profiler.stop_trace()
         self._say(f"profile: steps {first} to {last}, {seconds:.4f} s each; {self._compiling:.1f} s of compilation in all")
+        if self._between:
+            self._say(f"profile: these times include {' and '.join(self._between)} between the steps; next: other profile.steps")
         device = jax.local_devices()[0]
         if stats := device.memory_stats():  # not on CPUs
             peak, limit = (stats.get(name, 0) / 2**30 for name in ("peak_bytes_in_use", "bytes_limit"))

@@ -41,6 +41,12 @@ def test_a_trace_is_summarised(tmp_path):
     assert 0 < sum(shares) <= 100.5
     (trace,) = (tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz")
     assert str(trace) in lines[-1]
+    assert not any("include" in line for line in lines)
+
+
+def test_what_is_traced_between_steps_is_said(tmp_path):
+    lines = said(tmp_path / "run", "profile.steps=[2,3]", "train.eval_every=2", "checkpoint.every=2")
+    assert lines[1].startswith("profile: these times include an evaluation and a save between the steps; ")
 
 
 def test_a_trace_begins_when_the_step_before_is_done(tmp_path, monkeypatch):
@@ -67,4 +73,5 @@ def test_steps_that_are_none(tmp_path):
 
 
 if __name__ == "__main__":
-    train(config(*sys.argv[1:], "train.steps=4", "train.eval_every=100", "train.sample_tokens=0", "model.dropout=0"))
+    fixed = "train.steps=4", "train.eval_every=100", "train.sample_tokens=0", "model.dropout=0"
+    train(config(sys.argv[1], *fixed, *sys.argv[2:]))
