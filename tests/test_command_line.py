@@ -72,6 +72,17 @@ def run(monkeypatch, capsys, name, *arguments, job=None, out=None):
         (2, "longer than the model's context", ["train.seq_len=512"]),
         (2, "16 tpu devices", ["mesh=v4-32", "data=text", f"data.path={TEXT}", "tokenizer=bytes"]),
         (2, "does not divide", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "train.batch_size=3", "train.seq_len=32"]),
+        # 258 ids do not divide by the 4 that 4 heads do
+        (
+            2,
+            "mesh.fsdp=4 mesh.sequence=1 mesh.tensor=2 is",
+            ["mesh=cpu-8", "mesh.tensor=8", "sharding=tensor", "data=text", f"data.path={TEXT}", "tokenizer=bytes"],
+        ),
+        (
+            2,
+            "mesh.fsdp=2 mesh.sequence=1 mesh.tensor=4 is",
+            ["mesh=cpu-8", "mesh.tensor=8", "sharding=tensor", "tokenizer=chars", "data=text", "data.path=no"],
+        ),
         (2, "the tokenizer has 258 ids", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "model.dims.vocab=100"]),
         (2, "is not a seed", ["seed=-1"]),
         (2, "4294967296 is not a seed: from 0 to 4294967295", ["seed=4294967296"]),

@@ -1,5 +1,6 @@
 """What a run sets up before it touches its files: the same for the loop and for a replay of one of its steps."""
 
+import contextlib
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from jaxtyping import PRNGKeyArray
 from llama_eqx.data.dataset import Dataset, open_data
 from llama_eqx.data.pipeline import Parts, process_rows
 from llama_eqx.data.tokenizer import Tokenizer
+from llama_eqx.errors import ConfigError, UserError
 from llama_eqx.interop.weights import Weights
 from llama_eqx.model.init import named
 from llama_eqx.sharding import Layout
@@ -37,8 +39,15 @@ def set_up(config: RunConfig) -> Setup:
     # Where arrays live: first, since it is the cheapest check and may fail.
     size, length = config.train.batch_size, config.train.seq_len
     layout = Layout(config.mesh.build(), config.sharding)
-    known = {axis: n for axis, n in vars(config.model.dims).items() if n is not None}
-    layout.check({"batch": size, "seq": length, **known})
+    sizes = {"batch": size, "seq": length, **{axis: n for axis, n in vars(config.model.dims).items() if n is not None}}
+    try:
+        layout.check(sizes)
+    except ConfigError:
+        if "vocab" in sizes:
+            raise
+        with contextlib.suppress(UserError):  # a mesh that fits divides the vocabulary too
+            sizes["vocab"] = config.tokenizer.build(config.data).vocab
+        layout.check(sizes)
     batch_sharding = layout.sharding(("batch", "seq"), (size, length))
 
     # Text to tokens, and the sizes that follow from it.
