@@ -24,7 +24,10 @@ def main() -> None:
     )
     parser.add_argument("--restarts", type=int, default=100, help="how often at most (default %(default)s)")
     parser.add_argument(
-        "--short", type=int, default=3, help=f"give up after so many starts in a row of under {SHORT:.0f} s that a signal ended"
+        "--short",
+        type=int,
+        default=3,
+        help=f"give up after so many starts in a row of under {SHORT:.0f} s that a signal ended (default %(default)s; 0: never)",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     arguments = parser.parse_args()
@@ -78,7 +81,7 @@ def supervise(command: list[str], *, restarts: int, short: int) -> int:
         if started > restarts:
             say(f"ended by {ended}: not started again after {restarts} restarts (--restarts)")
             return shown
-        if in_a_row >= short:
+        if short and in_a_row >= short:
             say(f"ended by {ended}: not started again after {short} starts in a row of less than {SHORT:.0f} s (--short)")
             return shown
         say(f"ended by {ended}: restart {started} of {restarts} at most")

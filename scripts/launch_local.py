@@ -4,9 +4,11 @@
     python scripts/launch_local.py 2 model=llama3_1m train.steps=20
 
 Each line starts with the number of its process. When one process fails, the others are ended, and the script exits with its code.
+If a signal ended it, the script says what to type to start all of them again.
 """
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import time
 from typing import IO
 
 GRACE = 10.0  # seconds that the others have to say why they end
+RUN_DIR: list[str] = []  # the override that a process printed
 
 
 def main() -> int:
@@ -44,28 +47,33 @@ def main() -> int:
         code = wait(children)
     for reader in readers:
         reader.join()
-    return code
+    if code < 0:
+        given = any(override.startswith("run_dir=") for override in overrides)
+        again = [*sys.argv, *([] if given else RUN_DIR[:1])]
+        print(f"{signal.Signals(-code).name} ended a process\nnext: {shlex.join(['python', *again])}", file=sys.stderr)
+    return code if code >= 0 else 128 - code
 
 
 def copy(i: int, source: IO[str], target: IO[str]) -> None:
     for line in source:
         if "peer ranks" in line:  # printed on every connection by the library that CPUs communicate with
             continue
+        if line.startswith("run_dir="):
+            RUN_DIR.append(line.strip())
         target.write(f"[{i}] {line}")
         target.flush()
 
 
 def wait(children: list[subprocess.Popen[str]]) -> int:
-    """The exit code of the first process that fails, or 0 when none does."""
+    """The exit code of the first process that fails, negative if a signal ended it, or 0 when none does."""
     failed: tuple[int, float] | None = None
     while running := [child for child in children if child.poll() is None]:
-        failed = failed or next(((child.returncode, time.monotonic()) for child in children if child.returncode), None)
+        failed = failed or min(((child.returncode, time.monotonic()) for child in children if child.returncode), default=None)
         if failed and time.monotonic() > failed[1] + GRACE:
             for child in running:
                 child.kill()
         time.sleep(0.1)
-    codes = [failed[0]] if failed else [child.returncode for child in children if child.returncode]
-    return codes[0] % 256 if codes and codes[0] >= 0 else 128 - codes[0] if codes else 0
+    return failed[0] if failed else min((child.returncode for child in children if child.returncode), default=0)
 
 
 if __name__ == "__main__":

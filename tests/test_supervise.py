@@ -45,6 +45,7 @@ def command(log: pathlib.Path, *codes: int, flags: tuple[str, ...] = ()) -> list
         *(((code,), (), 1, code, f"exit code {code}: not started again") for code in (1, 2, 3, 4, 5, 6, 130, 141)),
         ((75,), ("--restarts", "2"), 3, 75, "after 2 restarts"),
         ((75,), (), 3, 75, "3 starts in a row"),
+        ((-signal.SIGKILL, -signal.SIGKILL, 0), ("--short", "0"), 3, 0, "restart 2"),
         *(((code,), ("--short", "2"), 2, 137, "2 starts in a row") for code in (-signal.SIGKILL, 137)),
     ],
 )

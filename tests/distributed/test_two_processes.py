@@ -40,15 +40,15 @@ def test_two_processes_are_one_device(tmp_path):
     one_process_goes_on_where_two_ended(folder / "fsdp", alone)
 
 
-def launched(*overrides, **environment):
+def launched(*overrides, cwd=None, **environment):
     """Two processes by the launcher, which are not told how many devices they have. The exit code, and what was said."""
     alone = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     (folder,) = (override.partition("=")[2] for override in overrides if override.startswith("data.path="))
-    pathlib.Path(folder).write_text("To be, or not to be. " * 200)
+    pathlib.Path(cwd or "", folder).write_text("To be, or not to be. " * 200)
     small = ["tokenizer=bytes", "data=text", "train.seq_len=16", "train.batch_size=8", "train.steps=1", "train.sample_tokens=0"]
     small += ["model.dims.layers=1", "tracking.wandb.mode=disabled"]
     command = [sys.executable, ROOT / "scripts" / "launch_local.py", "2", *small, *overrides]
-    done = subprocess.run(command, env=alone | environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=alone | environment, cwd=cwd, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -57,6 +57,18 @@ def test_the_launcher_splits_virtual_devices_among_its_processes(tmp_path):
     assert code == 0, said
     (start,) = (tmp_path / "run" / "provenance.jsonl").read_text().splitlines()
     assert [json.loads(start)["computed"][name] for name in ("processes", "devices")] == [2, 8]
+
+
+def test_the_launcher_says_how_to_go_on_when_a_process_was_killed(tmp_path):
+    odd = "import os\nif os.environ.get('JAX_PROCESS_ID') == '1':\n    os.environ['LLAMA_EQX_CRASH_AT'] = 'step'\n"
+    (tmp_path / "sitecustomize.py").write_text(odd)
+    code, said = launched("data.path=text.txt", cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert code == 137, said
+    *_, before, again = said.splitlines()
+    assert before == "SIGKILL ended a process"
+    assert again.startswith(f"next: python {ROOT}/scripts/launch_local.py 2 tokenizer=bytes ")
+    (run_dir,) = [word.partition("=")[2] for word in again.split() if word.startswith("run_dir=")]
+    assert (tmp_path / run_dir / "config.yaml").exists()
 
 
 def test_processes_that_compute_otherwise_are_refused(tmp_path):
