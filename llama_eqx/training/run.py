@@ -261,14 +261,12 @@ def claim(config: RunConfig, tokenizer: str, data: str) -> list[str]:
     for folder in folders:
         old = _settings(folder, replaceable="settings" in facts or not begun)
         moved = ["checkpoint.store"] if folder is run_dir else []  # the checkpoints would be left behind
-        advice = "give another run_dir, or the settings of the run there" if folder is run_dir else "give another checkpoint.store"
-        found = _changed(old, new, free, moved, where=folder / CONFIG, next=advice)
+        found = _changed(old, new, free, moved, where=folder / CONFIG, another="run_dir" if folder is run_dir else "checkpoint.store")
     # Older manifests have no settings, but a hash of config.yaml, which changes with what is free too.
     fingerprints = {"tokenizer_fingerprint": facts.get("tokenizer", tokenizer), "data_fingerprint": facts.get("data", data)}
     # A setting that they have not heard of, or that is no more, is left to config.yaml, where it can be mended by hand.
     old, now = facts.get("settings", new) | fingerprints, {**new, "tokenizer_fingerprint": tokenizer}
-    advice = "give another run_dir, or the settings, tokenizer and data of the run there"
-    filed = _changed(known_to_both(old, now), known_to_both(now, old), free, where=manifest, next=advice)
+    filed = _changed(known_to_both(old, now), known_to_both(now, old), free, where=manifest, another="run_dir")
     found = found if folders else filed
     other = [difference for difference in found if begun and difference.key in BEGINNING]
     new |= {difference.key: difference.old for difference in other}  # what is written says where the weights came from
@@ -318,13 +316,21 @@ def _newest(folder: Place) -> tuple[Place, dict[str, Any]]:
 
 
 def _changed(
-    old: dict[str, Any], new: dict[str, Any], free: Sequence[str], fixed: Sequence[str] = (), *, where: Place, next: str
+    old: dict[str, Any], new: dict[str, Any], free: Sequence[str], fixed: Sequence[str] = (), *, where: Place, another: str
 ) -> list[Difference]:
-    """Returns the differences, which must be `free` and not `fixed`. Raises `CheckpointError` listing those that are not."""
+    """Returns the differences, which must be `free` and not `fixed`. Raises `CheckpointError` listing those that are not.
+
+    `another` is the setting by which the run would lie elsewhere.
+    """
     found = differences(old, new)
-    if changed := [str(difference) for difference in found if not difference.within(free) or difference.within(fixed)]:
+    if changed := [difference for difference in found if not difference.within(free) or difference.within(fixed)]:
+        kinds = {"data_fingerprint": "data", "tokenizer_fingerprint": "tokenizer"}
+        back = " and ".join(dict.fromkeys(kinds.get(difference.key, "settings") for difference in changed))
         raise CheckpointError(
-            "this run directory holds another run:\n" + "\n".join(changed), where=str(where), kept="the run there is untouched", next=next
+            "this run directory holds another run:\n" + "\n".join(map(str, changed)),
+            where=str(where),
+            kept="the run there is untouched",
+            next=f"give another {another}, or bring back the {back} of the run there",
         )
     return found
 

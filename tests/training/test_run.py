@@ -151,12 +151,13 @@ def test_a_checkpoint_says_what_it_was_made_with_where_config_yaml_does_not(tmp_
     assert said[0].startswith("train.steps: ")
     assert said[1] == "init_from=there is not read: this run began from here"
     assert read_config(tmp_path)["init_from"] == "here"
-    for differs, overrides, fingerprints in (
-        ("seed: 0 -> 1", ["seed=1"], {}),
-        ("data_fingerprint: text -> other", [], {"data": "other"}),
-        ("tokenizer_fingerprint: bytes -> other", [], {"tokenizer": "other"}),
+    for differs, overrides, fingerprints, back in (
+        ("seed: 0 -> 1", ["seed=1"], {}, "settings"),
+        ("data_fingerprint: text -> other", [], {"data": "other"}, "data"),
+        ("tokenizer_fingerprint: bytes -> other", [], {"tokenizer": "other"}, "tokenizer"),
     ):
-        with pytest.raises(CheckpointError, match=f"another run:\n +{differs}\nwhere: .*/3/manifest.json\n(.*\n)*next: give"):
+        advice = f"give another run_dir, or bring back the {back} of the run there"
+        with pytest.raises(CheckpointError, match=f"another run:\n +{differs}\nwhere: .*/3/manifest.json\n(.*\n)*next: {advice}$"):
             again(*overrides, **fingerprints)
         assert not (tmp_path / "config.yaml").exists()  # else the right settings would be refused from then on
         claim(load_config(*asked), "bytes", "text")
