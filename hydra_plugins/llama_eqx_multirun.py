@@ -25,7 +25,7 @@ class Multirun(Launcher):
         from llama_eqx.errors import ConfigError
         from llama_eqx.multirun import Job, command, labels, run_jobs
         from llama_eqx.studies.pairing import check_registered, diverged, in_the_way, is_kept
-        from llama_eqx.training.run import finished
+        from llama_eqx.training.identity import finished
 
         if not isinstance(self.at_once, int) or self.at_once < 1:
             raise ConfigError(

@@ -26,7 +26,11 @@ VERBS = [
 ]
 LAYERS = [  # highest first; a module belongs to its longest prefix
     VERBS,
-    [*(f"training.{name}" for name in ("loop", "replay", "setup", "run", "program", "reporter", "ends", "traces")), "studies", "planning"],
+    [
+        *(f"training.{name}" for name in ("loop", "replay", "setup", "run", "identity", "program", "reporter", "ends", "traces")),
+        "studies",
+        "planning",
+    ],
     ["diagnosis", "evaluation"],
     ["generation", "interop"],
     ["checkpoint", "tracking", "data"],

@@ -202,7 +202,7 @@ def test_each_job_takes_the_plan_of_its_own_mesh(tmp_path, monkeypatch):
     (tmp_path / "llama3_1m_cpu-8.yaml").write_text("overrides: [precision=mixed, train.batch_size=16, train.microbatch_size=16]")
     found, place = {}, compose.plan_file
     monkeypatch.setattr(compose, "plan_file", lambda overrides: tmp_path / place(overrides).name)
-    monkeypatch.setattr("llama_eqx.training.run.finished", lambda config: found.setdefault("settings", []).append(config))
+    monkeypatch.setattr("llama_eqx.training.identity.finished", lambda config: found.setdefault("settings", []).append(config))
     monkeypatch.setattr(multirun, "run_jobs", lambda jobs, skipped, **_: found.update(jobs=jobs))
     monkeypatch.setattr(sys, "argv", ["train", "-m", "mesh=local,cpu-8", "profile=false,true", f"hydra.sweep.dir={tmp_path}"])
     with pytest.raises(SystemExit) as ended:
@@ -218,7 +218,7 @@ def test_each_job_takes_the_plan_of_its_own_mesh(tmp_path, monkeypatch):
 def test_a_run_of_a_study_is_over_when_it_is_filed(tmp_path, monkeypatch):
     """One that was told to stop after its last checkpoint has finished, and is yet to be filed: by a start that ends at once."""
     found = {}
-    monkeypatch.setattr("llama_eqx.training.run.finished", lambda config: True)
+    monkeypatch.setattr("llama_eqx.training.identity.finished", lambda config: True)
     monkeypatch.setattr("llama_eqx.studies.pairing.is_kept", lambda config: config.seed == 1001)
     monkeypatch.setattr(multirun, "run_jobs", lambda jobs, skipped, **_: found.update(jobs=jobs, skipped=skipped))
     study = ["experiment=norm", "experiment/norm=rms", "stage=tune", "schedule.peak=0.004"]

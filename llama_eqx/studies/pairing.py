@@ -25,7 +25,8 @@ from llama_eqx.sharding import parameter_names
 from llama_eqx.studies.matching import cost, residual
 from llama_eqx.studies.registration import folder, load_registration, tuned
 from llama_eqx.studies.runs import free, outdated, read_kept, read_provenance
-from llama_eqx.training.run import RunConfig, is_same
+from llama_eqx.training.identity import is_same
+from llama_eqx.training.run import RunConfig
 
 STUDY = "study.json"
 

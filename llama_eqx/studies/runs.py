@@ -65,7 +65,7 @@ def free(run: Run) -> list[str]:
     """Settings in which another run of its arm may differ, as they do not change what is computed and measured. The paths of data and
     tokenizer are among them if there is a fingerprint, which tells whether they are the same.
     """
-    from llama_eqx.training.run import FREE, movable  # imports JAX
+    from llama_eqx.training.identity import FREE, movable  # imports JAX
 
     model = run.settings.get("model", {})
     fixed = {"train.steps", "eval_data"}

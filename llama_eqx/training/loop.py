@@ -29,12 +29,13 @@ from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.ends import check_export, check_start, export, handed_on, open_start, seen_before
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
 from llama_eqx.training.guard import require_finite
+from llama_eqx.training.identity import check_shared, claim, file_tokenizer, origin
 from llama_eqx.training.preemption import Preemption
 from llama_eqx.training.profile import Profile
 from llama_eqx.training.program import jitted_step
 from llama_eqx.training.replay import explained_by_a_bundle, write_bundle
 from llama_eqx.training.reporter import Reporter, is_logged, last_logged
-from llama_eqx.training.run import RunConfig, check_shared, claim, file_tokenizer, home, origin, warnings
+from llama_eqx.training.run import RunConfig, home, warnings
 from llama_eqx.training.setup import fresh_state, set_up
 from llama_eqx.training.state import TrainState, abstract
 from llama_eqx.training.traces import make_draw

@@ -21,8 +21,8 @@ from llama_eqx.checkpoint.store import asked, children, content, place, put
 from llama_eqx.data.tokenizer import HuggingFaceTokenizer, find_tokenizer, load_tokenizer
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError
 from llama_eqx.interop.pretrained import located
+from llama_eqx.training.identity import file_tokenizer
 from llama_eqx.training.loop import train
-from llama_eqx.training.run import file_tokenizer
 
 MISSING = [name for name in ("gcsfs", "gcp_storage_emulator") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; pip install '.[gcs,test]'")

@@ -26,8 +26,9 @@ from llama_eqx.studies.matching import cost, matched, residual
 from llama_eqx.studies.pairing import STUDY, diverged, in_the_way, is_kept, keep, kept_at, position_codes, record_start, tensor_hashes
 from llama_eqx.studies.registration import load_registration
 from llama_eqx.studies.runs import read_kept
+from llama_eqx.training.identity import finished, write_config
 from llama_eqx.training.meters import dead_updates
-from llama_eqx.training.run import RunConfig, finished, write_config
+from llama_eqx.training.run import RunConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 QUESTIONS = sorted(path.parent.name for path in ROOT.glob("experiments/*/prereg.yaml"))

@@ -24,7 +24,8 @@ from llama_eqx.model.attention import AttentionConfig, GroupedQueryAttention, Gr
 from llama_eqx.model.init import named
 from llama_eqx.model.llama import build_model
 from llama_eqx.training.ends import handed_on, open_start, seen_before
-from llama_eqx.training.run import claim, file_tokenizer, with_vocab
+from llama_eqx.training.identity import claim, file_tokenizer
+from llama_eqx.training.run import with_vocab
 from llama_eqx.training.setup import fresh_state, set_up
 
 TEXT = pathlib.Path(__file__).parents[1] / "golden" / "text.md"

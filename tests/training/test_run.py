@@ -11,7 +11,8 @@ from llama_eqx.data.dataset import open_data
 from llama_eqx.data.prepare import prepare
 from llama_eqx.data.tokenizer import BytesTokenizer, HuggingFaceTokenizer, load_tokenizer
 from llama_eqx.errors import CheckpointError
-from llama_eqx.training.run import claim, file_tokenizer, is_over, is_same, origin, warnings, with_vocab
+from llama_eqx.training.identity import claim, file_tokenizer, is_over, is_same, origin
+from llama_eqx.training.run import warnings, with_vocab
 
 
 class Llama3(BytesTokenizer):

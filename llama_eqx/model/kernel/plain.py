@@ -20,7 +20,8 @@ def plain(
     """Like `attend`."""
     # On CPUs JAX has no product, with sums in float32, of numbers with a smaller range.
     if implementation == "xla" and jnp.finfo(q.dtype).maxexp < jnp.finfo(jnp.float32).maxexp:
-        return plain(*(x.astype(jnp.float32) for x in (q, k, v)), start, segment_ids).astype(q.dtype)
+        wide = [x.astype(jnp.float32) for x in (q, k, v)]
+        return plain(wide[0], wide[1], wide[2], start, segment_ids).astype(q.dtype)
     if segment_ids is None and isinstance(start, int) and start == 0:
         return tag(jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation), "attention")
     seen = visible(start, q.shape[1], k.shape[1], segment_ids)
