@@ -5,7 +5,7 @@ from typing import Any
 
 from llama_eqx.config import dump
 from llama_eqx.evaluation.perplexity import Document, EvaluateConfig, Evaluated, Result
-from llama_eqx.tracking.provenance import commit, versions
+from llama_eqx.tracking.provenance import software
 
 SHOWN = 3  # documents at either end
 
@@ -41,7 +41,7 @@ def saved(config: EvaluateConfig, found: Evaluated) -> dict[str, Any]:
 
     results = {name or "all": of(result) for name, result in found.results.items()}
     settings = {"length": found.length, "stride": found.stride, "parameters": found.parameters, "step": found.step and found.step[0]}
-    return {**settings, "results": results, "config": dump(config), "commit": commit(), "versions": versions(), "notes": found.notes}
+    return {**settings, "results": results, "config": dump(config), **software(), "notes": found.notes}
 
 
 def _lines(result: Result, found: Evaluated) -> list[str]:

@@ -10,7 +10,7 @@ from llama_eqx.config import dump
 from llama_eqx.errors import ConfigError
 from llama_eqx.evaluation.opened import EvaluateConfig, open_model
 from llama_eqx.interop.pretrained import format_of
-from llama_eqx.tracking.provenance import commit, versions
+from llama_eqx.tracking.provenance import software
 
 
 class TaskResults(NamedTuple):
@@ -59,4 +59,6 @@ def run_tasks(config: EvaluateConfig) -> TaskResults:
     assert found is not None
     table = make_table(found) + ("\n" + make_table(found, "groups") if found.get("groups") else "")
     kept = {key: found[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in found}
-    return TaskResults(table, {**kept, "config": dump(config), "commit": commit(), "packages": versions()}, opened.notes)
+    made_by = software()
+    packages = made_by.pop("versions")  # the harness calls those of its tasks so
+    return TaskResults(table, {**kept, "config": dump(config), **made_by, "packages": packages}, opened.notes)

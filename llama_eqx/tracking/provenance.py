@@ -17,6 +17,11 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 LIBRARIES = ("llama_eqx", "jax", "jaxlib", "equinox", "optax", "grain", "orbax-checkpoint", "numpy")
 
 
+def software() -> dict[str, Any]:
+    """What computed a number: `code`, `commit`, the commits of the `extensions`, and the `versions` of the libraries."""
+    return {"code": code(), "commit": commit(), "extensions": extension_commits(), "versions": versions()}
+
+
 def versions() -> dict[str, str]:
     """Versions by name. Libraries that are not installed are left out, as is llama_eqx when it runs from a checkout."""
     found = {"python": platform.python_version()}

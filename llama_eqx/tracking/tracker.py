@@ -13,7 +13,7 @@ from llama_eqx.config import Config
 from llama_eqx.errors import StorageError
 from llama_eqx.tracking.console import Console
 from llama_eqx.tracking.jsonl import Jsonl
-from llama_eqx.tracking.provenance import code, commit, computed, extension_commits, jax_settings, versions
+from llama_eqx.tracking.provenance import computed, jax_settings, software
 from llama_eqx.tracking.starts import changed, changes, read_starts
 from llama_eqx.tracking.wandb import Wandb, WandbConfig
 
@@ -50,10 +50,7 @@ class Tracker:
         if not self._active:
             return
         origin = {
-            "code": code(),
-            "commit": commit(),
-            "extensions": extension_commits(),
-            "versions": versions(),
+            **software(),
             "computed": computed(settings),
             "jax": jax_settings(),
             "train": {"steps": steps},  # the course of the learning rate

@@ -18,7 +18,7 @@ from llama_eqx.data.tokenizer.base import MARK
 from llama_eqx.errors import CheckpointError, DataError, StorageError, UserError
 from llama_eqx.interop.files import CARRIED
 from llama_eqx.tracking.jsonl import read_metrics
-from llama_eqx.tracking.provenance import commit, versions
+from llama_eqx.tracking.provenance import software
 from llama_eqx.training.run import RunConfig, home
 
 # What may differ between the parts of one run. None of it changes what a step computes, except the number of steps, whose change
@@ -229,8 +229,8 @@ def check_shared(run_dir: pathlib.Path) -> None:
 
 
 def origin(run_dir: pathlib.Path, tokenizer: str, data: str) -> dict[str, Any]:
-    """Returns what a checkpoint records of its origin: the config in the run directory and its hash, the hashes of tokenizer and data, the
-    commit of the code and the versions of the libraries. `claim` compares settings, tokenizer and data.
+    """Returns what a checkpoint records of its origin: the config in the run directory and its hash, the hashes of tokenizer and data, and
+    the software. `claim` compares settings, tokenizer and data.
     """
     config = {"config": hashlib.sha256((run_dir / CONFIG).read_bytes()).hexdigest(), "settings": read_config(run_dir)}
-    return {**config, "tokenizer": tokenizer, "data": data, "commit": commit(), "versions": versions()}
+    return {**config, "tokenizer": tokenizer, "data": data, **software()}

@@ -16,6 +16,7 @@ from llama_eqx import load_config, load_pretrained, save_pretrained
 from llama_eqx.errors import NonFiniteError
 from llama_eqx.evaluation import perplexity
 from llama_eqx.evaluation.perplexity import evaluate, half_width
+from llama_eqx.tracking.provenance import code as code_of
 from llama_eqx.verb import run_verb
 
 LENGTH = 16
@@ -147,6 +148,8 @@ def test_the_command_and_its_file(hf_model, corpus, monkeypatch, capsys, tmp_pat
     assert re.search(rf"evaluating: 100%.* batches.*loss {result['loss']:.4f}", err)
     assert "16-" not in out
     assert (saved["length"], saved["stride"], result["interval_over"]) == (LENGTH, LENGTH, "windows")
+    assert saved["code"] == code_of()
+    assert {"commit", "extensions", "versions"} <= saved.keys()
     assert sum(document["tokens"] for document in result["documents"]) == result["tokens"]
 
 

@@ -81,8 +81,8 @@ def test_a_start_tells_of_other_code_and_not_of_another_commit_with_the_same(tmp
     package.mkdir()
     (package / "model.py").write_text("1")
     monkeypatch.setattr("llama_eqx.tracking.provenance.PACKAGE", package)
-    monkeypatch.setattr("llama_eqx.tracking.tracker.commit", iter(["a", "b", "b", "b-dirty", "b-dirty"]).__next__)
-    monkeypatch.setattr("llama_eqx.tracking.tracker.extension_commits", iter([{"lab": commit} for commit in "abcde"]).__next__)
+    monkeypatch.setattr("llama_eqx.tracking.provenance.commit", iter(["a", "b", "b", "b-dirty", "b-dirty"]).__next__)
+    monkeypatch.setattr("llama_eqx.tracking.provenance.extension_commits", iter([{"lab": commit} for commit in "abcde"]).__next__)
     tracker(tmp_path / "run").close()
     tracker(tmp_path / "run", start=3).close()
     assert "changed after step" not in capsys.readouterr().err

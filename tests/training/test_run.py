@@ -1,5 +1,7 @@
 """What a run's config takes from the tokenizer."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers.models import WordLevel
@@ -146,6 +148,8 @@ def test_a_checkpoint_says_what_it_was_made_with_where_config_yaml_does_not(tmp_
 
     claim(load_config(*asked), "bytes", "text")
     saved("3")
+    manifest = json.loads((tmp_path / "checkpoints" / "3" / "manifest.json").read_text())
+    assert {"code", "commit", "extensions", "versions"} <= manifest.keys()
     assert again() == []
     assert read_config(tmp_path)["data_fingerprint"] == "text"
     said = again("train.steps=7", "data.path=there", "init_from=there", "train.log_every=3", "remat=full")
