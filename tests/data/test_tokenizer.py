@@ -1,5 +1,6 @@
 import base64
 import dataclasses
+import io
 import json
 import pathlib
 
@@ -19,7 +20,9 @@ from llama_eqx.data.tokenizer import (
     TiktokenTokenizer,
     load_tokenizer,
 )
+from llama_eqx.data.tokenizer.export import tokenizer_json
 from llama_eqx.data.tokenizer.huggingface import read_huggingface
+from llama_eqx.data.tokenizer.sentencepiece import LLAMA_SETTINGS
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
 from llama_eqx.errors import ConfigError, DataError
 
@@ -349,3 +352,17 @@ def test_a_file_that_is_no_model_is_named(write, text, tmp_path):
 
 def test_sentencepiece_survives_a_pickle(sentencepiece):
     assert SentencePieceTokenizer(sentencepiece.model).encode(POEM) == sentencepiece.encode(POEM)
+
+
+@pytest.mark.parametrize("said", [{"model_type": "unigram"}, {"user_defined_symbols": ["<sep>"]}], ids=["unigram", "defined"])
+def test_no_tokenizer_json_is_written_with_other_ids(said):
+    from sentencepiece import SentencePieceTrainer
+
+    def written(**settings):
+        model = io.BytesIO()
+        lines = POEM.split("\n") + pathlib.Path(__file__).read_text().split("\n")
+        SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, vocab_size=600, **{**LLAMA_SETTINGS, **settings})
+        return tokenizer_json(SentencePieceTokenizer(model.getvalue()))
+
+    assert written(**said) is None
+    assert written(split_digits=False) is not None

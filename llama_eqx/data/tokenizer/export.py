@@ -30,7 +30,9 @@ def tokenizer_json(tokenizer: Tokenizer) -> str | None:
         case _:
             return None
     library = Library.from_str(json.dumps({"version": "1.0", "truncation": None, "padding": None, **parts, **_bos(tokenizer)}))
-    if library.encode(PROBE, add_special_tokens=False).ids != tokenizer.encode(PROBE):
+    library.encode_special_tokens = True
+    probe = PROBE + (_of_all_pieces(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else "")
+    if library.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe):
         return None
     return library.to_str()
 
@@ -56,8 +58,7 @@ def _of_bytes(ranks: Mapping[bytes, int], special: Mapping[str, int]) -> dict[st
 
 def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     """The pieces of a SentencePiece model, merged in the order of their scores."""
-    pieces, ids = tokenizer.pieces, range(tokenizer.vocab)
-    text = [i for i in ids if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))]
+    pieces, ids, text = tokenizer.pieces, range(tokenizer.vocab), _text_pieces(tokenizer)
     unknown = pieces.unk_id()
     space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
@@ -78,6 +79,16 @@ def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
             "merges": list(_merges({pieces.id_to_piece(i): -pieces.get_score(i) for i in text})),
         },
     }
+
+
+def _of_all_pieces(tokenizer: SentencePieceTokenizer) -> str:
+    """A text with every piece. A unigram model does not merge it into pieces, and pieces that a user defined are never cut."""
+    return "".join(map(tokenizer.pieces.id_to_piece, _text_pieces(tokenizer))).replace(SPACE, " ")
+
+
+def _text_pieces(tokenizer: SentencePieceTokenizer) -> list[int]:
+    pieces = tokenizer.pieces
+    return [i for i in range(tokenizer.vocab) if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))]
 
 
 def _merges(ranks: Mapping[Token, int | float]) -> list[tuple[Token, Token]]:
