@@ -18,6 +18,7 @@ from llama_eqx.data.tokenizer import (
     TiktokenTokenizerConfig,
     find_tokenizer,
 )
+from llama_eqx.data.tokenizer.find import options
 from llama_eqx.data.tokenizer.huggingface import read_huggingface
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
 from llama_eqx.errors import ConfigError, DataError
@@ -66,10 +67,10 @@ def hf(files, tmp_path):
 def build(text):
     """Builds a tokenizer from an option of conf/tokenizer and a path."""
 
-    def build(option, path):
+    def build(option, path, chat="llama3_1"):
         config = {
             "sentencepiece": lambda: SentencePieceTokenizerConfig(vocab=320, path=path),
-            "tiktoken": lambda: TiktokenTokenizerConfig(path=path, chat="llama3_1"),
+            "tiktoken": lambda: TiktokenTokenizerConfig(path=path, chat=chat),
             "hf": lambda: HuggingFaceTokenizerConfig(path=path, chat=None),
         }[option]()
         return config.build(text(None))
@@ -229,6 +230,26 @@ def test_what_a_text_begins_with(processor, said, hf):
 
 def edit(file, **settings):
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+@pytest.mark.parametrize("newer", [{}, {"added_tokens_decoder": {}}], ids=["older", "newer"])
+def test_the_ends_of_an_older_folder_are_those_of_transformers(newer, hf):
+    edit(hf / "tokenizer_config.json", **newer)
+    (hf / "special_tokens_map.json").write_text('{"bos_token": {"content": "<|python_tag|>"}, "eos_token": "<|end_of_text|>"}')
+    tokenizer, reference = find_tokenizer(hf), AutoTokenizer.from_pretrained(hf)
+    assert (tokenizer.bos, tokenizer.eos) == (reference.bos_token_id, reference.eos_token_id) == ((320, 329) if newer else (330, 321))
+
+
+def test_what_was_saved_is_found_again_by_its_option(files, hf, build, tmp_path):
+    """Data that is prepared later, with the tokenizer of a run or of data from before, has the same ids around its documents."""
+    edit(hf / "tokenizer_config.json", bos_token="<|python_tag|>", eos_token="<|eom_id|>")
+    ranks = TiktokenTokenizer((files / "ranks.model").read_bytes(), chat="llama3")
+    for saved in (read_huggingface(hf), SentencePieceTokenizer((files / "spm.model").read_bytes()), ranks):
+        saved.save(tmp_path / saved.kind / "tokenizer")
+        option, *keys = options(saved, tmp_path / saved.kind).split()
+        found = build(option.removeprefix("tokenizer="), **dict(key.removeprefix("tokenizer.").split("=") for key in keys))
+        assert (found.fingerprint, found.stop, found.chat) == (saved.fingerprint, saved.stop, saved.chat)
+    assert options(BytesTokenizer(), tmp_path) == "tokenizer=bytes"
 
 
 def test_an_id_of_minus_one_is_none(hf):

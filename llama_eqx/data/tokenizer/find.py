@@ -1,6 +1,7 @@
 """Finds the tokenizer beside a model."""
 
 import json
+import shlex
 from pathlib import Path
 
 from llama_eqx.data.tokenizer.base import MARK, Tokenizer, fingerprint
@@ -61,6 +62,16 @@ def find_tokenizer(folder: str | Path) -> Tokenizer:
         raise DataError(error.what, where=str(file), next="download it again") from error
     tokenizer.stop = tuple(dict.fromkeys((*tokenizer.stop, *special_ids(folder, tokenizer.special)["stop"])))
     return tokenizer
+
+
+def options(tokenizer: Tokenizer, folder: str | Path) -> str:
+    """What to type for the `tokenizer` that `find_tokenizer` found in `folder`."""
+    if isinstance(tokenizer, BytesTokenizer | CharsTokenizer):
+        return f"tokenizer={tokenizer.kind}"
+    folder = Path(folder).expanduser()
+    file = next(file for place in (folder / "tokenizer", folder, folder.parent) if (file := place / tokenizer.file).is_file())
+    path, chat = (file, f" tokenizer.chat={tokenizer.chat}") if tokenizer.kind != "hf" else (file.parent, "")
+    return f"tokenizer={tokenizer.kind} tokenizer.path={shlex.quote(str(path))}{chat if tokenizer.kind == 'tiktoken' else ''}"
 
 
 def _generation(folder: Path) -> str:

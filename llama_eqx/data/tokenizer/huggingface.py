@@ -8,10 +8,12 @@ from typing import Any, Literal
 import numpy as np
 
 from llama_eqx.data.corpus import DataConfig
-from llama_eqx.data.tokenizer.base import Tokenizer, TokenizerConfig, utf8
+from llama_eqx.data.tokenizer.base import MARK, Tokenizer, TokenizerConfig, utf8
 from llama_eqx.data.tokenizer.files import json_object, native_model, refuse_stand_in
 from llama_eqx.data.tokenizer.tiktoken import turn_ends
 from llama_eqx.errors import ConfigError, DataError
+
+SAVED = {"bos": "bos", "eos": "stop", "pad": "pad"}  # `stop` begins with `eos`
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -130,11 +132,16 @@ def read_huggingface(folder: Path, chat: str | None = None) -> HuggingFaceTokeni
 def special_ids(folder: Path, names: Mapping[str, int]) -> dict[str, Any]:
     """Returns `bos`, `eos`, `pad` and `stop` as the files of a folder say.
 
-    generation_config.json comes first, then config.json, tokenizer_config.json and config.yaml; for `stop`, config.yaml comes before
-    tokenizer_config.json. The first of several EOS ids ends documents; all of them end generation. `names` are the ids of special tokens.
-    If no file says anything, `bos`, `eos` and `pad` are found by Llama's names.
+    What `Tokenizer.save` wrote comes first, then generation_config.json, config.json, tokenizer_config.json (in older folders, first
+    special_tokens_map.json) and config.yaml; for `stop`, config.yaml comes before tokenizer_config.json. The first of several EOS ids ends
+    documents; all of them end generation. `names` are the ids of special tokens. If no file says anything, `bos`, `eos` and `pad` are found
+    by Llama's names.
     """
     generation, config, words = [json_object(folder / name) for name in ("generation_config.json", "config.json", "tokenizer_config.json")]
+    if "added_tokens_decoder" not in words:  # an older folder, of which transformers reads this file too
+        words |= json_object(folder / "special_tokens_map.json")
+    settings = json_object(folder / MARK).get("settings")
+    saved = {f"{which}_token_id": settings.get(of) for which, of in SAVED.items()} if isinstance(settings, dict) else {}
     tokens = native_model(folder).get("tokens")
     native = {f"{name}_token_id": i for name, i in tokens.items() if i != []} if isinstance(tokens, dict) else {}
     named = {}
@@ -145,7 +152,7 @@ def special_ids(folder: Path, names: Mapping[str, int]) -> dict[str, Any]:
             named[f"{which}_token_id"] = names[token]
 
     def said(which: str, *last: Mapping[str, Any]) -> list[int]:
-        for tree in (generation, config, *last):
+        for tree in (saved, generation, config, *last):
             if (ids := tree.get(f"{which}_token_id")) is not None:
                 ids = ids if isinstance(ids, list) else [ids]
                 if not all(type(i) is int for i in ids):
