@@ -1,5 +1,6 @@
 """The two ends of a run: the pretrained weights that it may start from, and the model that it exports."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -15,9 +16,11 @@ from llama_eqx.checkpoint.native import CHECKPOINTS, read_config
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.config import Config, Difference, differences, dump
 from llama_eqx.data.chat import FORMATS, chat_format
+from llama_eqx.data.prepared import PreparedTokenizerConfig
 from llama_eqx.data.sft import SftConfig
-from llama_eqx.data.tokenizer import HuggingFaceTokenizerConfig, Tokenizer
-from llama_eqx.errors import CheckpointError, ConfigError
+from llama_eqx.data.tokenizer import HuggingFaceTokenizerConfig, Tokenizer, find_tokenizer
+from llama_eqx.data.tokenizer.find import options
+from llama_eqx.errors import CheckpointError, ConfigError, DataError
 from llama_eqx.extensions import conf_dirs
 from llama_eqx.interop.conversion import ConvertConfig, convert, require_expressible
 from llama_eqx.interop.files import CARRIED, TOKENIZER, carried, mistaken, read_json
@@ -35,6 +38,7 @@ from llama_eqx.training.state import TrainState, first_state
 FREE = ("context", "dropout", "block.dropout", "init", "tokens")
 # Keys of a generation_config.json that hold ids of the original tokenizer, besides those that end with `_token_id`.
 IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "forced_decoder_ids", "sequence_bias")
+SAMPLED = 1000  # ids whose text is compared, at most
 SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
@@ -65,6 +69,8 @@ def open_start(config: RunConfig) -> Weights | None:
         lines = [f"model.{name} is {a} there, {b} here" for name, a, b in wrong]
         lines += [f"not part of this model: {name}" for name in given if name not in wanted]
         advice, explicable = _advice(weights.config, wrong), _explained(weights.config, config.model, lacking)
+        if any(key == "dims.vocab" for key, *_ in wrong) and (there := _tokenizer_there(config)):
+            advice = f"{there[1]}, the tokenizer of these weights, or {advice}"
         if all(difference.within(explicable) for difference in found):
             advice += f"; or {every}, for these parameters to start fresh"
         what = "the weights are of another model than the config:\n" + "\n".join(lines)
@@ -91,6 +97,28 @@ def seen_before(config: RunConfig, data: str) -> list[str]:
     if told != [data, config.seed, config.train.seq_len]:
         return []
     return [f"the run at init_from had this seed and these data: its rows come again, and seed={config.seed + 1} takes others"]
+
+
+def other_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
+    """Returns a warning if ids mean other text to the weights at `init_from`, by the tokenizer beside them."""
+    if not (_starts_elsewhere(config) and (there := _tokenizer_there(config))):
+        return []
+    own, typed = there
+    ids = range(0, min(own.vocab, tokenizer.vocab), 1 + tokenizer.vocab // SAMPLED)
+    others = sum(own.decode([i]) != tokenizer.decode([i]) for i in ids)
+    if own.fingerprint == tokenizer.fingerprint or 10 * others < len(ids):  # formats of one tokenizer differ in their special ids
+        return []
+    what = "the weights at init_from belong to another tokenizer: ids mean other text to them"
+    prepared = isinstance(config.tokenizer, PreparedTokenizerConfig)
+    return [f"{what}; next: {'python -m llama_eqx.prepare with ' if prepared else ''}{typed}"]
+
+
+def _tokenizer_there(config: RunConfig) -> tuple[Tokenizer, str] | None:
+    """The tokenizer beside the weights at `init_from`, if one can be read, and what to type for it."""
+    with contextlib.suppress(DataError):
+        folder = located(config.init_from or "")[0]
+        return (own := find_tokenizer(folder)), options(own, folder)
+    return None
 
 
 def start(weights: Weights, config: RunConfig, shardings: TrainState, key: PRNGKeyArray) -> TrainState:

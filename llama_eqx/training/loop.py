@@ -26,7 +26,7 @@ from llama_eqx.studies.pairing import check_registered, record_start
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.provenance import code, jax_settings
 from llama_eqx.tracking.tracker import Tracker
-from llama_eqx.training.ends import check_export, check_start, export, handed_on, open_start, seen_before
+from llama_eqx.training.ends import check_export, check_start, export, handed_on, open_start, other_tokenizer, seen_before
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
 from llama_eqx.training.guard import require_finite
 from llama_eqx.training.identity import check_shared, claim, file_tokenizer, origin
@@ -86,7 +86,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     if config.checkpoint.store is None:
         check_shared(run_dir)
     beside, remarks = once(lambda: handed_on(config, tokenizer, weights)) or ({}, [])
-    remarks += seen_before(config, data.fingerprint)
+    remarks += seen_before(config, data.fingerprint) + other_tokenizer(config, tokenizer)
     once(lambda: file_tokenizer(config, tokenizer, beside))
     source = once(lambda: origin(run_dir, tokenizer.fingerprint, data.fingerprint)) or {}
     saved = home(config) / CHECKPOINTS

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import io
 import json
 import pathlib
 
@@ -10,20 +11,22 @@ import jax.numpy as jnp
 import pytest
 import transformers
 from jaxtyping import Array, Float
+from sentencepiece import SentencePieceTrainer
 
 from llama_eqx import load_config
 from llama_eqx.checkpoint.native import write_config
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.data.chat import FORMATS
-from llama_eqx.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
+from llama_eqx.data.tokenizer import BytesTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 from llama_eqx.data.tokenizer.export import tokenizer_json
+from llama_eqx.data.tokenizer.sentencepiece import LLAMA_SETTINGS
 from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.interop.conversion import ConvertConfig, convert, save_pretrained
 from llama_eqx.model import attention
 from llama_eqx.model.attention import AttentionConfig, GroupedQueryAttention, GroupedQueryAttentionConfig
 from llama_eqx.model.init import named
 from llama_eqx.model.llama import build_model
-from llama_eqx.training.ends import handed_on, open_start, seen_before
+from llama_eqx.training.ends import handed_on, open_start, other_tokenizer, seen_before
 from llama_eqx.training.identity import claim, file_tokenizer
 from llama_eqx.training.run import with_vocab
 from llama_eqx.training.setup import fresh_state, set_up
@@ -182,6 +185,25 @@ def test_rows_that_the_weights_have_seen_are_told(tmp_path):
     for other in ({"seed": 1}, {"train": dataclasses.replace(first.train, seq_len=64)}, {"init_from": None}):
         assert seen_before(dataclasses.replace(again, **other), "0abc") == []
     assert seen_before(again, "1abc") == []
+
+
+def test_weights_of_another_tokenizer_are_told(tmp_path):
+    """And what to type for their own, whether the sizes agree or not; the same tokenizer in another format is no other."""
+    model, lines = io.BytesIO(), TEXT.read_text().split("\n")
+    SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, vocab_size=400, **LLAMA_SETTINGS)
+    base, own = tmp_path / "base", SentencePieceTokenizer(model.getvalue())
+    asked = ["data=text", "data.path=a", f"init_from={base}", "tokenizer=bytes"]
+    save_pretrained(build_model(with_vocab(settings(base), own).model, key=jax.random.key(0)), base, format="native")
+    run = settings(tmp_path / "run", *asked)
+    assert other_tokenizer(run, own) == []  # there is none beside the weights
+    own.save(base / "tokenizer")
+    typed = f"tokenizer=sentencepiece tokenizer.path={base / 'tokenizer' / 'tokenizer.model'}"
+    for same in (own, HuggingFaceTokenizer(tokenizer_json(own).encode())):
+        assert other_tokenizer(run, same) == []
+    assert [said.partition("next: ")[2] for said in other_tokenizer(run, BytesTokenizer())] == [typed]
+    with pytest.raises(CheckpointError, match=r"dims\.vocab is 400 there, 258 here") as error:
+        open_start(with_vocab(run, BytesTokenizer()))
+    assert error.value.next.startswith(typed)
 
 
 @pytest.mark.parametrize("through", ["hf", "run"])
