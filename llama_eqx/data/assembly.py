@@ -74,7 +74,7 @@ def plan(task: Task, units: list[Unit], dedup: bool, shard_tokens: int) -> tuple
         raise DataError(
             f"the {split} split is empty: {sum(documents_of.values())} documents with text, {empty} empty and {refused} refused",
             where="validation_fraction",
-            kept="what is encoded",
+            kept="what is encoded, for the same tokenizer",
             next=_another_fraction(task, units),
         )
     duplicates = 0 if kept is None else len(kept) - int(kept.sum())

@@ -142,26 +142,25 @@ def prepare(config: PrepareConfig) -> Prepared:
         with _alone(partial / LOCK):
             if (output / "index.json").exists():  # another process has finished it since
                 return _finished(output, encoding | assembly, sources)
-            _claim(partial / "units.json", {**encoding, "modified": modified})
-            tokenizer.save(output / "tokenizer")
-            keep_loaded(tokenizer)
-            task = Task(
-                partial, tokenizer.fingerprint, config.field, config.bos, config.eos, config.on_error == "skip", config.validation_fraction
-            )
-            units = cut_units(sources, config.unit_bytes, config.field)
-            with config.prepare.open() as pool:
-                todo = [unit for unit in units if not task.path(unit.number, "json").exists()]
-                weights = [sum(piece.weight for piece in unit.pieces) for unit in units]
-                read = sum(weights[unit.number] for unit in todo)
-                with _bar("tokenizing", "B", sum(weights), sum(weights) - read) as bar:
-                    for i in pool(run_unit, [(task, unit) for unit in todo]):
-                        bar.update(weights[todo[i].number])
-                groups, dropped = plan(task, units, config.dedup, config.shard_tokens)
-                _claim(partial / "shards.json", assembly)
-                todo = [group for group in groups if not (partial / f"group-{group.number:05}.json").exists()]
-                with _bar("writing", " shards", len(groups), len(groups) - len(todo)) as bar:
-                    for _ in pool(run_shards, [(task, group, tokenizer.vocab, config.dedup) for group in todo]):
-                        bar.update()
+            with _claimed(partial, {**encoding, "modified": modified}):
+                tokenizer.save(output / "tokenizer")
+                keep_loaded(tokenizer)
+                skip = config.on_error == "skip"
+                task = Task(partial, tokenizer.fingerprint, config.field, config.bos, config.eos, skip, config.validation_fraction)
+                units = cut_units(sources, config.unit_bytes, config.field)
+                with config.prepare.open() as pool:
+                    todo = [unit for unit in units if not task.path(unit.number, "json").exists()]
+                    weights = [sum(piece.weight for piece in unit.pieces) for unit in units]
+                    read = sum(weights[unit.number] for unit in todo)
+                    with _bar("tokenizing", "B", sum(weights), sum(weights) - read) as bar:
+                        for i in pool(run_unit, [(task, unit) for unit in todo]):
+                            bar.update(weights[todo[i].number])
+                    groups, dropped = plan(task, units, config.dedup, config.shard_tokens)
+                    _claim(partial / "shards.json", assembly)
+                    todo = [group for group in groups if not (partial / f"group-{group.number:05}.json").exists()]
+                    with _bar("writing", " shards", len(groups), len(groups) - len(todo)) as bar:
+                        for _ in pool(run_shards, [(task, group, tokenizer.vocab, config.dedup) for group in todo]):
+                            bar.update()
             written = [json.loads((partial / f"group-{group.number:05}.json").read_text()) for group in groups]
             shards = [(split, entry) for group in written for split, entry in group]
             settings = {name: value for name, value in (encoding | assembly).items() if name not in ("format", "tokenizer", "sources")}
@@ -231,13 +230,40 @@ def _sources(where: str) -> list[Source]:
     return sources
 
 
+@contextlib.contextmanager
+def _claimed(partial: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Claims the folder of unfinished work. Work that a `DataError` ended would end so again, so other work may then take its place.
+
+    Raises `DataError` as `_claim` does.
+    """
+    units, ended = partial / "units.json", partial / "ended"
+    old = json.loads(units.read_text()) if units.exists() else settings
+    if settings in (old, {**old, "on_error": "skip"}):  # the units of a command that refuses have left nothing out
+        _save(units, settings)
+    elif ended.exists():
+        for left in sorted(partial.iterdir(), key=lambda path: path == units):  # while there are units, there is a claim
+            if left.name != LOCK:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    _claim(units, settings)
+    ended.unlink(missing_ok=True)
+    try:
+        yield
+    except DataError:
+        ended.touch()
+        raise
+
+
 def _claim(path: Path, settings: dict[str, Any]) -> None:
     """Saves the settings of unfinished work. Raises `DataError` when unfinished work with other settings is there."""
     if path.exists():
         _compare(json.loads(path.read_text()), settings, path.parent.parent, "unfinished work")
     else:
-        with whole(path) as file:
-            file.write(json.dumps(settings).encode())
+        _save(path, settings)
+
+
+def _save(path: Path, settings: dict[str, Any]) -> None:
+    with whole(path) as file:
+        file.write(json.dumps(settings).encode())
 
 
 def _compare(old: dict[str, Any], new: dict[str, Any], folder: Path, what: str) -> None:

@@ -75,7 +75,8 @@ def run_unit(task: Task, unit: Unit) -> None:
         nonlocal refused
         error = refusal(piece, record, "input")
         if not task.skip:
-            raise DataError(error.what, where=error.where, kept="what was done before", next=f"{error.next}; or on_error=skip")
+            kept = "what was done before, which on_error=skip continues; if a file has changed, all of it begins anew"
+            raise DataError(error.what, where=error.where, kept=kept, next=f"{error.next}; or on_error=skip")
         refused += 1
         if refused <= NAMED:
             named.append([piece.number, record.number, record.problem])

@@ -18,6 +18,7 @@ from llama_eqx import prepare as verb
 from llama_eqx.data import prepare as module
 from llama_eqx.data.prepare import prepare
 from llama_eqx.data.shards import open_dataset
+from llama_eqx.data.units import run_unit
 from llama_eqx.errors import ConfigError, DataError, UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -182,6 +183,27 @@ def test_unfinished_work_is_not_mixed_with_other(corpus, tmp_path, monkeypatch):
     os.utime(folder / "a1.txt", (0, 0))
     with pytest.raises(DataError, match=r"modified: .*a1\.txt"):
         prepare(config(*overrides))
+
+
+def test_what_ended_with_an_error_is_continued_or_replaced(tmp_path, monkeypatch):
+    """What the errors say to type works: another field, `on_error=skip`, which does only what is left, a mended file, another fraction."""
+    (tmp_path / "in").mkdir()
+    for i in range(4):
+        (tmp_path / "in" / f"{i}.jsonl").write_text("".join(f'{{"body": "{i} {j} {"x" * 90}"}}\n' for j in range(9)))
+    (tmp_path / "in" / "4.txt").write_bytes(b"caf\xe9")
+    overrides, done = [f"input={tmp_path}/in", f"output={tmp_path}/out", "unit_bytes=900"], []
+    for change, said in ("field=text", 'string "text"'), ("field=body", "not UTF-8"), ("field=body bos=false", "not UTF-8"):
+        with pytest.raises(DataError, match=said):
+            prepare(config(*overrides, *change.split()))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "run_unit", lambda task, unit: done.append(unit.number) or run_unit(task, unit))
+        assert prepare(config(*overrides, "field=body", "bos=false", "on_error=skip")).refused == 1
+    assert done == [4]
+    (tmp_path / "in" / "4.txt").write_text("café")
+    few = [f"input={tmp_path}/in/4.txt", f"output={tmp_path}/few", "tokenizer=sentencepiece", "tokenizer.vocab=264"]
+    with pytest.raises(DataError, match="val split is empty"):
+        prepare(config(*few, "validation_fraction=1e-9"))
+    assert prepare(config(*few, "validation_fraction=0")).refused == 0
 
 
 @pytest.mark.parametrize(("name", "same"), [("a.ndjson", False), ("a.JSONL", False), ("a.jsonl", True), ("a.txt", True)])
