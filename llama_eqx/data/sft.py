@@ -26,7 +26,7 @@ from llama_eqx.data.shards import (
     seal,
     write_index,
 )
-from llama_eqx.data.sources import LINES, Record, Source, find, kind_of, lines, remedy
+from llama_eqx.data.sources import LINES, Record, Source, find, kind_of, lines, remedy, strings_in
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import ConfigError, DataError
 
@@ -116,7 +116,9 @@ class SftConfig(CorpusConfig):
         if "messages" not in example:
             pair = [example.get(key) for key in (self.prompt_key, self.response_key)]
             if not all(isinstance(text, str) for text in pair):
-                raise ValueError(f'neither "messages" nor strings "{self.prompt_key}" and "{self.response_key}"')
+                keys = ", ".join(strings_in(example))
+                advice = f"; data.prompt_key=KEY data.response_key=KEY name two of {keys}" if "," in keys else ""
+                raise ValueError(f'neither "messages" nor strings "{self.prompt_key}" and "{self.response_key}"{advice}')
             return tuple({"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True))
         messages = example["messages"]
         if not isinstance(messages, list):

@@ -10,12 +10,11 @@ import json
 import os
 import shlex
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_eqx.config import nearest
 from llama_eqx.errors import DataError
 
 TEXT, LINES, PARQUET = ".txt", ".jsonl", ".parquet"
@@ -23,6 +22,7 @@ COMPRESSED = (".gz", ".zst")
 UNREAD = "cannot read: "
 NO_TEXT = "not UTF-8 text"
 TALK = "a conversation"
+OTHERS = ", but with "
 ALSO_LINES = ".ndjson"
 IN_FOLDERS = (*(f"{suffix}{pressed}" for suffix in (TEXT, ".md", LINES, ALSO_LINES) for pressed in ("", *COMPRESSED)), PARQUET)
 
@@ -153,7 +153,15 @@ def refusal(piece: Piece, record: Record, key: str) -> DataError:
     if record.problem.startswith(TALK):
         file = shlex.quote(piece.source.path)
         return DataError(record.problem, where=where, next=f"python -m llama_eqx.train data=sft data.path={file} trains on conversations")
-    return DataError(record.problem, where=where, next=f"{remedy(record)}, or leave the file out with a glob such as {key}='FOLDER/*.md'")
+    advice = f"{remedy(record)}, or leave the file out with a glob such as {key}='FOLDER/*.md'"
+    others = record.problem.partition(OTHERS)[2]
+    return DataError(record.problem, where=where, next=f"{_by_field(others.split(', '))}, or {advice}" if others else advice)
+
+
+def _by_field(names: Sequence[str]) -> str:
+    """What to type for a text that has one of these names."""
+    field = f"field={shlex.quote(names[0])}" if len(names) == 1 else f"field=NAME, which is one of {', '.join(names[:10])}"
+    return f"python -m llama_eqx.prepare with {field}"
 
 
 def remedy(record: Record) -> str:
@@ -227,9 +235,16 @@ def _line(number: int, line: bytes, field: str) -> Record:
         text = (found := json.loads(record.text))[field]
         text.encode()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        talk = isinstance(found, dict) and isinstance(found.get("messages"), list)
-        return Record(number, None, f'{TALK}, without a string "{field}"' if talk else f'not a JSON object with a string "{field}"')
+        if isinstance(found, dict) and isinstance(found.get("messages"), list):
+            return Record(number, None, f'{TALK}, without a string "{field}"')
+        others = "" if isinstance(found, dict) and field in found else ", ".join(strings_in(found))
+        return Record(number, None, f'not a JSON object with a string "{field}"{OTHERS if others else ""}{others}')
     return Record(number, text)
+
+
+def strings_in(found: Any) -> tuple[str, ...]:
+    """The keys of an object that have strings."""
+    return tuple(key for key, value in found.items() if isinstance(value, str)) if isinstance(found, dict) else ()
 
 
 def _record(number: int, content: bytes) -> Record:
@@ -262,12 +277,11 @@ def _row_groups(number: int, source: Source, size: int | None, field: str) -> li
 
     try:
         with _parquet(source) as file:
-            names, metadata = file.schema_arrow.names, file.metadata
-            if field not in names:
-                raise DataError(f"no column {field!r}", where=source.path, next=nearest(field, names))
-            has = file.schema_arrow.field(field).type
-            if not (pyarrow.types.is_string(has) or pyarrow.types.is_large_string(has)):
-                raise DataError(f"the column {field!r} has {has}, not text", where=source.path, next=nearest(field, names))
+            types, metadata = {column.name: column.type for column in file.schema_arrow}, file.metadata
+            texts = [name for name, has in types.items() if _is_text(has)]
+            if field not in texts:
+                what = f"the column {field!r} has {types[field]}, not text" if field in types else f"no column {field!r}"
+                raise DataError(what, where=source.path, next=_by_field(texts) if texts else "a file with a column of text")
             column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == field)
             found, start, first, weight, rows = [], 0, 0, 0, 0
             for i in range(metadata.num_row_groups):
@@ -279,6 +293,13 @@ def _row_groups(number: int, source: Source, size: int | None, field: str) -> li
             return found
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"not a parquet file: {str(error).splitlines()[0]}", where=source.path) from error
+
+
+def _is_text(has: Any) -> bool:
+    import pyarrow
+
+    has = has.value_type if pyarrow.types.is_dictionary(has) else has
+    return pyarrow.types.is_string(has) or pyarrow.types.is_large_string(has)
 
 
 def _rows(piece: Piece, field: str) -> Iterator[bytes | None]:

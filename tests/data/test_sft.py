@@ -80,6 +80,7 @@ BAD = {
     "{": "not JSON",
     "[1]": "not a JSON object",
     '{"prompt": "a"}': 'neither "messages" nor strings "prompt" and "response"',
+    '{"prompt": "a", "answer": "b"}': "data.prompt_key=KEY data.response_key=KEY name two of prompt, answer",
     '{"prompt": "a", "response": 1}': 'neither "messages" nor strings',
     '{"messages": {}}': '"messages" is not a list',
     '{"messages": [{"role": "user"}]}': r"messages\[0\]: not a message",

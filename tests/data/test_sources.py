@@ -126,12 +126,33 @@ def test_a_parquet_file_without_the_column_is_named(tmp_path):
     with pytest.raises(DataError, match="no column 'text'") as error:
         read(tmp_path / "a.parquet")
     assert error.value.where == str(tmp_path / "a.parquet")
-    assert "texts" in error.value.next
+    assert error.value.next == "python -m llama_eqx.prepare with field=texts"
     with pytest.raises(DataError, match="int64, not text"):
         read(tmp_path / "a.parquet", field="n")
+    repeated = pyarrow.array(["a", "b", "a"]).dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": repeated}), tmp_path / "c.parquet")
+    assert [record.text for record in read(tmp_path / "c.parquet")[0]] == ["a", "b", "a"]
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no PAR1")
     with pytest.raises(DataError, match="not a parquet file"):
         read(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ({"id": 1, "body": "a"}, "python -m llama_eqx.prepare with field=body, or mend"),
+        ({"url": "b", "body": "a"}, "python -m llama_eqx.prepare with field=NAME, which is one of url, body, or mend"),
+        ({"text": 3, "body": "a"}, "mend"),
+        (3, "mend"),
+    ],
+    ids=str,
+)
+def test_a_line_with_another_key_says_how_it_is_read(tmp_path, line, advice):
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    [source] = find(str(tmp_path), "data.path")
+    [piece] = pieces(0, source, None, "text")
+    [record] = records(piece, "text", skip=False)
+    assert refusal(piece, record, "data.path").next.startswith(advice)
 
 
 def test_a_file_that_grew_is_refused(tmp_path):
