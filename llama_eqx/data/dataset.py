@@ -16,7 +16,7 @@ from llama_eqx.data.packing import pack_index
 from llama_eqx.data.prepared import PreparedConfig
 from llama_eqx.data.rows import Documents, Joined, Packed, Rows, Shifted, Windows
 from llama_eqx.data.sft import SftConfig, encode_conversations
-from llama_eqx.data.shards import HOLD_OUT, Split, TokenData
+from llama_eqx.data.shards import HOLD_OUT, OWN, Split, TokenData
 from llama_eqx.data.sliding import Sliding
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError
@@ -96,6 +96,8 @@ def _named(key: str, component: str) -> Iterator[None]:
         what = f"{key}: " * (key != "data") + f"the component {component}: " * bool(component) + error.what
         key += f".components.{component}" * bool(component)
         advice = re.sub(r"(?<![\w./])data\.(?=\w+=)", lambda _: f"{key}.", error.next)
+        if error.next == OWN and key != "data":  # the tokenizer is that of other data
+            advice = f"python -m llama_eqx.prepare again, with the tokenizer of the other data: prepared data have it in tokenizer/; or {OWN}"
         raise DataError(what, where=error.where, kept=error.kept, next=advice) from error
 
 

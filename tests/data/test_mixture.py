@@ -3,6 +3,7 @@ import pytest
 
 from llama_eqx import load_config
 from llama_eqx.data.dataset import open_data
+from llama_eqx.data.prepare import prepare
 from llama_eqx.data.rows import Joined
 from llama_eqx.data.tokenizer import BytesTokenizer
 from llama_eqx.errors import ConfigError, DataError
@@ -77,6 +78,15 @@ def test_an_empty_component_is_named(mixture, tmp_path):
     with pytest.raises(DataError, match="the component prose: no text here") as error:
         opened(mixture(f"data.components.prose.path={tmp_path / 'empty'}"))
     assert error.value.where == str(tmp_path / "empty")
+
+
+def test_a_component_with_another_tokenizer_is_to_be_prepared_again(mixture, tmp_path):
+    options = [f"input={tmp_path}", f"output={tmp_path / 'out'}", "tokenizer=chars", "validation_fraction=0", "prepare.workers=1"]
+    prepare(load_config(*options, name="prepare"))
+    prose = ["data@data.components.prose=prepared", f"data.components.prose.path={tmp_path / 'out'}"]
+    with pytest.raises(DataError, match="the component prose: this data was prepared with the tokenizer") as error:
+        opened(mixture(*prose))
+    assert error.value.next.startswith("python -m llama_eqx.prepare again, with the tokenizer of the other data")
 
 
 def test_a_component_is_added_and_taken_away_on_the_command_line():
