@@ -97,7 +97,8 @@ def _named(key: str, component: str) -> Iterator[None]:
         key += f".components.{component}" * bool(component)
         advice = re.sub(r"(?<![\w./])data\.(?=\w+=)", lambda _: f"{key}.", error.next)
         if error.next == OWN and key != "data":  # the tokenizer is that of other data
-            advice = f"python -m llama_eqx.prepare again, with the tokenizer of the other data: prepared data have it in tokenizer/; or {OWN}"
+            advice = "python -m llama_eqx.prepare again, with the tokenizer of the other data: prepared data have it in tokenizer/; "
+            advice += f"or {OWN}"
         raise DataError(what, where=error.where, kept=error.kept, next=advice) from error
 
 

@@ -12,7 +12,7 @@ from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.prepared import PreparedTokenizerConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig, find_tokenizer
 from llama_eqx.errors import ConfigError, DataError
-from llama_eqx.interop.pretrained import load_pretrained, located, open_pretrained
+from llama_eqx.interop.pretrained import format_of, load_pretrained, located, open_pretrained
 from llama_eqx.interop.weights import abstract
 from llama_eqx.model.kernel import KernelConfig
 from llama_eqx.model.llama import Llama
@@ -108,10 +108,14 @@ def open_model(config: EvaluateConfig) -> Opened:
 
 
 def data_of(config: EvaluateConfig) -> DataConfig:
-    """The data to evaluate on. Raises `ConfigError` when neither the config nor a run says what it is."""
+    """The data to evaluate on.
+
+    Raises `ConfigError` when neither the config nor a run says what it is, and `CheckpointError` when there is no model either.
+    """
     if config.data is not None:
         return config.data
     if "data" not in (saved := _saved(config)):
+        format_of(config.checkpoint or "")
         raise ConfigError("no data is given, and the checkpoint is not a run with its own", where="data", next="data=test data.path=FILE")
     return load(saved["data"], "data")
 

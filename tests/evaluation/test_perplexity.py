@@ -172,6 +172,7 @@ def run(monkeypatch, capsys, *arguments):
         (3, "nothing matches", ["checkpoint={model}", "data=test", "data.path=no/such/file"]),
         (3, "no tokenizer beside this model", ["checkpoint={small}", "data=test", "data.path={text}"]),
         (4, "does not exist", ["checkpoint=no/such/model", "data=test"]),
+        (4, "does not exist", ["checkpoint=no/such/model"]),
         (6, "cannot write", ["checkpoint={model}", "data=test", "output=/proc/nowhere/a.json"]),
     ],
 )
