@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from llama_eqx.data.corpus import DataConfig, SourceConfig
 from llama_eqx.data.encoding import tokenize
 from llama_eqx.data.mixture import shares
@@ -20,6 +22,8 @@ from llama_eqx.data.shards import HOLD_OUT, OWN, Split, TokenData
 from llama_eqx.data.sliding import Sliding
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError
+
+LOOKED_AT, SELDOM = 256, 1e-3  # rows that are searched for unknown text, and the share that is not told
 
 
 class Dataset(NamedTuple):
@@ -54,7 +58,7 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, *, seq_len: int, seed: i
         train.append(rows[0])
         val.append(rows[1])
         fingerprints.append(_fingerprint(source, found, seq_len))
-        notes += found.notes
+        notes += found.notes + _lost(rows[1], tokenizer)
         weights.append(weight)
     together = _together(fingerprints)
     order = Order([len(rows) for rows in train], shares(weights), seed, distinct_rows)
@@ -149,6 +153,16 @@ def _rows(source: SourceConfig, opened: _Opened, split: Split, seq_len: int) -> 
     marks = opened.learned.get(split.name)
     index = pack_index(split, marks, opened.data.fingerprint, seq_len, source.rows, source.long_documents)
     return Packed(split, marks, index, seq_len)
+
+
+def _lost(rows: Rows, tokenizer: Tokenizer) -> list[str]:
+    """A note if the tokenizer could not write some of the text in the first of these rows."""
+    if tokenizer.unknown is None or not len(rows):
+        return []
+    batch = rows.read(np.arange(min(len(rows), LOOKED_AT)))
+    share = float((batch.targets == tokenizer.unknown)[batch.loss_mask > 0].mean())
+    what = f"{share:.2%} of the held-out tokens are id {tokenizer.unknown}, which stands for any text that the tokenizer does not know"
+    return [f"{what}: it is lost, and bits per byte are too low"] if share > SELDOM else []
 
 
 def _fingerprint(source: SourceConfig, opened: _Opened, seq_len: int) -> str:

@@ -7,7 +7,7 @@ from llama_eqx.checkpoint.save import CheckpointConfig
 from llama_eqx.checkpoint.store import Place, place
 from llama_eqx.config import Config, nearest
 from llama_eqx.data.corpus import DataConfig
-from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig
+from llama_eqx.data.tokenizer import HuggingFaceTokenizer, Tokenizer, TokenizerConfig
 from llama_eqx.errors import ConfigError
 from llama_eqx.extensions import import_all
 from llama_eqx.model.kernel import KernelConfig
@@ -168,6 +168,11 @@ def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
         said.append(
             f"texts begin and end with the tokenizer's ids {tokenizer.bos} and {tokenizer.eos}, in the model's config they are "
             f"{tokens.bos} and {', '.join(map(str, tokens.eos))}: see model.tokens"
+        )
+    if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.bos is None and tokenizer.eos is None:
+        said.append(
+            "the tokenizer has neither BOS nor EOS, so nothing marks where a document ends; next: a tokenizer_config.json beside "
+            "the tokenizer.json, with a bos_token and an eos_token that it has"
         )
     if config.precision.params == "bfloat16":
         said.append(

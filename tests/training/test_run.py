@@ -12,6 +12,7 @@ from llama_eqx.checkpoint.native import read_config
 from llama_eqx.data.dataset import open_data
 from llama_eqx.data.prepare import prepare
 from llama_eqx.data.tokenizer import BytesTokenizer, HuggingFaceTokenizer, load_tokenizer
+from llama_eqx.data.tokenizer.export import tokenizer_json
 from llama_eqx.errors import CheckpointError
 from llama_eqx.training.identity import claim, file_tokenizer, is_over, is_same, origin
 from llama_eqx.training.run import warnings, with_vocab
@@ -70,6 +71,8 @@ def test_what_is_seldom_meant_is_warned_of():
     recipe = ["init_from=here", "recipe=finetune", "model.context=2048"]
     steps = load_config(*recipe).schedule.warmup_steps
     assert said(f"train.steps={steps}", *recipe)[0].endswith(f"; next: schedule.warmup_steps={steps // 10}")
+    unmarked = HuggingFaceTokenizer(tokenizer_json(BytesTokenizer()).encode())
+    assert ["neither BOS nor EOS" in each for each in warnings(load_config("model.dims.vocab=258"), unmarked)] == [True]
 
 
 def test_a_run_goes_on_where_its_data_lies_elsewhere_and_not_with_other_data(tmp_path, monkeypatch):

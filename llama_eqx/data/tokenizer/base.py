@@ -22,7 +22,8 @@ class Tokenizer(abc.ABC):
 
     `bos` and `eos` begin and end a document, and `pad` fills a row; each is None if there is none. `stop` are all ids at which a generated
     text ends: `eos`, others that the model's files name, and the ends of a turn of a chat. `special` are the ids that stand for no text, by
-    their names. `chat` names the chat format that they are made for, one of `llama_eqx.data.chat.FORMATS`.
+    their names. `chat` names the chat format that they are made for, one of `llama_eqx.data.chat.FORMATS`. `unknown` stands for text
+    that the tokenizer cannot write; None if it can write any.
 
     Text is not parsed for special ids unless that is asked: "<s>" in it is three characters.
     """
@@ -36,6 +37,7 @@ class Tokenizer(abc.ABC):
     pad: int | None
     special: Mapping[str, int]
     chat: str | None
+    unknown: int | None = None
 
     @property
     def prefix(self) -> tuple[int, ...]:

@@ -45,6 +45,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.library.no_truncation()
         self.library.no_padding()
         self.vocab = 1 + max(self.library.get_vocab().values(), default=-1)
+        unknown = getattr(self.library.model, "unk_token", None)
+        self.unknown = None if unknown is None else self.library.token_to_id(unknown)
         self.mark(**settings)
 
     def mark(

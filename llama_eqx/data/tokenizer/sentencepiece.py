@@ -37,6 +37,7 @@ class SentencePieceTokenizer(Tokenizer):
         ids = (self.pieces.bos_id(), self.pieces.eos_id(), self.pieces.pad_id())
         self.bos, self.eos, self.pad = (None if i < 0 else i for i in ids)
         self.stop = () if self.eos is None else (self.eos,)
+        self.unknown = None if any(map(self.pieces.is_byte, range(self.vocab))) else self.pieces.unk_id()
         self.special = {self.pieces.id_to_piece(i): i for i in range(self.vocab) if self.pieces.is_control(i)}
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
