@@ -30,7 +30,7 @@ from llama_eqx.data.sources import LINES, Record, Source, find, kind_of, lines, 
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import ConfigError, DataError
 
-MARKS = 2  # incremented when what is written beside the shards changes
+MARKS = 3  # incremented when what is written beside the shards changes
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def encode_conversations(data: SftConfig, tokenizer: Tokenizer) -> tuple[TokenDa
     """Returns the conversations as ids, from the cache if the same were encoded before, and for each split another with the same offsets
     and a 1 in place of each id to learn.
 
-    The `bytes` of the splits are those of what the assistant says.
+    The `bytes` of the splits are those of what the assistant says, without the white space around it, which no format writes.
 
     Raises `DataError` when a split is empty, the lines change meanwhile, one does not fit the chat format, or the cached files are damaged;
     `StorageError` when the cache cannot be written.
@@ -169,7 +169,7 @@ def _encode(folder: Path, data: SftConfig, tokenizer: Tokenizer, corpus: str) ->
             except DataError as error:
                 where = f"{conversation.source.path}:{conversation.record}, {error.where}"
                 raise DataError(error.what, where=where, next=error.next or "mend the line, or take it out") from error
-            said = sum(len(message["content"].encode()) for message in conversation.messages if message["role"] == "assistant")
+            said = sum(len(message["content"].strip().encode()) for message in conversation.messages if message["role"] == "assistant")
             origin = np.array([[names.setdefault(conversation.source.name, len(names)), conversation.record]])
             for kind, row, dtype in (("00000", ids, token_dtype(tokenizer.vocab)), ("learned", learn, token_dtype(2))):
                 writers[split, kind].add(np.array(row, dtype), np.array([len(row)]), said, origin)
