@@ -54,10 +54,11 @@ class ChatFormat(abc.ABC):
         check(messages, self.roles, generate=generate)
         pieces = self.pieces(messages, generate=generate)
         if missing := sorted({piece.text for piece in pieces if piece.special} - set(tokenizer.special)):
+            other = tokenizer.chat if tokenizer.chat and FORMATS[tokenizer.chat] is not self else None
             raise ConfigError(
                 f"this chat format needs {', '.join(missing)}, which the tokenizer does not have",
                 where="tokenizer",
-                next=f"its own format is {tokenizer.chat}" if tokenizer.chat else "another tokenizer, such as bytes, or one of Llama",
+                next=f"its own format is {other}" if other else "leave out tokenizer.chat=..., or another tokenizer, such as bytes",
             )
         ids, learn = [], []
         for special, run in itertools.groupby(pieces, lambda piece: piece.special):

@@ -3,11 +3,12 @@
 import base64
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from llama_eqx.data.chat import FORMATS, chat_format, foreign_template
-from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer, SentencePieceTokenizer, TiktokenTokenizer
+from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer
+from llama_eqx.data.tokenizer.export import tokenizer_json
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
 from llama_eqx.errors import ConfigError, DataError
 
@@ -175,6 +176,7 @@ def test_llama_2s_ids_are_those_of_sentencepiece(llama2, rendered, conversation)
     """Each turn of the user with its answer is one text for SentencePiece, between BOS and EOS, as in Meta's own code."""
     tokenizer, pieces = llama2
     messages, generate = ended(conversation)
+    assume(not any("<s>" in message["content"] for message in messages))  # by which the turns are told apart here
     ids, learn = FORMATS["llama2"].encode(messages, tokenizer, generate=generate)
     turns = rendered(TEMPLATES["llama2"], messages, generate).split("<s>")[1:]
     expected = [[1, *pieces.encode(turn.removesuffix("</s>")), *([2] if turn.endswith("</s>") else [])] for turn in turns]
@@ -289,6 +291,9 @@ def test_a_format_follows_from_the_tokenizer(llama3):
     with pytest.raises(ConfigError, match=r"needs <\|begin_of_text\|>, <\|end_header_id\|>.* which the tokenizer does not have") as error:
         FORMATS["llama3"].encode(TURNS, BytesTokenizer(), generate=False)
     assert "llama2" in error.value.next
+    with pytest.raises(ConfigError, match="which the tokenizer does not have") as error:
+        FORMATS["llama3"].encode(TURNS, HuggingFaceTokenizer(tokenizer_json(BytesTokenizer()).encode(), chat="llama3"), generate=False)
+    assert error.value.next.startswith("leave out tokenizer.chat")
 
 
 @pytest.mark.parametrize(
