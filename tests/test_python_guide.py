@@ -14,7 +14,9 @@ import torch
 import transformers
 
 from llama_eqx import build_model, find_tokenizer, generate_tokens, load_config, load_pretrained, save_pretrained
-from llama_eqx.errors import UserError
+from llama_eqx.errors import CheckpointError
+from llama_eqx.generation.layout import for_decoding
+from llama_eqx.generation.speculative import generate_speculatively
 from llama_eqx.interop.conversion import ConvertConfig, convert
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.training.loop import train
@@ -104,7 +106,8 @@ def test_the_patch(tmp_path, monkeypatch):
     """Against a forward hook on the same weights in transformers."""
     monkeypatch.chdir(tmp_path)
     sizes = [f"model.dims.{axis}={size}" for axis, size in {**SMALL, "layers": 3}.items()]
-    save_pretrained(build_model(load_config("model.dims.vocab=64", *sizes).model, key=jax.random.key(0)), "folder", format="hf")
+    config = load_config("model.dims.vocab=64", "model.tied=false", *sizes)
+    save_pretrained(build_model(config.model, key=jax.random.key(0)), "folder", format="hf")
     exec(INSIDE, names := {})
     theirs = transformers.AutoModelForCausalLM.from_pretrained("folder").eval()
     source, target = (torch.tensor(np.asarray(names[name])) for name in ("source", "target"))
@@ -113,18 +116,24 @@ def test_the_patch(tmp_path, monkeypatch):
         plain = theirs(target).logits.numpy()
 
         def hook(module, given, out):
-            out[:, 2] = states[2][:, 2]  # the first of these is the embedding
+            out[:, 2:3] = states[2][:, 2:3][:, : out.shape[1] - 2]  # the first of these is the embedding
             return out
 
         theirs.model.layers[1].register_forward_hook(hook)
         wanted = theirs(target, output_hidden_states=True)
+        prompts = [target[0].tolist(), [3], [*range(10, 30)], [4, 5]]  # of different lengths; two have no token 2 until it is drawn
+        greedy = {"max_new_tokens": 8, "do_sample": False, "use_cache": False, "eos_token_id": None, "pad_token_id": 0}
+        continued = [theirs.generate(torch.tensor([prompt]), **greedy)[0, len(prompt) :].tolist() for prompt in prompts]
     np.testing.assert_allclose(names["logits"], wanted.logits.numpy(), atol=1e-5)
     assert abs(plain - wanted.logits.numpy())[:, 2:].max() > 0.05
     np.testing.assert_allclose(names["seen"]["residual"][2], wanted.hidden_states[2].numpy(), atol=1e-5)
     assert names["seen"]["attention_weights"].shape == (3, 1, 4, 4, 4)
-    for refused in (lambda: generate_tokens(names["patched"], [[1]], 2), lambda: save_pretrained(names["patched"], "other", format="hf")):
-        with pytest.raises((UserError, AttributeError)):
-            refused()
+    patched, laid_out = names["patched"], for_decoding(names["patched"])
+    assert names["new"].tokens == continued[:1] != generate_tokens(names["model"], target.numpy(), 8).tokens
+    assert generate_tokens(patched, prompts, 8, prefill_chunk=4).tokens == generate_tokens(laid_out, prompts, 8).tokens == continued
+    assert generate_speculatively(laid_out, names["model"], prompts, 8).generation.tokens == continued
+    with pytest.raises(CheckpointError, match="no longer that of its config"):
+        save_pretrained(names["patched"], "other", format="hf")
 
 
 def test_the_hook(tmp_path):

@@ -22,8 +22,12 @@ def round_bfloat16(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
 
 
 class Rotation(eqx.Module):
-    """Rotates every pair of a head by its own angle, in float32 whatever the dtype of the input."""
+    """Rotates every pair of a head by its own angle, in float32 whatever the dtype of the input.
 
+    `positions` are those of the tokens. Nothing here reads them: they tell a block that is wrapped which tokens it gets.
+    """
+
+    positions: Int[Array, "#batch seq"]
     cos: Float32[Array, "#batch seq 1 half"]
     sin: Float32[Array, "#batch seq 1 half"]
     rounded: bool = eqx.field(static=True)  # every product and sum is rounded to bfloat16
@@ -91,6 +95,7 @@ class Rotary(eqx.Module):
         position = rounded(positions[:, :, None, None].astype(jnp.float32), "position")
         angle = rounded(position * frequency, "angle")
         return Rotation(
+            positions=positions,
             cos=rounded(jnp.cos(angle), "table"),
             sin=rounded(jnp.sin(angle), "table"),
             rounded=self.round_at == "rotation",
@@ -130,7 +135,8 @@ class NopeRotation(Rotation):
 
     def in_layer(self, layer: Int[Array, ""] | int) -> Rotation:
         turns = (layer + 1) % self.every > 0
-        return Rotation(cos=jnp.where(turns, self.cos, 1), sin=jnp.where(turns, self.sin, 0), rounded=self.rounded)
+        cos, sin = jnp.where(turns, self.cos, 1), jnp.where(turns, self.sin, 0)
+        return Rotation(positions=self.positions, cos=cos, sin=sin, rounded=self.rounded)
 
 
 class NopeRotary(PlainRotary):

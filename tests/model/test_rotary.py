@@ -29,8 +29,9 @@ def test_by_product_it_is_the_same_bit_for_bit(dtype):
 @pytest.mark.parametrize(("platform", "products"), [("tpu", True), ("cpu", False)])
 def test_each_platform_has_its_own(platform, products):
     x, _, cos, sin = inputs(jnp.bfloat16)
-    traced = jax.jit(lambda x: Rotation(cos=cos, sin=sin, rounded=False)(x)).trace(x)
+    rotation = Rotation(positions=jnp.arange(16)[None], cos=cos, sin=sin, rounded=False)
+    traced = jax.jit(lambda x: rotation(x)).trace(x)
     assert ("dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()) is products
     with setting(PLATFORM, platform):  # and where it is known, that one alone is traced
-        alone = str(jax.make_jaxpr(lambda x: Rotation(cos=cos, sin=sin, rounded=False)(x))(x))
+        alone = str(jax.make_jaxpr(lambda x: rotation(x))(x))
     assert ("dot_general" in alone, "platform_index" in alone) == (products, False)
