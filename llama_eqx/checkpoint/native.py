@@ -42,9 +42,13 @@ class Array(NamedTuple):
 def save_native(model: Llama, path: str | os.PathLike[str], tokenizer_folder: str | os.PathLike[str] | None = None) -> None:
     """Writes `config.yaml` (only its `model`), `checkpoints/0/model` and, if given, `tokenizer/`: all of it or nothing. One process only.
 
-    Raises `StorageError` when `path` exists or cannot be written.
+    Raises `CheckpointError` when the model's parameters are not those of its config, `StorageError` when `path` exists or cannot be
+    written.
     """
-    arrays = dict(zip(parameter_names(model), jax.tree.leaves(model), strict=True))
+    arrays, wanted = (dict(zip(parameter_names(m), jax.tree.leaves(m), strict=True)) for m in (model, _abstract(model.config)))
+    if {name: array.shape for name, array in arrays.items()} != {name: array.shape for name, array in wanted.items()}:
+        what = "the parameters are not those of the model's config: it was edited, wrapped or laid out for decoding"
+        raise CheckpointError(what, where="model", next="save the model that it was made from")
     with appearing(pathlib.Path(path)) as folder:
         write = write_native(model.config, folder, arrays)
         for name, array in arrays.items():

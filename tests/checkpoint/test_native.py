@@ -106,6 +106,16 @@ def test_never_overwrites_and_leaves_no_half(tmp_path, saved, model):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+def test_a_model_that_is_not_of_its_config_is_refused(tmp_path, model):
+    """It would be a folder that nothing reads."""
+    narrow = eqx.tree_at(lambda m: m.final_norm.weight, model, jnp.ones(5))
+    blocks = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks) for i in range(model.config.dims.layers))
+    for edited in (narrow, eqx.tree_at(lambda m: m.blocks, model, blocks)):
+        with pytest.raises(CheckpointError, match="not those of the model's config"):
+            save_native(edited, tmp_path / "edited")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("value", ["${oc.env:HOME}", "a ${b} c"])
 @pytest.mark.parametrize("place", ["model", "elsewhere"])
 def test_interpolations_are_refused(saved, value, place):
