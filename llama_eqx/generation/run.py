@@ -267,7 +267,8 @@ def _lines(model: Llama, tokenizer: Tokenizer, config: GenerateConfig, asked: li
             prompts = [each.tokens for each in part]
             if config.beams is None:
                 found = generate_texts(model, tokenizer, prompts, config.max_new_tokens, config.sampling(), first_row=begin, **settings)
-                said = [_said(tokenizer, continuation, i % config.samples) for i, continuation in enumerate(found)]
+                n = config.samples
+                said = [_said(tokenizer, prompts[i // n], continuation, i % n) for i, continuation in enumerate(found)]
             else:
                 said = list(_searched(model, tokenizer, prompts, config))
             for i, line in enumerate(said):
@@ -300,11 +301,13 @@ def _searched(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], conf
             yield {"sample": i, "text": text, "tokens": tokens, "score": round(score, DIGITS)}
 
 
-def _said(tokenizer: Tokenizer, continuation: Continuation, sample: int) -> dict[str, Any]:
+def _said(tokenizer: Tokenizer, prompt: list[int], continuation: Continuation, sample: int) -> dict[str, Any]:
     said = {"sample": sample, **continuation._asdict()}
     said["logprobs"], top = [round(logprob, DIGITS) for logprob in continuation.logprobs], said.pop("top")
     if top and top[0]:
-        said["top_logprobs"] = [[[tokenizer.decode([i]), i, round(logprob, DIGITS)] for i, logprob in place] for place in top]
+        ids = [*prompt, *continuation.tokens]
+        there = lambda t, i: "".join(following(tokenizer, ids[: len(prompt) + t], [i]))  # noqa: E731  (with a space before it, if any)
+        said["top_logprobs"] = [[[there(t, i), i, round(logprob, DIGITS)] for i, logprob in place] for t, place in enumerate(top)]
     return said
 
 

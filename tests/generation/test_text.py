@@ -24,10 +24,10 @@ from llama_eqx.data.tokenizer.export import tokenizer_json
 from llama_eqx.data.tokenizer.sentencepiece import LLAMA_SETTINGS
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
 from llama_eqx.errors import DataError
-from llama_eqx.generation.run import loaded
+from llama_eqx.generation.run import _said, loaded
 from llama_eqx.generation.sampling import Sampling
+from llama_eqx.generation.text import Continuation, following
 from llama_eqx.generation.text import continued as continued_text
-from llama_eqx.generation.text import following
 from llama_eqx.verb import run_verb
 
 TEXT = "The quick brown fox, aged 1234, jumps over the lazy dog.\n" * 20
@@ -156,6 +156,15 @@ def test_a_file_of_prompts(folders, tmp_path, monkeypatch, capsys):
     new = lines(printed(monkeypatch, capsys, *common, f"prompts={file}", said=(notes := [])))
     assert [(len(line["tokens"]), line["end"]) for line in new[::2]] == [(2, "length"), (6, "length"), (2, "length")]
     assert notes[0] == f"{file}:1: 2 new tokens fill the context of {context}; prompts with room for fewer than 6: 2"
+
+
+def test_an_alternative_reads_as_it_does_there(folders):
+    """Llama 2's tokens lose the space before them when they are alone."""
+    tokenizer, text = find_tokenizer(folders / "llama2"), "The quick brown fox"
+    first, *ids = tokenizer.encode(text)
+    continuation = Continuation("", ids, [0.0] * len(ids), [[(i, 0.0)] for i in ids], "length")
+    top = _said(tokenizer, [first], continuation, 0)["top_logprobs"]
+    assert tokenizer.decode([first]) + "".join(best[0] for (best,) in top) == text
 
 
 def test_a_model_with_more_ids_than_its_tokenizer(tiny, tmp_path, monkeypatch, capsys):
