@@ -1,6 +1,7 @@
 """A model as `transformers` computes it."""
 
 import math
+import shlex
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from jaxtyping import Int
 from llama_eqx.diagnosis.report import Finding
 from llama_eqx.diagnosis.settings import frequencies
 from llama_eqx.errors import CheckpointError, ConfigError
+from llama_eqx.interop.pretrained import format_of
 from llama_eqx.model.llama import LlamaConfig
 
 FREQUENCIES = 1e-6  # relative: PyTorch's and XLA's float32 powers differ by units in the last place
@@ -33,7 +35,9 @@ def transformers_parts(
         )
     except (OSError, ValueError) as error:
         what = f"transformers cannot read it: {str(error).splitlines()[0]}"
-        raise CheckpointError(what, where=path, next="it reads Hugging Face folders: python -m llama_eqx.doctor path=…") from error
+        verb, rest = ("doctor path", "") if format_of(path) == "hf" else ("convert from", " to=FOLDER format=hf makes such a folder")
+        advice = f"it reads Hugging Face folders: python -m llama_eqx.{verb}={shlex.quote(path)}{rest}"
+        raise CheckpointError(what, where=path, next=advice) from error
     facts, findings = [], [Finding("error", path, f"transformers reports {name}: {what}") for name, what in loaded.items() if what]
 
     # Frequencies are compared separately. One unit in their last place is a milliradian at 20,000, so the rest is computed with equal ones.

@@ -187,8 +187,9 @@ def test_what_cannot_be_compared(folders, model, tiny):
     own = type("Own", (LlamaConfig,), {})(**vars(model.config))
     with pytest.raises(ConfigError, match="not a Own"):
         compare_weights(of_model(own.build(key=jax.random.key(0))), of_model(model), 1e-4)
-    with pytest.raises(CheckpointError, match="transformers cannot read it"):
+    with pytest.raises(CheckpointError, match="transformers cannot read it") as error:
         compare(str(folders / "native"), "transformers", 1e-4)
+    assert f"convert from={folders / 'native'} to=FOLDER format=hf" in error.value.next
 
 
 def test_vocabularies_may_differ(model):
