@@ -146,12 +146,14 @@ def generate(config: GenerateConfig) -> None:
     require_stop(config.stop, *llama.dims.of("vocab"))
     if config.draft is not None:
         format_of(config.draft)
-    if config.chat:
+    asked = [] if config.chat else read_prompts(config.prompt, config.prompts, tokenizer)
+    if config.chat or "messages" in asked[0].given:
         chat_format(tokenizer)
         foreign = foreign_template(located(config.checkpoint)[0], tokenizer)
-        print(f"conversations in the format {tokenizer.chat!r}{f', which is not that of {foreign}' if foreign else ''}", file=sys.stderr)
+        what = f"conversations in the format {tokenizer.chat!r}{f', which is not that of {foreign}' if foreign else ''}"
+        say(what, file=sys.stderr)
+    if config.chat:
         return converse(loaded(config, config.checkpoint, tokenizer), tokenizer, config)
-    asked = read_prompts(config.prompt, config.prompts, tokenizer)
     check_room(asked, config, llama.context)
     if config.beams and config.temperature > 0:
         say("beams are searched and not drawn: temperature, top_p and seed change nothing", file=sys.stderr)

@@ -288,8 +288,11 @@ def test_past_the_context(folders, monkeypatch, capsys):
     assert printed(monkeypatch, capsys, *arguments, "shift=true")
 
 
-def test_a_chat_in_the_terminal(folders, monkeypatch, capsys):
-    """Two turns of Llama 3's format: the second answer is that to the whole conversation. Between them lines that have no answer."""
+def test_a_chat_in_the_terminal(folders, tmp_path, monkeypatch, capsys):
+    """Two turns of Llama 3's format: the second answer is that to the whole conversation. Between them lines that have no answer.
+
+    A file with the first turn has the first answer.
+    """
     folder = folders / "llama3"
     typed = b"Who are you?\n\n" + b"a b c d " * 300 + b"\nna\xefve\nReally?\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
@@ -301,6 +304,9 @@ def test_a_chat_in_the_terminal(folders, monkeypatch, capsys):
     assert ["fill the context" in notes[1], "not valid Unicode" in notes[4]] == [True, True], notes
     tokenizer, model = find_tokenizer(folder), load_pretrained(folder)
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
+    (file := tmp_path / "talk.jsonl").write_text(json.dumps({"messages": talk}))
+    (line,) = lines(printed(monkeypatch, capsys, *arguments, f"prompts={file}", said=(again := [])))
+    assert (line["text"], again) == (first, notes[:1])
     for answer in (first, second):
         ids, _ = chat_format(tokenizer).encode(talk, tokenizer, generate=True)
         (row,) = generate_tokens(model, [ids], 8, stop=tokenizer.stop).tokens
