@@ -42,8 +42,11 @@ def search_beams(
     when it has `beams` finished ones. `settings` are those of `generate_tokens` that do not concern draws: stop, cache_dtype,
     prefill_chunk, shift, vocab.
 
-    Raises `ConfigError` as `generate_tokens` does, and for a number of beams that the vocabulary has too few tokens for.
+    Raises `ConfigError` as `generate_tokens` does, for settings of draws, and for a number of beams that the vocabulary has too few tokens
+    for.
     """
+    if draws := sorted(settings.keys() & {"sampling", "samples", "seed", "first_row", "top_logprobs"}):
+        raise ConfigError(f"beams are not drawn: {', '.join(draws)} would change nothing", where=draws[0], next="leave it out")
     rows, rule = prepared(model, prompts, max_new_tokens, Sampling(), **settings)
     least = max(2, 1 + len(rule.stop)) * beams
     if beams < 1 or least > rule.vocab:

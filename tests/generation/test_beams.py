@@ -59,3 +59,8 @@ def test_ids_that_are_not_the_tokenizers(model):
 def test_beams_without_tokens(model, beams, what):
     with pytest.raises(ConfigError, match=what):
         search_beams(model, PROMPTS, NEW, beams)
+
+
+def test_settings_of_draws_are_refused(model):
+    with pytest.raises(ConfigError, match="beams are not drawn: samples, seed would change nothing"):
+        search_beams(model, PROMPTS, NEW, 3, seed=1, samples=2)

@@ -32,11 +32,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def find_tokenizer(folder: str | Path) -> Tokenizer:
-    """Returns the tokenizer of the model in `folder`: a run directory, or a folder of Hugging Face or Meta.
+    """Returns the tokenizer of the model in `folder`: a run directory, a `checkpoints/<step>` of one, or a folder of Hugging Face or Meta.
 
     Raises `DataError` when there is none, or it is damaged.
     """
     folder = Path(folder).expanduser()
+    if folder.parent.name == "checkpoints" and folder.name.isdecimal():
+        folder = folder.parents[1]
     if (folder / "tokenizer" / MARK).is_file():
         return load_tokenizer(folder / "tokenizer")
     if (folder / "tokenizer.json").is_file():
