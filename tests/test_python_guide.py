@@ -18,8 +18,10 @@ from llama_eqx.errors import CheckpointError
 from llama_eqx.generation.layout import for_decoding
 from llama_eqx.generation.speculative import generate_speculatively
 from llama_eqx.interop.conversion import ConvertConfig, convert
+from llama_eqx.sharding import Layout
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.training.loop import train
+from llama_eqx.training.loss import policy_view
 
 GUIDE = (pathlib.Path(__file__).parents[1] / "docs/python.md").read_text(encoding="utf-8")
 LOOP, SAVED, OWN, INSIDE, HOOK = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
@@ -129,6 +131,10 @@ def test_the_patch(tmp_path, monkeypatch):
     np.testing.assert_allclose(names["seen"]["residual"][2], wanted.hidden_states[2].numpy(), atol=1e-5)
     assert names["seen"]["attention_weights"].shape == (3, 1, 4, 4, 4)
     patched, laid_out = names["patched"], for_decoding(names["patched"])
+    layout = Layout(config.mesh.build(), config.sharding)  # of eight devices
+    view, placed = policy_view(config.precision, config.remat, layout), jax.device_put(patched, layout.shardings(patched))
+    under = jax.jit(lambda model, tokens: view(model)(tokens))(placed, target.numpy().repeat(8, axis=0))
+    np.testing.assert_allclose(under, names["logits"].repeat(8, axis=0), atol=1e-5)
     assert names["new"].tokens == continued[:1] != generate_tokens(names["model"], target.numpy(), 8).tokens
     assert generate_tokens(patched, prompts, 8, prefill_chunk=4).tokens == generate_tokens(laid_out, prompts, 8).tokens == continued
     assert generate_speculatively(laid_out, names["model"], prompts, 8).generation.tokens == continued
