@@ -26,21 +26,30 @@ class Flops(NamedTuple):
     palm: int
 
 
-def flops_per_token(model: Any, seq_len: int) -> Flops:
+def flops_per_token(model: Any, seq_len: int, learn: Any = None) -> Flops:
     """6 N for the matrices, plus attention: 12 L T D for all scores (PaLM, arXiv 2204.02311, appendix B), half of that for causal ones.
 
     N counts the parameters in matrix products: no norms, and no input table that is only looked up. `model` may be abstract.
+
+    `learn` says of every parameter whether it learns; None means that all do. A third of these FLOPs is the forward pass, a third are the
+    gradients of what enters a product, and a third are those of matrices, which only matrices that learn have. Where nothing learns but the
+    last norm and the head, the blocks have the forward pass alone.
     """
-    dims = model.config.dims
+    dims, names = model.config.dims, parameter_names(model)
     sizes = {
         name: math.prod(leaf.shape)
-        for name, axes, leaf in zip(parameter_names(model), axis_names(model), jax.tree.leaves(model), strict=True)
+        for name, axes, leaf in zip(names, axis_names(model), jax.tree.leaves(model), strict=True)
         if matrix(axes).columns
     }
     if model.lm_head is not None:
         sizes.pop("embed")
-    attention = dims.layers * seq_len * dims.heads * dims.head_dim
-    return Flops(causal=6 * sum(sizes.values()) + 6 * attention, palm=6 * sum(sizes.values()) + 12 * attention)
+    learned = {*names} if learn is None else {name for name, learns in zip(names, jax.tree.leaves(learn), strict=True) if learns}
+    head = "embed" if model.lm_head is None else "lm_head"
+    deep = any(name.partition(".")[0] not in ("final_norm", "lm_head") for name in learned)
+    entered = {name for name in sizes if deep or (name == head and learned != {head})}
+    products = 2 * sum(size * (1 + (name in entered) + (name in learned)) for name, size in sizes.items())
+    attention = (6 if deep else 2) * dims.layers * seq_len * dims.heads * dims.head_dim
+    return Flops(causal=products + attention, palm=products + 2 * attention)
 
 
 def mfu(tokens_per_second: float, flops_per_token: int, device_kind: str, devices: int) -> float | None:

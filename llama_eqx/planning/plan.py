@@ -18,6 +18,7 @@ from llama_eqx.planning.compile import Compiled, TooBig, build_mesh, compile_ste
 from llama_eqx.planning.estimate import Estimate, estimate
 from llama_eqx.planning.memory import Memory, memory_by_part
 from llama_eqx.sharding import MESH_AXES, Layout
+from llama_eqx.training.optimizer import learning
 from llama_eqx.training.program import make_program
 from llama_eqx.training.run import RunConfig, with_vocab
 
@@ -90,7 +91,7 @@ def make_plan(config: RunConfig) -> Plan:
         devices=layout.mesh.size,
         device_kind=kind,
         axes={axis: layout.mesh.shape[axis] for axis in MESH_AXES},
-        flops=flops_per_token(program.shapes.model, config.train.seq_len),
+        flops=flops_per_token(program.shapes.model, config.train.seq_len, learning(config.train.only, program.shapes.model)),
         memory=memory_by_part(config, program, layout),
         needs=needs,
         may=may,

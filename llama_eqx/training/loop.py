@@ -30,6 +30,7 @@ from llama_eqx.training.ends import check_export, check_start, export, handed_on
 from llama_eqx.training.evaluation import Evaluation, make_evaluate
 from llama_eqx.training.guard import require_finite
 from llama_eqx.training.identity import check_shared, claim, file_tokenizer, origin
+from llama_eqx.training.optimizer import learning
 from llama_eqx.training.preemption import Preemption
 from llama_eqx.training.profile import Profile
 from llama_eqx.training.program import jitted_step
@@ -93,7 +94,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
 
     step_fn = jitted_step(program, config)
     evaluate_on, draw = make_evaluate(program.score), make_draw(setup)
-    flops = flops_per_token(program.shapes.model, length)
+    flops = flops_per_token(program.shapes.model, length, learning(config.train.only, program.shapes.model))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.shapes.model))
     device_kind = layout.mesh.devices.flat[0].device_kind
 
