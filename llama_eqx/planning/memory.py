@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from llama_eqx.model.kernel.shards import ways
 from llama_eqx.planning.compile import abstract_batch
 from llama_eqx.remat import RematConfig
-from llama_eqx.sharding import Layout
+from llama_eqx.sharding import Layout, axis_names
 from llama_eqx.training.optimizer import learning
 from llama_eqx.training.program import Program, make_program
 from llama_eqx.training.run import RunConfig
@@ -141,14 +141,18 @@ def _jaxprs(params: dict[str, Any]) -> Iterable[Any]:
 def _kept(config: RunConfig, layout: Layout) -> dict[str, float]:
     """The bytes that the loss's forward pass keeps for its backward pass, without parameters and logits."""
     program, dims = make_program(config, layout), config.model.dims
+    model = program.shapes.model
 
     def residuals(model: Any, batch: Any) -> list:  # of arrays, some of them NumPy's: what a kernel knows of its mask
         _, backward, _ = jax.vjp(lambda model: program.loss(model, batch, None), model, has_aux=True)
         return jax.tree.leaves(backward)
 
-    traced = jax.make_jaxpr(residuals)(program.shapes.model, abstract_batch(layout, ROWS, config.train.seq_len))
+    traced = jax.make_jaxpr(residuals)(model, abstract_batch(layout, ROWS, config.train.seq_len))
     jaxpr = getattr(traced, "jaxpr", traced)
     found: dict[str, float] = dict.fromkeys(("whole", "split", "host", "fixed"), 0.0)
+    split = {dims.heads, dims.kv_heads, dims.mlp}
+    for axes, leaf in zip(axis_names(model), jax.tree.leaves(model), strict=True):  # a variant may have axes of its own
+        split |= {size for axis, size in zip(axes, leaf.shape, strict=True) if "tensor" in layout.rules.axes.get(axis, ())} - {dims.embed}
     rows = {ROWS, ROWS * config.train.seq_len}  # on a CPU, batch and sequence are one axis in what is tokenwise
     for var in dict.fromkeys(var for var in jaxpr.outvars if not hasattr(var, "val") and var not in jaxpr.invars):
         shape = var.aval.shape
@@ -157,7 +161,7 @@ def _kept(config: RunConfig, layout: Layout) -> dict[str, float]:
         elif not rows & {*shape}:
             kind = "fixed"
         else:  # by the axes that are not the batch, the sequence, or the layers (the first)
-            kind = "split" if {dims.heads, dims.kv_heads, dims.mlp} & ({*shape[1:]} - rows - {config.train.seq_len}) else "whole"
+            kind = "split" if split & ({*shape[1:]} - rows - {config.train.seq_len}) else "whole"
         if dims.vocab not in shape[-1:]:
             found[kind] += math.prod(shape) * var.aval.dtype.itemsize
     return found

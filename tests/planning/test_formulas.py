@@ -5,13 +5,16 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jaxtyping import Array, Float
 
 from llama_eqx import load_config
 from llama_eqx.errors import ConfigError, UserError
+from llama_eqx.model.feed_forward import FeedForward, FeedForwardConfig
 from llama_eqx.planning import compile as compiling
 from llama_eqx.planning.compile import build_mesh, compile_step, program_text, too_big
 from llama_eqx.planning.memory import memory_by_part, trace
 from llama_eqx.sharding import Layout
+from llama_eqx.tag import tag
 from llama_eqx.training.program import make_program
 
 DIMS = ("vocab=320", "layers=8", "embed=256", "heads=4", "kv_heads=2", "head_dim=64", "mlp=704")
@@ -72,6 +75,31 @@ def test_tensor_parallelism_splits_heads_and_feed_forward():
     assert half.activations > whole.activations  # rows are split over 4 devices then, and the residual is whole on both
     split, _, _ = parts(settings("remat=none", "sharding=fsdp_tensor", "mesh.tensor=2", "+sharding.axes.residual=[tensor]"))
     assert split.activations == pytest.approx(whole.activations, rel=0.05)
+
+
+class Wide(FeedForward):
+    up_proj: Float[Array, "embed wide"]
+    down_proj: Float[Array, "wide embed"]
+
+    def __call__(self, x):
+        return tag(jax.nn.silu(tag(x @ self.up_proj, "up")) @ self.down_proj, "down")
+
+
+class WideConfig(FeedForwardConfig):
+    wide: int
+
+    def build(self, dims, init, *, key):
+        up = init.matrix(Wide, "up_proj", dims, fan_in="embed", wide=self.wide, key=key)
+        return Wide(up_proj=up, down_proj=init.matrix(Wide, "down_proj", dims, fan_in="wide", wide=self.wide, key=key))
+
+
+def test_tensor_parallelism_splits_an_axis_of_ones_own():
+    known = settings(
+        "sharding=fsdp_tensor", "mesh.tensor=2", "model/feed_forward=plain", "model.dims.mlp=800", "model.feed_forward.activation=silu"
+    )
+    own = settings("sharding=fsdp_tensor", "mesh.tensor=2", "+sharding.axes.wide=[tensor]")
+    own = dataclasses.replace(own, model=dataclasses.replace(own.model, feed_forward=WideConfig(wide=800)))
+    assert parts(own)[0].activations == pytest.approx(parts(known)[0].activations, rel=0.05)
 
 
 def test_microbatches_keep_less_and_a_second_gradient():
