@@ -77,9 +77,9 @@ class Profile:
             self._say(f"profile: peak memory {peak:.2f} of {limit:.2f} GiB on {device}")
         trace = max(self._folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
         times = operations(jax.profiler.ProfileData.from_file(str(trace)).planes)
-        total = sum(times.values())
+        total, each = sum(times.values()), (last - first + 1) * jax.local_device_count()
         for name, spent in times.most_common(SHOWN):
-            self._say(f"profile: {spent / total:6.1%}  {spent / 1e6 / (last - first + 1):10.3f} ms a step  {name}")
+            self._say(f"profile: {spent / total:6.1%}  {spent / 1e6 / each:10.3f} ms a step  {name}")
         self._say(f"profile: {trace.parent / 'perfetto_trace.json.gz'} opens in https://ui.perfetto.dev")
 
     def __enter__(self) -> "Profile":
@@ -100,7 +100,7 @@ class Profile:
 
 
 def operations(planes: Iterable[Any]) -> collections.Counter[str]:
-    """Nanoseconds on the devices by the name of the operation in the compiled program."""
+    """Nanoseconds by the name of the operation in the compiled program, summed over the devices of this process."""
     found = collections.Counter()
     for plane in planes:
         for line in plane.lines:

@@ -34,11 +34,13 @@ def said(*overrides):
 
 
 def test_a_trace_is_summarised(tmp_path):
-    lines = said(tmp_path / "run", "profile.steps=[2,3]")
+    lines = said(tmp_path / "run", "profile.steps=[2,3]", "mesh=cpu-8")
     assert re.match(r"profile: steps 2 to 3, [\d.]+ s each; [\d.]+ s of compilation in all", lines[0])
     shares = [float(found[1]) for line in lines if (found := re.match(r"profile: +([\d.]+)%", line))]
     assert shares == sorted(shares, reverse=True)
     assert 0 < sum(shares) <= 100.5
+    spent = [float(found[1]) for line in lines if (found := re.search(r"([\d.]+) ms a step", line))]
+    assert sum(spent) < 1e3 * float(lines[0].split()[5])  # of one device
     (trace,) = (tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz")
     assert str(trace) in lines[-1]
     assert not any("include" in line for line in lines)
