@@ -35,7 +35,8 @@ class PlanConfig(RunConfig):
 class Plan:
     """`needs` is the bytes per device that the compiler found necessary, `may` what it has; either is None where it does not say.
 
-    `compiled` is None when the compiler refused the step for its memory, `estimate` when there is no model of the device's time.
+    `remarks` are what a run with these settings would say too. `compiled` is None when the compiler refused the step for its memory,
+    `estimate` when there is no model of the device's time.
     """
 
     config: RunConfig
@@ -44,6 +45,7 @@ class Plan:
     axes: dict[str, int]
     flops: Flops
     memory: Memory
+    remarks: tuple[str, ...]
     needs: int | None
     may: int | None
     compiled: Compiled | None
@@ -93,6 +95,7 @@ def make_plan(config: RunConfig) -> Plan:
         axes={axis: layout.mesh.shape[axis] for axis in MESH_AXES},
         flops=flops_per_token(program.shapes.model, config.train.seq_len, learning(config.train.only, program.shapes.model)),
         memory=memory_by_part(config, program, layout),
+        remarks=tuple(program.remarks),
         needs=needs,
         may=may,
         compiled=compiled,
@@ -122,6 +125,7 @@ def figures(plan: Plan) -> dict[str, Any]:
             {"kind": kind, "asynchronous": asynchronous, "count": t.count, "bytes": t.bytes, "seconds_estimate": t.seconds}
             for (kind, asynchronous), t in sorted(seconds.traffic.items())
         ],
+        "remarks": list(plan.remarks),
         "doubts": list(seconds.doubts) if seconds else [],
         "devices": plan.devices,
         "device_kind": plan.device_kind,
@@ -164,6 +168,7 @@ def report(plan: Plan, advice: str = "") -> str:
         rows |= {"doubt " * i: text for i, text in enumerate(seconds.doubts, 1)}
     elif compiled:
         rows["step"] = "no estimate: only TPU compilers say how long a step takes"
+    rows |= {"note" + " " * i: text for i, text in enumerate(plan.remarks)}
     if advice:
         rows["next"] = advice
     return "\n".join(f"{name:<20}{text}" for name, text in rows.items())

@@ -11,7 +11,7 @@ from llama_eqx.batch import Batch
 from llama_eqx.data.cache import cache_dir
 from llama_eqx.model.kernel.shards import ways
 from llama_eqx.model.llama import Llama
-from llama_eqx.sharding import Layout, check_shapes
+from llama_eqx.sharding import Layout, axis_names, check_shapes
 from llama_eqx.training.evaluation import Score, make_score
 from llama_eqx.training.loss import Loss, LossSums, policy_view
 from llama_eqx.training.optimizer import learning, transformation
@@ -66,6 +66,8 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
 
     shapes = eqx.filter_eval_shape(initial, jax.random.key(0))
     check_shapes(shapes.model, config.model.dims)
+    known = {"batch", "seq", "residual", *vars(config.model.dims)}.union(*axis_names(shapes.model))
+    remarks += [f"sharding.axes.{axis} splits nothing: no array has such an axis" for axis in layout.rules.axes if axis not in known]
     view = policy_view(config.precision, config.remat, layout, config.kernel, train.unroll)
     loss = config.loss.build(view, layout)
     loss = loss if train.only is None else _held(loss, train.only)

@@ -43,6 +43,13 @@ def test_virtual_devices_through_the_verb(tmp_path, capsys):
     assert found["step_seconds_estimate"] is found["mfu_causal_estimate"] is found["mfu_palm_estimate"] is None
 
 
+def test_what_a_run_would_say_too():
+    plan = make_plan(config("mesh=cpu-8", "+sharding.axes.vocabs=[tensor]"))
+    assert plan.remarks == ("sharding.axes.vocabs splits nothing: no array has such an axis",)
+    assert f"note                {plan.remarks[0]}" in report(plan)
+    assert figures(plan)["remarks"] == [*plan.remarks]
+
+
 def test_an_estimate_is_called_one(plan):
     traffic = {("all-gather", True): Traffic(3, 2**30, 0.5), ("all-reduce", False): Traffic(1, 2**20, 0.1)}
     timed = dataclasses.replace(plan, device_kind="TPU v4", estimate=Estimate(2.0, 1.9, 0.1, 0.3, traffic, ("loop x: unknown",)))
