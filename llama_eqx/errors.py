@@ -1,6 +1,7 @@
 """Errors meant for people. A verb prints one as a block and exits with its code; a library user catches it as an exception."""
 
 import functools
+import re
 from typing import Any
 
 
@@ -58,3 +59,11 @@ class Stopped(UserError):
     def __str__(self) -> str:
         again = " (start me again)" if self.code == 75 else ""
         return f"{self.what}; exit code {self.code}{again}" + f"\nnext: {self.next}" * bool(self.next)
+
+
+def unknown_option(error: Exception) -> ConfigError | None:
+    """What to say of an exception of XLA's about a compiler option that it does not know; None for any other."""
+    found = re.search(r"No such compile option: '?(\w+)|Unknown flag[^\w]*(\w+)", str(error))
+    name = found and (found[1] or found[2])
+    next = f"~mesh.compiler_options.{name} leaves it out"
+    return ConfigError(f"the compiler has no option {name}", where="mesh.compiler_options", next=next) if name else None

@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from llama_eqx import compose
 from llama_eqx.advice import check_flags
-from llama_eqx.errors import ConfigError, StorageError, UserError
+from llama_eqx.errors import ConfigError, StorageError, UserError, unknown_option
 from llama_eqx.extensions import folders
 
 # The system's errors for a place that cannot be written: full, read-only, not ours, or not there.
@@ -200,6 +200,9 @@ def guarded(job: Callable[[], None], name: str = "train") -> int:
             plan = f"; {shlex.join(['python', '-m', 'llama_eqx.plan', *sys.argv[1:]])} says which part to shrink" if verb == "train" else ""
             print(UserError(what, next=f"a smaller model or train.batch_size, remat=full, or more devices{plan}"), file=sys.stderr)
             return 1
+        if said := unknown_option(error):
+            print(said, file=sys.stderr)
+            return said.code
         return _unexpected(error)
     return 0
 

@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from llama_eqx.batch import Batch
-from llama_eqx.errors import ConfigError, UserError
+from llama_eqx.errors import ConfigError, UserError, unknown_option
 from llama_eqx.sharding import Layout, MeshConfig
 from llama_eqx.training.program import Program
 from llama_eqx.training.run import RunConfig
@@ -175,12 +175,8 @@ def _refused() -> Iterator[None]:
             ) from None
         if "RESOURCE_EXHAUSTED" in str(error):
             raise too_big(str(error)) from None
-        if option := re.search(r"No such compile option: '?(\w+)|Unknown flag[^\w]*(\w+)", str(error)):
-            raise ConfigError(
-                f"the compiler has no option {option[1] or option[2]}",
-                where="mesh.compiler_options",
-                next=f"~mesh.compiler_options.{option[1] or option[2]} leaves it out",
-            ) from None
+        if said := unknown_option(error):
+            raise said from None
         if "INTERNAL" in str(error):
             raise ConfigError(
                 f"the compiler fails on this step, with an internal error: {str(error).splitlines()[0].strip()}",

@@ -5,6 +5,7 @@ import json
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from llama_eqx import compose, load_config
@@ -149,6 +150,14 @@ def test_a_run_that_is_out_of_memory_names_its_plan(monkeypatch, capsys):
         said = capsys.readouterr().err
         assert "Out of memory allocating 7 bytes" in said
         assert ("python -m llama_eqx.plan model=llama2_7b 'data.path=my notes' says which part to shrink" in said) is named
+
+
+def test_a_compiler_option_that_does_not_exist(capsys):
+    """In a plan, and in whatever else compiles: a run does so in its first step."""
+    with pytest.raises(ConfigError, match="the compiler has no option xla_foo"):
+        make_plan(config("mesh=cpu-8", "+mesh.compiler_options.xla_foo=1"))
+    assert guarded(lambda: jax.jit(lambda x: x + 1, compiler_options={"xla_foo": 1})(1)) == 2
+    assert "next: ~mesh.compiler_options.xla_foo leaves it out" in capsys.readouterr().err
 
 
 def test_without_the_compiler(monkeypatch):
