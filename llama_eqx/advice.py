@@ -23,6 +23,8 @@ ELSEWHERE = {
     **dict.fromkeys(("epochs", "max_steps", "max_iters", "iterations"), "train.steps"),
 }
 
+OPEN = ("mesh.compiler_options.", "sharding.axes.")  # the keys within are whatever the compiler and the model's annotations name
+
 
 def check_words(overrides: Sequence[str], keys: Callable[[], list[str]]) -> None:
     """Raises `ConfigError` for `train.steps 5`, `help`, and the rest of a value with spaces whose quotes are missing."""
@@ -53,7 +55,7 @@ def check_flags(arguments: Sequence[str], keys: Callable[[], list[str]]) -> None
 def no_option(group: str, option: str, where: str, folders: Sequence[pathlib.Path]) -> ConfigError:
     options = [path.stem for folder in folders for path in (folder / group).glob("*.yaml") if not path.stem.startswith("_")]
     is_path = group == "data" and re.search(r"[/.]", option)
-    advice = f"data=text data.path={option}" if is_path else nearest(option, options)
+    advice = f"data=text data.path={option}" if is_path else nearest(option, options, len(options))  # --cfg job does not show them
     return ConfigError(f"{group} has no option {option!r}", where=where, next=advice)
 
 
@@ -71,10 +73,12 @@ def instead(key: str, keys: list[str], overrides: Sequence[str], folders: Sequen
         if owners := [f"{group}={path.stem}" for path in files if field in (yaml.safe_load(path.read_text()) or {})]:
             return f"choose an option that has it first: {', '.join(owners)}"
     keys = [key for key in keys if not key.endswith("_target_") and not key.startswith("hydra")]
-    if meant := _meant(key, keys):
-        return f"did you mean {meant}?"
     parent = key[: len(key) - len(_last(key))]
     siblings = [other for other in keys if parent and other.startswith(parent) and parent + _last(other) == other]
+    if parent in OPEN:
+        return f"+{override_of(key, overrides)} adds it" + (f"; there are {', '.join(map(_last, siblings))}" if siblings else "")
+    if meant := _meant(key, keys):
+        return f"did you mean {meant}?"
     return f"one of: {', '.join(siblings)}" if 0 < len(siblings) <= 30 else nearest(key, keys)
 
 

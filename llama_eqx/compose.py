@@ -4,7 +4,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import yaml
@@ -106,7 +106,7 @@ def from_plan(name: str, overrides: Sequence[str]) -> list[str]:
     The plan's microbatch is left out if it does not divide the user's batch. The plan's batch, microbatch and row length are left out if
     the user names a recipe, which has sizes of its own.
     """
-    path, said = plan_file(overrides), values(overrides)
+    path, said = plan_file(overrides), values(override for override in overrides if not override.startswith("~"))  # ~ needs a key to delete
     if name not in PLANNED or not path.is_file() or "experiment" in said:
         return []
 
@@ -123,7 +123,7 @@ def from_plan(name: str, overrides: Sequence[str]) -> list[str]:
     return taken
 
 
-def values(overrides: Sequence[str]) -> dict[str, str]:
+def values(overrides: Iterable[str]) -> dict[str, str]:
     return {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in overrides)}
 
 

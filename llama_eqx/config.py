@@ -135,12 +135,12 @@ def known_to_both(tree: Any, other: Any) -> Any:
     return tree
 
 
-def nearest(word: str, options: Iterable[str]) -> str:
-    """A sentence naming the option most like `word`, or all options when none is near."""
+def nearest(word: str, options: Iterable[str], most: int = 30) -> str:
+    """A sentence naming the option most like `word`, or all options when none is near, if they are `most` or fewer."""
     options = sorted(options)
     if near := difflib.get_close_matches(word, options, 1, TYPO):
         return f"did you mean {near[0]}?"
-    return f"one of: {', '.join(options)}" if len(options) <= 30 else "--cfg job shows all of them"
+    return f"one of: {', '.join(options)}" if len(options) <= most else "--cfg job shows all of them"
 
 
 def _field(key: str) -> str:

@@ -55,7 +55,8 @@ class MeshConfig(Config):
             raise ConfigError(
                 f"this mesh needs {self.devices} {self.platform} devices{spread}; there are {len(found)} here ({kind})",
                 where="mesh",
-                next="mesh=local uses the devices that are here; mesh=cpu-8 tries eight virtual ones",
+                next="python -m llama_eqx.plan compiles for them; " * bool(self.topology)
+                + "mesh=local uses the devices that are here; mesh=cpu-8 tries eight virtual ones",
             )
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
         rest, unused = divmod(len(found), math.prod(size for size in sizes.values() if size != -1))
@@ -72,7 +73,11 @@ class MeshConfig(Config):
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise ConfigError("axis sizes must be at least 1, and at most one may be -1", where="/".join(MESH_AXES))
         if self.devices is not None and self.devices % (self.hosts or 1):
-            raise ConfigError(f"{self.devices} devices do not divide over {self.hosts} hosts", where="hosts")
+            raise ConfigError(
+                f"{self.devices} devices do not divide over {self.hosts} hosts",
+                where="hosts",
+                next=f"mesh.devices={self.devices + -self.devices % (self.hosts or 1)}, or other mesh.hosts",
+            )
 
 
 class Rules(Config):
@@ -121,7 +126,8 @@ class Layout:
             if any("splits nothing" in line for line in found):
                 hint += "; the rules of sharding=sequence use every axis of a mesh"
             elif found[0].startswith("batch") and len(found) == 1:
-                hint = f"train.batch_size={-(-sizes['batch'] // ways('batch', grid)) * ways('batch', grid)}; as a mesh, {hint}"
+                size = f"train.batch_size={-(-sizes['batch'] // ways('batch', grid)) * ways('batch', grid)}"
+                hint = f"{size}; as a mesh, {hint}" if hint.startswith("mesh") else size
             raise ConfigError("\n".join(found), where="mesh, sharding", next=hint)
         heads, split = sizes.get("kv_heads", 0), ways("kv_heads", grid)
         return [f"kv_heads={heads} does not divide by {split}: each of those devices holds all keys and values"] if heads % split else []

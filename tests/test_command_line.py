@@ -50,6 +50,10 @@ def run(monkeypatch, capsys, name, *arguments, job=None, out=None):
         (2, "did you mean model/feed_forward?", ["model/ffn=plain"]),
         (2, "one of: mesh.compiler_options, mesh.data,", ["mesh.foo=3"]),
         (2, "one of: auto, blocked, cudnn", ["kernel.name=flash"]),
+        (2, "next: one of: cpu-8, h100x1, h100x8, ", ["mesh=cpu-16"]),
+        (2, "next: +sharding.axes.mlp=[tensor] adds it; there are batch, embed\n", ["sharding.axes.mlp=[tensor]"]),
+        (2, "next: +mesh.compiler_options.xla_foo=1 adds it\n", ["mesh.compiler_options.xla_foo=1"]),
+        (2, "next: mesh.devices=9, or other mesh.hosts\n", ["mesh=cpu-8", "mesh.hosts=3"]),
         (2, "next: model=NAME mesh=NAME, whose", ["plan=llama2_7b_v4-32"]),
         (2, "next: experiment=NAME rung=10m:", ["rung=10m"]),
         (2, "next: experiment=norm experiment/norm=layer:", ["experiment/norm=layer"]),
@@ -203,6 +207,12 @@ def test_an_experiment_takes_no_plan(planned, monkeypatch, capsys):
 def test_a_plans_sizes_go_with_those_that_are_said(said, sizes, planned):
     train = load_config("mesh=cpu-8", *said).train
     assert (train.batch_size, train.microbatch_size) == sizes
+
+
+def test_what_a_plan_adds_can_be_taken_away(planned, tmp_path):
+    (tmp_path / "llama3_1m_cpu-8.yaml").write_text("overrides: [+mesh.compiler_options.xla_foo=1]")
+    assert load_config("mesh=cpu-8").mesh.compiler_options == {"xla_foo": 1}
+    assert load_config("mesh=cpu-8", "~mesh.compiler_options.xla_foo").mesh.compiler_options == {}
 
 
 ODD = """# @package _global_
