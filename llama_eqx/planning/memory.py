@@ -154,7 +154,9 @@ def _kept(config: RunConfig, layout: Layout) -> dict[str, float]:
     for axes, leaf in zip(axis_names(model), jax.tree.leaves(model), strict=True):  # a variant may have axes of its own
         split |= {size for axis, size in zip(axes, leaf.shape, strict=True) if "tensor" in layout.rules.axes.get(axis, ())} - {dims.embed}
     rows = {ROWS, ROWS * config.train.seq_len}  # on a CPU, batch and sequence are one axis in what is tokenwise
-    for var in dict.fromkeys(var for var in jaxpr.outvars if not hasattr(var, "val") and var not in jaxpr.invars):
+    # What is held by train.only is no copy either: these are the parameters themselves.
+    ours = {*jaxpr.invars}.union(*(equation.outvars for equation in jaxpr.eqns if equation.primitive.name == "stop_gradient"))
+    for var in dict.fromkeys(var for var in jaxpr.outvars if not hasattr(var, "val") and var not in ours):
         shape = var.aval.shape
         if "host" in str(getattr(var.aval, "memory_space", "")).lower():
             kind = "host"

@@ -103,6 +103,7 @@ def test_no_gradient_of_the_others_is_computed():
 def test_the_plan_counts_gradients_and_state_of_the_named_alone():
     whole, part = (memory_by_part(*(found := build("mesh=cpu-8", *more))[:1], found[2], found[1]) for more in ((), ("train.only=[embed]",)))
     assert part.parameters == whole.parameters
+    assert part.copies <= whole.copies
     assert part.gradients == 64 * 32 * 4 // 8 < whole.gradients
     assert 2 * part.gradients <= part.optimizer <= 2 * part.gradients + 64 < whole.optimizer
 
