@@ -75,6 +75,12 @@ def run(monkeypatch, capsys, name, *arguments, job=None, out=None):
         (2, "data.path=FOLDER", ["data=text"]),
         (2, "longer than the model's context", ["train.seq_len=512"]),
         (2, "16 tpu devices", ["mesh=v4-32", "data=text", f"data.path={TEXT}", "tokenizer=bytes"]),
+        (
+            2,
+            "next: python -m llama_eqx.plan compiles for them; mesh=local",
+            ["mesh=v4-8", "data=text", f"data.path={TEXT}", "tokenizer=bytes"],
+        ),
+        (2, "next: train.batch_size=16\n", ["mesh=cpu-8", "train.batch_size=12", "data=text", f"data.path={TEXT}", "tokenizer=bytes"]),
         (2, "does not divide", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "train.batch_size=3", "train.seq_len=32"]),
         # 258 ids do not divide by the 4 that 4 heads do
         (
