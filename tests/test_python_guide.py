@@ -24,7 +24,7 @@ from llama_eqx.training.loop import train
 from llama_eqx.training.loss import policy_view
 
 GUIDE = (pathlib.Path(__file__).parents[1] / "docs/python.md").read_text(encoding="utf-8")
-LOOP, SAVED, OWN, INSIDE, HOOK = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
+LOOP, SAVED, AVERAGED, OWN, INSIDE, HOOK = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
 SMALL = {"layers": 2, "embed": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 48}
 
 
@@ -41,6 +41,7 @@ def test_the_loop(tmp_path, monkeypatch):
     assert (first["done"], names["done"]) == (0, 2)
 
     silent = ["tracking.wandb.mode=disabled", "train.log_every=1", "train.sample_tokens=0", "train.eval_every=4", "run_dir=run"]
+    silent += ["checkpoint.every=1", "checkpoint.keep=3"]
     train(load_config("data=text", "data.path=notes", "tokenizer=bytes", *small, *silent))
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     wanted = [record["train/loss"] for record in records if "train/loss" in record]
@@ -51,6 +52,12 @@ def test_the_loop(tmp_path, monkeypatch):
         names["rows"].bytes / names["rows"].targets,
     )
     assert held_out.metrics()["val/bits_per_byte"] == records[-1]["val/bits_per_byte"]
+
+    exec(AVERAGED.replace("RUN_DIR", "run").replace("160, 180, 200", "2, 3, 4"), {})
+    found, *parts = (jax.tree.leaves(load_pretrained(path)) for path in ("averaged", *(f"run/checkpoints/{n}" for n in (2, 3, 4))))
+    for mean, *each in zip(found, *parts, strict=True):
+        np.testing.assert_allclose(mean, np.mean(each, axis=0), rtol=1e-6, atol=1e-8)
+    assert find_tokenizer("averaged").fingerprint == find_tokenizer("run").fingerprint
 
     exec(SAVED, names)
     convert(ConvertConfig(from_="mine", to="mine-hf", format="hf", dtype=None, shards=None))
