@@ -175,7 +175,7 @@ def test_fingerprints_differ(sentencepiece, tiktoken, hf):
 
 def test_a_fingerprint_is_of_the_ids_of_documents(tiktoken, hf):
     assert TiktokenTokenizer(tiktoken.ranks, chat="llama3").fingerprint == tiktoken.fingerprint
-    other = HuggingFaceTokenizer(hf.definition, bos=hf.bos, eos=hf.eos, stop=[hf.eos, 5], chat="llama3")
+    other = HuggingFaceTokenizer(hf.definition, bos=hf.bos, eos=hf.eos, stop=[hf.eos, 5], chat="llama3", ordinary=True)
     assert other.fingerprint == hf.fingerprint
     other.mark(bos=hf.bos, eos=5)
     assert other.fingerprint != hf.fingerprint
@@ -225,8 +225,34 @@ def test_a_stream_comes_as_the_ids_do(tiktoken):
         assert tiktoken.decode(seen).endswith(text)
 
 
-def test_tokens_that_are_added_but_not_special_are_written(hf):
-    assert hf.decode(hf.encode("a<think>b<mine><|eot_id|>", special=True)) == "a<think>b"
+def test_tokens_that_are_added_but_not_special_are_text(hf, tmp_path):
+    """As they are to transformers. A tokenizer that was saved when they were not keeps its ids, and so does a run's."""
+    from transformers import AutoTokenizer
+
+    text = "a<think>b<mine><|eot_id|></think>"
+    assert hf.decode(hf.encode(text, special=True)) == "a<think>b</think>"
+    hf.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True)
+    assert hf.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    think = hf.library.token_to_id("<think>")
+    assert think in hf.encode(text) == load_tokenizer(tmp_path).encode(text) == read_huggingface(tmp_path).encode(text)
+
+    older = HuggingFaceTokenizer(hf.definition, bos=hf.bos, eos=hf.eos)
+    older.save(tmp_path)
+    assert older.fingerprint != hf.fingerprint
+    assert older.encode(text) == load_tokenizer(tmp_path).encode(text) == read_huggingface(tmp_path).encode(text)
+    assert think not in older.encode(text)
+    assert older.decode(older.encode(text, special=True)) == "a<think>b</think>"
+
+
+def test_marks_are_special_whatever_the_file_says(hf):
+    tree = json.loads(hf.definition)
+    for token in tree["added_tokens"]:
+        token["special"] = False
+    found = HuggingFaceTokenizer(json.dumps(tree).encode(), ordinary=True, eos=hf.library.token_to_id("<mine>"))
+    text = "a<think>b<mine><|begin_of_text|>"
+    assert found.encode(text) == hf.encode(text)
+    assert found.decode(found.encode(text, special=True)) == "a<think>b"
 
 
 def test_texts_of_a_hugging_face_folder_are_neither_cut_nor_filled_up(hf):

@@ -127,7 +127,7 @@ class TokenizerConfig(Config):
 
 def fingerprint(kind: str, definition: bytes, settings: Mapping[str, Any]) -> str:
     # BOS and EOS count too if they are not part of the definition, because documents lie between them.
-    marks = {name: settings[name] for name in ("bos", "eos") if name in settings}
+    marks = {name: settings[name] for name in ("bos", "eos", "ordinary") if name in settings}
     return hashlib.sha256(kind.encode() + b"\n" + definition + (json.dumps(marks).encode() if marks else b"")).hexdigest()
 
 

@@ -10,17 +10,19 @@ import numpy as np
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer.base import MARK, Tokenizer, TokenizerConfig, utf8
 from llama_eqx.data.tokenizer.files import json_object, native_model, refuse_stand_in
-from llama_eqx.data.tokenizer.tiktoken import turn_ends
+from llama_eqx.data.tokenizer.tiktoken import special_tokens, turn_ends
 from llama_eqx.errors import ConfigError, DataError
 
 SAVED = {"bos": "bos", "eos": "stop", "pad": "pad"}  # `stop` begins with `eos`
+LLAMA = {"<s>", "</s>", *special_tokens("llama3_1", 0)}
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`, read by the `tokenizers` library.
 
-    That file does not say which ids begin and end a text; files beside it do. All tokens that were added to the vocabulary are special
-    here: none is found in text unless asked. `decode` still writes those that the file does not call special.
+    That file does not say which ids begin and end a text; files beside it do. Special are the added tokens that it calls so, those that
+    begin, end or fill texts, and those that Llama has. With `ordinary`, other added tokens are found in text, as `transformers` finds them.
+    Without it none is, as in tokenizers that were saved before there was this choice; `decode` writes them all the same.
 
     Raises `DataError` when the file is damaged or an id is not in it.
     """
@@ -28,7 +30,7 @@ class HuggingFaceTokenizer(Tokenizer):
     kind, file = "hf", "tokenizer.json"
     foreign = False  # whether it lies beside a model that was not trained here
 
-    def __init__(self, definition: bytes, **settings: Any):
+    def __init__(self, definition: bytes, *, ordinary: bool = False, **settings: Any):
         from tokenizers import Tokenizer as Library
 
         self.definition = definition
@@ -36,11 +38,8 @@ class HuggingFaceTokenizer(Tokenizer):
             self.library = Library.from_str(definition.decode())
         except Exception as error:  # the library raises nothing narrower
             raise DataError(f"a damaged tokenizer.json: {error}", next="download it again") from error
-        added = self.library.get_added_tokens_decoder()
-        self.special = {token.content: i for i, token in added.items()}
-        self.unspoken = frozenset(i for i, token in added.items() if token.special)
-        # In text the library leaves alone only tokens that it calls special, so all of them must be.
-        self.library.add_special_tokens(list(added.values()))
+        self.added = {token.content: (i, token) for i, token in self.library.get_added_tokens_decoder().items()}
+        self.ordinary = ordinary and not all(token.special for _, token in self.added.values())
         self.library.encode_special_tokens = True
         self.library.no_truncation()
         self.library.no_padding()
@@ -62,8 +61,14 @@ class HuggingFaceTokenizer(Tokenizer):
         if wrong := [i for i in (bos, eos, pad, *stop) if i is not None and not 0 <= i < self.vocab]:
             raise DataError(f"a special id is {wrong[0]}, but tokenizer.json has {self.vocab} ids", next="take all files from one model")
         self.bos, self.eos, self.pad = bos, eos, pad
-        self.stop = tuple(dict.fromkeys([*([] if eos is None else [eos]), *stop, *turn_ends(self.special)]))
-        self.chat = chat or _chat(self.special)
+        names = {name: i for name, (i, _) in self.added.items()}
+        self.stop = tuple(dict.fromkeys([*([] if eos is None else [eos]), *stop, *turn_ends(names)]))
+        self.chat = chat or _chat(names)
+        roles = {bos, eos, pad, *self.stop}
+        special = {name: i for name, (i, token) in self.added.items() if token.special or i in roles or name in LLAMA}
+        self.special, self.unspoken = special if self.ordinary else names, frozenset(special.values())
+        # In text the library leaves alone only tokens that it calls special.
+        self.library.add_special_tokens([self.added[name][1] for name in self.special])
 
     @property
     def prefix(self) -> tuple[int, ...]:
@@ -89,7 +94,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.definition
 
     def _settings(self) -> dict[str, Any]:
-        return {"bos": self.bos, "eos": self.eos, "stop": self.stop, "pad": self.pad, "chat": self.chat}
+        marks = {"bos": self.bos, "eos": self.eos, "stop": self.stop, "pad": self.pad, "chat": self.chat}
+        return marks | ({"ordinary": True} if self.ordinary else {})
 
 
 class HuggingFaceTokenizerConfig(TokenizerConfig):
@@ -124,8 +130,9 @@ def read_huggingface(folder: Path, chat: str | None = None) -> HuggingFaceTokeni
         raise DataError(f"cannot read: {error.strerror}", where=str(file), next=advice) from error
     refuse_stand_in(content, str(file))
     try:
-        tokenizer = HuggingFaceTokenizer(content)
-        tokenizer.mark(**special_ids(folder, tokenizer.special), chat=chat)
+        saved = json_object(folder / MARK).get("settings")
+        tokenizer = HuggingFaceTokenizer(content, ordinary=saved.get("ordinary", False) if isinstance(saved, dict) else True)
+        tokenizer.mark(**special_ids(folder, {name: i for name, (i, _) in tokenizer.added.items()}), chat=chat)
     except DataError as error:
         raise DataError(error.what, where=error.where or str(file), next=error.next) from error
     return tokenizer
