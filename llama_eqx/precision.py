@@ -38,7 +38,7 @@ class PrecisionConfig(Config):
 
     def apply(self, model: Any) -> Any:
         """The model with the parts outside its blocks as the loss sees them. `block` casts the blocks, one layer at a time."""
-        if self.params == self.compute:
+        if self.params == self.compute == "float32":
             return model
         seen = [Lookup(part, self.compute) if name == "embed" else cast(part, self.compute) for name, part in outside(model).items()]
         return eqx.tree_at(lambda m: [*outside(m).values()], model, seen, is_leaf=lambda x: x is None)
@@ -51,13 +51,15 @@ class PrecisionConfig(Config):
 
 
 class Lookup(eqx.Module):
-    """An embedding table that is read in another dtype. The cast follows the lookup, so gradients add up in the table's own dtype."""
+    """An embedding table that is read in another dtype. The cast follows a lookup in float32, so gradients add up in float32: in bfloat16
+    a sum would stop growing at some 256 times what is added, and a frequent token is added more often.
+    """
 
     table: Float[Array, "vocab embed"]
     dtype: str = eqx.field(static=True)
 
     def __getitem__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
-        return self.table[tokens].astype(self.dtype)
+        return self.table.astype(jnp.float32)[tokens].astype(self.dtype)
 
     @property
     def T(self) -> Float[Array, "embed vocab"]:

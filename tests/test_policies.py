@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from llama_eqx import build_model, load_config
 from llama_eqx.flops import flops_per_token, mfu
 from llama_eqx.model.llama import Llama
-from llama_eqx.precision import PrecisionConfig
+from llama_eqx.precision import PrecisionConfig, cast
 from llama_eqx.remat import RematConfig
 from llama_eqx.sharding import MESH_AXES, Layout, Rules, parameter_names
 from llama_eqx.training.loss import policy_view
@@ -35,11 +35,12 @@ def test_gradients_of_mixed_precision_are_float32_and_near(tiny):
         assert float(jnp.linalg.norm(a - b)) < 0.05 * float(jnp.linalg.norm(a))
 
 
-def test_gradients_of_the_table_add_up_in_float32(tiny):
+@pytest.mark.parametrize(("params", "compute"), [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+def test_gradients_of_the_table_add_up_in_float32(params, compute, tiny):
     """4,096 equal gradients of 1 on one row: in bfloat16 the sum would stop at 256."""
-    model = build_model(tiny(), key=jax.random.key(0))
-    tokens = jnp.zeros((1, 4096), jnp.int32)
-    gradient = jax.grad(lambda model: jnp.sum(MIXED.apply(model).embed[tokens].astype(jnp.float32)))(model)
+    model = cast(build_model(tiny(), key=jax.random.key(0)), params)
+    tokens, policy = jnp.zeros((1, 4096), jnp.int32), PrecisionConfig(params=params, compute=compute)
+    gradient = jax.grad(lambda model: jnp.sum(policy.apply(model).embed[tokens].astype(jnp.float32)))(model)
     np.testing.assert_array_equal(gradient.embed[0], 4096)
 
 
