@@ -52,7 +52,7 @@ class Config:
     def check(self) -> None:
         """Raises `ConfigError` when fields contradict each other."""
 
-    def within(self, low: int, high: int | float, *names: str) -> None:
+    def within(self, low: int | float, high: int | float, *names: str) -> None:
         """Raises `ConfigError` unless each of these fields that the config has is at least `low` and below `high`."""
         for name in names:
             if not low <= (value := getattr(self, name, low)) < high:

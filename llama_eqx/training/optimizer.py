@@ -29,7 +29,8 @@ class OptimizerConfig(Config):
             raise ConfigError(
                 f"{self.clip_norm} leaves nothing of a gradient", where="clip_norm", next="optimizer.clip_norm=null clips nothing"
             )
-        self.within(0, math.inf, "weight_decay", "eps", "iterations", "min_scale", "clip")
+        self.within(0, math.inf, "weight_decay", "iterations", "min_scale")
+        self.within(1e-37, math.inf, "eps", "clip")  # with 0, where a gradient is 0, an update is 0 / 0
         self.within(0, 1, "b1", "b2", "momentum")
 
     @abc.abstractmethod

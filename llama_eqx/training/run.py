@@ -176,9 +176,15 @@ def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
         )
     if config.precision.params == "bfloat16":
         said.append(
-            "precision.params=bfloat16: of a weight an update below a 256th of it is lost (train.meters=[update_norm,dead_updates] counts "
+            "precision.params=bfloat16: of a weight an update below a 512th of it is lost (train.meters=[update_norm,dead_updates] counts "
             "them); precision=mixed keeps float32"
         )
+        for name in ("b1", "b2", "momentum"):
+            if (value := getattr(config.optimizer, name, 0)) >= 1 - 2**-9:
+                said.append(
+                    f"optimizer.{name}={value:g} is 1 in bfloat16: that average never falls again; next: optimizer.{name}=0.99, or "
+                    "precision=mixed"
+                )
     if config.schedule.warmup_steps >= config.train.steps:
         recipe = ", or recipe=finetune" if config.init_from and config.train.steps > FINETUNE_WARMUP else ""
         said.append(

@@ -129,6 +129,13 @@ def test_no_gradient_is_clipped_to_nothing(clip_norm):
         load_config(f"optimizer.clip_norm={clip_norm}")
 
 
+@pytest.mark.parametrize("zero", ["optimizer.eps=0", "optimizer=muon optimizer.eps=0", "optimizer=adafactor optimizer.clip=0"])
+def test_no_update_is_zero_by_zero(zero):
+    """As it would be for a token that has not occurred."""
+    with pytest.raises(ConfigError, match=r"0\.0 is not at least 1e-37"):
+        load_config(*zero.split())
+
+
 def test_gradients_need_not_be_clipped(model):
     direction = [load_config("optimizer=lion", f"optimizer.clip_norm={norm}").optimizer.build() for norm in ("null", "1e9")]
     gradient = jax.tree.map(lambda leaf: 1e3 * leaf, model)

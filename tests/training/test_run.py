@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers.models import WordLevel
@@ -66,6 +67,10 @@ def test_what_is_seldom_meant_is_warned_of():
     said = lambda *overrides: warnings(load_config("tokenizer=bytes", "model.dims.vocab=258", *overrides), BytesTokenizer())  # noqa: E731
     assert said() == []
     assert "precision=mixed keeps float32" in said("precision=mixed", "precision.params=bfloat16")[0]
+    bfloat16 = [said("precision.params=bfloat16", f"optimizer.b2={b2}")[1:] for b2 in (0.95, 0.998, 0.999)]
+    assert [len(each) for each in bfloat16] == [0, 0, 1]
+    assert [float(jnp.bfloat16(b2)) == 1 for b2 in (0.998, 0.999)] == [False, True]
+    assert "optimizer.b2=0.99, or precision=mixed" in bfloat16[2][0]
     assert said("train.steps=50")[0].endswith("; next: schedule.warmup_steps=5")
     assert said("train.steps=50", "init_from=here")[0].endswith("; next: schedule.warmup_steps=5, or recipe=finetune")
     recipe = ["init_from=here", "recipe=finetune", "model.context=2048"]
