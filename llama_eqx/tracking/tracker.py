@@ -70,6 +70,10 @@ class Tracker:
         other = [each for each in changed(before[-1], origin) if not each.within(["train"])] if start and before else []
         if other:
             meant = "losses agree to rounding with those of an uninterrupted run, but not bit by bit"
+            model, spread = settings.get("model", {}), ("computed.mesh", "computed.sharding", "computed.devices")
+            dropout = model.get("dropout") or model.get("block", {}).get("dropout")
+            if dropout and settings["train"]["microbatch_size"] and any(each.within(spread) for each in other):
+                meant = "microbatches may have other rows, of which dropout drops other activations: losses differ as between seeds"
             if any(each.within(["jax"]) for each in other):
                 meant = "what follows is computed, and dropout drawn, under other settings of JAX"
             if any(each.within(["code"]) for each in other):

@@ -38,6 +38,9 @@ def tracker(folder, start=0, settings=None, steps=100, texts=None, **changes) ->
     return Tracker(config(**changes), folder, settings=settings or {}, steps=steps, start=start, texts=texts)
 
 
+DROPPED = {"model": {"dropout": 0.1}, "train": {"microbatch_size": 4}}
+
+
 def test_disabled_wandb_leaves_nothing(tmp_path):
     with tracker(tmp_path) as told:
         told.log(1, {"train/loss": 2.0})
@@ -51,6 +54,7 @@ def test_disabled_wandb_leaves_nothing(tmp_path):
     [
         ({"mesh": {"fsdp": 1}}, {"mesh": {"fsdp": 2}}, "changed after step 3: computed.mesh.fsdp: 1 -> 2; losses agree to rounding"),
         ({"mesh": {"fsdp": 1}, "seed": 1}, {"mesh": {"fsdp": 1}, "seed": 2}, None),
+        (DROPPED | {"mesh": {"fsdp": 1}}, DROPPED | {"mesh": {"fsdp": 2}}, "microbatches may have other rows, of which dropout drops"),
     ],
 )
 def test_a_start_tells_what_is_no_longer_as_it_was(tmp_path, capsys, before, after, said):
