@@ -1,6 +1,7 @@
 """The metrics of the steps, fetched one step late, and where the time went."""
 
 import contextlib
+import math
 import pathlib
 import statistics
 import time
@@ -94,8 +95,10 @@ class Reporter:
             self._tracker.say(f"warning: step {step}: loss {loss:.4f}, gradient norm {norm:.4g} are a spike: its update is withheld")
         else:
             self.withheld += 1
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            what = "numbers of its update that are not finite are" if finite else "its update is"
             self._tracker.say(
-                f"warning: step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: its update is withheld, {self.withheld} of "
+                f"warning: step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: {what} withheld, {self.withheld} of "
                 f"{self._max_withheld} in a row"
             )
         if self.withheld == self._max_withheld:

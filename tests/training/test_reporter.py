@@ -1,9 +1,13 @@
 """No step waits for the numbers of its own."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import pytest
 
 from llama_eqx.data.pipeline import Progress
+from llama_eqx.errors import NonFiniteError
 from llama_eqx.flops import mfu
 from llama_eqx.tracking.tracker import Tracker
 from llama_eqx.training.reporter import Reporter
@@ -82,3 +86,19 @@ def test_compilation_counts_for_the_first_step_of_a_start_alone(monkeypatch):
     rates, reporter = rates_of(monkeypatch, range(7, 16), lambda step: 60 if step == 7 else 1)
     assert rates == {10: 8.0, 15: 8.0}
     assert reporter.typical() == {"perf/tokens_per_second": 8, "data/starved_fraction": 0, "perf/mfu": mfu(8.0, 10**12, "TPU v4", 1)}
+
+
+@pytest.mark.parametrize(
+    ("norm", "said"), [(2.0, "numbers of its update that are not finite are withheld, 1 of 1"), (math.inf, "its update is withheld, 1")]
+)
+def test_it_says_what_is_withheld(norm, said):
+    """Of a finite gradient only those numbers of its update that are not finite."""
+    happened = []
+    told = Said(happened)
+    told.say = happened.append
+    metrics = {"train/loss": 5.0, "optim/grad_norm": norm, "optim/withheld": 1.0}
+    reporter = reporting(told, log_every=5, last_step=9)
+    reporter.add(2, {name: jnp.float32(value) for name, value in metrics.items()}, Progress(step=2, ledger=0, tokens=8))
+    with pytest.raises(NonFiniteError):
+        reporter.flush()
+    assert said in happened[-1]
