@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import functools
+import math
 import os
 import pathlib
 import re
@@ -64,8 +65,9 @@ class CheckpointConfig(Config):
             raise ConfigError(f"{self.grace} s are not enough to save anything", where="grace")
 
     def ranked(self, saved: Mapping[int, Mapping[str, float]]) -> list[tuple[float, int]]:
-        """(value of `best_by`, step) for each saved step that has one, the lowest first."""
-        return sorted((metrics[self.best_by], step) for step, metrics in saved.items() if self.best_by in metrics)
+        """(value of `best_by`, step) for each saved step that has one, the lowest first. NaN, which has no order, counts as none."""
+        found = ((metrics.get(self.best_by, math.nan), step) for step, metrics in saved.items())
+        return sorted((value, step) for value, step in found if not math.isnan(value))
 
     def kept(self, saved: Mapping[int, Mapping[str, float]]) -> set[int]:
         """The saved steps to keep, given the metrics of each."""

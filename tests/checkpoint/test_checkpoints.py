@@ -201,6 +201,12 @@ def test_what_is_kept(tmp_path, model, recorded, best, monkeypatch):
     assert len(reads) == 1  # it grows with the run
 
 
+def test_a_loss_that_is_no_number_is_not_the_best():
+    config = load_config("checkpoint.keep=1", "checkpoint.keep_best=1").checkpoint
+    losses = {1: 2.0, 2: float("nan"), 3: 1.0, 4: 3.0}
+    assert config.kept({step: {"val/loss": loss} for step, loss in losses.items()}) == {3, 4}
+
+
 # --- Damage: every byte of a checkpoint is guarded.
 
 
