@@ -109,13 +109,13 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_each_prompt_has_its_own_room_in_the_context(model, way):
     """A prompt that leaves few new tokens cuts no other short."""
-    prompts = [[12] * 16, [7, 8] * 30, [9] * 63, [3]]
+    prompts = [[7, 8] * 30, [9] * 63, [3]]
     rows = WAYS[way](model, prompts, NEW, first_row=0)
     alone = [row for i, prompt in enumerate(prompts) for row in WAYS[way](model, [prompt], min(NEW, 64 - len(prompt)), first_row=i)]
     flat = lambda row: [token for part in row for token in part] if way == "streamed" else getattr(row, "tokens", row)  # noqa: E731
     assert list(map(flat, rows)) == list(map(flat, alone))
     if "beams" not in way:
-        assert [len(flat(row)) for row in rows[:: len(rows) // 4]] == [NEW, 4, 1, NEW]
+        assert [len(flat(row)) for row in rows[:: len(rows) // 3]] == [4, 1, NEW]
 
 
 def test_rows_end_with_their_first_stop_token(model, greedy):
