@@ -1,6 +1,5 @@
 """What a user types, and what they are told when it is wrong: one block and an exit code, never a traceback."""
 
-import os
 import pathlib
 import pickle
 import re
@@ -14,7 +13,7 @@ import yaml
 
 from llama_eqx import compose, generate, load_config, train
 from llama_eqx.compose import quoted
-from llama_eqx.verb import guarded, run_verb
+from llama_eqx.verb import run_verb
 
 TEXT = pathlib.Path(__file__).parent / "golden" / "text.md"
 
@@ -291,34 +290,6 @@ def test_what_is_unexpected_exits_with_1(monkeypatch, capsys, tmp_path):
     assert "RuntimeError" in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(
-    ("name", "flush", "unbuffered"), [("stdout", True, ""), ("stdout", False, ""), ("stdout", False, "1"), ("stderr", True, "")]
-)
-def test_a_reader_who_leaves(name, flush, unbuffered):
-    """As `| head` does: nothing is said, and what is printed afterwards goes nowhere."""
-    code = f"""
-import sys
-from llama_eqx.verb import guarded
-code = guarded(lambda: print("a", file=sys.{name}, flush={flush}))
-print("b", file=sys.{name}, flush=True)
-sys.exit(code)
-"""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w") as stream:
-        places = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, name: stream}
-        done = subprocess.run([sys.executable, "-c", code], **places, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
-    assert (done.returncode, done.stdout or b"", done.stderr or b"") == (141, b"", b"")
-
-
-def test_a_reader_of_the_help_who_leaves():
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w") as stream:
-        done = subprocess.run([sys.executable, "-m", "llama_eqx.train", "--help"], stdout=stream, stderr=subprocess.PIPE)
-    assert (done.returncode, done.stderr) == (141, b"")
-
-
 def test_the_package_itself_names_its_verbs():
     done = subprocess.run([sys.executable, "-m", "llama_eqx"], capture_output=True, text=True)
     package = pathlib.Path(compose.__file__).parent
@@ -326,14 +297,6 @@ def test_the_package_itself_names_its_verbs():
     assert {*re.findall(r"\w+", done.stderr.split("one of: ")[1].splitlines()[0])} == {
         path.stem for path in package.glob("[!_]*.py") if '__name__ == "__main__"' in path.read_text()
     }
-
-
-def test_another_pipe_that_breaks_is_unexpected(capsys):
-    def job():
-        raise BrokenPipeError("of a worker")
-
-    assert guarded(job) == 1
-    assert "unexpected BrokenPipeError: of a worker" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

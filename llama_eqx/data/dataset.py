@@ -160,7 +160,8 @@ def _lost(rows: Rows, tokenizer: Tokenizer) -> list[str]:
     if tokenizer.unknown is None or not len(rows):
         return []
     batch = rows.read(np.arange(min(len(rows), LOOKED_AT)))
-    share = float((batch.targets == tokenizer.unknown)[batch.loss_mask > 0].mean())
+    counted = batch.targets[batch.loss_mask > 0]
+    share = np.sum(counted == tokenizer.unknown) / max(1, counted.size)
     what = f"{share:.2%} of the held-out tokens are id {tokenizer.unknown}, which stands for any text that the tokenizer does not know"
     return [f"{what}: it is lost, and bits per byte are too low"] if share > SELDOM else []
 

@@ -1,6 +1,5 @@
 import base64
 import dataclasses
-import io
 import json
 import pathlib
 
@@ -10,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_eqx.config import load
-from llama_eqx.data.dataset import open_data
 from llama_eqx.data.tokenizer import (
     BytesTokenizer,
     CharsTokenizer,
@@ -21,9 +19,7 @@ from llama_eqx.data.tokenizer import (
     TiktokenTokenizer,
     load_tokenizer,
 )
-from llama_eqx.data.tokenizer.export import tokenizer_json
 from llama_eqx.data.tokenizer.huggingface import read_huggingface
-from llama_eqx.data.tokenizer.sentencepiece import LLAMA_SETTINGS
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
 from llama_eqx.errors import ConfigError, DataError
 
@@ -379,37 +375,3 @@ def test_a_file_that_is_no_model_is_named(write, text, tmp_path):
 
 def test_sentencepiece_survives_a_pickle(sentencepiece):
     assert SentencePieceTokenizer(sentencepiece.model).encode(POEM) == sentencepiece.encode(POEM)
-
-
-@pytest.mark.parametrize("kind", ["hf", "sentencepiece"])
-@pytest.mark.parametrize(("told", "content"), [(True, "你好 quick fox "), (False, "quick brown fox ")])
-def test_text_that_a_tokenizer_loses_is_told(kind, told, content, write, text, sentencepiece):
-    from sentencepiece import SentencePieceTrainer
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    if kind == "hf":
-        library = Tokenizer(models.WordLevel({"[UNK]": 0, "quick": 1, "brown": 2, "fox": 3}, "[UNK]"))
-        library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer = HuggingFaceTokenizer(library.to_str().encode())
-    else:
-        model, asked = io.BytesIO(), {"vocab_size": 60, "byte_fallback": False}
-        SentencePieceTrainer.train(sentence_iterator=iter(["the quick brown fox jumps"] * 9), model_writer=model, **LLAMA_SETTINGS | asked)
-        tokenizer = SentencePieceTokenizer(model.getvalue())
-    data = text(write(a_txt=content * 200))
-    notes = open_data(data, tokenizer, seq_len=16, seed=0).notes
-    assert [note.split(" of the held-out tokens are id 0, ")[-1].startswith("which stands for") for note in notes] == [True] * told
-    assert open_data(data, sentencepiece, seq_len=16, seed=0).notes == []  # every byte has an id
-
-
-@pytest.mark.parametrize("said", [{"model_type": "unigram"}, {"user_defined_symbols": ["<sep>"]}], ids=["unigram", "defined"])
-def test_no_tokenizer_json_is_written_with_other_ids(said):
-    from sentencepiece import SentencePieceTrainer
-
-    def written(**settings):
-        model = io.BytesIO()
-        lines = POEM.split("\n") + pathlib.Path(__file__).read_text().split("\n")
-        SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, vocab_size=600, **{**LLAMA_SETTINGS, **settings})
-        return tokenizer_json(SentencePieceTokenizer(model.getvalue()))
-
-    assert written(**said) is None
-    assert written(split_digits=False) is not None
