@@ -116,7 +116,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
 
         with (
             Tracker(config.tracking, run_dir, settings=dump(config), steps=steps, start=begin, texts=texts) as tracker,
-            Profile(config.profile, run_dir, tracker.say) as profile,
+            Profile(config.profile, run_dir, tracker.say, len(layout.mesh.local_devices)) as profile,
             training_batches(parts, batch_sharding, size, past) as batches,
         ):
             tracker.say(f"run_dir={run_dir}")

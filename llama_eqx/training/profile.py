@@ -32,8 +32,8 @@ class Profile:
     A context manager: leaving it ends a trace that an error cut short.
     """
 
-    def __init__(self, config: ProfileConfig, run_dir: pathlib.Path, say: Callable[[str], None]):
-        self._folder, self._say = run_dir / "profile", say
+    def __init__(self, config: ProfileConfig, run_dir: pathlib.Path, say: Callable[[str], None], devices: int):
+        self._folder, self._say, self._devices = run_dir / "profile", say, devices
         self._steps = config.steps if jax.process_index() == 0 else None
         self._begun: float | None = None
         self._ended, self._compiling = False, 0.0
@@ -77,7 +77,7 @@ class Profile:
             self._say(f"profile: peak memory {peak:.2f} of {limit:.2f} GiB on {device}")
         trace = max(self._folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
         times = operations(jax.profiler.ProfileData.from_file(str(trace)).planes)
-        total, each = sum(times.values()), (last - first + 1) * jax.local_device_count()
+        total, each = sum(times.values()), (last - first + 1) * self._devices
         for name, spent in times.most_common(SHOWN):
             self._say(f"profile: {spent / total:6.1%}  {spent / 1e6 / each:10.3f} ms a step  {name}")
         self._say(f"profile: {trace.parent / 'perfetto_trace.json.gz'} opens in https://ui.perfetto.dev")

@@ -103,7 +103,7 @@ class Reporter:
             )
         if self.withheld == self._max_withheld:
             raise NonFiniteError(
-                f"loss, gradient or update was not finite for {self.withheld} steps in a row; their updates were withheld",
+                f"loss, gradient or update was not finite, or no target counted, for {self.withheld} steps in a row: no update was made",
                 where=f"step {step}",
                 kept="the checkpoints, all of whose numbers are finite",
                 next="start another run (another run_dir) with a lower schedule.peak or more schedule.warmup_steps: from the beginning, or "

@@ -64,8 +64,9 @@ def make_step(
     """Returns a step `((batch, key), state) -> (state, metrics)`; `state` may be donated.
 
     The gradient is that of the mean over the batch's targets, accumulated over microbatches if there are any.
-    When the loss or gradient is not finite, or the `guard` finds a spike, the update is withheld on the device. If only some numbers of
-    an update are not finite, those are withheld. `optim/withheld` is then 1, in the last case only if `meters` has `update_norm`.
+    When the loss or gradient is not finite, as for a batch in which no target counts, or the `guard` finds a spike, the update is withheld
+    on the device. If only some numbers of an update are not finite, those are withheld. `optim/withheld` is then 1, in the last case only
+    if `meters` has `update_norm`.
     Metrics: `train/loss` in nats per token, the terms of the loss, `optim/lr`, `optim/grad_norm` (global, before clipping),
     `optim/withheld`, the `meters` and, if the guard looks for spikes, `optim/spike`, 1 for a spike.
     """
@@ -74,7 +75,7 @@ def make_step(
     def step(inputs: tuple[Batch, PRNGKeyArray], state: TrainState) -> tuple[TrainState, Metrics]:
         batch, key = inputs
         sums, gradient = summed(state.model, batch, jax.random.fold_in(key, state.step))
-        weight = jnp.where(sums.weight > 0, sums.weight, 1)  # a batch in which no target counts teaches nothing
+        weight = sums.weight  # if no target of a batch counts, the mean over them is not a number
         mean = sums.cross_entropy / weight
         gradient = jax.tree.map(lambda leaf: (leaf / weight).astype(leaf.dtype), gradient)
         gradient = layout.place(gradient)  # unconstrained, a gradient can lose an axis of its parameter's sharding
