@@ -82,16 +82,18 @@ def claim(config: RunConfig, tokenizer: str, data: str) -> list[str]:
     begun = bool(steps(there / CHECKPOINTS))
     free += BEGINNING if begun else ()
     manifest, facts = _newest(there / CHECKPOINTS)
+    weights = f", with init_from={manifest.parent} to begin with its weights" if facts else ""
     folders = [folder for folder in ((run_dir, there) if is_remote(there) else (run_dir,)) if CONFIG in children(folder)]
     for folder in folders:
         old = _settings(folder, replaceable="settings" in facts or not begun)
         moved = ["checkpoint.store"] if folder is run_dir else []  # the checkpoints would be left behind
-        found = _changed(old, new, free, moved, where=folder / CONFIG, another="run_dir" if folder is run_dir else "checkpoint.store")
+        another = f"{'run_dir' if folder is run_dir else 'checkpoint.store'}{weights}"
+        found = _changed(old, new, free, moved, where=folder / CONFIG, another=another)
     # Older manifests have no settings, but a hash of config.yaml, which changes with what is free too.
     fingerprints = {"tokenizer_fingerprint": facts.get("tokenizer", tokenizer), "data_fingerprint": facts.get("data", data)}
     # A setting that they have not heard of, or that is no more, is left to config.yaml, where it can be mended by hand.
     old, now = facts.get("settings", new) | fingerprints, {**new, "tokenizer_fingerprint": tokenizer}
-    filed = _changed(known_to_both(old, now), known_to_both(now, old), free, where=manifest, another="run_dir")
+    filed = _changed(known_to_both(old, now), known_to_both(now, old), free, where=manifest, another=f"run_dir{weights}")
     found = found if folders else filed
     other = [difference for difference in found if begun and difference.key in BEGINNING]
     new |= {difference.key: difference.old for difference in other}  # what is written says where the weights came from
@@ -145,7 +147,7 @@ def _changed(
 ) -> list[Difference]:
     """Returns the differences, which must be `free` and not `fixed`. Raises `CheckpointError` listing those that are not.
 
-    `another` is the setting by which the run would lie elsewhere.
+    `another` says how the run would lie elsewhere.
     """
     found = differences(old, new)
     if changed := [difference for difference in found if not difference.within(free) or difference.within(fixed)]:

@@ -169,7 +169,9 @@ def test_a_checkpoint_says_what_it_was_made_with_where_config_yaml_does_not(tmp_
         ("data_fingerprint: text -> other", [], {"data": "other"}, "data"),
         ("tokenizer_fingerprint: bytes -> other", [], {"tokenizer": "other"}, "tokenizer"),
     ):
-        advice = f"give another run_dir, or bring back the {back} of the run there"
+        advice = (
+            f"give another run_dir, with init_from=.*/checkpoints/3 to begin with its weights, or bring back the {back} of the run there"
+        )
         with pytest.raises(CheckpointError, match=f"another run:\n +{differs}\nwhere: .*/3/manifest.json\n(.*\n)*next: {advice}$"):
             again(*overrides, **fingerprints)
         assert not (tmp_path / "config.yaml").exists()  # else the right settings would be refused from then on
