@@ -36,6 +36,8 @@ from llama_eqx.training.state import TrainState, first_state
 
 # What may differ between a model and the weights that it starts from. None of it changes what the weights compute.
 FREE = ("context", "dropout", "block.dropout", "init", "tokens")
+# Slots whose settings may be new to the weights, as for a longer context, if `init_new` names them.
+NEW = ("attention", "rotary")
 # Keys of a generation_config.json that hold ids of the original tokenizer, besides those that end with `_token_id`.
 IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "forced_decoder_ids", "sequence_bias")
 SAMPLED = 1000  # ids whose text is compared, at most
@@ -51,10 +53,11 @@ def check_start(config: RunConfig) -> None:
 def open_start(config: RunConfig) -> Weights | None:
     """Opens the weights at `init_from` without reading them. Returns None without `init_from`, or when the run has a checkpoint already.
 
-    Its notes name a different context, and the parameters that start fresh because `init_new` names them.
+    Its notes name a different context, and what is new to the weights because `init_new` names it.
 
     Raises `CheckpointError` when there are no weights, or when they are of another model than `config.model` apart from what `init_new`
-    names; all differences are listed. Raises `ConfigError` when `init_new` names a parameter that the model lacks or the weights have.
+    names; all differences are listed. Raises `ConfigError` when `init_new` names a parameter that the model lacks or the weights have, or
+    a slot that is no other than theirs.
     """
     if not _starts_elsewhere(config):
         return None
@@ -63,23 +66,31 @@ def open_start(config: RunConfig) -> Weights | None:
     given, wanted = parameter_shapes(abstract(weights.config)), parameter_shapes(abstract(config.model))
     lacking = [name for name in wanted if name not in given]
     every = f"init_new=[{','.join(lacking)}]"
-    new = _named(config.init_new or (), wanted, given, every if lacking else "leave init_new out")
-    found, explained = model_differences(weights.config, config.model), _explained(weights.config, config.model, new)
+    slots = [name for name in config.init_new or () if name in NEW and not ending_in(name, wanted)]
+    named = [name for name in config.init_new or () if name not in slots]
+    new = _named(named, wanted, given, every if lacking else "leave init_new out")
+    found, explained = model_differences(weights.config, config.model), [*_explained(weights.config, config.model, new), *slots]
+    for slot in slots:
+        if not any(difference.within([slot]) for difference in found):
+            what, advice = f"the {slot} of this model is that of the weights", f"another model/{slot} or model.{slot}.…, or leave {slot} out"
+            raise ConfigError(what, where="init_new", next=advice)
     if wrong := [difference for difference in found if not difference.within(explained)]:
         lines = [f"model.{name} is {a} there, {b} here" for name, a, b in wrong]
         lines += [f"not part of this model: {name}" for name in given if name not in wanted]
         advice, explicable = _advice(weights.config, wrong), _explained(weights.config, config.model, lacking)
         if any(key == "dims.vocab" for key, *_ in wrong) and (there := _tokenizer_there(config)):
             advice = f"{there[1]}, the tokenizer of these weights, or {advice}"
-        if all(difference.within(explicable) for difference in found):
-            advice += f"; or {every}, for these parameters to start fresh"
+        other = dict.fromkeys(key.partition(".")[0] for key, *_ in (each for each in found if not each.within(explicable)))
+        if given.items() <= wanted.items() and {*other} <= {*NEW}:
+            why = [*(["these parameters to start fresh"] if lacking else []), *(f"another {slot} than they learned with" for slot in other)]
+            advice += f"; or init_new=[{','.join([*lacking, *other])}], for {' and '.join(why)}"
         what = "the weights are of another model than the config:\n" + "\n".join(lines)
         raise CheckpointError(what, where=config.init_from, next=advice)
     compare({name: shape for name, shape in wanted.items() if name not in new}, given, where=config.init_from)
     notes = []
     if new:
         notes.append(f"{len(new)} parameters that the weights lack start fresh, drawn with seed={config.seed}: {', '.join(new)}")
-        notes += [f"model.{name} is {a} there, {b} here" for name, a, b in found]
+    notes += [f"model.{name} is {a} there, {b} here" for name, a, b in found]
     there, here = weights.config.context, config.model.context
     if there != here:
         notes.append(

@@ -70,7 +70,7 @@ class RunConfig(Config):
     """`eval_data` holds further data by name. Their held-out text is evaluated like that of `data`.
 
     `init_new` names the parameters that the weights at `init_from` lack, which are drawn with the seed. A name may be the end of one:
-    "lora_a" stands for every "….lora_a".
+    "lora_a" stands for every "….lora_a". "attention" and "rotary" stand for settings of these slots that are new to the weights.
     """
 
     model: LlamaConfig

@@ -26,6 +26,7 @@ from llama_eqx.model import attention
 from llama_eqx.model.attention import AttentionConfig, GroupedQueryAttention, GroupedQueryAttentionConfig
 from llama_eqx.model.init import named
 from llama_eqx.model.llama import build_model
+from llama_eqx.model.rotary import Llama3Rotary
 from llama_eqx.training.ends import handed_on, open_start, other_tokenizer, seen_before
 from llama_eqx.training.identity import claim, file_tokenizer
 from llama_eqx.training.run import with_vocab
@@ -280,10 +281,10 @@ LAYER = ["model/norm=layer", "init_new=[beside]"]
             "attention.beside,blocks.ffn_norm.bias,final_norm.bias]",
         ),
         ([], ["init_new=[beside]", "model.norm.eps=1e-3"], "model.norm.eps is 1e-05 there, 0.001 here", "another model="),
-        ([], ["init_new=[beside]", "model.rotary.theta=7"], "model.rotary.theta is", "another model="),
+        ([], ["init_new=[beside]", "model.rotary.theta=7"], "model.rotary.theta is", "init_new=[blocks.attention.beside,rotary]"),
         ([], ["init_new=[beside]", "model.dims.mlp=16"], "model.dims.mlp is 8 there, 16 here", "another model="),
         ([], ["init_new=[beside]", "model.tied=true"], r"tied is False .*\s+not part of this model: lm_head", "another model="),
-        (["model/rotary=nope"], ["init_new=[beside]"], "model.rotary._target_ is", ", or model/rotary=nope"),
+        (["model/rotary=nope"], ["init_new=[beside]"], "model.rotary._target_ is", ", or model/rotary=nope; or init_new=[blocks.attention.beside,rotary]"),
         (
             ["model/rotary=llama3_2", "model.rotary.original_context=64", "model.block.dropout=0.5"],
             ["init_new=[beside]", "model.dims.mlp=16"],
@@ -308,6 +309,22 @@ def test_what_new_parameters_do_not_explain_is_refused(tmp_path, beside, base, a
         open_start(beside(settings(tmp_path, *asked)))
     assert advice in raised.value.next
     assert ("; or init_new=" in raised.value.next) is (advice.endswith("]"))
+
+
+def test_a_rotary_that_is_new_to_the_weights_is_named(tmp_path):
+    """As for a longer context. The weights stay."""
+    asked = ["model.dims.vocab=258", "data=text", f"data.path={TEXT}", "tokenizer=bytes", "train.seq_len=32"]
+    there = build_model(settings(tmp_path, *asked).model, key=jax.random.key(7))
+    save_pretrained(there, tmp_path / "base", format="hf")
+    asked += [f"init_from={tmp_path / 'base'}", "init_new=[rotary]"]
+    setup = set_up(settings(tmp_path, *asked, "model/rotary=llama3_1", "model.rotary.original_context=32"))
+    weights = open_start(setup.config)
+    model = fresh_state(setup, weights).model
+    assert type(model.rotary) is Llama3Rotary
+    assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(there), strict=True))
+    assert "model.rotary.original_context is None there, 32 here" in weights.notes
+    with pytest.raises(ConfigError, match="the rotary of this model is that of the weights"):
+        open_start(settings(tmp_path, *asked))
 
 
 def test_names_of_no_new_parameter_are_refused(tmp_path, beside):
