@@ -78,6 +78,7 @@ def kernel_seconds(instruction: Instruction, peak: float) -> float | None:
     """Time of a splash attention kernel by its FLOPs, from the shapes of its operands; None for another kernel.
 
     The first operand has an entry for every pair of query and key blocks. Under a causal mask, only those up to the diagonal are computed.
+    If queries are fewer than keys, devices split a row, and the others wait for the last of them, which sees nearly all keys.
     """
     found = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.name)
     operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", instruction.rest)
@@ -87,9 +88,9 @@ def kernel_seconds(instruction: Instruction, peak: float) -> float | None:
     blocks = next(sizes for kind, sizes in arrays if kind.startswith("s"))
     query, key = [sizes for kind, sizes in arrays if kind in ("bf16", "f32") and len(sizes) >= 3][:2]
     n_queries, n_keys = blocks[-2:]
-    if found[1] == "dkv":  # there the grid goes over keys first
-        n_queries, n_keys = n_keys, n_queries
-    seen = sum(-(-(i + 1) * n_keys // n_queries) for i in range(n_queries)) / (n_queries * n_keys)
+    # How many keys are seen up to the last query of a block, in key blocks.
+    ends = [key[-2] - query[-2] + (i + 1) * query[-2] // n_queries for i in range(n_queries)]
+    seen = sum(-(-end * n_keys // key[-2]) for end in ends) / (n_queries * n_keys)
     fused = found[1] == "dkv" and any(len(sizes) == len(query) + 1 for _, sizes in shapes(instruction.shape))
     products = PRODUCTS[found[1]] + fused  # a fused backward kernel computes the gradient of the queries too
     size = 1

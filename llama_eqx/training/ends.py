@@ -72,8 +72,8 @@ def open_start(config: RunConfig) -> Weights | None:
     found, explained = model_differences(weights.config, config.model), [*_explained(weights.config, config.model, new), *slots]
     for slot in slots:
         if not any(difference.within([slot]) for difference in found):
-            what, advice = f"the {slot} of this model is that of the weights", f"another model/{slot} or model.{slot}.…, or leave {slot} out"
-            raise ConfigError(what, where="init_new", next=advice)
+            advice = f"another model/{slot} or model.{slot}.…, or leave {slot} out"
+            raise ConfigError(f"the {slot} of this model is that of the weights", where="init_new", next=advice)
     if wrong := [difference for difference in found if not difference.within(explained)]:
         lines = [f"model.{name} is {a} there, {b} here" for name, a, b in wrong]
         lines += [f"not part of this model: {name}" for name in given if name not in wanted]

@@ -284,7 +284,12 @@ LAYER = ["model/norm=layer", "init_new=[beside]"]
         ([], ["init_new=[beside]", "model.rotary.theta=7"], "model.rotary.theta is", "init_new=[blocks.attention.beside,rotary]"),
         ([], ["init_new=[beside]", "model.dims.mlp=16"], "model.dims.mlp is 8 there, 16 here", "another model="),
         ([], ["init_new=[beside]", "model.tied=true"], r"tied is False .*\s+not part of this model: lm_head", "another model="),
-        (["model/rotary=nope"], ["init_new=[beside]"], "model.rotary._target_ is", ", or model/rotary=nope; or init_new=[blocks.attention.beside,rotary]"),
+        (
+            ["model/rotary=nope"],
+            ["init_new=[beside]"],
+            "model.rotary._target_ is",
+            ", or model/rotary=nope; or init_new=[blocks.attention.beside,rotary]",
+        ),
         (
             ["model/rotary=llama3_2", "model.rotary.original_context=64", "model.block.dropout=0.5"],
             ["init_new=[beside]", "model.dims.mlp=16"],
