@@ -31,10 +31,15 @@ _SEEN: contextvars.ContextVar[Seen | None] = contextvars.ContextVar("seen", defa
 
 def tag(x: Array, name: str) -> Array:
     """`x` itself, known as `name` to a rematerialisation policy and to a probe; costs nothing when none asks."""
+    show(x, name)
+    return checkpoint_name(x, name)
+
+
+def show(x: Array, name: str) -> None:
+    """Makes `x` known as `name` to a probe alone."""
     seen = _SEEN.get()
     if seen is not None and name in seen:
         seen[name].append(x)
-    return checkpoint_name(x, name)
 
 
 def probed() -> bool:

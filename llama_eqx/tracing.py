@@ -15,12 +15,12 @@ from llama_eqx.model.llama import Llama, require_tokens
 from llama_eqx.remat import NAMES
 from llama_eqx.tag import Probe, Seen, probing
 
-# The tags of a block that each trace is computed from.
+# The tags of a block that each trace is computed from. Weights are those of what `attend` was given: an attention may not call it.
 TRACES = {
     "residual": ("residual",),
     "logit_lens": ("residual",),
-    "attention_weights": ("q", "k"),
-    "attention_entropy": ("q", "k"),
+    "attention_weights": ("attending", "attended"),
+    "attention_entropy": ("attending", "attended"),
     **{name: (name,) for name in ("q", "k", "v", "attention_out", "gate", "up", "down")},
 }
 
@@ -77,8 +77,10 @@ def trace(
     }
 
     def of_layer(seen: Seen) -> dict[str, Any]:
-        if missing := [name for name in names for source in sources[name] if not seen[source]]:
-            raise ConfigError(f"this model has no activation called {', '.join(missing)}", where="names", next="a variant may tag others")
+        if missing := [name for name in names if not all(seen[source] for source in sources[name])]:
+            own = ": its attention does not call `attend`" if any("attended" in sources[name] for name in missing) else ""
+            what = f"this model has no activation called {', '.join(missing)}{own}"
+            raise ConfigError(what, where="names", next="a variant may tag others")
         return {name: compute.get(name, lambda x: x)(*(seen[source][-1] for source in sources[name])) for name in names}
 
     probe = Probe({source for name in names for source in sources[name]}, of_layer)

@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers
 from llama_eqx import build_model, load_config, save_pretrained, trace
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation.layout import for_decoding
+from llama_eqx.model.attention import GroupedQueryAttention
 from llama_eqx.model.feed_forward import GatedFeedForward
 from llama_eqx.precision import PrecisionConfig
 from llama_eqx.remat import NAMES, NamedRematConfig, RematConfig
@@ -130,6 +132,20 @@ def test_names_that_are_not_there(model, tiny):
     plain = build_model(tiny("model/feed_forward=plain"), key=jax.random.key(0))
     with pytest.raises(ConfigError, match="this model has no activation called gate"):
         trace(plain, TOKENS, ("residual", "gate"))
+
+
+def test_weights_that_attention_computes_by_itself_are_not_made_up(tiny):
+    class Own(GroupedQueryAttention):
+        def __call__(self, x, rotation, segment_ids, cache):
+            q, k, v = self.qkv(x)
+            tag(rotation(q), "q"), tag(rotation(k), "k")
+            return self.out(jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)), cache
+
+    model = build_model(tiny(), key=jax.random.key(0))
+    own = eqx.tree_at(lambda m: m.blocks.attention, model, Own(**vars(model.blocks.attention)))
+    assert trace(own, TOKENS, ("q", "k")).keys() == {"q", "k"}
+    with pytest.raises(ConfigError, match="called attention_weights: its attention does not call"):
+        trace(own, TOKENS, ("residual", "attention_weights"))
 
 
 def test_a_name_of_ones_own_is_seen_and_kept(tiny, monkeypatch):

@@ -23,7 +23,7 @@ from llama_eqx.model.kernel.plain import plain
 from llama_eqx.model.kernel.shards import Blocks, Spec, on_shards, ways
 from llama_eqx.model.kernel.splash import unfit_for_splash
 from llama_eqx.model.kernel.tokenwise import ONE_ROW, PLATFORM
-from llama_eqx.tag import setting
+from llama_eqx.tag import setting, show
 
 Name = Literal["plain", "blocked", "splash", "cudnn"]
 SHORT = 128  # tokens up to which computing all scores at once is as fast
@@ -45,6 +45,8 @@ def attend(
     Scores and softmax are in float32. Query head n reads key head n // (heads / kv_heads) (Ainslie et al., 2023, arXiv 2305.13245).
     The result, and whatever else a kernel keeps for its backward pass, is tagged "attention".
     """
+    show(q, "attending")
+    show(k, "attended")
     return _KERNEL.get()(q, k, v, start, segment_ids)
 
 
