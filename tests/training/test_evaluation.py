@@ -12,6 +12,7 @@ from llama_eqx import load_config, load_pretrained, trace
 from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.evaluation.perplexity import evaluate
 from llama_eqx.generation.run import generate
+from llama_eqx.model import kernel
 from llama_eqx.sharding import Layout
 from llama_eqx.tracking import pictures
 from llama_eqx.tracking.jsonl import read_metrics
@@ -19,6 +20,8 @@ from llama_eqx.tracking.starts import read_starts
 from llama_eqx.training.cross_entropy import head_scores
 from llama_eqx.training.evaluation import Scores, Sums, bucket
 from llama_eqx.training.loop import train
+from llama_eqx.training.setup import set_up
+from llama_eqx.training.traces import make_draw
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TRACES = ("residual", "attention_weights", "attention_entropy", "logit_lens")
@@ -55,6 +58,14 @@ def test_the_verb_says_of_a_checkpoint_what_its_run_said(run):
     assert {name: value for name, value in last.items() if "loss_at" in name} == by_position
     assert list(found.by_position) == [0, 1, 2, 4, 8, 16]
     assert result.evaluation.tokens == found.tokens
+
+
+def test_a_picture_of_what_the_model_has_not_is_refused_before_the_first_step(monkeypatch):
+    monkeypatch.setattr(kernel, "show", lambda x, name: None)  # as if attention computed its own weights
+    setup = set_up(load_config("data=text", f"data.path={GOLDEN / 'text.md'}", "tokenizer=bytes", "train.traces=[attention_entropy]"))
+    with pytest.raises(ConfigError, match="no activation called attention_entropy") as raised:
+        make_draw(setup)
+    assert raised.value.where == "train.traces"
 
 
 def test_a_run_without_a_checkpoint(run, tmp_path):
