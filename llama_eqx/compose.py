@@ -50,8 +50,8 @@ HYDRAS = (HydraException, OmegaConfBaseException)  # errors, for `explained` to 
 
 
 def sweep_name(overrides: list[str]) -> str:
-    """The name of a sweep's folder, the same for the same overrides."""
-    said = re.sub(r"[^\w.=,-]+", "_", " ".join(overrides))[:60]
+    """The name of a sweep's folder, the same for the same overrides. It has no = and no comma, which would need quotes in `runs=[…]`."""
+    said = re.sub(r"[^\w.-]+", "_", " ".join(overrides))[:60]
     return f"{said}-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:6]}"
 
 

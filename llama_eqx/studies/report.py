@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -121,9 +122,14 @@ def final(config: ReportConfig, question: str) -> Report:
 
 def of_runs(config: ReportConfig) -> Report:
     """Writes a page of runs side by side."""
-    runs = {_name(path, config.runs): read_run(pathlib.Path(path)) for path in config.runs}
-    page = Page(" and ".join(runs))
+    paths, lacking = _members(config.runs)
+    runs = {_name(path, paths): read_run(pathlib.Path(path)) for path in paths}
+    page = Page(" and ".join(runs) if len(runs) < 5 else f"{len(runs)} runs")
     said = [f"{name}: {_ends(run)}" for name, run in runs.items()]
+    for path in lacking:
+        page.text(remark := f"Nothing was recorded in {path}: its console.txt says why.")
+        said.append(remark)
+    page.table(["run", "settings other than those of the first", "came to", "tokens/s"], _overview(runs))
     for name, run in runs.items():
         if found := changes(run.provenance, max((record["step"] for record in run.metrics), default=0)):
             page.text(remark := f"The starts of {name} differ: {', '.join(found)}.")
@@ -149,7 +155,7 @@ def of_runs(config: ReportConfig) -> Report:
         *((metric.removeprefix("optim/"), metric, metric) for metric in sorted(shared - usual) if metric.startswith("optim/")),
     ):
         page.figure(name, plots.curves(runs, metric, label, log=metric == "optim/grad_norm"), label)
-    for name, path in zip(runs, config.runs, strict=True):
+    for name, path in zip(runs, paths, strict=True):
         if (sample := pathlib.Path(path, "sample.txt")).exists():
             page.heading(f"Sample of {name}")
             page.verbatim(sample.read_text(encoding="utf-8").strip())
@@ -170,14 +176,16 @@ def compared(a: Run, b: Run) -> str:
         if a.codes[package] != b.codes[package]:
             said.append(f"They were made by other code of {package} ({', '.join(a.codes[package])} and {', '.join(b.codes[package])}).")
     of_data = [dict(zip(*run.series("data/ledger"), strict=True)) for run in (a, b)]
+    ended = [which for which, run in (("first", a), ("second", b)) if _not_finite_at(run)]
+    said += [f"The {which} ended without finite numbers, which counts as worse than any loss." for which in ended]
     if wrong := next((step for step in sorted(of_data[0].keys() & of_data[1].keys()) if of_data[0][step] != of_data[1][step]), None):
         said.append(f"They saw different data by step {wrong}, so steps are not paired.")
-    elif parted is not None:
+    elif parted is not None and not ended:
         late = steps[-max(len(steps) // 4, 1) :]
         mean = statistics.fmean(other[step] - mine[step] for step in late)
         said.append(f"On the same batches the second is {_signed(mean)} over the last {len(late)} of {len(steps)} records.")
     ends = [dict(zip(*run.series("val/loss"), strict=True)) for run in (a, b)]
-    if both := sorted(ends[0].keys() & ends[1].keys()):
+    if not ended and (both := sorted(ends[0].keys() & ends[1].keys())):
         last = both[-1]
         said.append(f"Validation at step {last}: the second is {_signed(ends[1][last] - ends[0][last])}. One pair says nothing of seeds.")
     return " ".join(said)
@@ -188,12 +196,57 @@ def _count(lines: Sequence[str]) -> str:
 
 
 def _signed(difference: float) -> str:
+    if not math.isfinite(difference):
+        return "not comparable (a loss is not finite)"
     return f"{abs(difference):.4f} nats per token {'worse' if difference > 0 else 'better'}" if difference else "equal"
 
 
 def _ends(run: Run) -> str:
+    """The last validation loss, and whether the run came to its end."""
     steps, losses = run.series("val/loss")
-    return f"validation loss {losses[-1]:.4f} at step {steps[-1]}" if losses else "not evaluated yet"
+    said = f"validation loss {losses[-1]:.4f} at step {steps[-1]}" if losses else "not evaluated yet"
+    if step := _not_finite_at(run):
+        return f"ended at step {step}, as its numbers were not finite; {said}"
+    reached, wanted = max((record["step"] for record in run.metrics), default=0), run.settings.get("train", {}).get("steps", 0)
+    return f"{said}; its record goes to step {reached} of {wanted}" if reached < wanted else said
+
+
+def _not_finite_at(run: Run) -> int:
+    """The step after which a run ended because its numbers were not finite, by the bundle that it left; 0 if it did not, or went on."""
+    bundles = (int(path.stem.removeprefix("step-")) for path in (run.path / "replay").glob("step-*.json"))
+    last = max(bundles, default=0)
+    return last if last >= max((record["step"] for record in run.metrics), default=0) else 0
+
+
+def _members(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The run directories: of a folder of runs, such as that of a sweep, all that are in it; and those of its jobs that recorded nothing."""
+    found, lacking = [], []
+    for path in paths:
+        folder = pathlib.Path(path)
+        below = [] if (folder / "config.yaml").exists() else [file.parent for file in folder.rglob("metrics.jsonl")]
+        found += map(str, sorted(below, key=_in_order)) if below else [path]
+        lacking += sorted({str(file.parent) for file in folder.rglob("console.txt")} - {*map(str, below)}) if below else []
+    return found, lacking
+
+
+def _in_order(path: pathlib.Path) -> list[tuple[int, str]]:
+    """Sorts 10 after 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def _overview(runs: Mapping[str, Run]) -> list[list[str]]:
+    first = next(iter(runs.values()))
+    speeds = [_speed(run) for run in runs.values()]
+    return [
+        [name, "; ".join(config_differences(first, run)), _ends(run), f"{speed:,.0f}" if math.isfinite(speed) else ""]
+        for (name, run), speed in zip(runs.items(), speeds, strict=True)
+    ]
+
+
+def _speed(run: Run) -> float:
+    """The median of the records' tokens/s, without the first step, which compiles."""
+    speeds = zip(*run.series("perf/tokens_per_second"), strict=True)
+    return statistics.median([speed for step, speed in speeds if step > 1] or [math.nan])
 
 
 def _name(path: str, all_paths: Sequence[str]) -> str:
@@ -249,7 +302,7 @@ def _short(commit: str | None) -> str:
 
 def _arm(arm: str, runs: Sequence[Run], metric: str) -> list[str]:
     losses = [run.last(metric) for run in runs]
-    study, speeds = runs[0].study, [statistics.median(run.series("perf/tokens_per_second")[1] or [math.nan]) for run in runs]
+    study, speeds = runs[0].study, [_speed(run) for run in runs]
     bytes_ = statistics.fmean(run.last("val/bits_per_byte") for run in runs)
     spread = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 and all(map(math.isfinite, losses)) else ""
     size = f"{study['parameters']:,}" + (f" ({study['residual']:+.3%})" if study["residual"] is not None else "")

@@ -14,7 +14,7 @@ import matplotlib.image
 import pytest
 import yaml
 
-from llama_eqx import load_config
+from llama_eqx import compose, load_config
 from llama_eqx.checkpoint.native import write_config
 from llama_eqx.errors import DataError
 from llama_eqx.studies.plots import VERDICTS
@@ -359,3 +359,38 @@ def test_any_two_runs_side_by_side(tmp_path, monkeypatch):
         file.write('{"a": 1')
     with pytest.raises(DataError, match=r"no record of a start\nwhere: .*other/provenance\.jsonl:3\nnext: remove the line"):
         of("a", "other")
+
+
+def test_the_runs_of_a_sweep_side_by_side(tmp_path, monkeypatch):
+    """In the order of their numbers, with those that ended without finite numbers, did not finish, or recorded nothing."""
+    monkeypatch.chdir(tmp_path)
+    sweep = tmp_path / "multirun" / compose.sweep_name(["seed=1,2", "model/norm=rms,layer"])
+    for name in ("2", "10", "3", "4"):
+        (folder := sweep / name).mkdir(parents=True)
+        (folder / "console.txt").touch()
+        if name == "4":
+            continue
+        write_config({"seed": int(name), "train": {"steps": 30}}, folder)
+        rates = [5.0, 70.0, 90.0]
+        records = [
+            {"step": step, "train/loss": "NaN" if (name, step) == ("10", 20) else 9.0, "data/ledger": step, "perf/tokens_per_second": rate}
+            for step, rate in zip((1, 10, 20), rates, strict=True)
+        ]
+        records += [{"step": 20, "val/loss": 5.0}, {"step": 30, "train/loss": 8.0, "val/loss": 4.0}][: 2 if name == "2" else 1]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (sweep / "3" / "replay").mkdir()
+    (sweep / "3" / "replay" / "step-21.json").touch()
+    written = report(load_config(f"runs=[{sweep.relative_to(tmp_path)}]", name="report"))
+    assert written.words.splitlines()[:4] == [
+        "2: validation loss 4.0000 at step 30",
+        "3: ended at step 21, as its numbers were not finite; validation loss 5.0000 at step 20",
+        "10: validation loss 5.0000 at step 20; its record goes to step 20 of 30",
+        f"Nothing was recorded in {sweep.relative_to(tmp_path) / '4'}: its console.txt says why.",
+    ]
+    worse = [line for line in written.words.splitlines() if line.startswith("2 -> 3")]
+    assert "The second ended without finite numbers, which counts as worse than any loss." in worse[0]
+    assert "better" not in worse[0]
+    assert "the second is not comparable (a loss is not finite) over the last 1 of 3 records" in written.words
+    assert (
+        "| 10 | seed: 2 -> 10 | validation loss 5.0000 at step 20; its record goes to step 20 of 30 | 80 |" in written.files[0].read_text()
+    )
