@@ -219,7 +219,7 @@ def _not_finite_at(run: Run) -> int:
 
 
 def _members(paths: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The run directories: of a folder of runs, such as that of a sweep, all that are in it; and those of its jobs that recorded nothing."""
+    """The run directories, of a folder of runs (such as that of a sweep) all in it; and those of its jobs that recorded nothing."""
     found, lacking = [], []
     for path in paths:
         folder = pathlib.Path(path)

@@ -376,14 +376,16 @@ def test_the_runs_of_a_sweep_side_by_side(tmp_path, monkeypatch):
             {"step": step, "train/loss": "NaN" if (name, step) == ("10", 20) else 9.0, "data/ledger": step, "perf/tokens_per_second": rate}
             for step, rate in zip((1, 10, 20), rates, strict=True)
         ]
-        records += [{"step": 20, "val/loss": 5.0}, {"step": 30, "train/loss": 8.0, "val/loss": 4.0}][: 2 if name == "2" else 1]
+        records += [{"step": 20, "val/loss": 4.9 if name == "3" else 5.0}, {"step": 30, "train/loss": 8.0, "val/loss": 4.0}][
+            : 2 if name == "2" else 1
+        ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (sweep / "3" / "replay").mkdir()
     (sweep / "3" / "replay" / "step-21.json").touch()
     written = report(load_config(f"runs=[{sweep.relative_to(tmp_path)}]", name="report"))
     assert written.words.splitlines()[:4] == [
         "2: validation loss 4.0000 at step 30",
-        "3: ended at step 21, as its numbers were not finite; validation loss 5.0000 at step 20",
+        "3: ended at step 21, as its numbers were not finite; validation loss 4.9000 at step 20",
         "10: validation loss 5.0000 at step 20; its record goes to step 20 of 30",
         f"Nothing was recorded in {sweep.relative_to(tmp_path) / '4'}: its console.txt says why.",
     ]
