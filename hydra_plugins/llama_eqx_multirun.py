@@ -1,6 +1,7 @@
 """Hydra's launcher for `-m`: in this package because Hydra takes plugins from no other. What it does is in `llama_eqx.multirun`."""
 
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ class Multirun(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from llama_eqx.compose import planned, quoted, resolve  # what a single run need not wait for
+        from llama_eqx.compose import literal, planned, quoted, resolve  # what a single run need not wait for
         from llama_eqx.errors import ConfigError
         from llama_eqx.multirun import Job, command, labels, run_jobs
         from llama_eqx.studies.pairing import check_registered, diverged, in_the_way, is_kept
@@ -33,12 +34,15 @@ class Multirun(Launcher):
             )
         verb, folder = self.config.hydra.job.name, pathlib.Path(self.config.hydra.sweep.dir)
         config_dirs = [source.path for source in self.config.hydra.runtime.config_sources if source.provider == "command-line"]
-        jobs, skipped, results = [], [], []
+        jobs, skipped, results, built = [], [], [], None
         for number, (label, overrides) in enumerate(zip(labels(job_overrides), job_overrides, strict=True), initial_job_idx):
             config = self._composed(number, overrides)
             words = list(overrides)
             if not any(override.startswith("run_dir=") for override in overrides):
                 words.append(quoted(f"run_dir={folder / config.hydra.sweep.subdir}"))
+            if verb == "train":  # on W&B, the sweep is a group, and its runs are named by what tells them apart
+                names = {"group": folder.name, "name": label}
+                words += [literal(f"tracking.wandb.{key}", name[:128]) for key, name in names.items() if not config.tracking.wandb[key]]
             settings = self._composed(number, planned(verb, words))  # as the job will be composed
             with open_dict(settings):
                 del settings["hydra"]  # as Hydra does before it runs a job
@@ -56,6 +60,10 @@ class Multirun(Launcher):
             results.append(JobReturn(overrides=list(overrides), cfg=config, status=JobStatus.COMPLETED, _return_value=None))
         place = folder / ".submitit"
         run_jobs(jobs, skipped, folder=place, cluster=self.cluster, at_once=self.at_once, parameters=self.parameters, say=_say)
+        if verb == "train" and (study := getattr(built, "study", None)):
+            _say(f"report      python -m llama_eqx.report experiment={study.question} stage={study.stage} rung={study.rung}")
+        elif verb == "train" and not any(word.startswith("run_dir=") for word in job_overrides[0]):
+            _say(f"compare     python -m llama_eqx.report {shlex.quote(f'runs=[{folder}]')}")
         return results
 
     def _composed(self, number: int, overrides: Sequence[str]) -> DictConfig:

@@ -42,6 +42,7 @@ VERBATIM = (
     "bundle",
     "tasks",
     "include_path",
+    "tracking.wandb.notes",
 )
 
 PLANNED = ("train", "plan")  # verbs that take the settings planned for a model on a mesh
@@ -136,7 +137,11 @@ def quoted(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals or re.sub(r"^(data\.components|eval_data)\.\w+", "data", key.lstrip("+")) not in VERBATIM or value == "null":
         return quoted_options(override)
-    value = os.path.expanduser(value) if key == "run_dir" else value  # not every shell expands it after a "="
+    return literal(key, os.path.expanduser(value) if key == "run_dir" else value)  # not every shell expands it after a "="
+
+
+def literal(key: str, value: str) -> str:
+    """The override that gives a key this text, whatever characters it has."""
     value = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
     return f'{key}="{value}"'.replace("${", "\\${")
 

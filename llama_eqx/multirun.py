@@ -21,7 +21,7 @@ from llama_eqx.errors import ConfigError, UserError
 EVERY = 0.2  # seconds between two looks at the jobs
 CODES = {
     1: "ended by an error",
-    2: "its config is wrong",
+    2: "refused before it began",
     3: "its data cannot be used",
     4: "its checkpoint cannot be used",
     5: "its numbers were not finite",
@@ -121,11 +121,17 @@ def run_jobs(
     failed = [(job, ended[job.number]) for job in jobs if ended[job.number] != 0]
     fine = len(jobs) + len(skipped) - len(failed)
     if not failed:
-        return say(f"{fine} ok")
+        return say(f"{fine} ok, in {folder.parent}")
     for row in _table([("job", "", "", "what it printed"), *((str(j.number), j.label, _said(code), str(j.console)) for j, code in failed)]):
         say(row)
-    reasons = {_reason(job.console) for job, _ in failed}
-    why, advice = reasons.pop() if len(reasons) == 1 else ("", "")
+    reasons = [_reason(job.console) for job, _ in failed]
+    (why, place, advice), alike = reasons[0], len({why for why, _, _ in reasons}) == 1
+    if len({place for _, place, _ in reasons}) == 1 and place:
+        why += f" ({place})" * bool(why)
+    if not alike:
+        for (job, _), (what, _, _) in zip(failed, reasons, strict=True):
+            say(f"job {job.number}: {what.splitlines()[0] if what else 'it printed no error'}")
+        why = ""
     raise MultirunError(
         [code for _, code in failed],
         f"{fine} ok, {len(failed)} failed ({'; '.join(f'job {job.number}: {_said(code)}' for job, code in failed)})"
@@ -200,13 +206,14 @@ def _said(code: int | str) -> str:
     return "ok" if code == 0 else f"exit code {code}, {CODES.get(code, 'unknown')}"
 
 
-def _reason(console: pathlib.Path) -> tuple[str, str]:
-    """What the last command of a console says went wrong, and its "next", as a `UserError` prints them; empty where it prints none."""
-    said = {"error": "", "next": ""}
+def _reason(console: pathlib.Path) -> tuple[str, str, str]:
+    """What the last command of a console says went wrong, where, and what is next, as a `UserError` prints it; else empty."""
+    said = {"error": "", "where": "", "next": ""}
     with contextlib.suppress(OSError):
         last = f"\n{console.read_text(encoding='utf-8', errors='replace')}".rpartition("\n$ ")[2]
-        said |= re.findall(r"^(error|next): (.*(?:\n {7}.*)*)", last, re.MULTILINE)
-    return said["error"].replace("\n" + " " * 7, "\n"), said["next"].replace("\n" + " " * 7, "\n")
+        said |= re.findall(r"^(error|where|next): (.*(?:\n {7}.*)*)", last, re.MULTILINE)
+    error, where, advice = (text.replace("\n" + " " * 7, "\n") for text in said.values())
+    return error, where, advice
 
 
 def _listed(jobs: Sequence[Job]) -> str:

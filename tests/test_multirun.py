@@ -39,12 +39,10 @@ JOBS = {
 
 
 def run(folder, names, skipped=(), cluster="local", parameters=None):
-    said = []
     jobs = [Job(i, name, [sys.executable, "-c", JOBS.get(name, LATE)], folder / name / "console.txt") for i, name in enumerate(names)]
     before = [Job(9, name, [], folder) for name in skipped]
     parameters = parameters or {"timeout_min": 1}
-    run_jobs(jobs, before, folder=folder / "submitit", cluster=cluster, at_once=3, parameters=parameters, say=said.append)
-    return said
+    run_jobs(jobs, before, folder=folder / "submitit", cluster=cluster, at_once=3, parameters=parameters, say=print)
 
 
 def test_jobs_that_fail_leave_the_others_to_finish(tmp_path, monkeypatch):
@@ -61,11 +59,13 @@ def test_jobs_that_fail_leave_the_others_to_finish(tmp_path, monkeypatch):
     assert "\n3 1 false\n" in (tmp_path / "fine too" / "console.txt").read_text()  # one of five cores, and of a GPU what it needs
 
 
-@pytest.mark.parametrize(("second", "said"), [("no room", True), ("other", False), ("killed", False)])
-def test_one_reason_for_all_that_failed_is_told_with_what_comes_next(second, said, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("second", "said"), [("no room", " (runs)"), ("elsewhere", ""), ("other", None), ("killed", None)])
+def test_one_reason_for_all_that_failed_is_told_with_what_comes_next(second, said, tmp_path, monkeypatch, capsys):
     for what in ("no room", "other"):
-        error = StorageError(f"{what}\non the disk", where=what, next="free some\nof it")
+        error = StorageError(f"{what}\non the disk", where="runs", next="free some\nof it")
         monkeypatch.setitem(JOBS, what, f"print('a line', flush=True); raise SystemExit({str(error)!r})")
+    elsewhere = str(StorageError("no room\non the disk", where="elsewhere", next="free more"))
+    monkeypatch.setitem(JOBS, "elsewhere", f"print({elsewhere!r}); raise SystemExit(6)")
     monkeypatch.setitem(JOBS, "second", JOBS[second])
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "console.txt").write_text(
@@ -73,8 +73,15 @@ def test_one_reason_for_all_that_failed_is_told_with_what_comes_next(second, sai
     )
     with pytest.raises(MultirunError) as found:
         run(tmp_path, ["no room", "second", "fine"])
-    assert ("; the reason: no room\non the disk" in found.value.what) is said
-    assert found.value.next == ("free some\nof it" if said else "the same command again runs what is missing and skips what is there")
+    told = capsys.readouterr().out
+    if said is None:
+        assert "; the reason" not in found.value.what
+        assert f"job 0: no room\njob 1: {'other' if second == 'other' else 'it printed no error'}\n" in told
+        assert found.value.next == "the same command again runs what is missing and skips what is there"
+    else:
+        assert found.value.what.endswith(f"; the reason: no room\non the disk{said}")
+        assert found.value.next == "free some\nof it"
+        assert "job 0: " not in told
 
 
 def test_when_all_that_is_missing_was_preempted_it_is_worth_starting_again(tmp_path):
@@ -187,7 +194,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
 
     code, said = sweep()
     assert code == 1
-    assert "1 ok, 1 failed (job 1: exit code 3, its data cannot be used)" in said
+    assert "1 ok, 1 failed (job 1: exit code 3, its data cannot be used); the reason: nothing matches (nowhere)" in said
     assert str(tmp_path / "1" / "console.txt") in said
     assert "nothing matches" in (tmp_path / "1" / "console.txt").read_text()
     (tmp_path / "1").rename(tmp_path / "gone")
@@ -197,7 +204,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "job 1 begins" in said
 
 
-def test_each_job_takes_the_plan_of_its_own_mesh(tmp_path, monkeypatch):
+def test_each_job_takes_the_plan_of_its_own_mesh(tmp_path, monkeypatch, capsys):
     """And whether it has finished is asked of the settings that it runs with. Names of options that look like bools are options."""
     (tmp_path / "llama3_1m_cpu-8.yaml").write_text("overrides: [precision=mixed, train.batch_size=16, train.microbatch_size=16]")
     found, place = {}, compose.plan_file
@@ -212,10 +219,14 @@ def test_each_job_takes_the_plan_of_its_own_mesh(tmp_path, monkeypatch):
     assert [bool(settings.profile.steps) for settings in found["settings"]] == [False, True, False, True]
     for job, settings in zip(found["jobs"], found["settings"], strict=True):
         assert load_config(*job.command[4:]) == settings
+    names = {(settings.tracking.wandb.group, settings.tracking.wandb.name) for settings in found["settings"]}
+    assert len(names) == 4
+    assert (tmp_path.name, 'mesh=cpu-8 profile="false"') in names
+    assert capsys.readouterr().err == f"compare     python -m llama_eqx.report 'runs=[{tmp_path}]'\n"
     assert sorted(path.name for path in tmp_path.glob("*")) == ["llama3_1m_cpu-8.yaml", "multirun.yaml"]
 
 
-def test_a_run_of_a_study_is_over_when_it_is_filed(tmp_path, monkeypatch):
+def test_a_run_of_a_study_is_over_when_it_is_filed(tmp_path, monkeypatch, capsys):
     """One that was told to stop after its last checkpoint has finished, and is yet to be filed: by a start that ends at once."""
     found = {}
     monkeypatch.setattr("llama_eqx.training.identity.finished", lambda config: True)
@@ -227,6 +238,8 @@ def test_a_run_of_a_study_is_over_when_it_is_filed(tmp_path, monkeypatch):
         run_verb("train", train.main)
     assert ended.value.code == 0
     assert [[job.number for job in found[name]] for name in ("jobs", "skipped")] == [[0], [1]]
+    assert capsys.readouterr().err == "report      python -m llama_eqx.report experiment=norm stage=tune rung=1m\n"
+    assert not any("tracking" in word for word in found["jobs"][0].command)  # the study names its runs itself
 
 
 def test_a_sweep_of_a_study_says_what_is_wrong_with_its_registration_and_which_run_will_not_be_filed(tmp_path, monkeypatch, capsys):

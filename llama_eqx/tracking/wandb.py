@@ -33,6 +33,7 @@ class WandbConfig(Config):
     job_type: str | None
     tags: tuple[str, ...]
     name: str | None
+    notes: str | None
     artifact: bool
 
 

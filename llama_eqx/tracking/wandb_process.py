@@ -29,7 +29,8 @@ def main(run_dir: pathlib.Path, mode: str) -> None:
     lean = wandb.Settings(console="off", x_disable_stats=True, x_disable_meta=True, disable_git=True, disable_code=True, init_timeout=20)
     run = wandb.init(
         mode="offline" if mode == "offline" else "online",
-        **{name: about[name] for name in ("id", "project", "entity", "group", "job_type", "tags", "name")},
+        **{name: about[name] for name in ("id", "project", "entity", "group", "job_type", "name", "notes")},
+        tags=about["tags"] or None,  # those of WANDB_TAGS
         resume="allow",
         dir=os.fspath(run_dir),
         config=about["settings"],

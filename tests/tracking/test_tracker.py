@@ -25,6 +25,7 @@ WANDB = {
     "job_type": None,
     "tags": ["a"],
     "name": None,
+    "notes": None,
     "artifact": False,
 }
 
@@ -153,11 +154,18 @@ def test_a_directory_that_cannot_be_written(tmp_path):
         tracker(tmp_path / "file" / "run")
 
 
-def test_the_key_of_the_command_line():
-    from llama_eqx import load_config
+def test_the_keys_of_the_command_line_and_the_variables_of_wandb(monkeypatch):
+    from llama_eqx import compose, load_config
 
-    chosen = load_config("tracking.wandb.mode=online", "tracking.wandb.tags=[a,b]").tracking.wandb
-    assert (chosen.mode, chosen.tags) == ("online", ("a", "b"))
+    for name in ("MODE", "PROJECT", "ENTITY", "RUN_GROUP", "JOB_TYPE", "NAME", "NOTES"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    told = load_config("tracking.wandb.tags=[a,b]", compose.quoted("tracking.wandb.notes=it's, {new}")).tracking.wandb
+    assert (told.mode, told.project, told.group, told.tags, told.notes) == ("offline", "llama_eqx", None, ("a", "b"), "it's, {new}")
+    for name, value in {"MODE": "disabled", "PROJECT": "p", "RUN_GROUP": "g", "NAME": "n", "NOTES": "2"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    told = load_config("tracking.wandb.project=mine").tracking.wandb
+    assert (told.mode, told.project, told.group, told.name, told.notes) == ("disabled", "mine", "g", "n", "2")
+    assert load_config("tracking.wandb.mode=online").tracking.wandb.mode == "online"
     with pytest.raises(ConfigError, match="did you mean online"):
         config(mode="onlin")
 

@@ -112,11 +112,14 @@ def test_a_checkpoint_goes_along_if_it_is_asked_for(tmp_path, monkeypatch, asked
     folder = tmp_path / "checkpoints" / "7"
     folder.mkdir(parents=True)
     (folder / "weights").write_bytes(b"w" * 1000)
-    config = load_config("tracking.wandb.mode=offline", f"tracking.wandb.artifact={asked}").tracking
+    monkeypatch.setenv("WANDB_TAGS", "of,everything")
+    config = load_config("tracking.wandb.mode=offline", f"tracking.wandb.artifact={asked}", "tracking.wandb.notes=mine").tracking
     with Tracker(config, tmp_path, settings={}, steps=7, start=0) as told:
         told.log(7, {"train/loss": 1.0})
         told.checkpoint(folder)
     (run,) = tmp_path.glob("wandb/offline-run-*")
+    about = records(run, "run")[0]
+    assert (about["tags"], about["notes"]) == (["of", "everything"], "mine")
     found = records(run, "artifact")
     assert len(found) == (asked == "true")
     for artifact in found:
