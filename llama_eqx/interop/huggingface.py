@@ -2,8 +2,8 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +13,7 @@ from llama_eqx.config import Config
 from llama_eqx.dims import Dims
 from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.interop.files import carried, inside, mistaken, read_json, refuse_code, write_json
+from llama_eqx.interop.rope import KINDS, rope_parameters, rotary_settings
 from llama_eqx.interop.table import TABLE, from_torch, to_torch, torch_shape
 from llama_eqx.interop.weights import Key, Tensor, Weights, compare, of_model, pieces, require_tensors, rows_of, tensor_shapes
 from llama_eqx.model.attention import GroupedQueryAttentionConfig
@@ -21,7 +22,7 @@ from llama_eqx.model.feed_forward import GatedFeedForwardConfig
 from llama_eqx.model.init import FanInInitConfig
 from llama_eqx.model.llama import Llama, LlamaConfig, SpecialTokens
 from llama_eqx.model.norm import RMSNormConfig
-from llama_eqx.model.rotary import Llama3RotaryConfig, PlainRotaryConfig, RotaryConfig
+from llama_eqx.model.rotary import RotaryConfig
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -29,6 +30,7 @@ LARGEST_HEADER = 2**24  # bytes; that of Llama 3.1 405B has some 200,000
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"F32": np.dtype(jnp.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(jnp.float16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+R = TypeVar("R", bound=RotaryConfig)
 HEAD, EMBED = TABLE["lm_head"].huggingface, TABLE["embed"].huggingface
 
 
@@ -177,7 +179,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
     tokens = {"bos": config.get("bos_token_id", 1), "eos": [] if ends is None else ends if isinstance(ends, list) else [ends]}
     if config.get("quantization_config") is not None:
         wrong.append("quantization_config: quantised weights cannot be read")
-    rope = _rope(config, wrong)
+    rotary, settings = rotary_settings(config, wrong)
     if wrong:
         raise CheckpointError("\n".join(wrong), where="config.json")
     embed, heads = config["hidden_size"], config["num_attention_heads"]
@@ -196,7 +198,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
             attention=GroupedQueryAttentionConfig(),
             feed_forward=GatedFeedForwardConfig(activation="silu"),
             norm=RMSNormConfig(eps=config.get("rms_norm_eps", 1e-6)),
-            rotary=_rotary(rope),
+            rotary=rotary(**settings),
             block=PreNormBlockConfig(dropout=0.0),
             init=FanInInitConfig(gain=1.0),
             dropout=0.0,
@@ -218,19 +220,11 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
 
     Raises `CheckpointError` naming the slot when `LlamaForCausalLM` has no such model.
     """
-    norm, rotary = require_llama(config, "Hugging Face's")
+    norm, rotary = require_llama(config, "Hugging Face's", KINDS.values())
     dims = config.dims
     if dims.embed % dims.heads:
         raise CheckpointError(f"transformers refuses embed={dims.embed} that is not a multiple of heads={dims.heads}", where="dims.heads")
-    scaling = None
-    if isinstance(rotary, Llama3RotaryConfig):
-        scaling = {
-            "rope_type": "llama3",
-            "factor": rotary.factor,
-            "low_freq_factor": rotary.low_freq_factor,
-            "high_freq_factor": rotary.high_freq_factor,
-            "original_max_position_embeddings": rotary.original_context,
-        }
+    rope = rope_parameters(rotary)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -247,9 +241,9 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         "attention_bias": False,
         "mlp_bias": False,
-        "rope_parameters": {"rope_theta": rotary.theta, **(scaling or {"rope_type": "default"})},
-        "rope_theta": rotary.theta,
-        "rope_scaling": scaling,
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else {name: value for name, value in rope.items() if name != "rope_theta"},
         # If left out, they would default to 1 and 2.
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None},
         **token_ids(config.tokens),
@@ -306,40 +300,11 @@ def _family(config: Mapping[str, Any]) -> Literal["sentencepiece", "tiktoken"] |
     return "sentencepiece" if config.get("bos_token_id", 1) == 1 and 32000 <= config["vocab_size"] < 128000 else None
 
 
-def _rope(config: Mapping[str, Any], wrong: list[str]) -> dict[str, Any]:
-    """The rotary settings under the names of `rope_parameters`, from there or from the older keys. Appends errors to `wrong`."""
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    given = config.get(key) or {}
-    if not isinstance(given, dict):
-        wrong.append(f"{key} is {given!r}, wanted an object")
-        given = {}
-    rope = {"rope_theta": config.get("rope_theta", 10000.0), **given}
-    kind = rope.setdefault("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        wrong.append(f"{key}.rope_type is {kind!r}, and only 'default' and 'llama3' can be read")
-    if kind == "llama3":
-        wanted = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        wrong.extend(f"{key}.{name} is missing" for name in wanted if rope.get(name) is None)
-    if (part := rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1:
-        wrong.append(f"partial_rotary_factor is {part!r}, and only whole heads can be turned")
-    return rope
+def require_llama(config: LlamaConfig, whose: str, rotary: Iterable[type[R]]) -> tuple[RMSNormConfig, R]:
+    """The norm and the settings of one of the kinds of `rotary`.
 
-
-def _rotary(rope: Mapping[str, Any]) -> RotaryConfig:
-    if rope["rope_type"] == "default":
-        return PlainRotaryConfig(theta=rope["rope_theta"], round_at="none")
-    return Llama3RotaryConfig(
-        theta=rope["rope_theta"],
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_context=rope["original_max_position_embeddings"],
-        round_at="none",
-    )
-
-
-def require_llama(config: LlamaConfig, whose: str) -> tuple[RMSNormConfig, PlainRotaryConfig | Llama3RotaryConfig]:
-    """The norm and the rotary settings. Raises `CheckpointError` naming the slot in which a model differs from the original Llama."""
+    Raises `CheckpointError` naming the slot in which a model differs from the original Llama.
+    """
 
     def require(slot: str, *classes: type[Config], **fields: str) -> None:
         found = getattr(config, slot)
@@ -355,7 +320,6 @@ def require_llama(config: LlamaConfig, whose: str) -> tuple[RMSNormConfig, Plain
     require("feed_forward", GatedFeedForwardConfig, activation="silu")
     require("norm", RMSNormConfig)
     require("block", PreNormBlockConfig)
-    require("rotary", PlainRotaryConfig, Llama3RotaryConfig, round_at="none")
+    require("rotary", *rotary, round_at="none")
     assert isinstance(config.norm, RMSNormConfig)
-    assert isinstance(config.rotary, PlainRotaryConfig | Llama3RotaryConfig)
-    return config.norm, config.rotary
+    return config.norm, config.rotary  # pyright: ignore[reportReturnType]

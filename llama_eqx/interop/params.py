@@ -113,7 +113,7 @@ def config_to_meta(config: LlamaConfig, shards: int) -> dict[str, Any]:
 
     Raises `CheckpointError` naming the slot, or listing the sizes that do not divide, when Meta's Llama has no such model.
     """
-    norm, rotary = require_llama(config, "Meta's")
+    norm, rotary = require_llama(config, "Meta's", (PlainRotaryConfig, Llama3RotaryConfig))
     dims = config.dims
     if dims.head_dim * dims.heads != dims.embed:
         raise CheckpointError(

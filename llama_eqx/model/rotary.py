@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al., 2021, arXiv 2104.09864), with pairs half a head apart as Hugging Face stores them."""
 
 import abc
+import math
 from typing import Literal
 
 import equinox as eqx
@@ -207,6 +208,88 @@ class Llama3RotaryConfig(RotaryConfig):
             low_freq_factor=self.low_freq_factor,
             high_freq_factor=self.high_freq_factor,
             original_context=self.original_context,
+            head_dim=dims.head_dim,
+            round_at=self.round_at,
+        )
+
+
+class LinearRotary(PlainRotary):
+    """Position interpolation for a longer context: all frequencies are slowed by `factor` (Chen et al., 2023, arXiv 2306.15595)."""
+
+    factor: float = eqx.field(static=True)
+
+    def frequencies(self) -> Float32[Array, " half"]:
+        return super().frequencies() / self.factor
+
+
+class LinearRotaryConfig(RotaryConfig):
+    theta: float
+    factor: float
+    round_at: RoundAt
+
+    def build(self, dims: Dims) -> LinearRotary:
+        return LinearRotary(theta=self.theta, factor=self.factor, head_dim=dims.head_dim, round_at=self.round_at)
+
+
+class YarnRotary(PlainRotary):
+    """YaRN (Peng et al., 2023, arXiv 2309.00071): low frequencies are slowed by `factor`, and all queries and keys scaled.
+
+    A pair that turns at least `beta_fast` times within the original context keeps its frequency. One that turns at most `beta_slow` times
+    is slowed by `factor`. In between, the two are interpolated linearly in the number of the pair, where `Llama3Rotary` does so in the
+    number of turns.
+    """
+
+    factor: float = eqx.field(static=True)
+    beta_fast: float = eqx.field(static=True)
+    beta_slow: float = eqx.field(static=True)
+    original_context: int = eqx.field(static=True)
+    attention_factor: float = eqx.field(static=True)
+
+    def frequencies(self) -> Float32[Array, " half"]:
+        frequency = super().frequencies()
+        kept, slowed = (self._pair(turns) for turns in (self.beta_fast, self.beta_slow))
+        first, last = max(math.floor(kept), 0), min(math.ceil(slowed), self.head_dim - 1)
+        slow = jnp.clip((jnp.arange(len(frequency)) - first) / max(last - first, 1e-3), 0, 1)
+        return (1 - slow) * frequency + slow * frequency / self.factor
+
+    def _pair(self, turns: float) -> float:
+        """The number, with a fraction, of the pair that turns so often within the original context."""
+        return self.head_dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+    def __call__(self, positions: Int[Array, "#batch seq"]) -> Rotation:
+        turned = super().__call__(positions)
+        cos, sin = self.attention_factor * turned.cos, self.attention_factor * turned.sin
+        return Rotation(positions=positions, cos=cos, sin=sin, rounded=turned.rounded)
+
+
+class YarnRotaryConfig(RotaryConfig):
+    """`attention_factor` scales queries and keys; None is YaRN's 0.1 ln(factor) + 1."""
+
+    theta: float
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_context: int
+    attention_factor: float | None
+    round_at: RoundAt
+
+    def check(self) -> None:
+        super().check()
+        self.within(1e-3, float("inf"), "beta_slow", *([] if self.attention_factor is None else ["attention_factor"]))
+        self.within(1.001, float("inf"), "theta")  # the number of turns decides nothing where all pairs turn alike
+        if self.beta_slow >= self.beta_fast:
+            what = f"beta_slow={self.beta_slow:g} is not below beta_fast={self.beta_fast:g}"
+            raise ConfigError(what, where="beta_slow", next="beta_slow=1 beta_fast=32, as in the paper")
+
+    def build(self, dims: Dims) -> YarnRotary:
+        scale = 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
+        return YarnRotary(
+            theta=self.theta,
+            factor=self.factor,
+            beta_fast=self.beta_fast,
+            beta_slow=self.beta_slow,
+            original_context=self.original_context,
+            attention_factor=scale,
             head_dim=dims.head_dim,
             round_at=self.round_at,
         )

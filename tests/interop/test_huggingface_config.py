@@ -6,7 +6,7 @@ import json
 import equinox as eqx
 import jax
 import pytest
-from huggingface_configs import LLAMA3, SIZES, TIED
+from huggingface_configs import LLAMA3, SIZES, TIED, YARN
 
 from llama_eqx.dims import Dims
 from llama_eqx.errors import CheckpointError
@@ -42,7 +42,7 @@ def test_old_and_new_rotary_keys_mean_the_same():
     assert config_from_huggingface({**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}).rotary == plain
 
 
-@pytest.mark.parametrize("config", [SIZES, TIED])
+@pytest.mark.parametrize("config", [SIZES, TIED, SIZES | {"rope_scaling": {"type": "linear", "factor": 2}}, SIZES | {"rope_scaling": YARN}])
 def test_config_round_trip(config):
     config = config_from_huggingface(config)
     assert config_from_huggingface(json.loads(json.dumps(config_to_huggingface(config)))) == config
@@ -56,8 +56,12 @@ def test_config_round_trip(config):
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"model_type": "mistral"}, "model_type"),
         ({"model_type": None}, "model_type"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type is 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters.rope_type is 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type is 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "0.5 is not at least 1"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters.original_max_position_embeddings is missing"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "rope_parameters.truncate is False"),
+        ({"rope_parameters": YARN | {"mscale": 0.7}}, "rope_parameters.mscale is 0.7"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.original_max_position_embeddings is missing"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor=4 is not below high_freq_factor=4"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', wanted an object"),

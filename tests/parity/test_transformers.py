@@ -63,11 +63,11 @@ def pair(tmp_path_factory):
     """Our model of a preset, and what transformers reads from the folder that we write."""
 
     @functools.cache
-    def make(preset, **others):
+    def make(preset, *slots, **others):
         sizes = {"vocab": 97, "layers": 2, "embed": 96, "mlp": 112, **PRESETS[preset], **others}
         sizes = [f"model.dims.{name}={size}" for name, size in sizes.items()]
         none = [f"model.tokens.{name}=null" for name in ("tokenizer", "bos", "pad")] + ["model.tokens.eos=[]"]  # of so small a vocabulary
-        config = resolve(compose(f"model/{preset}", [*sizes, *none]))["model"]
+        config = resolve(compose(f"model/{preset}", [*slots, *sizes, *none]))["model"]
         model = jitter(build_model(config, key=jax.random.key(0)))
         folder = tmp_path_factory.mktemp("parity") / "hf"
         save_pretrained(model, folder, format="hf")
@@ -167,6 +167,12 @@ CHECKS = [check_near, check_frequencies, check_far, check_far_given_frequencies,
 @pytest.mark.parametrize("preset", PRESETS)
 def test_agrees(pair, preset, check):
     check(*pair(preset))
+
+
+@pytest.mark.parametrize("check", [check_near, check_frequencies, check_far_given_frequencies, check_gradients])
+@pytest.mark.parametrize("option", ["model/rotary=linear", "model/rotary=yarn"])
+def test_a_longer_context_agrees(pair, option, check):
+    check(*pair("llama2_70b", option))
 
 
 @pytest.mark.slow
