@@ -199,10 +199,15 @@ def shrink(plan: Plan, variant: Callable[..., RunConfig]) -> str:
     said = f"{largest} {'take' if largest[-1] == 's' else 'takes'} most, {_size(parts[largest])} by formula"
     scale = plan.needs / plan.memory.total if plan.needs else 1.0
     rows = plan.config.train.microbatch_size or plan.config.train.batch_size
-    smaller = [["remat=full"]]
-    while rows % 2 == 0:
-        rows //= 2
-        smaller += [[f"train.microbatch_size={rows}"], ["remat=full", f"train.microbatch_size={rows}"]]
+    smaller = [["loss.chunk=2048"]] if largest == "logits" else []
+    smaller += [["remat=full"]]
+    for part in (rows >> n for n in range(1, rows.bit_length()) if rows % 2**n == 0):
+        smaller += [[f"train.microbatch_size={part}"], ["remat=full", f"train.microbatch_size={part}"]]
+    # A device then holds a part of a row. Rows at a time are as few as there are groups of devices that share one.
+    for ways in (2**n for n in range(1, plan.devices.bit_length()) if 2**n > plan.axes.get("sequence", 1)):
+        part = max(plan.devices // ways // plan.axes.get("tensor", 1), 1)
+        microbatch = [f"train.microbatch_size={part}"] if part < rows else []
+        smaller += [["remat=full", *microbatch, "sharding=sequence", f"mesh.sequence={ways}"]]
     refused, composed = "", False
     for overrides in smaller if plan.may else []:
         try:
@@ -217,7 +222,9 @@ def shrink(plan: Plan, variant: Callable[..., RunConfig]) -> str:
             return f"{said}; it would fit with {' '.join(overrides)}"
     if refused and not composed:
         return f"{said}; smaller settings could not be tried: {refused}"
-    return f"{said}; neither remat=full nor a smaller train.microbatch_size is enough: more devices, or mesh.tensor=2 sharding=fsdp_tensor"
+    tried = "remat=full, a smaller train.microbatch_size nor sharding=sequence"
+    tried = tried if plan.devices > 1 else "remat=full nor a smaller train.microbatch_size"
+    return f"{said}; neither {tried} is enough: more devices"
 
 
 def _fits(plan: Plan) -> str:

@@ -106,7 +106,11 @@ def test_too_big_for_the_host(plan):
 
 @pytest.mark.parametrize(
     ("may", "advice"),
-    [(0.7, "it would fit with"), (0.001, "neither remat=full nor a smaller train.microbatch_size is enough")],
+    [
+        (0.7, "it would fit with remat=full"),
+        (0.2, "it would fit with remat=full train.microbatch_size=2 sharding=sequence mesh.sequence=4"),
+        (0.001, "neither remat=full, a smaller train.microbatch_size nor sharding=sequence is enough: more devices"),
+    ],
 )
 def test_advice_is_computed(plan, may, advice):
     small = dataclasses.replace(plan, compiled=None, needs=plan.memory.total, may=int(may * plan.memory.total))
@@ -115,6 +119,13 @@ def test_advice_is_computed(plan, may, advice):
     if may > 0.1:
         better = config("mesh=cpu-8", *said.partition("it would fit with ")[2].split())
         assert make_plan(better).memory.total < small.may
+
+
+def test_logits_are_advised_to_come_in_chunks(plan):
+    whole = plan.memory._replace(logits=2 * plan.memory.total)
+    said = shrink(dataclasses.replace(plan, memory=whole, needs=None, may=2 * plan.memory.total), lambda *more: config("mesh=cpu-8", *more))
+    assert said.startswith("logits take most")
+    assert said.endswith("it would fit with loss.chunk=2048")
 
 
 def test_advice_where_the_tokenizer_settles_the_vocabulary(plan):
