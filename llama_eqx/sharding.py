@@ -124,7 +124,8 @@ class Layout:
         if found := wrong(grid):
             hint = _nearest_grid(grid, self.mesh.size, lambda other: not wrong(other))
             if any("splits nothing" in line for line in found):
-                hint += "; the rules of sharding=sequence use every axis of a mesh"
+                every = "sharding=sequence, whose rules use every axis of a mesh"
+                hint = f"{every}; or {hint}" if hint.startswith("mesh") else every
             elif found[0].startswith("batch") and len(found) == 1:
                 size = f"train.batch_size={-(-sizes['batch'] // ways('batch', grid)) * ways('batch', grid)}"
                 hint = f"{size}; as a mesh, {hint}" if hint.startswith("mesh") else size
