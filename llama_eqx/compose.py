@@ -240,10 +240,9 @@ def explained(error: Exception, name: str, overrides: list[str]) -> UserError:
         key = match["key"] or match["bare"]
         advice = instead(key, keys(name, overrides), overrides, conf_dirs())
         return ConfigError(f"no such key: {key}", where=override_of(key, overrides), next=advice)
-    if "Ambiguous value" in text:
-        return ConfigError(
-            "several values for one key make a sweep", where=" ".join(overrides), next="add -m, or quote a value with commas"
-        )
+    if match := re.search(r"Ambiguous value for argument '(?P<key>[^=]+)=(?P<values>.*)'", text):
+        advice = f"'{match['key']}=[{match['values']}]' if it is a list, -m for a sweep, or quotes around a value with commas"
+        return ConfigError("several values for one key make a sweep", where=match["key"], next=advice)
     first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
     hint = ""
     if isinstance(error, OverrideParseException):

@@ -95,7 +95,7 @@ def run(monkeypatch, capsys, name, *arguments, job=None, out=None):
         (2, "the tokenizer has 258 ids", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "model.dims.vocab=100"]),
         (2, "is not a seed", ["seed=-1"]),
         (2, "4294967296 is not a seed: from 0 to 4294967295", ["seed=4294967296"]),
-        (2, "add -m", ["seed=0,1"]),
+        (2, "'train.only=[a,b]' if it is a list, -m for a sweep", ["train.only=a,b"]),
         (3, "nothing matches", ["data=text", "data.path=no/such/folder"]),
         (3, "a row needs", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "train.seq_len=250"]),
         (6, "cannot write", ["run_dir=/proc/nowhere"]),
