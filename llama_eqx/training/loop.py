@@ -165,7 +165,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                     apart = {f"val/{name}/loss": evaluate(state.model, rows).loss for name, (rows, _) in others.items()}
                     pictures = draw(state.model)
                 measured = evaluation.metrics() | apart
-                tracker.log(done, measured)
+                tracker.log(done, {"tokens": progress.tokens} | measured)  # of a step that is not logged otherwise, perhaps
                 for name, picture in pictures.items():
                     tracker.picture(done, name, picture)
 

@@ -68,7 +68,7 @@ def test_everything_is_in_the_run_directory(finished):
     assert len(losses) == 8
     assert losses[-1] < losses[0]
     evaluated = [record for record in records(finished.run_dir) if "val/loss" in record]
-    assert [record["step"] for record in evaluated] == [4, 8]
+    assert [(record["step"], record["tokens"]) for record in evaluated] == [(4, 4 * 256), (8, 8 * 256)]  # W&B draws them over tokens
     assert finished.evaluation.loss == evaluated[-1]["val/loss"]
     bits = finished.evaluation.loss / np.log(2)  # bytes are tokens here, but for BOS and EOS
     assert finished.evaluation.bits_per_byte == pytest.approx(bits, rel=0.02)
