@@ -94,7 +94,9 @@ def equivalence_in_words(found: Sequence[Finding], alpha: float) -> str:
 
 def in_words(found: Sequence[Finding], registration: Registration) -> str:
     """The findings in one paragraph. It says "no effect" only where the equivalence test does."""
-    said = []
+    said, seeds = [], len(registration.seeds)
+    if (least := 2 / 2**seeds) >= registration.alpha:
+        said.append(f"With {seeds} seeds no difference can be shown, however large: the sign-flip test has no p below {least:g}.")
     for role, opening in (("positive control", "The positive control"), ("negative control", "The negative control")):
         for finding in (finding for finding in found if finding.role == role):
             wanted = "worse" if role == "positive control" else "no effect"
