@@ -51,11 +51,15 @@ class Multirun(Launcher):
             over = verb == "train" and (is_kept(built) if built.study is not None else finished(built))
             if verb == "train" and not over:
                 check_registered(built)
-            if over and (file := diverged(built)):
-                label += f" (without finite numbers: to make it again remove {file})"
             if verb == "train" and (file := in_the_way(built)):
                 label += f" (will not be filed: {file} has other settings)"
-            job = Job(number, label, command(verb, words, config_dirs), pathlib.Path(built.run_dir, "console.txt"))
+            job = Job(
+                number,
+                label,
+                command(verb, words, config_dirs),
+                pathlib.Path(built.run_dir, "console.txt"),
+                diverged(built) if over else None,
+            )
             (skipped if over else jobs).append(job)
             results.append(JobReturn(overrides=list(overrides), cfg=config, status=JobStatus.COMPLETED, _return_value=None))
         place = folder / ".submitit"

@@ -32,12 +32,15 @@ CODES = {
 
 
 class Job(NamedTuple):
-    """Job `number` of a sweep: `label` tells it from the others, `command` runs it, and its output goes to `console`."""
+    """Job `number` of a sweep: `label` tells it from the others, `command` runs it, and its output goes to `console`. `diverged` is the
+    record of a job that ended without finite numbers, and so is over.
+    """
 
     number: int
     label: str
     command: list[str]
     console: pathlib.Path
+    diverged: pathlib.Path | None = None
 
 
 class MultirunError(UserError):
@@ -86,6 +89,9 @@ def run_jobs(
     told = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if skipped:
         say(f"finished before: {_listed(skipped)}")
+    diverged = [job for job in skipped if job.diverged]
+    for job in diverged:
+        say(f"job {job.number} ended without finite numbers: {job.label} (to make it again remove {job.diverged})")
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -119,9 +125,10 @@ def run_jobs(
         signal.signal(signal.SIGTERM, told)
 
     failed = [(job, ended[job.number]) for job in jobs if ended[job.number] != 0]
-    fine = len(jobs) + len(skipped) - len(failed)
+    fine = len(jobs) + len(skipped) - len(failed) - len(diverged)
+    counted = f"{fine} ok" + f", {len(diverged)} without finite numbers" * bool(diverged)
     if not failed:
-        return say(f"{fine} ok, in {folder.parent}")
+        return say(f"{counted}, in {folder.parent}")
     for row in _table([("job", "", "", "what it printed"), *((str(j.number), j.label, _said(code), str(j.console)) for j, code in failed)]):
         say(row)
     reasons = [_reason(job.console) for job, _ in failed]
@@ -134,7 +141,7 @@ def run_jobs(
         why = ""
     raise MultirunError(
         [code for _, code in failed],
-        f"{fine} ok, {len(failed)} failed ({'; '.join(f'job {job.number}: {_said(code)}' for job, code in failed)})"
+        f"{counted}, {len(failed)} failed ({'; '.join(f'job {job.number}: {_said(code)}' for job, code in failed)})"
         + f"; the reason: {why}" * bool(why),
         where=str(folder.parent),
         kept=f"the {fine} that succeeded" if fine else "",

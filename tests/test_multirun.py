@@ -40,21 +40,22 @@ JOBS = {
 
 def run(folder, names, skipped=(), cluster="local", parameters=None):
     jobs = [Job(i, name, [sys.executable, "-c", JOBS.get(name, LATE)], folder / name / "console.txt") for i, name in enumerate(names)]
-    before = [Job(9, name, [], folder) for name in skipped]
+    before = [Job(9, name, [], folder, folder / "record" if name == "diverged" else None) for name in skipped]
     parameters = parameters or {"timeout_min": 1}
     run_jobs(jobs, before, folder=folder / "submitit", cluster=cluster, at_once=3, parameters=parameters, say=print)
 
 
-def test_jobs_that_fail_leave_the_others_to_finish(tmp_path, monkeypatch):
+def test_jobs_that_fail_leave_the_others_to_finish(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     monkeypatch.setattr("os.cpu_count", lambda: 5)
     with pytest.raises(MultirunError) as found:
-        run(tmp_path, JOBS, skipped=["before"])
+        run(tmp_path, JOBS, skipped=["before", "diverged"])
     assert found.value.code == 1
     assert str(found.value).splitlines()[0] == (
-        "error: 3 ok, 4 failed (job 1: exit code 5, its numbers were not finite; job 2: SIGKILL, out of memory?; "
+        "error: 3 ok, 1 without finite numbers, 4 failed (job 1: exit code 5, its numbers were not finite; job 2: SIGKILL, out of memory?; "
         "job 3: SIGSEGV; job 4: exit code 75, preempted)"
     )
+    assert f"job 9 ended without finite numbers: diverged (to make it again remove {tmp_path / 'record'})" in capsys.readouterr().out
     assert "done" in (tmp_path / "fine" / "console.txt").read_text()
     assert "\n3 1 false\n" in (tmp_path / "fine too" / "console.txt").read_text()  # one of five cores, and of a GPU what it needs
 
@@ -231,6 +232,7 @@ def test_a_run_of_a_study_is_over_when_it_is_filed(tmp_path, monkeypatch, capsys
     found = {}
     monkeypatch.setattr("llama_eqx.training.identity.finished", lambda config: True)
     monkeypatch.setattr("llama_eqx.studies.pairing.is_kept", lambda config: config.seed == 1001)
+    monkeypatch.setattr("llama_eqx.studies.pairing.diverged", lambda config: tmp_path / "record")
     monkeypatch.setattr(multirun, "run_jobs", lambda jobs, skipped, **_: found.update(jobs=jobs, skipped=skipped))
     study = ["experiment=norm", "experiment/norm=rms", "stage=tune", "schedule.peak=0.004"]
     monkeypatch.setattr(sys, "argv", ["train", "-m", *study, "seed=1000,1001", f"hydra.sweep.dir={tmp_path}"])
@@ -238,6 +240,7 @@ def test_a_run_of_a_study_is_over_when_it_is_filed(tmp_path, monkeypatch, capsys
         run_verb("train", train.main)
     assert ended.value.code == 0
     assert [[job.number for job in found[name]] for name in ("jobs", "skipped")] == [[0], [1]]
+    assert [found[name][0].diverged for name in ("jobs", "skipped")] == [None, tmp_path / "record"]
     assert capsys.readouterr().err == "report      python -m llama_eqx.report experiment=norm stage=tune rung=1m\n"
     assert not any("tracking" in word for word in found["jobs"][0].command)  # the study names its runs itself
 
