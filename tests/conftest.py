@@ -9,6 +9,14 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ |= {  # of the processes that tests start too: all compile much and compute little
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+    "XLA_FLAGS": "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",  # which take half of the time that a step needs
+    "JAX_COMPILATION_CACHE_DIR": os.path.join(tempfile.gettempdir(), "llama_eqx-test-compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+os.environ.pop("JAX_NUM_CPU_DEVICES", None)
 
 import absl.logging
 import jax
@@ -16,10 +24,6 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)  # tests compile much and compute little
-jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "llama_eqx-test-compiled"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__  # otherwise Hydra's logging closes pytest's capture stream
 

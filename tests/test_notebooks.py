@@ -4,7 +4,6 @@ import os
 import pathlib
 import sys
 
-import jax
 import pytest
 
 LONG = ("01_first_run", "06_read_an_ablation")  # run under `-m slow`
@@ -31,9 +30,6 @@ def test_is_kept_without_outputs_and_says_what_it_needs(path):
 def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     monkeypatch.setenv("LLAMA_EQX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     book = nbformat.read(path, 4)
     nbclient.NotebookClient(book, timeout=300, kernel_name="python3").execute(cwd=str(tmp_path))
     assert any(

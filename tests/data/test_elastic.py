@@ -96,7 +96,6 @@ def train_on(processes, folder, run_dir, steps):
         "PYTHONPATH": str(HERE.parents[1]),
         "LLAMA_EQX_CACHE": str(folder / "cache"),
         "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     with socket.socket() as found:
         found.bind(("localhost", 0))

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 
-import jax
 import pytest
 from test_loop import config
 
@@ -24,8 +23,6 @@ def said(*overrides):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, (pathlib.Path(__file__).parents[2], pathlib.Path(__file__).parent))),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
     }
     command = [sys.executable, __file__, *map(str, overrides)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
