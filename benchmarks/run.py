@@ -12,6 +12,8 @@ import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from benchmarks.record import told
 
@@ -32,6 +34,11 @@ PARTS = {
     "checkpoint": ["benchmarks.checkpoint", "--out", OUT],
     "prepare": ["benchmarks.data.prepare"],
 }
+TITLE = """# Results
+
+Written by `python -m benchmarks.run`; each part says when and where it was measured. [What the data costs](../data/README.md) explains the parts
+batches, start, starvation and prepare.
+"""
 
 
 def measure(part: str, more: list[str]) -> bool:
@@ -49,20 +56,34 @@ def measure(part: str, more: list[str]) -> bool:
 
 
 def in_words(said: str) -> str:
-    """Turns lines of JSON into a table with a column per key that holds a number or a text. Conditions and other lines stay as they are."""
+    """Turns lines of JSON into a table with a column per key. Conditions and other lines stay as they are."""
     records, rest, conditions = [], [], []
     for line in said.splitlines():
         record = json.loads(line) if line.startswith("{") else {}
         if record.get("name") == "conditions":
             conditions += [told(record), ""]
         elif record:
-            records.append({key: value for key, value in record.items() if isinstance(value, int | float | str)})
+            records.append(dict(cells(record)))
         else:
             rest.append(line)
     keys = list(dict.fromkeys(key for record in records for key in record))
-    rows = [[str(record.get(key, "")) for key in keys] for record in records]
+    rows = [[record.get(key, "") for key in keys] for record in records]
     table = [f"| {' | '.join(row)} |" for row in ([keys, ["---"] * len(keys), *rows] if rows else [])]
     return "\n".join([*conditions, *table, *([""] if table and rest else []), *(["```", *rest, "```"] if rest else [])]) + "\n"
+
+
+def cells(record: dict[str, Any], of: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the heads of columns and their cells. What a key holds by name has a column each; of a list, the least and the greatest."""
+    for key, value in record.items():
+        name = of + key.replace("_", " ")
+        if isinstance(value, dict):
+            yield from cells(value, f"{name}, ")
+        else:
+            yield name, " to ".join(map(shown, (min(value), max(value)) if isinstance(value, list) else [value]))
+
+
+def shown(value: float | str) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else value
 
 
 def main() -> None:
@@ -74,8 +95,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     failed = [part for part in parts if not measure(part, arguments.tokenizer if part == "prepare" else [])]
     written = [f"## {part}\n\n{file.read_text()}" for part in PARTS if (file := RESULTS / f"{part}.md").exists()]
-    title = "# Results\n\nWritten by `python -m benchmarks.run`; each part says when and where it was measured.\n"
-    (RESULTS / "README.md").write_text("\n".join([title, *written]))
+    (RESULTS / "README.md").write_text("\n".join([TITLE, *written]))
     if failed:
         sys.exit(f"not measured: {', '.join(failed)}")
 
