@@ -36,8 +36,8 @@ PARTS = {
 }
 TITLE = """# Results
 
-Written by `python -m benchmarks.run`; each part says when and where it was measured. [What the data costs](../data/README.md) explains the parts
-batches, start, starvation and prepare.
+Written by `python -m benchmarks.run`; each part says when and where it was measured. [What the data costs](../data/README.md) explains
+the parts batches, start, starvation and prepare.
 """
 
 
