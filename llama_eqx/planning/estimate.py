@@ -78,7 +78,7 @@ def kernel_seconds(instruction: Instruction, peak: float) -> float | None:
     """Time of a splash attention kernel by its FLOPs, from the shapes of its operands; None for another kernel.
 
     The first operand has an entry for every pair of query and key blocks. Under a causal mask, only those up to the diagonal are computed.
-    If queries are fewer than keys, devices split a row, and the others wait for the last of them, which sees nearly all keys.
+    If queries are fewer than keys, devices split a row, and each has a part from its front and one from its end.
     """
     found = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.name)
     operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", instruction.rest)
@@ -88,8 +88,9 @@ def kernel_seconds(instruction: Instruction, peak: float) -> float | None:
     blocks = next(sizes for kind, sizes in arrays if kind.startswith("s"))
     query, key = [sizes for kind, sizes in arrays if kind in ("bf16", "f32") and len(sizes) >= 3][:2]
     n_queries, n_keys = blocks[-2:]
-    # How many keys are seen up to the last query of a block, in key blocks.
-    ends = [key[-2] - query[-2] + (i + 1) * query[-2] // n_queries for i in range(n_queries)]
+    # How many keys the last query of a block sees, on the first device.
+    ends = [(i + 1) * query[-2] // n_queries for i in range(n_queries)]
+    ends = [end if 2 * end <= query[-2] else key[-2] - query[-2] + end for end in ends]
     seen = sum(-(-end * n_keys // key[-2]) for end in ends) / (n_queries * n_keys)
     fused = found[1] == "dkv" and any(len(sizes) == len(query) + 1 for _, sizes in shapes(instruction.shape))
     products = PRODUCTS[found[1]] + fused  # a fused backward kernel computes the gradient of the queries too

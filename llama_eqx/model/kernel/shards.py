@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_eqx.model.kernel.blocked import blocked
 from llama_eqx.model.kernel.cudnn import cudnn
-from llama_eqx.model.kernel.splash import make_splash, splash
+from llama_eqx.model.kernel.splash import dealt, make_splash, splash
 
 Spec = Callable[[tuple[str, ...], tuple[int, ...]], PartitionSpec]
 
@@ -53,7 +53,9 @@ def on_shards(
 
     def local(kernel: Any, q: Array, k: Array, v: Array, start: Array, segment_ids: tuple[Array, Array] | None) -> Array:
         if name == "splash":
-            return splash(kernel, q, k, v, segment_ids)
+            to, back = exchange(seq, ways(mesh, seq))
+            ids = None if segment_ids is None else (to(segment_ids[0]), segment_ids[1])
+            return back(splash(kernel, to(q), k, v, ids))
         first = start + jax.lax.axis_index(seq) * q.shape[1] if seq else start
         if name == "cudnn":
             return cudnn(q, k, v, first if seq or not from_zero else 0, segment_ids)
@@ -64,6 +66,31 @@ def on_shards(
     in_specs = (kernel_spec, q_spec, kv_spec, kv_spec, PartitionSpec(), ids_spec)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=q_spec, check_vma=False)
     return mapped(kernel, q, k, v, jnp.asarray(start, jnp.int32), segment_ids)
+
+
+def exchange(axis: Any, shards: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """Functions from a device's part of "batch seq …" to the two halves of parts that it is `dealt`, and back."""
+    if shards == 1:
+        return (lambda x: x), (lambda x: x)
+    owner = {half: place // 2 for place, half in enumerate(dealt(shards))}
+    even, odd = ([(i, owner[2 * i + which]) for i in range(shards)] for which in (0, 1))
+    send = lambda x, pairs: jax.lax.ppermute(x, axis, pairs)  # noqa: E731
+    turned = lambda pairs: [(b, a) for a, b in pairs]  # noqa: E731
+
+    def in_order(a: Array, b: Array) -> tuple[Array, Array]:
+        """Of the two parts that a device is dealt, one has an even number. It is the first one where the device's own is even."""
+        first = jax.lax.axis_index(axis) % 2 == 0
+        return jnp.where(first, a, b), jnp.where(first, b, a)
+
+    def to(x: Array) -> Array:
+        a, b = jnp.split(x, 2, axis=1)
+        return jnp.concatenate(in_order(send(a, even), send(b, odd)), axis=1)
+
+    def back(x: Array) -> Array:
+        a, b = in_order(*jnp.split(x, 2, axis=1))
+        return jnp.concatenate([send(a, turned(even)), send(b, turned(odd))], axis=1)
+
+    return to, back
 
 
 def ways(mesh: Mesh, part: Any) -> int:

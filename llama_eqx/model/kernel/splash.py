@@ -4,13 +4,14 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 LANES = 128  # rows and blocks are multiples of a vector register
 
 
 def make_splash(heads: int, seq: int, slots: int, shards: int, q_block: int, kv_block: int, fused_backward: bool, interpret: bool) -> Any:
-    """The kernel as a tree of arrays that say which blocks a causal mask leaves, for queries split over `shards` devices.
+    """The kernel as a tree of arrays that say which blocks a causal mask leaves, for queries split over `shards` devices as `dealt` says.
 
     The mask is computed in the kernel and not stored.
     """
@@ -29,6 +30,7 @@ def make_splash(heads: int, seq: int, slots: int, shards: int, q_block: int, kv_
         block_kv_dq=None if fused_backward else kv,
     )
     mask = splash_attention.CausalMask((seq, slots))
+    mask.q_sequence = np.arange(seq, dtype=np.int32).reshape(2 * shards, -1)[dealt(shards)].ravel()
     return splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
@@ -37,6 +39,14 @@ def make_splash(heads: int, seq: int, slots: int, shards: int, q_block: int, kv_
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
+
+
+def dealt(shards: int) -> list[int]:
+    """The parts of a row that is cut into `2 * shards`, two for each device in turn: one from the front and one from the end.
+
+    Later tokens see more. So all devices have as much to do.
+    """
+    return [half for i in range(shards) for half in (i, 2 * shards - 1 - i)]
 
 
 def splash(kernel: Any, q: Array, k: Array, v: Array, segment_ids: tuple[Array, Array] | None) -> Array:
