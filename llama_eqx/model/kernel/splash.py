@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array
 
 LANES = 128  # rows and blocks are multiples of a vector register
@@ -30,7 +29,7 @@ def make_splash(heads: int, seq: int, slots: int, shards: int, q_block: int, kv_
         block_kv_dq=None if fused_backward else kv,
     )
     mask = splash_attention.CausalMask((seq, slots))
-    mask.q_sequence = np.arange(seq, dtype=np.int32).reshape(2 * shards, -1)[dealt(shards)].ravel()
+    mask.q_sequence = mask.q_sequence.reshape(2 * shards, -1)[dealt(shards)].ravel()
     return splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
