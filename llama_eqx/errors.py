@@ -67,3 +67,14 @@ def unknown_option(error: Exception) -> ConfigError | None:
     name = found and (found[1] or found[2])
     next = f"~mesh.compiler_options.{name} leaves it out"
     return ConfigError(f"the compiler has no option {name}", where="mesh.compiler_options", next=next) if name else None
+
+
+def hub_download(path: str, kind: str = "model") -> str:
+    """What to type if `path`, which does not exist, is the name of a repository of Hugging Face's; empty if it cannot be one.
+
+    The files then lie at `path`, so that the command that named it works.
+    """
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        return ""
+    options = "--exclude 'original/*'" if kind == "model" else f"--repo-type {kind} --include '*.parquet'"
+    return f"; if it is on the Hugging Face Hub, get it first: hf download {path} {options} --local-dir {path}"

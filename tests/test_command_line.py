@@ -97,6 +97,12 @@ def run(monkeypatch, capsys, name, *arguments, job=None, out=None):
         (2, "4294967296 is not a seed: from 0 to 4294967295", ["seed=4294967296"]),
         (2, "'train.only=[a,b]' if it is a list, -m for a sweep", ["train.only=a,b"]),
         (3, "nothing matches", ["data=text", "data.path=no/such/folder"]),
+        (3, "hf download a/b --repo-type dataset --include '*.parquet' --local-dir a/b\n", ["data=text", "data.path=a/b"]),
+        (
+            3,
+            "hf download a/b --exclude 'original/*' --local-dir a/b\n",
+            ["data=text", f"data.path={TEXT}", "tokenizer=hf", "tokenizer.path=a/b"],
+        ),
         (3, "a row needs", ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "train.seq_len=250"]),
         (6, "cannot write", ["run_dir=/proc/nowhere"]),
     ],

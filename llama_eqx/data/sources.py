@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_eqx.errors import DataError
+from llama_eqx.errors import DataError, hub_download
 
 TEXT, LINES, PARQUET = ".txt", ".jsonl", ".parquet"
 COMPRESSED = (".gz", ".zst")
@@ -78,7 +78,8 @@ def find(where: str, key: str) -> list[Source]:
         files = [path] if path.is_file() else [Path(file) for file in glob.glob(str(path), recursive=True)]
     if found := sorted(file for file in files if file.is_file()):
         return [Source(file.relative_to(root).as_posix(), str(file), file.stat().st_size) for file in found]
-    raise DataError("nothing matches", where=str(path), next=f"{key}=FOLDER with {LISTED} files, or a glob such as {key}='FOLDER/**/*.txt'")
+    advice = f"{key}=FOLDER with {LISTED} files, or a glob such as {key}='FOLDER/**/*.txt'"
+    raise DataError("nothing matches", where=str(path), next=advice + hub_download(where, "dataset"))
 
 
 LISTED = ".txt, .md, .jsonl or .parquet"

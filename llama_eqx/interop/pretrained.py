@@ -19,7 +19,7 @@ from llama_eqx.checkpoint.manifest import MANIFEST, verify
 from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, load_native, open_native
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.checkpoint.store import SCHEME
-from llama_eqx.errors import CheckpointError
+from llama_eqx.errors import CheckpointError, hub_download
 from llama_eqx.interop import huggingface, meta
 from llama_eqx.interop.files import carried
 from llama_eqx.interop.params import PARAMS
@@ -74,9 +74,7 @@ def format_of(path: str | pathlib.Path) -> Format:
     elif folder.exists():
         what, advice = "a file, not the folder of a model", f"{MARKS['hf']} or {MARKS['meta']} must lie beside it: give their folder"
     else:
-        what, advice = "the folder does not exist", "check the path"
-        if not pathlib.Path(path).is_absolute() and len(pathlib.Path(path).parts) == 2:
-            advice += "; models are not fetched by their id: download it, and give the folder"
+        what, advice = "the folder does not exist", "check the path" + hub_download(str(path))
     raise CheckpointError(what, where=str(path), next=advice)
 
 

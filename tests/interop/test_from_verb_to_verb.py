@@ -167,7 +167,7 @@ BAD = {
     "weight_map": (lambda folder: index(folder, "../model.safetensors"), "lies outside of the folder"),
     "code": (lambda folder: (folder / "modeling.py").write_text("1 / 0"), "a repository with code of its own: modeling.py"),
     "pickle": (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "pickled .bin files are not read"),
-    "model id": (shutil.rmtree, "models are not fetched by their id"),
+    "model id": (shutil.rmtree, "get it first: hf download hub/model "),
 }
 
 

@@ -312,7 +312,8 @@ def test_a_model_id_is_no_path_and_nothing_is_fetched(path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a connection"))
     with pytest.raises(CheckpointError) as error:
         load_pretrained(path)
-    assert ("not fetched by their id" in error.value.next) is (path in ("meta-llama/Llama-2-7b-hf",))
+    download = "hf download meta-llama/Llama-2-7b-hf --exclude 'original/*' --local-dir meta-llama/Llama-2-7b-hf"
+    assert (download in error.value.next) is (path == "meta-llama/Llama-2-7b-hf")
 
 
 def test_a_header_that_lies(folder):

@@ -11,7 +11,7 @@ from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer.base import MARK, Tokenizer, TokenizerConfig, utf8
 from llama_eqx.data.tokenizer.files import json_object, native_model, refuse_stand_in
 from llama_eqx.data.tokenizer.tiktoken import special_tokens, turn_ends
-from llama_eqx.errors import ConfigError, DataError
+from llama_eqx.errors import ConfigError, DataError, hub_download
 
 SAVED = {"bos": "bos", "eos": "stop", "pad": "pad"}  # `stop` begins with `eos`
 LLAMA = {"<s>", "</s>", *special_tokens("llama3_1", 0)}
@@ -122,7 +122,7 @@ def read_huggingface(folder: Path, chat: str | None = None) -> HuggingFaceTokeni
     try:
         content = file.read_bytes()
     except OSError as error:
-        advice = "tokenizer.path=FOLDER with a tokenizer.json"
+        advice = "tokenizer.path=FOLDER with a tokenizer.json" + hub_download(str(folder)) * (not folder.exists())
         if folder.is_file():
             advice = f"tokenizer.path={folder.parent}"
         elif (folder / "tokenizer.model").is_file():
