@@ -43,6 +43,10 @@ class Job(NamedTuple):
     diverged: pathlib.Path | None = None
 
 
+# Environment variables of a job on this machine; None unsets one. On a cluster there are none: the scheduler chooses GPUs and cores.
+Share = Mapping[str, str | None]
+
+
 class MultirunError(UserError):
     """`code` is 75 when every job that is missing was preempted and would go on."""
 
@@ -67,15 +71,7 @@ def run_jobs(
 
     Raises `MultirunError` at the end when not every job has succeeded, or at an interrupt; `ConfigError` for invalid parameters.
     """
-    here = None
-    if cluster == "local":
-        # submitit's executor hides GPUs that were not requested. Few threads are faster than many that wait for each other's cores.
-        # A step on a CPU allocates all of its memory anew: huge pages save a tenth to a quarter of the step.
-        share = str(max(1, (os.cpu_count() or 1) // at_once)) if at_once > 1 else None
-        here = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"), "NPROC": os.environ.get("NPROC", share)}
-        here["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-        # The first job on a GPU would take three quarters of its memory.
-        here["XLA_PYTHON_CLIENT_PREALLOCATE"] = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false" if at_once > 1 else None)
+    shares = _shares(at_once) if cluster == "local" else list[Share]([{}] * at_once)
     executor = submitit.AutoExecutor(folder, cluster=cluster)
     try:
         executor.update_parameters(**parameters)
@@ -85,7 +81,7 @@ def run_jobs(
             names = [f"{match['prefix']}_{name}" for name in sorted(match["names"].split(", "))]
             raise ConfigError(match[1], where=where, next=nearest(f"{match['prefix']}_{match['name']}", names)) from None
         raise ConfigError(what, where=where) from None
-    waiting, running, ended = list(jobs), dict[Any, tuple[Job, float]](), dict[int, int | str]()
+    waiting, running, ended = list(jobs), dict[Any, tuple[Job, float, Share]](), dict[int, int | str]()
     told = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if skipped:
         say(f"finished before: {_listed(skipped)}")
@@ -94,20 +90,21 @@ def run_jobs(
         say(f"job {job.number} ended without finite numbers: {job.label} (to make it again remove {job.diverged})")
     try:
         while waiting or running:
-            while waiting and len(running) < at_once:
-                job = waiting.pop(0)
+            while waiting and shares:
+                job, share = waiting.pop(0), shares.pop(0)
                 job.console.parent.mkdir(parents=True, exist_ok=True)
-                running[_submitted(executor, job, here)] = job, time.monotonic()
+                running[_submitted(executor, job, share)] = job, time.monotonic(), share
                 say(f"job {job.number} begins: {job.label}")
             time.sleep(EVERY)
             for handle in [handle for handle in running if handle.done()]:
-                job, begun = running.pop(handle)
+                job, begun, share = running.pop(handle)
+                shares.append(share)
                 code = ended[job.number] = _code(handle)
                 left = f"{len(ended) + len(skipped)} of {len(jobs) + len(skipped)} over"
                 say(f"job {job.number} {_said(code)} after {time.monotonic() - begun:,.0f} s: {left}")
     except (KeyboardInterrupt, SystemExit) as stop:
         does = "waits for what runs to save itself" if cluster == "local" else "cancels what runs, which saves itself"
-        say(f"told to stop: {does} ({_listed([job for job, _ in running.values()]) or 'nothing'})")
+        say(f"told to stop: {does} ({_listed([job for job, *_ in running.values()]) or 'nothing'})")
         _stop(list(running), cluster)
         if isinstance(stop, SystemExit):
             raise
@@ -149,14 +146,45 @@ def run_jobs(
     )
 
 
-def _submitted(executor: submitit.AutoExecutor, job: Job, here: Mapping[str, str | None] | None) -> Any:
+def _shares(at_once: int) -> list[Share]:
+    """Equal shares of the cores and the GPUs for the jobs that run here at a time. If there are more jobs than GPUs, jobs share one."""
+    gpus = _gpus() if at_once > 1 else []
+    each = len(gpus) // at_once
+    own = [",".join(gpus[i * each :][:each] or gpus[i % len(gpus) :][:1]) for i in range(at_once if len(gpus) > 1 else 0)]
+    # Few threads are faster than many that wait for each other's cores. The first of several jobs on a GPU would take most of its memory.
+    threads = str(max(1, (os.cpu_count() or 1) // at_once)) if at_once > 1 else None
+    preallocate = "false" if at_once > 1 and not each else None
+    return [
+        {
+            "CUDA_VISIBLE_DEVICES": visible,  # said even if it is as before, since submitit's executor hides GPUs that were not requested
+            "NPROC": os.environ.get("NPROC", threads),
+            # A step on a CPU allocates all of its memory anew: huge pages save a tenth to a quarter of the step.
+            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", preallocate),
+        }
+        for visible in own or [os.environ.get("CUDA_VISIBLE_DEVICES")] * at_once
+    ]
+
+
+def _gpus() -> list[str]:
+    """The GPUs that are visible, as CUDA_VISIBLE_DEVICES names them, without a process that takes memory on them."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in named.split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return re.findall(r"^GPU \d+: .*\(UUID: ([\w-]+)\)", listed, re.MULTILINE)
+
+
+def _submitted(executor: submitit.AutoExecutor, job: Job, share: Share) -> Any:
     """Submits a job so that a terminal's Ctrl-C reaches none of submitit's processes, which would break off the job they watch.
 
     Raises `ConfigError` when the scheduler rejects the job.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return executor.submit(run_command, job.command, str(job.console), here)
+        return executor.submit(run_command, job.command, str(job.console), share)
     except FailedJobError as error:
         raise ConfigError(str(error).splitlines()[0], where="hydra.launcher.parameters") from None
     finally:
@@ -174,13 +202,9 @@ def _stop(handles: list[Any], cluster: str) -> None:
         time.sleep(1)
 
 
-def run_command(command: list[str], console: str, here: Mapping[str, str | None] | None) -> int:
-    """Runs `command` under submitit. Returns its exit code, or minus the number of the signal that ended it.
-
-    `here` has environment variables of a job on this machine: the GPUs that it may see and the threads that XLA may use. A value of None
-    unsets the variable. On a cluster `here` is None: the scheduler has chosen them.
-    """
-    environment = {**os.environ, **(here or {})}
+def run_command(command: list[str], console: str, share: Share) -> int:
+    """Runs `command` under submitit. Returns its exit code, or minus the number of the signal that ended it."""
+    environment = {**os.environ, **share}
     environment = {name: value for name, value in environment.items() if value is not None}
     rank = int(os.environ.get("SLURM_PROCID", 0))  # of several processes of one job, each has a file
     with open(f"{console}.{rank}" if rank else console, "ab") as file:

@@ -60,6 +60,33 @@ def test_jobs_that_fail_leave_the_others_to_finish(tmp_path, monkeypatch, capsys
     assert "\n3 1 false\n" in (tmp_path / "fine too" / "console.txt").read_text()  # one of five cores, and of a GPU what it needs
 
 
+LISTED = "".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i}-a)\n  MIG 1g.10gb Device 0: (UUID: MIG-{i})\n" for i in range(5))
+
+
+@pytest.mark.parametrize(
+    ("visible", "at_once", "shares", "preallocate"),
+    [
+        (None, 1, [None], None),
+        (None, 2, ["GPU-0-a,GPU-1-a", "GPU-2-a,GPU-3-a"], None),  # as many each, so that all jobs have the same mesh
+        (None, 5, [f"GPU-{i}-a" for i in range(5)], None),
+        ("1,3", 2, ["1", "3"], None),
+        ("1,3", 3, ["1", "3", "1"], "false"),
+        ("", 2, ["", ""], "false"),
+        ("none listed", 2, [None, None], "false"),
+    ],
+)
+def test_jobs_at_a_time_have_gpus_of_their_own(visible, at_once, shares, preallocate, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<END\n{'' if visible == 'none listed' else LISTED}END\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible in ("", "1,3"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = multirun._shares(at_once)
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in found] == shares
+    assert {share["XLA_PYTHON_CLIENT_PREALLOCATE"] for share in found} == {preallocate}
+
+
 @pytest.mark.parametrize(("second", "said"), [("no room", " (runs)"), ("elsewhere", ""), ("other", None), ("killed", None)])
 def test_one_reason_for_all_that_failed_is_told_with_what_comes_next(second, said, tmp_path, monkeypatch, capsys):
     for what in ("no room", "other"):
