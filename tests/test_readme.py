@@ -16,7 +16,7 @@ from llama_eqx.model.init import FanInInitConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+VARIANT, *PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 TEXT = pathlib.Path(__file__).parent / "golden" / "text.md"
 VARIANTS = (ROOT / "docs/variants.md").read_text(encoding="utf-8")
 SHOWN = re.findall(r"```python\n(.*?)```", VARIANTS, re.S)
@@ -51,7 +51,7 @@ def test_the_variant_of_the_readme(tiny, monkeypatch):
     module = types.ModuleType("readme_variant")
     vars(module).update(vars(feed_forward), __name__="readme_variant")
     monkeypatch.setitem(sys.modules, "readme_variant", module)
-    exec(PYTHON[2], vars(module))
+    exec(VARIANT, vars(module))
     config = module.LowRankGateConfig(rank=16)
     variant = config.build(tiny().dims, FanInInitConfig(gain=1.0), key=jax.random.key(0))
     assert variant.gate_out.shape == (16, 48)
@@ -59,7 +59,7 @@ def test_the_variant_of_the_readme(tiny, monkeypatch):
 
 
 def test_the_guide_shows_the_same_variant():
-    assert SHOWN[0] == PYTHON[2]
+    assert SHOWN[0] == VARIANT
 
 
 def test_the_attention_of_the_guide(tiny, monkeypatch):

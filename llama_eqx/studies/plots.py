@@ -94,8 +94,8 @@ def doses(name: str, points: Sequence[tuple[float, Finding]], margin: float, aga
         axes.plot([place], [mean], "D", color=color, markersize=6)
     axes.set_xticks(places, [f"{dose:,.0f}" for dose, _, _ in known])
     axes.set_xlabel(name)
-    axes.set_ylabel(f"loss less that of {' or '.join(against)}\n(nats per token, paired by seed)")
-    axes.set_title(f"dose and response, 95% intervals; shaded: within ±{margin:g}", loc="left", fontsize=10)
+    axes.set_ylabel(f"loss above that of {' or '.join(against)}\n(nats per token)")
+    axes.set_title(f"differences paired by seed, with 95% intervals; shaded: within ±{margin:g}", loc="left", fontsize=10)
     return made
 
 

@@ -273,7 +273,7 @@ def test_the_files(experiment):
     assert "| 5, 6, 7 | H100 | 0123456789ab-dirty (code c2), lab fedcba987654 | 3.11.7 | 0.10.2 |\n" in markdown
     assert markdown.count("changed between these runs") == 1
     assert page.count("<svg") == 3
-    assert "loss less that of base" in page  # of the picture over a dose
+    assert "loss above that of base" in page  # of the picture over a dose
     assert not re.search(r"""(src|href)=["'](?!#)""", page.replace("xlink:", ""))
     used, given = set(re.findall(r'(?:url\(|href=")#([^)"]+)', page)), re.findall(r' id="([^"]+)"', page)
     assert used <= set(given)
