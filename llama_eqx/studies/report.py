@@ -13,6 +13,7 @@ from llama_eqx.studies import plots
 from llama_eqx.studies.page import Page
 from llama_eqx.studies.registration import Registration, folder, load_registration, write_tuned
 from llama_eqx.studies.runs import Run, arm_differences, asked_for, check, complete, config_differences, kept, named, read_run
+from llama_eqx.studies.statistics import interval
 from llama_eqx.studies.verdict import Finding, best_rates, equivalence_in_words, findings, in_words
 from llama_eqx.tracking.starts import changes
 
@@ -123,7 +124,7 @@ def final(config: ReportConfig, question: str) -> Report:
 def of_runs(config: ReportConfig) -> Report:
     """Writes a page of runs side by side."""
     paths, lacking = _members(config.runs)
-    runs = {_name(path, paths): read_run(pathlib.Path(path)) for path in paths}
+    runs = _by_name({path: read_run(pathlib.Path(path)) for path in paths})
     page = Page(" and ".join(runs) if len(runs) < 5 else f"{len(runs)} runs")
     said = [f"{name}: {_ends(run)}" for name, run in runs.items()]
     for path in lacking:
@@ -134,14 +135,20 @@ def of_runs(config: ReportConfig) -> Report:
         if found := changes(run.provenance, max((record["step"] for record in run.metrics), default=0)):
             page.text(remark := f"The starts of {name} differ: {', '.join(found)}.")
             said.append(remark)
-    first, *others = runs.items()
-    for name, run in others:
-        page.heading(f"{first[0]} → {name}")
-        lines = config_differences(first[1], run)
+    said += (paired := paired_by_seed(runs))
+    if paired:
+        page.heading("Paired by seed")
+        page.text("\n\n".join(paired))
+    first, *others = runs
+    for name in others:
+        beside = next(other for other in runs if runs[other].seed == runs[name].seed)
+        beside = first if beside == name else beside
+        page.heading(f"{beside} → {name}")
+        lines = config_differences(runs[beside], runs[name])
         page.verbatim("\n".join(lines) or "no setting differs")
-        comparison = compared(first[1], run)
+        comparison = compared(runs[beside], runs[name])
         page.text(comparison)
-        said += [f"{first[0]} -> {name}: {_count(lines)}. {comparison}"]
+        said += [f"{beside} -> {name}: {_count(lines)}. {comparison}"]
     page.heading("Curves")
     shared = set.intersection(*({name for record in run.metrics for name in record} for run in runs.values()))
     usual = {"optim/grad_norm", "optim/lr", "optim/dead_updates", "optim/withheld"}
@@ -160,6 +167,41 @@ def of_runs(config: ReportConfig) -> Report:
             page.heading(f"Sample of {name}")
             page.verbatim(sample.read_text(encoding="utf-8").strip())
     return Report(page.write(_output(config, pathlib.Path("report")), "report"), "\n".join(said))
+
+
+def paired_by_seed(runs: Mapping[str, Run]) -> list[str]:
+    """A line for each group of runs that differ in their seed alone: their validation loss minus that of the first group, seed by seed.
+
+    Two runs are a pair if they have read the same batches. A group with fewer than two pairs has no line.
+    """
+    groups: list[dict[int, str]] = []
+    for name, run in runs.items():
+        for group in groups:
+            of_group = runs[next(iter(group.values()))]
+            if all(line.startswith("seed: ") for line in config_differences(of_group, run)):
+                group.setdefault(run.seed, name)
+                break
+        else:
+            groups.append({run.seed: name})
+    said = []
+    for group in groups[1:]:
+        pairs = [(runs[groups[0][seed]], runs[name]) for seed, name in group.items() if seed in groups[0]]
+        paired = [(a, b) for a, b in pairs if a.series("data/ledger")[1][-1:] == b.series("data/ledger")[1][-1:]]
+        found = [difference for a, b in paired if math.isfinite(difference := b.last("val/loss") - a.last("val/loss"))]
+        if len(found) > 1:
+            mean, low, high = interval(found)
+            each = ", ".join(f"{difference:+.4f}" for difference in found)
+            said.append(
+                f"{_in_common(group)} minus {_in_common(groups[0])}, validation loss by seed: {each}; mean {mean:+.4f} nats per token, 95% "
+                f"interval {low:+.4f} to {high:+.4f} over {len(found)} pairs. Nothing was registered, so this is a hint and no verdict."
+            )
+    return said
+
+
+def _in_common(group: Mapping[int, str]) -> str:
+    """The words that all names of a group have, without its seeds; else the names."""
+    first, *others = (name.split() for name in group.values())
+    return " ".join(word for word in first if all(word in name for name in others)) or " and ".join(group.values())
 
 
 def compared(a: Run, b: Run) -> str:
@@ -247,6 +289,14 @@ def _speed(run: Run) -> float:
     """The median of the records' tokens/s, without the first step, which compiles."""
     speeds = zip(*run.series("perf/tokens_per_second"), strict=True)
     return statistics.median([speed for step, speed in speeds if step > 1] or [math.nan])
+
+
+def _by_name(runs: Mapping[str, Run]) -> dict[str, Run]:
+    """Runs by the names that a sweep, or the user, gave them if these tell them apart; else by the ends of their paths."""
+    names = [(run.settings.get("tracking") or {}).get("wandb", {}).get("name") for run in runs.values()]
+    if not all(names) or len({*names}) < len(names):
+        names = [_name(path, [*runs]) for path in runs]
+    return dict(zip(names, runs.values(), strict=True))
 
 
 def _name(path: str, all_paths: Sequence[str]) -> str:
