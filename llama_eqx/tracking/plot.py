@@ -29,7 +29,7 @@ def plot_loss(metrics: Sequence[dict[str, int | float]], path: str | os.PathLike
         radius = len(losses) // 60
         if radius:
             axes.plot(steps, losses, color=TRAIN, alpha=0.35, linewidth=0.8)
-        label = f"training (mean of {2 * radius + 1} reports)" if radius else "training"
+        label = f"training (mean of {2 * radius + 1} records)" if radius else "training"
         axes.plot(steps, smoothed(losses, radius), color=TRAIN, linewidth=1.8, label=label)
     if validation:
         steps, losses = zip(*validation, strict=True)
