@@ -27,7 +27,7 @@ def dead_updates(model: PyTree, gradient: PyTree, update: PyTree) -> Float32[Arr
         return jnp.sum(after == before, dtype=jnp.float32)
 
     counts = jax.tree.leaves(jax.tree.map(dead, model, update))
-    return jnp.stack(counts).sum() / sum(leaf.size for leaf in jax.tree.leaves(model))
+    return jnp.stack(counts).sum() / float(sum(leaf.size for leaf in jax.tree.leaves(model)))  # more than an int32 can count
 
 
 # Functions of the model before the step, the gradient before clipping, and what is added to the model. Each is recorded as the metric

@@ -78,6 +78,14 @@ def test_a_meter_may_give_several_numbers(tiny, monkeypatch):
     np.testing.assert_allclose(metrics["optim/norms/embed"], 10 * np.linalg.norm(gradient[0]), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", sorted(METERS))
+def test_a_meter_measures_a_model_of_any_size(name):
+    """The parameters of a large model are more than an int32 can count."""
+    config = load_config("model=llama3_1_405b").model
+    model = eqx.filter_eval_shape(lambda: config.build(key=jax.random.key(0)))
+    assert eqx.filter_eval_shape(METERS[name], model, model, model).dtype == jnp.float32
+
+
 @pytest.mark.parametrize("option", ["adamw", "lion"])
 def test_a_state_keeps_its_dtypes_and_the_step_is_compiled_once(option, tiny):
     """Also in bfloat16, whose gradients are float32 where microbatches add up. Without a target that counts, a batch changes nothing."""
