@@ -71,8 +71,10 @@ class Int8(eqx.Module):
 
     @staticmethod
     def of(weight: Float[Array, "*out last"]) -> "Int8":
-        scale = jnp.maximum(jnp.max(jnp.abs(weight), axis=-1), jnp.finfo(weight.dtype).tiny) / 127
-        return Int8(values=jnp.round(weight / scale[..., None]).astype(jnp.int8), scale=scale)
+        """Steps are counted in float32: of 127 and a half, 16-bit numbers may make 128."""
+        scale = jnp.max(jnp.abs(weight), axis=-1) / 127
+        steps = weight.astype(jnp.float32) / jnp.maximum(scale.astype(jnp.float32), jnp.finfo(jnp.float32).tiny)[..., None]
+        return Int8(values=jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), scale=scale)
 
     @property
     def shape(self) -> tuple[int, ...]:

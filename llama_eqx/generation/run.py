@@ -46,6 +46,7 @@ UNFIT = {
     "draft": ("samples", *PENALTIES, "stop_strings", "top_logprobs"),
 }
 UNSAID = {"samples": 1, "top_logprobs": 0, "stop_strings": (), "shift": False}  # values of settings not given; the others are None
+MEASURED = 2048  # tokens at most of a text that tells what 8 bits cost: their logits and scores exist all at once
 DIGITS = 5  # of log-probabilities in JSON: float32 has no more that matter
 
 
@@ -330,7 +331,7 @@ def loaded(config: GenerateConfig, checkpoint: str, tokenizer: Tokenizer) -> Lla
     model = for_decoding(model)
     if config.quantize is None:
         return model
-    quantised, ids = in_int8(model), ids[: model.config.context]
+    quantised, ids = in_int8(model), ids[: min(model.config.context, MEASURED)]
     before, after = perplexity(model, ids), perplexity(quantised, ids)
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 2**20  # noqa: E731
     say(

@@ -9,7 +9,7 @@ import pytest
 from llama_eqx import build_model
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation.decode import generate_tokens
-from llama_eqx.generation.layout import PackedAttention, PackedFeedForward, for_decoding, in_int8, unpacked
+from llama_eqx.generation.layout import Int8, PackedAttention, PackedFeedForward, for_decoding, in_int8, product, unpacked
 from llama_eqx.precision import cast
 
 PROMPTS = [[5, 6, 7, 8, 9], [3], [60, 2, 33]]
@@ -101,3 +101,14 @@ def test_eight_bits(models):
     error = jnp.abs(small(tokens) - laid_out(tokens)).max() / jnp.abs(laid_out(tokens)).max()
     assert 1e-4 < error < 0.05
     assert len(generate_tokens(small, PROMPTS, 4).tokens) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_eight_bits_of_any_weights(dtype):
+    """Within half a step, also where weights have fewer digits than steps; an output without weights stays at zero."""
+    weight = (0.02 * jax.random.normal(jax.random.key(0), (64, 512))).at[0].set(0).at[1].multiply(1e-4).astype(dtype)
+    small = Int8.of(weight)
+    steps = np.asarray(weight, np.float64)[2:] / np.asarray(small.scale, np.float64)[2:, None]
+    assert np.abs(np.asarray(small.values[2:], int) - steps).max() <= 0.5001
+    assert (np.abs(np.asarray(small.values, int)).max(), small.scale.dtype) == (127, dtype)
+    np.testing.assert_array_equal(product(jnp.ones((1, 1, 512), dtype), small)[..., 0], 0)

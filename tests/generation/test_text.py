@@ -366,3 +366,15 @@ def test_eight_bits(folders, tmp_path, monkeypatch, capsys):
         before, after = (model(ids, labels=ids).loss.exp().item() for model in models)
     assert abs(after / before - 1) > 1e-4
     np.testing.assert_allclose(list(map(float, found)), [before, after], rtol=1e-5)
+
+
+def test_eight_bits_of_a_model_of_a_long_context(folders, tmp_path, monkeypatch, capsys):
+    """The text is read at once, all logits and scores of it: with a long context, only its beginning is."""
+    folder = shutil.copytree(folders / "llama3", tmp_path / "long", ignore=shutil.ignore_patterns("manifest.json"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 131072}))
+    (tmp_path / "text.txt").write_text(TEXT * 10)
+    printed(
+        monkeypatch, capsys, f"checkpoint={folder}", "prompt=The", "quantize=int8", f"quantize_text={tmp_path}/text.txt", said=(notes := [])
+    )
+    assert "perplexity of the first 2048 tokens of text.txt" in notes[0]
