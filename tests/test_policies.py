@@ -16,9 +16,8 @@ from llama_eqx.flops import flops_per_token, mfu
 from llama_eqx.model.llama import Llama
 from llama_eqx.precision import PrecisionConfig, cast
 from llama_eqx.remat import RematConfig
-from llama_eqx.sharding import MESH_AXES, Layout, Rules, parameter_names
+from llama_eqx.sharding import MESH_AXES, Layout, Rules
 from llama_eqx.training.loss import policy_view
-from llama_eqx.training.optimizer import matrices
 
 MIXED = PrecisionConfig(params="float32", compute="bfloat16")
 
@@ -84,77 +83,34 @@ def test_mfu_only_where_the_peak_is_known():
     assert mfu(1000.0, 10**9, "cpu", 1) is None
 
 
-def test_matrices_decay_and_stacked_norms_do_not(tiny):
-    model = build_model(tiny("model/norm=layer"), key=jax.random.key(0))
-    mask = matrices(model)
-    decayed = {name for name, decays in zip(parameter_names(model), jax.tree.leaves(mask), strict=True) if decays}
-    assert "blocks.attention.q_proj" in decayed
-    assert not {name for name in decayed if "norm" in name}
-    assert len(decayed) == len(jax.tree.leaves(model)) - 6
-
-
-def test_the_cosine_is_that_of_pytorch():
-    import torch
-
-    config = load_config("schedule.peak=1e-3", "schedule.warmup_steps=10", "schedule.final_fraction=0.1").schedule
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90, eta_min=1e-4)
-    for step in range(10, 100):
-        assert float(config.rate(jnp.asarray(step), 100)) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-4)
-        optimizer.step()
-        cosine.step()
-    warmup = [float(config.rate(jnp.asarray(step), 100)) for step in range(10)]
-    np.testing.assert_allclose(warmup, 1e-3 * np.arange(1, 11) / 10, rtol=1e-6)
-    constant = load_config("schedule=constant", "schedule.peak=1e-3", "schedule.warmup_steps=0").schedule
-    assert float(constant.rate(jnp.asarray(99), 100)) == pytest.approx(1e-3)
-
-
-def test_linear_is_that_of_pytorch():
-    import torch
-
-    config = load_config("schedule=linear", "schedule.peak=1e-3", "schedule.warmup_steps=10", "schedule.final_fraction=0.2").schedule
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
-    line = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.2, total_iters=90)
-    for step in range(10, 100):
-        assert float(config.rate(jnp.asarray(step), 100)) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-4)
-        optimizer.step()
-        line.step()
-
-
-def test_inverse_sqrt_is_that_of_transformers():
+def test_schedules_are_those_of_pytorch_and_transformers():
+    """Theirs warm up from the step before our first. Their wsd has a linear fall and a 1-sqrt one; ours ends where theirs would at the step
+    after the last.
+    """
     import torch
     import transformers
 
-    config = load_config("schedule=inverse_sqrt", "schedule.peak=1e-3", "schedule.warmup_steps=10").schedule
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
-    course = transformers.get_inverse_sqrt_schedule(optimizer, num_warmup_steps=10)
-    for _ in range(10):  # warmed up, as ours is after its own ten
-        optimizer.step()
-        course.step()
-    for step in range(10, 100):
-        assert float(config.rate(jnp.asarray(step), 100)) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-5)
-        optimizer.step()
-        course.step()
-
-
-def test_wsd_is_that_of_transformers():
-    """Theirs has a linear fall and a 1-sqrt one; ours begins where theirs does, and ends where it would at the step after the last."""
-    import torch
-    import transformers
-
-    settings = ["schedule=wsd", "schedule.peak=1e-3", "schedule.warmup_steps=10", "schedule.decay_fraction=0.25"]
-    config = load_config(*settings, "schedule.final_fraction=0.1").schedule
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
-    course = transformers.get_wsd_schedule(
-        optimizer, num_warmup_steps=10, num_stable_steps=60, num_decay_steps=20, decay_type="1-sqrt", min_lr_ratio=0.1
-    )
-    for _ in range(10):
-        optimizer.step()
-        course.step()
-    for step in range(10, 90):
-        assert float(config.rate(jnp.asarray(step), 90)) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-5)
-        optimizer.step()
-        course.step()
+    warmup = {"num_warmup_steps": 10}
+    wsd = {"num_stable_steps": 60, "num_decay_steps": 20, "decay_type": "1-sqrt", "min_lr_ratio": 0.1}
+    schedules = torch.optim.lr_scheduler
+    for option, warmed, course in (
+        ("cosine schedule.final_fraction=0.1", 0, lambda sgd: schedules.CosineAnnealingLR(sgd, T_max=90, eta_min=1e-4)),
+        ("linear schedule.final_fraction=0.2", 0, lambda sgd: schedules.LinearLR(sgd, start_factor=1.0, end_factor=0.2, total_iters=90)),
+        ("inverse_sqrt", 10, lambda sgd: transformers.get_inverse_sqrt_schedule(sgd, **warmup)),
+        (
+            "wsd schedule.decay_fraction=0.25 schedule.final_fraction=0.1",
+            10,
+            lambda sgd: transformers.get_wsd_schedule(sgd, **warmup, **wsd),
+        ),
+    ):
+        config = load_config("schedule.peak=1e-3", "schedule.warmup_steps=10", *f"schedule={option}".split()).schedule
+        sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+        theirs, last = course(sgd), 90 if option.startswith("wsd") else 100
+        for step in range(10 - warmed, last):
+            if step >= 10:
+                assert float(config.rate(jnp.asarray(step), last)) == pytest.approx(sgd.param_groups[0]["lr"], rel=1e-4), (option, step)
+            sgd.step()
+            theirs.step()
 
 
 @pytest.mark.parametrize("option", sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "conf" / "schedule").glob("*.yaml")))

@@ -116,19 +116,6 @@ def test_a_model_that_is_not_of_its_config_is_refused(tmp_path, model):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("value", ["${oc.env:HOME}", "a ${b} c"])
-@pytest.mark.parametrize("place", ["model", "elsewhere"])
-def test_interpolations_are_refused(saved, value, place):
-    tree = read_config(saved)
-    if place == "model":
-        tree["model"]["norm"]["eps"] = value
-    else:
-        tree["list"] = [{"deep": value}]
-    (saved / "config.yaml").write_text(yaml.safe_dump(tree))
-    with pytest.raises(CheckpointError, match="interpolation"):
-        load_native(saved)
-
-
 def test_an_escaped_interpolation_is_refused(saved):
     with (saved / "config.yaml").open("a") as file:
         file.write('note: "\\x24{oc.env:HOME}"\n')

@@ -152,7 +152,7 @@ def test_an_empty_component_of_a_mixture_ends_before_the_first_step(made, tmp_pa
     mixture += ["data@data.components.code=text", f"data.components.code.path={made / 'here.jsonl'}"]
     code, error, steps = run(*mixture)
     assert (code, steps) == (3, 0)
-    assert "the component prose: no text here" in error
+    assert f"the component prose: no text here\nwhere: {tmp_path / 'nothing.txt'}\n" in error
 
 
 def test_weights_that_do_not_sum_end_before_the_first_step(run):

@@ -10,7 +10,6 @@ import yaml
 from llama_eqx import load_config
 from llama_eqx.config import load
 from llama_eqx.data.cache import cache_dir, publish
-from llama_eqx.data.corpus import StdlibConfig
 from llama_eqx.data.dataset import held_out
 from llama_eqx.data.tokenizer import BytesTokenizer
 from llama_eqx.errors import ConfigError, DataError, StorageError
@@ -279,8 +278,3 @@ def test_what_is_published_is_whole_and_the_first_wins(tmp_path):
     publish(folder, broken)
     assert (folder / "x").read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["made"]
-
-
-def test_stdlib_config_is_exhaustive():
-    with pytest.raises(TypeError):
-        StdlibConfig(prompt="def ")  # pyright: ignore[reportCallIssue]

@@ -66,20 +66,6 @@ def test_settings_that_make_no_sense_are_refused(overrides, said):
         load_config("data=mixture", *overrides)
 
 
-@pytest.mark.parametrize(("code", "total"), [(0.4, 0.9), (0.7, 1.2)])
-def test_weights_that_do_not_sum_are_refused(code, total):
-    with pytest.raises(DataError, match=f"sum to {total}"):
-        load_config("data=mixture", f"data.weights.code={code}")
-
-
-def test_an_empty_component_is_named(mixture, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "a.txt").write_text("")
-    with pytest.raises(DataError, match="the component prose: no text here") as error:
-        opened(mixture(f"data.components.prose.path={tmp_path / 'empty'}"))
-    assert error.value.where == str(tmp_path / "empty")
-
-
 def test_a_component_with_another_tokenizer_is_to_be_prepared_again(mixture, tmp_path):
     options = [f"input={tmp_path}", f"output={tmp_path / 'out'}", "tokenizer=chars", "validation_fraction=0", "prepare.workers=1"]
     prepare(load_config(*options, name="prepare"))

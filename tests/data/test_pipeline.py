@@ -137,18 +137,6 @@ def test_training_batches_are_placed_parts_with_what_has_been_drawn(windows, sha
     assert len({progress.ledger for _, progress in begun}) == 5
 
 
-def test_an_id_out_of_range_ends_the_run_at_its_batch_with_shard_and_offset(split, sharding):
-    made = split([np.arange(41)], vocab=41)
-    ids = np.load(made.shards[0].file("ids"))
-    ids[17] = 99
-    np.save(made.shards[0].file("ids"), ids)
-    drawn = parts(Windows(made, SEQ))
-    batches = training_batches(drawn, sharding("data"), 8, drawn.after(0))
-    with batches as taken, pytest.raises(DataError, match="id 99 is not in the vocabulary of 41") as error:
-        list(itertools.islice(taken, 3))
-    assert error.value.where.endswith("ids.npy, offset 17")
-
-
 def test_what_is_made_ahead_comes_in_order_and_no_further_than_there_is_room():
     made = []
 

@@ -239,28 +239,11 @@ def test_an_index_that_makes_no_sense_is_named(corpus, content):
     assert "delete this folder" in error.value.next
 
 
-def test_another_tokenizer_of_the_same_size_is_refused(write, text):
-    first, second = CharsTokenizer(b"ab"), CharsTokenizer(b"xy")
-    data = tokenize(text(write(a_txt="ab" * 40)), first)
-    open_dataset(folder(data), remedy="", tokenizer=first)
-    with pytest.raises(DataError, match=f"{first.fingerprint[:12]}.*{second.fingerprint[:12]}") as error:
-        open_dataset(folder(data), remedy="", tokenizer=second)
-    assert error.value.where == str(folder(data))
-
-
 @pytest.mark.parametrize("above", [-2 * 2**16, 10**6])
 def test_an_id_outside_the_vocabulary_is_not_written(corpus, monkeypatch, above):
     monkeypatch.setattr(Wide, "above", above)
     with pytest.raises(DataError, match=f"gave the id {above + ord('0')}, .* vocabulary of {Wide.vocab}"):
         tokenize(corpus, Wide())
-
-
-def test_an_id_outside_the_vocabulary_is_named_when_it_is_read(split):
-    read = split([[1, 2], [3]], [[4, 300, 5]], vocab=300)
-    assert read.read(0, 4).tolist() == [1, 2, 3, 4]
-    with pytest.raises(DataError, match="id 300 is not in the vocabulary of 300") as error:
-        read.read(2, 6)
-    assert error.value.where == f"{read.shards[1].file('ids')}, offset 1"
 
 
 @pytest.mark.parametrize("wrong", [-7, 0, 99, "same as before", "as after"])

@@ -21,7 +21,7 @@ from llama_eqx.data.tokenizer import (
 from llama_eqx.data.tokenizer.find import options
 from llama_eqx.data.tokenizer.huggingface import read_huggingface
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
-from llama_eqx.errors import ConfigError, DataError
+from llama_eqx.errors import DataError
 from llama_eqx.generation.text import prompt_tokens
 
 TEXT = "The quick brown fox, aged 1234, jumps over the lazy dog.\n    def f(x):\n\treturn x ** 2  # ok\nÉtude à 你好\n" * 20
@@ -177,12 +177,6 @@ def test_a_damaged_tokenizer_json_is_refused(damage, hf):
     with pytest.raises(DataError, match=r"a damaged tokenizer\.json") as error:
         find_tokenizer(hf)
     assert error.value.where == str(file)
-
-
-def test_an_option_without_its_path_is_refused(build):
-    for option in ("tiktoken", "hf"):
-        with pytest.raises(ConfigError, match=f"tokenizer={option} needs a f"):
-            build(option, None)
 
 
 # Which ids begin and end a text, by the files that lie beside tokenizer.json.

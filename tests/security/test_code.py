@@ -61,6 +61,12 @@ TARGETS = [
     "llama_eqx..os.system",
     "hydra.utils.instantiate",
     "torch.load",
+    "llama_eqx.model.norm.RMSNorm",
+    "llama_eqx_evil.Config",
+    "llama_eqx.config.Config",
+    "llama_eqx.nowhere.X",
+    "Dims",
+    "",
 ]
 
 
@@ -80,12 +86,6 @@ def test_an_interpolation_in_a_config_that_came_with_a_checkpoint(tmp_path, valu
     tree = {"value": {"run_dir": value}, "key": {value: 1}, "list": {"a": [{"b": [value]}]}}[place]
     (tmp_path / CONFIG).write_text(yaml.safe_dump(tree))
     with pytest.raises(CheckpointError, match="never resolved"):
-        read_config(tmp_path)
-
-
-def test_a_tag_of_yaml(tmp_path):
-    (tmp_path / CONFIG).write_text("run_dir: !!python/object/apply:os.system ['true']")
-    with pytest.raises(CheckpointError, match="not YAML"):
         read_config(tmp_path)
 
 
@@ -123,16 +123,3 @@ def test_settings_of_a_repository_name_no_code(saved, more, monkeypatch):
     except CheckpointError:
         assert refused
     assert not [name for name in set(sys.modules) - before if "evil" in name or name.startswith(("torch", "transformers"))]
-
-
-@pytest.mark.parametrize("name", ["evil.py", "tokenization_evil.py"])
-def test_a_repository_that_brings_code(saved, name, tmp_path):
-    folder, config = saved
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / name).write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
-    try:
-        with pytest.raises(CheckpointError, match="code of its own"):
-            load_pretrained(folder)
-    finally:
-        (folder / name).unlink()
-    assert not (tmp_path / "canary").exists()
