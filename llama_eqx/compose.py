@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llama_eqx.advice import check_words, instead, no_option, override_of
 from llama_eqx.config import Config, load, nearest
-from llama_eqx.errors import ConfigError, UserError
+from llama_eqx.errors import ConfigError, UserError, first_line
 from llama_eqx.extensions import conf_dir, conf_dirs
 
 # Keys whose values are text or paths: what a user types after "=" is taken as it stands, whatever commas, quotes or braces it has.
@@ -198,7 +198,7 @@ def resolve(config: DictConfig) -> Any:
     try:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        said = _said_within(error) or ConfigError(str(error).splitlines()[0], where=str(getattr(error, "full_key", "") or ""))
+        said = _said_within(error) or ConfigError(first_line(error), where=str(getattr(error, "full_key", "") or ""))
         raise said from None
     assert isinstance(tree, dict)
     tree.pop("hydra", None)
@@ -243,13 +243,12 @@ def explained(error: Exception, name: str, overrides: list[str]) -> UserError:
     if match := re.search(r"Ambiguous value for argument '(?P<key>[^=]+)=(?P<values>.*)'", text):
         advice = f"'{match['key']}=[{match['values']}]' if it is a list, -m for a sweep, or quotes around a value with commas"
         return ConfigError("several values for one key make a sweep", where=match["key"], next=advice)
-    first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
     hint = ""
     if isinstance(error, OverrideParseException):
         hint = "values with commas, braces or = need quotes: 'key=\"value\"'"
     elif "is defined before" in text:
         hint = "in a list of defaults, entries that override a group come last"
-    return ConfigError(first, where=" ".join(overrides), next=hint)
+    return ConfigError(first_line(error), where=" ".join(overrides), next=hint)
 
 
 def keys(name: str, overrides: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -49,8 +50,8 @@ class StorageError(UserError):
 class Stopped(UserError):
     """A signal ended a run, whose last finished step is saved. Exit code 75 asks to be started again; 130 is for Ctrl-C."""
 
-    def __init__(self, what: str, *, code: int, where: str = "", kept: str = "", next: str = ""):
-        super().__init__(what, where=where, kept=kept, next=next)
+    def __init__(self, what: str, *, code: int, next: str = ""):
+        super().__init__(what, next=next)
         self.code = code
 
     def __reduce__(self) -> Any:
@@ -59,6 +60,18 @@ class Stopped(UserError):
     def __str__(self) -> str:
         again = " (start me again)" if self.code == 75 else ""
         return f"{self.what}; exit code {self.code}{again}" + f"\nnext: {self.next}" * bool(self.next)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what a library says, which may be hundreds long or nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def columns(rows: Iterable[Sequence[str]]) -> list[str]:
+    """The rows of a table as lines, with columns of equal width."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def unknown_option(error: Exception) -> ConfigError | None:

@@ -16,7 +16,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from llama_eqx.config import nearest
-from llama_eqx.errors import ConfigError, UserError
+from llama_eqx.errors import ConfigError, UserError, columns, first_line
 
 EVERY = 0.2  # seconds between two looks at the jobs
 CODES = {
@@ -76,7 +76,7 @@ def run_jobs(
     try:
         executor.update_parameters(**parameters)
     except (NameError, AssertionError) as error:
-        where, what = "hydra.launcher.parameters", str(error).splitlines()[0]
+        where, what = "hydra.launcher.parameters", first_line(error)
         if match := re.match(r"(Unknown argument '(?P<name>\w+)' for executor '(?P<prefix>\w+)').*Valid arguments: (?P<names>.*)", what):
             names = [f"{match['prefix']}_{name}" for name in sorted(match["names"].split(", "))]
             raise ConfigError(match[1], where=where, next=nearest(f"{match['prefix']}_{match['name']}", names)) from None
@@ -126,7 +126,9 @@ def run_jobs(
     counted = f"{fine} ok" + f", {len(diverged)} without finite numbers" * bool(diverged)
     if not failed:
         return say(f"{counted}, in {folder.parent}")
-    for row in _table([("job", "", "", "what it printed"), *((str(j.number), j.label, _said(code), str(j.console)) for j, code in failed)]):
+    for row in columns(
+        [("job", "", "", "what it printed"), *((str(j.number), j.label, _said(code), str(j.console)) for j, code in failed)]
+    ):
         say(row)
     reasons = [_reason(job.console) for job, _ in failed]
     (why, place, advice), alike = reasons[0], len({why for why, _, _ in reasons}) == 1
@@ -186,7 +188,7 @@ def _submitted(executor: submitit.AutoExecutor, job: Job, share: Share) -> Any:
     try:
         return executor.submit(run_command, job.command, str(job.console), share)
     except FailedJobError as error:
-        raise ConfigError(str(error).splitlines()[0], where="hydra.launcher.parameters") from None
+        raise ConfigError(first_line(error), where="hydra.launcher.parameters") from None
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -249,11 +251,6 @@ def _reason(console: pathlib.Path) -> tuple[str, str, str]:
 
 def _listed(jobs: Sequence[Job]) -> str:
     return f"{len(jobs)} jobs" if len(jobs) > 8 else f"job {', '.join(str(job.number) for job in jobs)}"
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def labels(sweep: Sequence[Sequence[str]]) -> list[str]:

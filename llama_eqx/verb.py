@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from llama_eqx import compose
 from llama_eqx.advice import check_flags
-from llama_eqx.errors import ConfigError, StorageError, UserError, unknown_option
+from llama_eqx.errors import ConfigError, StorageError, UserError, first_line, unknown_option
 from llama_eqx.extensions import folders
 
 # The system's errors for a place that cannot be written: full, read-only, not ours, or not there.
@@ -195,7 +195,7 @@ def guarded(job: Callable[[], None], name: str = "train") -> int:
         return StorageError.code
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            what = f"out of memory: {str(error).splitlines()[0]}"
+            what = f"out of memory: {first_line(error)}"
             verb = pathlib.Path(sys.argv[0]).stem
             plan = f"; {shlex.join(['python', '-m', 'llama_eqx.plan', *sys.argv[1:]])} says which part to shrink" if verb == "train" else ""
             print(UserError(what, next=f"a smaller model or train.batch_size, remat=full, or more devices{plan}"), file=sys.stderr)

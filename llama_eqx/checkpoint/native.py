@@ -23,7 +23,7 @@ from llama_eqx.checkpoint.manifest import appearing, write_manifest
 from llama_eqx.checkpoint.save import uncompressed
 from llama_eqx.checkpoint.store import Place, content
 from llama_eqx.config import dump, load
-from llama_eqx.errors import CheckpointError, ConfigError
+from llama_eqx.errors import CheckpointError, ConfigError, first_line
 from llama_eqx.model.llama import Llama, LlamaConfig
 from llama_eqx.sharding import parameter_names
 
@@ -212,7 +212,7 @@ def read_config(folder: Place) -> dict[str, Any]:
             next="give the directory of a run (outputs/<date>/<time>) or a folder written by `python -m llama_eqx.convert`",
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{CONFIG} is not YAML: {restore.first_line(error)}", where=str(path)) from error
+        raise CheckpointError(f"{CONFIG} is not YAML: {first_line(error)}", where=str(path)) from error
     if "${" in str(tree):
         raise CheckpointError(
             f"{CONFIG} holds an interpolation (${{…}}), and a checkpoint's config is never resolved",

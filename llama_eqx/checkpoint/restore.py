@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from llama_eqx.checkpoint.manifest import MANIFEST, find_damage, read_manifest
 from llama_eqx.checkpoint.store import Place, children, move
 from llama_eqx.crash import crash_point
-from llama_eqx.errors import CheckpointError
+from llama_eqx.errors import CheckpointError, columns, first_line
 from llama_eqx.processes import any_process, of_first, once
 
 IN_FLIGHT = 2**30  # bytes on their way from the disk to devices
@@ -170,33 +170,11 @@ def _compare(path: Place, parts: Mapping[str, PyTree], found: Mapping[str, str])
     pairs = [(name, wanted.get(name, "nothing"), found.get(name, "nothing")) for name in sorted(wanted.keys() | found.keys())]
     if rows := [row for row in pairs if row[1] != row[2]]:
         raise CheckpointError(
-            "the checkpoint belongs to another model or optimizer\n" + _table([("name", "expected", "found"), *rows]),
+            "\n".join(["the checkpoint belongs to another model or optimizer", *columns([("name", "expected", "found"), *rows])]),
             where=str(path),
             kept="the checkpoint is untouched",
             next="use the config.yaml beside the checkpoints, or start a new run directory",
         )
-
-
-def read_each(path: Place, part: str) -> Iterator[tuple[str, jax.Array]]:
-    """Yields every array in one part of the checkpoint at `path`, by name, one in memory at a time.
-
-    Raises `CheckpointError` when there is no such part, or it cannot be read.
-    """
-    filed(path, part)
-    leaves, structure = jax.tree.flatten(ocp.checkpointables_metadata(str(path)).metadata[part])
-    names = list(_named(structure.unflatten(leaves)))
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    for i, name in enumerate(names):
-        wanted: list[Any] = [ocp.PLACEHOLDER] * len(leaves)
-        wanted[i] = jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype, sharding=sharding)
-        try:
-            yield name, _named(ocp.load_checkpointables(str(path), {part: structure.unflatten(wanted)})[part])[name]
-        except Exception as error:
-            raise unreadable(path, error) from error
-
-
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def unreadable(path: Place, error: Exception) -> CheckpointError:
@@ -227,8 +205,3 @@ def _filed_as(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _said(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-
-def _table(rows: list[tuple[str, str, str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)

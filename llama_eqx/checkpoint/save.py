@@ -23,7 +23,7 @@ from llama_eqx.checkpoint.restore import Restored
 from llama_eqx.checkpoint.store import SCHEME, Place, is_remote, place, put, records, remove
 from llama_eqx.config import Config
 from llama_eqx.crash import crash_point
-from llama_eqx.errors import CheckpointError, ConfigError, DataError, StorageError, UserError
+from llama_eqx.errors import CheckpointError, ConfigError, DataError, StorageError, UserError, first_line
 from llama_eqx.tracking.jsonl import read_metrics
 
 FAILURES = 2  # failed saves in a row at which a run is given up
@@ -341,7 +341,7 @@ def uncompressed() -> ocp.Context:
 
 
 def _words(error: Exception) -> str:
-    return error.what if isinstance(error, UserError) else restore.first_line(error)
+    return error.what if isinstance(error, UserError) else first_line(error)
 
 
 def _said(size: int) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from llama_eqx.errors import ConfigError, StorageError, UserError
+from llama_eqx.errors import ConfigError, StorageError, UserError, first_line
 
 Place = pathlib.Path | epath.Path
 SCHEME = "gs://"
@@ -48,9 +48,8 @@ def asked(folder: Place) -> Iterator[Any]:
     except (UserError, FileNotFoundError):
         raise
     except Exception as error:  # each library has its own
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise StorageError(
-            f"the object store says: {said}",
+            f"the object store says: {first_line(error)}",
             where=str(folder),
             next="look at the bucket's name and your rights (gcloud auth application-default login)",
         ) from error

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_eqx.errors import DataError, hub_download
+from llama_eqx.errors import DataError, first_line, hub_download
 
 TEXT, LINES, PARQUET = ".txt", ".jsonl", ".parquet"
 COMPRESSED = (".gz", ".zst")
@@ -293,7 +293,7 @@ def _row_groups(number: int, source: Source, size: int | None, field: str) -> li
                     start, first, weight, rows = i + 1, first + rows, 0, 0
             return found
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"not a parquet file: {str(error).splitlines()[0]}", where=source.path) from error
+        raise DataError(f"not a parquet file: {first_line(error)}", where=source.path) from error
 
 
 def _is_text(has: Any) -> bool:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from llama_eqx.diagnosis.reference import transformers_parts
 from llama_eqx.diagnosis.report import Finding, Report
 from llama_eqx.diagnosis.settings import rotary_differences, said_phase_error
-from llama_eqx.errors import ConfigError
+from llama_eqx.errors import ConfigError, columns
 from llama_eqx.interop.pretrained import open_pretrained
 from llama_eqx.interop.table import halves_to_pairs, pairs_to_halves
 from llama_eqx.interop.weights import Weights, abstract
@@ -144,8 +144,7 @@ def _compared(ours: Weights, theirs: Parts, vocab: int, tolerance: float) -> tup
 def _table(rows: list[Row]) -> list[str]:
     head = ["part", "activations", *(f"apart at {row}" for row in ROWS)]
     cells = [[row.part, f"{row.scale:.3g}", *(f"{apart:.2g}" for apart in row.apart)] for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (head, *cells)]
+    return columns([head, *cells])
 
 
 def _sizes(a: LlamaConfig, b: LlamaConfig) -> list[str]:

@@ -13,6 +13,7 @@ from packaging.version import Version
 
 from llama_eqx.data.cache import cache_candidates, cache_dir
 from llama_eqx.diagnosis.report import Finding, Report
+from llama_eqx.errors import first_line
 
 PYPROJECT = pathlib.Path(__file__).resolve().parents[2] / "pyproject.toml"
 LOCK = pathlib.Path("/tmp/libtpu_lockfile")
@@ -91,7 +92,7 @@ def _check_devices(findings: list[Finding]) -> str:
     try:
         devices = jax.devices()
     except RuntimeError as error:
-        findings.append(Finding("error", "jax", f"no device can be used: {str(error).splitlines()[0]}", "JAX_PLATFORMS=cpu"))
+        findings.append(Finding("error", "jax", f"no device can be used: {first_line(error)}", "JAX_PLATFORMS=cpu"))
         return "devices: none"
     first = devices[0]
     if first.platform == "cpu":

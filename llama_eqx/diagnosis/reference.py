@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from llama_eqx.diagnosis.report import Finding
 from llama_eqx.diagnosis.settings import frequencies
-from llama_eqx.errors import CheckpointError, ConfigError
+from llama_eqx.errors import CheckpointError, ConfigError, first_line
 from llama_eqx.interop.pretrained import format_of
 from llama_eqx.model.llama import LlamaConfig
 
@@ -34,7 +34,7 @@ def transformers_parts(
             path, dtype=torch.float32, attn_implementation="eager", local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        what = f"transformers cannot read it: {str(error).splitlines()[0]}"
+        what = f"transformers cannot read it: {first_line(error)}"
         verb, rest = ("doctor path", "") if format_of(path) == "hf" else ("convert from", " to=FOLDER format=hf makes such a folder")
         advice = f"it reads Hugging Face folders: python -m llama_eqx.{verb}={shlex.quote(path)}{rest}"
         raise CheckpointError(what, where=path, next=advice) from error

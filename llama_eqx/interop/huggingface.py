@@ -14,13 +14,13 @@ from llama_eqx.dims import Dims
 from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.interop.files import carried, inside, mistaken, read_json, refuse_code, write_json
 from llama_eqx.interop.rope import KINDS, rope_parameters, rotary_settings
-from llama_eqx.interop.table import TABLE, from_torch, to_torch, torch_shape
-from llama_eqx.interop.weights import Key, Tensor, Weights, compare, of_model, pieces, require_tensors, rows_of, tensor_shapes
+from llama_eqx.interop.table import TABLE, from_torch, torch_shape
+from llama_eqx.interop.weights import Key, Tensor, Weights, compare, pieces, require_tensors, rows_of, tensor_shapes
 from llama_eqx.model.attention import GroupedQueryAttentionConfig
 from llama_eqx.model.block import PreNormBlockConfig
 from llama_eqx.model.feed_forward import GatedFeedForwardConfig
 from llama_eqx.model.init import FanInInitConfig
-from llama_eqx.model.llama import Llama, LlamaConfig, SpecialTokens
+from llama_eqx.model.llama import LlamaConfig, SpecialTokens
 from llama_eqx.model.norm import RMSNormConfig
 from llama_eqx.model.rotary import RotaryConfig
 
@@ -255,16 +255,6 @@ def token_ids(tokens: SpecialTokens) -> dict[str, Any]:
     eos = list(tokens.eos) if len(tokens.eos) > 1 else next(iter(tokens.eos), None)
     ids = {"bos_token_id": tokens.bos, "eos_token_id": eos, "pad_token_id": tokens.pad}
     return {name: value for name, value in ids.items() if value is not None}
-
-
-def huggingface_tensors(model: Llama) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields every tensor with its name in `transformers`, one at a time on the host.
-
-    Any tree of the model's structure will do: gradients too.
-    """
-    for (parameter, layer), tensor in of_model(model).tensors.items():
-        entry = TABLE[parameter]
-        yield entry.huggingface.format(layer=layer), to_torch(tensor.whole(), entry.inputs)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

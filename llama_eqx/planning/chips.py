@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 
 class Chip(NamedTuple):
-    """`peak` is in dense bfloat16 FLOP/s, `clock` in Hz, `hbm` in bytes/s, `memory` the bytes that the compiler allows, `link` the bytes/s
+    """`peak` is in dense bfloat16 FLOP/s, `clock` in Hz, `memory` the bytes that the compiler allows, `link` the bytes/s
     of one link in one direction, `ring` the least length at which an axis of a slice closes into a ring, `host` the chip's share of its
     machine's memory in bytes, `overlaps` whether the compiler runs gathers beside computation (docs/log.md).
 
@@ -19,7 +19,6 @@ class Chip(NamedTuple):
 
     peak: float
     clock: float
-    hbm: float
     memory: float
     link: float
     ring: int
@@ -31,10 +30,10 @@ GIB = 2**30
 HOST_LINK = 1.6e10  # bytes/s between a chip and its host's memory
 
 CHIPS = {
-    "TPU v4": Chip(275e12, 275e12 / (8 * 128 * 128 * 2), 1.23e12, 30.75 * GIB, 4.5e10, 4, 407e9 / 4, True),
-    "TPU v5": Chip(459e12, 459e12 / (8 * 128 * 128 * 2), 2.77e12, 95.73 * GIB, 9e10, 4, 448e9 / 4, False),
-    "TPU v5 lite": Chip(197e12, 197e12 / (4 * 128 * 128 * 2), 8.1e11, 15.75 * GIB, 4.5e10, 16, 192e9 / 4, True),
-    "TPU v6 lite": Chip(918e12, 918e12 / (4 * 256 * 256 * 2), 1.64e12, 31.24 * GIB, 9e10, 16, 720e9 / 4, False),
+    "TPU v4": Chip(275e12, 275e12 / (8 * 128 * 128 * 2), 30.75 * GIB, 4.5e10, 4, 407e9 / 4, True),
+    "TPU v5": Chip(459e12, 459e12 / (8 * 128 * 128 * 2), 95.73 * GIB, 9e10, 4, 448e9 / 4, False),
+    "TPU v5 lite": Chip(197e12, 197e12 / (4 * 128 * 128 * 2), 15.75 * GIB, 4.5e10, 16, 192e9 / 4, True),
+    "TPU v6 lite": Chip(918e12, 918e12 / (4 * 256 * 256 * 2), 31.24 * GIB, 9e10, 16, 720e9 / 4, False),
 }
 
 

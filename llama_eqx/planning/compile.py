@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from llama_eqx.batch import Batch
-from llama_eqx.errors import ConfigError, UserError, unknown_option
+from llama_eqx.errors import ConfigError, UserError, first_line, unknown_option
 from llama_eqx.sharding import Layout, MeshConfig
 from llama_eqx.training.program import Program
 from llama_eqx.training.run import RunConfig
@@ -99,7 +99,7 @@ def program_text(compiled: Any) -> str:
         return compiled.as_text() or ""
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"the step is compiled, but JAX cannot read the program: {str(error).splitlines()[0]}",
+            f"the step is compiled, but JAX cannot read the program: {first_line(error)}",
             where=f"jax {jax.__version__} with libtpu {importlib.metadata.version('libtpu')}",
             next=f"pip install 'jax[tpu]=={jax.__version__}' brings the libtpu that matches this JAX",
         ) from error
@@ -179,7 +179,7 @@ def _refused() -> Iterator[None]:
             raise said from None
         if "INTERNAL" in str(error):
             raise ConfigError(
-                f"the compiler fails on this step, with an internal error: {str(error).splitlines()[0].strip()}",
+                f"the compiler fails on this step, with an internal error: {first_line(error)}",
                 where="mesh.compiler_options, or what the step is made of",
                 next="train.microbatch_size=null, or for a TPU +mesh.compiler_options.xla_tpu_enable_collective_pipeliner=false: "
                 "one or the other has avoided such errors",

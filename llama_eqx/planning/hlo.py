@@ -110,8 +110,7 @@ def parse(text: str) -> Module:
 
 def buffers(shape: str) -> list[int]:
     """The bytes of every array in a shape: `[131072, 4]` for "(bf16[16,4096]{1,0}, u32[])"."""
-    found = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape)
-    return [math.ceil(SIZES.get(kind, 1 if kind.startswith("f8") else 4) * math.prod(_ints(sizes))) for kind, sizes in found]
+    return [math.ceil(SIZES.get(kind, 1 if kind.startswith("f8") else 4) * math.prod(sizes)) for kind, sizes in shapes(shape)]
 
 
 def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:

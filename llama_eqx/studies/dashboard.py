@@ -4,7 +4,7 @@
 from typing import Any
 
 from llama_eqx.config import Config
-from llama_eqx.errors import ConfigError
+from llama_eqx.errors import ConfigError, first_line
 from llama_eqx.studies.registration import Registration, load_registration
 
 # Sections of the view with their metrics, one panel each; over tokens, so that arms with different batch sizes can be compared.
@@ -46,7 +46,7 @@ def dashboard(config: DashboardConfig) -> list[str]:
         try:
             return [f"view    {view.save().url}", f"report  {report.save().url}"]
         except Exception as error:  # W&B's client raises errors of any kind
-            raise ConfigError(f"W&B did not take it: {str(error).splitlines()[0]}", where=config.project, next="wandb login") from error
+            raise ConfigError(f"W&B did not take it: {first_line(error)}", where=config.project, next="wandb login") from error
     panels = [f"{name:13} {', '.join(metrics)}" for name, metrics in PANELS.items()]
     runs = f"runs of group {config.experiment}, grouped by arm, in the project {config.project}"
     return [f"view of {runs}:", *panels, "push=true entity=NAME saves it and a report on W&B; runs that were offline: wandb sync"]

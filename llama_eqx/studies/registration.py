@@ -10,7 +10,7 @@ from typing import Any, Literal, get_origin
 import yaml
 
 from llama_eqx.config import Config, dump, load, nearest
-from llama_eqx.errors import ConfigError
+from llama_eqx.errors import ConfigError, first_line
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 Contrast = dict[str, float]
@@ -129,7 +129,7 @@ def load_registration(question: str) -> Registration:
             "this question is not registered yet", where=str(path), next="write that file, and commit it, before any run"
         ) from None
     except (TypeError, yaml.YAMLError) as error:
-        raise ConfigError(f"this is no registration: {str(error).splitlines()[0]}", where=str(path)) from None
+        raise ConfigError(f"this is no registration: {first_line(error)}", where=str(path)) from None
     except ConfigError as error:
         where = f"{path}: {error.where}" if error.where else str(path)
         raise ConfigError(error.what, where=where, next=error.next) from None

@@ -130,15 +130,21 @@ def expected(faults: list[str]) -> list[str]:
 
 
 def outcome(run_dir: pathlib.Path) -> Outcome:
+    import jax
     import numpy as np
+    from orbax.checkpoint import v1 as ocp
 
     from llama_eqx.checkpoint.manifest import read_manifest
-    from llama_eqx.checkpoint.restore import read_each, steps
+    from llama_eqx.checkpoint.restore import read, steps
     from llama_eqx.tracking.jsonl import read_metrics
 
     step = steps(run_dir / "checkpoints")[-1]
     folder = run_dir / "checkpoints" / str(step)
-    arrays = {f"{part}.{name}": array for part in ("model", "training") for name, array in read_each(folder, part)}
+    here, found = jax.sharding.SingleDeviceSharding(jax.devices()[0]), ocp.checkpointables_metadata(str(folder)).metadata
+    wanted = {
+        part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), found[part]) for part in ("model", "training")
+    }
+    arrays = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(read(folder, wanted))}
     timed = ("perf/", "data/starved")
     records = [
         {name: float(value).hex() for name, value in record.items() if not name.startswith(timed)}

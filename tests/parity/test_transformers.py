@@ -17,7 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from llama_eqx import load_pretrained, save_pretrained
 from llama_eqx.compose import compose, resolve
 from llama_eqx.interop import meta
-from llama_eqx.interop.huggingface import huggingface_tensors
+from llama_eqx.interop.table import TABLE, to_torch
+from llama_eqx.interop.weights import of_model
 from llama_eqx.model.feed_forward import GatedFeedForwardConfig
 from llama_eqx.model.llama import build_model
 from llama_eqx.model.norm import RMSNorm, RMSNormConfig
@@ -154,7 +155,8 @@ def check_gradients(model, reference):
     reference.zero_grad()
     torch.nn.functional.cross_entropy(logits.reshape(-1, 97), torch.tensor(TOKENS[:, 1:]).long().reshape(-1)).backward()
     theirs = {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}
-    ours = dict(huggingface_tensors(our_gradients(model, TOKENS, NEAR)))
+    gradients = of_model(our_gradients(model, TOKENS, NEAR)).tensors
+    ours = {TABLE[name].huggingface.format(layer=i): to_torch(x.whole(), TABLE[name].inputs) for (name, i), x in gradients.items()}
     assert ours.keys() == theirs.keys()
     worst = {name: np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max() for name in theirs}
     assert max(worst.values()) < GRADIENTS, worst
