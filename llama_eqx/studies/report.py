@@ -191,9 +191,12 @@ def paired_by_seed(runs: Mapping[str, Run]) -> list[str]:
         if len(found) > 1:
             mean, low, high = interval(found)
             each = ", ".join(f"{difference:+.4f}" for difference in found)
+            left = len(pairs) - len(found)  # a mean without the pairs that diverged is too good for one of the two
             said.append(
                 f"{_in_common(group)} minus {_in_common(groups[0])}, validation loss by seed: {each}; mean {mean:+.4f} nats per token, 95% "
-                f"interval {low:+.4f} to {high:+.4f} over {len(found)} pairs. Nothing was registered, so this is a hint and no verdict."
+                f"interval {low:+.4f} to {high:+.4f} over {len(found)} pairs"
+                + f", without {left} that diverged or read other batches" * bool(left)
+                + ". Nothing was registered, so this is a hint and no verdict."
             )
     return said
 

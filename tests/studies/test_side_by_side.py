@@ -117,7 +117,8 @@ def test_the_arms_of_a_sweep_are_paired_by_seed(tmp_path, monkeypatch):
     assert lines[0] == "seed=0 optimizer=adamw: validation loss 3.0000 at step 9"
     paired = (
         "optimizer=muon minus optimizer=adamw, validation loss by seed: -0.1000, -0.2000; mean -0.1500 nats per token, 95% interval "
-        "-0.7853 to +0.4853 over 2 pairs. Nothing was registered, so this is a hint and no verdict."
+        "-0.7853 to +0.4853 over 2 pairs, without 1 that diverged or read other batches. Nothing was registered, so this is a hint and "
+        "no verdict."
     )
     assert [line for line in lines if " pairs" in line] == [paired]
     assert paired in page
