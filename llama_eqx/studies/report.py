@@ -78,13 +78,14 @@ def final(config: ReportConfig, question: str) -> Report:
     check(runs, registration)
     complete(there, registration)
     found = findings(runs, registration)
-    words = " ".join([in_words(found, registration), *(f"{remark[:1].upper()}{remark[1:]}." for remark in [*_codes(runs), *others])])
+    words = "\n".join([in_words(found, registration), *(f"{remark[:1].upper()}{remark[1:]}." for remark in [*_codes(runs), *others])])
     arms = {arm: [run for run in runs if run.arm == arm] for arm in registration.arms if any(run.arm == arm for run in runs)}
 
     page = Page(f"{question} at {config.rung}")
     page.text(registration.question)
     page.heading("Verdict")
-    page.text(words)
+    for line in words.splitlines():
+        page.text(line)
     if found:
         page.figure("differences", plots.forest(found, registration.margin, registration.alpha), "paired differences with 95% intervals")
         page.heading("Contrasts")
@@ -138,7 +139,8 @@ def of_runs(config: ReportConfig) -> Report:
     said += (paired := paired_by_seed(runs))
     if paired:
         page.heading("Paired by seed")
-        page.text("\n\n".join(paired))
+        for line in paired:
+            page.text(line)
     first, *others = runs
     for name in others:
         beside = next(other for other in runs if runs[other].seed == runs[name].seed)

@@ -93,8 +93,8 @@ def equivalence_in_words(found: Sequence[Finding], alpha: float) -> str:
 
 
 def in_words(found: Sequence[Finding], registration: Registration) -> str:
-    """The findings in one paragraph. It says "no effect" only where the equivalence test does."""
-    said, seeds = [], len(registration.seeds)
+    """The findings, a line for each. It says "no effect" only where the equivalence test does."""
+    said, seeds = [f"Differences of {registration.metric}, paired by seed, with their 95% intervals."], len(registration.seeds)
     if (least := 2 / 2**seeds) >= registration.alpha:
         said.append(f"With {seeds} seeds no difference can be shown, however large: the sign-flip test has no p below {least:g}.")
     for role, opening in (("positive control", "The positive control"), ("negative control", "The negative control")):
@@ -106,7 +106,7 @@ def in_words(found: Sequence[Finding], registration: Registration) -> str:
         said.append("There is no positive control: what was not found might not have been seen.")
     for finding in (finding for finding in found if finding.role == "contrast"):
         said.append(f"{finding.name[:1].upper()}{finding.name[1:]}: {_sentence(finding, registration)}.")
-    return " ".join(said)
+    return "\n".join(said)
 
 
 def _sentence(finding: Finding, registration: Registration) -> str:

@@ -46,7 +46,7 @@ def test_runs_that_nobody_registered_count_for_nothing_and_are_named(experiment)
         add("base", seed, 9.0)
     add("spare", 0, 1.0, registration="0000", residual=0.5)
     after = the()
-    said = " Left out, as the registration does not ask for them: base (seeds 8, 9), spare (seed 0), worse (seeds 8, 9)."
+    said = "\nLeft out, as the registration does not ask for them: base (seeds 8, 9), spare (seed 0), worse (seeds 8, 9)."
     assert after.words == before.words + said
     assert said.strip() in after.files[0].read_text()
     assert "| base | 8 |" in after.files[0].read_text()

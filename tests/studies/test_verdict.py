@@ -40,7 +40,7 @@ def test_the_words_follow_from_the_numbers(experiment):
     assert "First: worse, +0.05" in words
     assert "Second: no effect, that is less than 0.01 nats per token either way" in words
     assert re.search(r"Third: undecided, neither an effect .* takes [\d,]+ seeds", words)
-    assert "pairs, p = 0.008 by the sign-flip test. Second" in words  # 2 of 2^8, where the t test has less
+    assert "pairs, p = 0.008 by the sign-flip test.\nSecond" in words  # 2 of 2^8, where the t test has less
     assert "The positive control (less data) came out as it had to" in words
 
 
@@ -62,7 +62,7 @@ def test_an_arm_that_always_diverges_is_worse(experiment):
     for seed in range(8):
         add("worse", seed, 3.0, steps=60)
     words = the().words
-    assert "First: worse, 8 of 8 pairs are worse and 0 better, p = 0.02 by the sign test after Holm's adjustment. Second" in words
+    assert "First: worse, 8 of 8 pairs are worse and 0 better, p = 0.02 by the sign test after Holm's adjustment.\nSecond" in words
     add("base", 0, 3.0, steps=60)  # neither of two such runs is the worse one
     assert "First: worse, 7 of 8 pairs are worse and 0 better" in the().words
 
@@ -93,7 +93,7 @@ def test_the_words_tell_which_runs_were_made_by_other_code(experiment):
     add("worse", 3, 3.0, code=["c1", "c2"])
     add("worse", 4, 3.0, code=[])
     words = the().words
-    assert " The code of llama_eqx changed between these runs, so a difference may be one of code: c1 made base (seeds 0, 1," in words
+    assert "\nThe code of llama_eqx changed between these runs, so a difference may be one of code: c1 made base (seeds 0, 1," in words
     assert words.endswith("worse (seeds 0, 1, 2, 5, 6, 7); c1 and c2 made worse (seed 3).")
     for arm in ("base", "worse", "same", "noisy", "less"):
         for seed in range(8):
@@ -103,7 +103,7 @@ def test_the_words_tell_which_runs_were_made_by_other_code(experiment):
 
 def test_without_controls_nothing_is_claimed_of_them(experiment):
     registration = load_registration("known")
-    assert in_words([], registration).startswith("There is no positive control:")
+    assert "\nThere is no positive control:" in in_words([], registration)
     few = dataclasses.replace(registration, seeds=(0, 1, 2, 3, 4))
     assert "With 5 seeds no difference can be shown, however large: the sign-flip test has no p below 0.0625." in in_words([], few)
     assert "can be shown" not in in_words([], dataclasses.replace(registration, seeds=(*range(6),)))
@@ -117,7 +117,7 @@ def test_the_verdict_that_is_told_is_that_of_the_runs(path, monkeypatch):
     check(runs, registration)
     complete(runs, registration)
     words = in_words(findings(runs, registration), registration)
-    assert words in path.read_text()
+    assert words.replace("\n", "\n\n") in path.read_text()
     told = re.findall(r"([+-]\d\.\d{4}) (\[[+-]\d\.\d{4}, [+-]\d\.\d{4}\])", path.with_name("README.md").read_text())
     assert told
     for mean, limits in told:
