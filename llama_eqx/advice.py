@@ -56,6 +56,8 @@ def no_option(group: str, option: str, where: str, folders: Sequence[pathlib.Pat
     options = [path.stem for folder in folders for path in (folder / group).glob("*.yaml") if not path.stem.startswith("_")]
     is_path = group == "data" and re.search(r"[/.]", option)
     advice = f"data=text data.path={option}" if is_path else nearest(option, options, len(options))  # --cfg job does not show them
+    if advice.startswith("did you mean") and len(options) <= 20:
+        advice += f" There are {', '.join(sorted(options))}"
     return ConfigError(f"{group} has no option {option!r}", where=where, next=advice)
 
 

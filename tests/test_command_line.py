@@ -35,6 +35,7 @@ def run(monkeypatch, capsys, name, *arguments, job=None, out=None):
         (2, "did you mean train.steps?", ["train.step=3"]),
         (2, "did you mean schedule.peak?", ["schedule.peek=3"]),
         (2, "did you mean llama2_7b?", ["model=lama2_7b"]),
+        (2, "did you mean llama2_34b? There are llama1_13b, llama1_33b,", ["model=llama4"]),
         (2, "did you mean v4-32?", ["mesh=v4_32"]),
         (2, "did you mean finetune?", ["recipe=fintune"]),
         (2, "did you mean finetune?", ["-m", "recipe=llama3_8b,fintune"]),
