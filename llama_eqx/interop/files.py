@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from llama_eqx.data.tokenizer.files import stand_in
 from llama_eqx.errors import CheckpointError
 
 # The tokenizer's files, and generation's settings. Nothing else is copied, so no code can travel with the weights.
@@ -70,14 +71,7 @@ def mistaken(file: pathlib.Path, otherwise: str) -> str:
     if not file.is_file():
         return "no such file"
     with file.open("rb") as stream:
-        start = stream.read(512).lstrip().lower()
-    if not start:
-        return "an empty file"
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself: it was not downloaded (git lfs pull)"
-    if start.startswith((b"<!", b"<html", b"<head", b"<body", b"<?xml")):  # a chat template may begin with <|start|>
-        return "a web page (HTML), not the file itself: the download was refused or redirected"
-    return otherwise
+        return stand_in(stream.read(512)) or otherwise
 
 
 def refuse_code(folder: pathlib.Path, *settings: str) -> None:

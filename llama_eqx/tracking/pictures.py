@@ -134,27 +134,6 @@ def plot_attention_entropy(entropy: Num[np.ndarray, "layers batch heads seq"]) -
     return figure
 
 
-def plot_loss_by_position(results: Mapping[str, Mapping[int, float]]) -> Figure:
-    """Loss in nats per token over the position from which a token is predicted, one line per name.
-
-    Losses are keyed by the first position of each power of two, as in `Evaluation.by_position`.
-    """
-    figure = Figure(figsize=(7, 4), dpi=130, layout="constrained")
-    axes = figure.add_subplot()
-    firsts = sorted({first for losses in results.values() for first in losses})
-    for name, losses in results.items():
-        axes.plot([firsts.index(first) for first in losses], list(losses.values()), marker="o", markersize=4, linewidth=1.5, label=name)
-    axes.set_xticks(range(len(firsts)), [f"{first:,}" if first < 2 else f"{first:,}–\n{2 * first - 1:,}" for first in firsts], fontsize=8)
-    axes.set_xlabel("position (tokens before it in its window)")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(color="#e3e3e3", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(results) > 1:
-        axes.legend(frameon=False)
-    return figure
-
-
 def _axes(shape: tuple[int, ...], tokens: Sequence[str]) -> tuple[Figure, Axes]:
     depth, seq = shape
     cell = 0.32 if tokens or seq <= 40 else 0.06

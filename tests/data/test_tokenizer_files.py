@@ -26,7 +26,7 @@ from llama_eqx.generation.text import prompt_tokens
 
 TEXT = "The quick brown fox, aged 1234, jumps over the lazy dog.\n    def f(x):\n\treturn x ** 2  # ok\nÉtude à 你好\n" * 20
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
-PAGES = {"a Git LFS pointer": LFS, "an HTML page": b"\n<!DOCTYPE html>\n<html lang=en>", "an empty file": b" \n"}
+PAGES = {"a Git LFS pointer": LFS, "a web page": b"\n<!DOCTYPE html>\n<html lang=en>", "an empty file": b" \n"}
 
 
 @pytest.fixture(scope="module")

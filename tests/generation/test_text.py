@@ -255,7 +255,6 @@ def test_bad_files_of_prompts(folders, tmp_path, monkeypatch, capsys, content, w
         (["beams=2", "samples=3"], "3 samples of 2 beams"),
         (["mesh=cpu-8", "mesh.fsdp=1", "mesh.tensor=8"], "heads=4 does not divide"),
         (["max_new_tokens=0"], "0 is less than 1"),
-        (["prompt=" + "a b c d " * 300], "pass the context of"),
         (["quantize=int8", "quantize_text=no/such/file"], "No such file or directory"),
         (["quantize=int8", "quantize_text=/dev/null"], "nothing to measure: 1 tokens"),
     ],

@@ -160,9 +160,12 @@ BAD = {
     "shapes": (edit_tensors, r"missing: model.layers.1.mlp.up_proj.weight \(96, 64\)\s+shape: model.norm.weight is \(3,\), wanted \(64,\)"),
     "truncated": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100]),
-        "not a complete safetensors file",
+        r"not a complete safetensors file: .*\nwhere: hub/model/model.safetensors\nnext: download or copy this file again\n",
     ),
-    "LFS pointer": (lambda folder: (folder / "model.safetensors").write_bytes(LFS), "a Git LFS pointer"),
+    "LFS pointer": (
+        lambda folder: (folder / "model.safetensors").write_bytes(LFS),
+        r"a Git LFS pointer.*\nwhere: hub/model/model.safetensors\nnext: download or copy this file again\n",
+    ),
     "web page": (lambda folder: (folder / "model.safetensors").write_bytes(b"<html>Sign in</html>"), r"a web page \(HTML\)"),
     "weight_map": (lambda folder: index(folder, "../model.safetensors"), "lies outside of the folder"),
     "code": (lambda folder: (folder / "modeling.py").write_text("1 / 0"), "a repository with code of its own: modeling.py"),

@@ -180,25 +180,6 @@ def test_integer_weights_are_refused(folder):
         load_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
-        (b"\n<!DOCTYPE html><html><body>Access denied</body></html>", "web page"),
-        (b"", "an empty file"),
-        (None, "not a complete safetensors file"),
-    ],
-    ids=["lfs", "html", "empty", "cut short"],
-)
-def test_files_that_are_not_weights(folder, content, message):
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(CheckpointError, match=message) as error:
-        load_pretrained(folder)
-    assert str(file) in str(error.value)
-    assert error.value.next == "download or copy this file again"
-
-
 def test_missing_shard(sharded):
     min(sharded.glob("*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="no such file"):

@@ -10,7 +10,6 @@ from llama_eqx.tracking.pictures import (
     plot_attention,
     plot_attention_entropy,
     plot_logit_lens,
-    plot_loss_by_position,
     plot_residual,
     plot_traces,
 )
@@ -77,12 +76,3 @@ def test_a_panel_for_each_head(tokens):
     saved(figure)
     assert [axes.get_title() for axes in figure.axes[:6]] == [f"head {head}" for head in range(6)]
     np.testing.assert_allclose(figure.axes[5].images[0].get_array(), weights[5], rtol=1e-6)
-
-
-def test_loss_by_position_has_a_line_for_each_name():
-    axes = saved(plot_loss_by_position({"a": {0: 5.0, 1: 4.0, 2: 3.0}, "b": {1: 2.0, 2: 1.0}}))
-    assert [(line.get_label(), line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines] == [
-        ("a", [0, 1, 2], [5.0, 4.0, 3.0]),
-        ("b", [1, 2], [2.0, 1.0]),
-    ]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2–\n3"]

@@ -32,14 +32,22 @@ def read(path: str, wanted: str, option: str) -> bytes:
     return content
 
 
+def stand_in(start: bytes) -> str:
+    """What a failed download has left in the place of a file that begins like this; "" if it may be the file itself."""
+    start = start[:512].lstrip().lower()
+    if not start:
+        return "an empty file"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself: it was not downloaded (git lfs pull)"
+    if start.startswith((b"<!", b"<html", b"<head", b"<body", b"<?xml")):  # a chat template may begin with <|start|>
+        return "a web page (HTML), not the file itself: the download was refused or redirected"
+    return ""
+
+
 def refuse_stand_in(content: bytes, where: str) -> None:
     """Raises `DataError` for what failed downloads leave behind."""
-    if content.startswith(b"version https://git-lfs"):
-        raise DataError("a Git LFS pointer, not the file that it points to", where=where, next="git lfs pull, in the folder it came with")
-    if re.match(rb"\s*<(!doctype\s+)?html", content[:1000], re.IGNORECASE):
-        raise DataError("an HTML page, not the file itself", where=where, next="download it again: the page may ask for a login")
-    if not content.strip():
-        raise DataError("an empty file", where=where, next="download it again")
+    if what := stand_in(content):
+        raise DataError(what, where=where, next="download it again")
 
 
 def json_object(file: Path) -> dict[str, Any]:
