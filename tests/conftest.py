@@ -1,10 +1,12 @@
 """Eight virtual devices, shapes checked by jaxtyping and beartype, and one compile cache for all tests."""
 
+import importlib
 import logging
 import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -46,6 +48,20 @@ def programs_of_one_file():
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """`typed("train", "train.steps=3")` runs a verb in this process. Returns its exit code, standard output and standard error."""
+    from llama_eqx.verb import run_verb
+
+    def typed(name: str, *arguments: object, job: Callable[..., None] | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            run_verb(name, job or importlib.import_module(f"llama_eqx.{name}").main)
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return typed
 
 
 @pytest.fixture(scope="session")

@@ -11,22 +11,10 @@ import sys
 import pytest
 import yaml
 
-from llama_eqx import compose, generate, load_config, train
+from llama_eqx import compose, load_config
 from llama_eqx.compose import quoted
-from llama_eqx.verb import run_verb
 
 TEXT = pathlib.Path(__file__).parent / "golden" / "text.md"
-
-
-def run(monkeypatch, capsys, name, *arguments, job=None, out=None):
-    """Exit code and standard error of a verb in this process; standard output is appended to `out`."""
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        run_verb(name, job or {"train": train.main, "generate": generate.main}[name])
-    said = capsys.readouterr()
-    if out is not None:
-        out.append(said.out)
-    return ended.value.code or 0, said.err
 
 
 @pytest.mark.parametrize(
@@ -108,9 +96,9 @@ def run(monkeypatch, capsys, name, *arguments, job=None, out=None):
         (6, "cannot write", ["run_dir=/proc/nowhere"]),
     ],
 )
-def test_bad_input_to_train(code, said, arguments, monkeypatch, capsys, tmp_path):
+def test_bad_input_to_train(code, said, arguments, tmp_path, typed):
     where = [] if any(argument.startswith("run_dir") for argument in arguments) else [f"run_dir={tmp_path / 'run'}"]
-    found, err = run(monkeypatch, capsys, "train", *arguments, *where, "tracking.wandb.mode=disabled")
+    found, _, err = typed("train", *arguments, *where, "tracking.wandb.mode=disabled")
     assert said in err
     assert found == code
     assert "Traceback" not in err
@@ -118,9 +106,9 @@ def test_bad_input_to_train(code, said, arguments, monkeypatch, capsys, tmp_path
 
 
 @pytest.mark.parametrize(("content", "said"), [(b"", "no text here"), (b"\x00\x01\x02", "not UTF-8 text")])
-def test_a_corpus_without_text(content, said, monkeypatch, capsys, tmp_path):
+def test_a_corpus_without_text(content, said, tmp_path, typed):
     (tmp_path / "a.txt").write_bytes(content)
-    code, err = run(monkeypatch, capsys, "train", "data=text", f"data.path={tmp_path}", f"run_dir={tmp_path / 'run'}")
+    code, _, err = typed("train", "data=text", f"data.path={tmp_path}", f"run_dir={tmp_path / 'run'}")
     assert (code, said in err) == (3, True)
 
 
@@ -133,27 +121,25 @@ def test_a_corpus_without_text(content, said, monkeypatch, capsys, tmp_path):
         (4, "does not exist", ["checkpoint=no/such/run", "prompt=a"]),
     ],
 )
-def test_bad_input_to_generate(code, said, arguments, monkeypatch, capsys):
-    found, err = run(monkeypatch, capsys, "generate", *arguments)
+def test_bad_input_to_generate(code, said, arguments, typed):
+    found, _, err = typed("generate", *arguments)
     assert said in err
     assert found == code
 
 
-def test_from_training_to_text(monkeypatch, capsys, tmp_path):
+def test_from_training_to_text(tmp_path, typed):
     """Both verbs as a user types them, and the commands that the first prints for going on."""
     text = ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "model.dims.layers=1", "model.dims.embed=32", "model.dims.mlp=32"]
     small = ["train.steps=3", "train.batch_size=8", "train.seq_len=32", "train.log_every=1", "train.sample_tokens=4", "data.prompt=it's"]
-    code, _ = run(
-        monkeypatch, capsys, "train", *text, *small, f"run_dir={tmp_path / 'a run'}", "tracking.wandb.mode=disabled", out=(out := [])
-    )
+    code, out, _ = typed("train", *text, *small, f"run_dir={tmp_path / 'a run'}", "tracking.wandb.mode=disabled")
     assert code == 0
-    assert {"validation", "speed", "curve", "checkpoint", "resume", "sample"} <= {line.split(" ")[0] for line in out[0].splitlines()}
-    assert "view" not in out[0]  # there is nothing to view
+    assert {"validation", "speed", "curve", "checkpoint", "resume", "sample"} <= {line.split(" ")[0] for line in out.splitlines()}
+    assert "view" not in out  # there is nothing to view
     for verb, steps in (("train", "step 6/6"), ("generate", "it's")):
-        (command,) = (line for line in out[0].splitlines() if f"llama_eqx.{verb} " in line)
-        code, err = run(monkeypatch, capsys, verb, *shlex.split(command)[4:], out=(again := []))
+        (command,) = (line for line in out.splitlines() if f"llama_eqx.{verb} " in line)
+        code, again, err = typed(verb, *shlex.split(command)[4:])
         assert code == 0
-        assert steps in err + again[0]
+        assert steps in err + again
 
 
 PLAN = ["precision=mixed", "train.batch_size=48", "train.microbatch_size=48", "kernel.q_block=1024"]
@@ -175,31 +161,31 @@ def planned(tmp_path, monkeypatch):
         ["mesh=cpu-8", "profile=true", "data.prompt=it's", "--cfg=job"],
     ],
 )
-def test_flags_go_with_a_plan_and_with_what_needs_quotes(arguments, planned, monkeypatch, capsys):
-    code, err = run(monkeypatch, capsys, "train", *arguments, out=(out := []))
+def test_flags_go_with_a_plan_and_with_what_needs_quotes(arguments, planned, typed):
+    code, out, err = typed("train", *arguments)
     assert code == 0
     assert f"note: the plan for this model on this mesh sets {' '.join(PLAN)}" in err
-    shown = yaml.safe_load(out[0])
+    shown = yaml.safe_load(out)
     assert (shown["train"]["batch_size"], shown["precision"]["compute"]) == (48, "bfloat16")
     assert (shown["profile"]["steps"], shown["data"]["prompt"]) == ([10, 13], "it's")
 
 
 @pytest.mark.parametrize(("flag", "prompt"), [("--config-dir=.", "it's"), ("--run", '"it\'s"')])
-def test_a_job_hears_what_was_said_and_not_what_was_planned(flag, prompt, planned, monkeypatch, capsys, tmp_path):
+def test_a_job_hears_what_was_said_and_not_what_was_planned(flag, prompt, planned, tmp_path, typed):
     """A job of a sweep, which is told to --run, in Hydra's own grammar."""
     heard = []
     words = ["mesh=cpu-8", f"run_dir={tmp_path / 'run'}", f"data.prompt={prompt}"]
-    code, _ = run(monkeypatch, capsys, "train", flag, *words, job=lambda *both: heard.append(both))
+    code, _, _ = typed("train", flag, *words, job=lambda *both: heard.append(both))
     assert code == 0
     ((config, overrides),) = heard
     assert overrides == words  # which the command to go on with is made of
     assert (config.train.batch_size, config.data.prompt) == (48, "it's")
 
 
-def test_an_experiment_takes_no_plan(planned, monkeypatch, capsys):
-    _, err = run(monkeypatch, capsys, "train", "--cfg", "job", "mesh=cpu-8", "experiment=shakespeare", out=(out := []))
+def test_an_experiment_takes_no_plan(planned, typed):
+    _, out, err = typed("train", "--cfg", "job", "mesh=cpu-8", "experiment=shakespeare")
     assert "note: an experiment does not use the plan" in err
-    shown = yaml.safe_load(out[0])
+    shown = yaml.safe_load(out)
     assert (shown["train"]["batch_size"], shown["precision"]["compute"]) == (12, "float32")
 
 
@@ -247,23 +233,23 @@ defaults:
         ("generate", ["model/norm=rms"], "model/norm=rms\n", "next: --cfg job shows all of them"),
     ],
 )
-def test_what_hydra_says_has_the_place_and_the_advice_of_its_own(name, words, where, advice, monkeypatch, capsys, tmp_path):
+def test_what_hydra_says_has_the_place_and_the_advice_of_its_own(name, words, where, advice, tmp_path, typed):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "odd.yaml").write_text(ODD)
-    code, err = run(monkeypatch, capsys, name, *words, "--config-dir", tmp_path)
+    code, _, err = typed(name, *words, "--config-dir", tmp_path)
     assert code == 2
     assert f"where: {where}" in err
     assert advice in err
     assert advice or "next:" not in err
 
 
-def test_other_verbs_take_flags_too(monkeypatch, capsys, tmp_path):
+def test_other_verbs_take_flags_too(monkeypatch, tmp_path, typed):
     monkeypatch.chdir(tmp_path)
     (place := tmp_path / "a=b").mkdir()
-    code, err = run(monkeypatch, capsys, "generate", "--config-dir", place, "checkpoint=no/such/run", "prompt=it's")
+    code, _, err = typed("generate", "--config-dir", place, "checkpoint=no/such/run", "prompt=it's")
     assert code == 4
     assert err.startswith("error: the folder does not exist")  # and nothing of Hydra's before it
-    code, err = run(monkeypatch, capsys, "generate", "-m", "checkpoint=no/such/run", "seed=0,1")
+    code, _, err = typed("generate", "-m", "checkpoint=no/such/run", "seed=0,1")
     assert (code, "only train and plan have sweeps" in err) == (2, True)
 
 
@@ -271,7 +257,7 @@ def test_a_recipe_may_be_taken_out():
     assert load_config("model=llama2_7b", "~recipe").train.batch_size == load_config().train.batch_size
 
 
-def test_an_interruption_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+def test_an_interruption_says_how_to_go_on(monkeypatch, tmp_path, typed):
     from llama_eqx.errors import Stopped
     from llama_eqx.training import loop
 
@@ -279,7 +265,7 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys, tmp_path):
         raise preemption._stopped(signal.SIGINT, "step 7 is saved")
 
     monkeypatch.setattr(loop, "train", interrupted)
-    code, err = run(monkeypatch, capsys, "train", f"run_dir={tmp_path}", "train.seq_len=64")
+    code, _, err = typed("train", f"run_dir={tmp_path}", "train.seq_len=64")
     assert code == 130
     assert err.startswith("SIGINT: step 7 is saved; exit code 130\nnext: ")
     assert f"train.seq_len=64 run_dir={tmp_path}" in err
@@ -287,11 +273,11 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     assert str(copied) == "a; exit code 75 (start me again)\nnext: b"
 
 
-def test_what_is_unexpected_exits_with_1(monkeypatch, capsys, tmp_path):
+def test_what_is_unexpected_exits_with_1(tmp_path, typed):
     def job(config, overrides):
         raise RuntimeError("surprise")
 
-    code, err = run(monkeypatch, capsys, "train", f"run_dir={tmp_path}", job=job)
+    code, _, err = typed("train", f"run_dir={tmp_path}", job=job)
     assert code == 1
     assert "surprise" in err
     assert "RuntimeError" in (tmp_path / "log.txt").read_text()

@@ -12,14 +12,13 @@ import time
 
 import pytest
 
-from llama_eqx import compose, load_config, multirun, train
+from llama_eqx import compose, load_config, multirun
 from llama_eqx.checkpoint.native import write_config
 from llama_eqx.config import dump
 from llama_eqx.errors import ConfigError, StorageError
 from llama_eqx.multirun import Job, MultirunError, labels, run_jobs
 from llama_eqx.studies.pairing import kept_at
 from llama_eqx.training import loop
-from llama_eqx.verb import run_verb
 
 LATE = """
 import signal, sys, time
@@ -164,12 +163,9 @@ def test_jobs_go_to_slurm(tmp_path, monkeypatch):
         ('"timeout_min" expected type', "hydra.launcher.parameters.timeout_min=long"),
     ],
 )
-def test_settings_that_cannot_be(said, setting, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train", "-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}", setting])
-    with pytest.raises(SystemExit) as ended:
-        run_verb("train", train.main)
-    err = capsys.readouterr().err
-    assert (ended.value.code, said in err, "Traceback" in err) == (2, True, False)
+def test_settings_that_cannot_be(said, setting, tmp_path, typed):
+    code, _, err = typed("train", "-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}", setting)
+    assert (code, said in err, "Traceback" in err) == (2, True, False)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -209,16 +205,14 @@ def test_what_tells_jobs_apart():
     assert labels([["a=1", "b=0"]]) == ["a=1 b=0"]
 
 
-def test_from_the_command_line(tmp_path, monkeypatch, capsys):
+def test_from_the_command_line(tmp_path, typed):
     """A sweep of two runs of which one finds no data, twice: the second time one is skipped. A changed setting is not."""
     small = ["data=text", "tokenizer=bytes", "model.dims.layers=1", "model.dims.embed=32", "model.dims.mlp=32", "train.batch_size=2"]
     small += ["train.steps=2", "train.seq_len=32", "train.sample_tokens=0", "tracking.wandb.mode=disabled", "mesh=local"]
 
     def sweep(*overrides):
-        monkeypatch.setattr(sys, "argv", ["train", "-m", f"data.path={TEXT},nowhere", *small, f"hydra.sweep.dir={tmp_path}", *overrides])
-        with pytest.raises(SystemExit) as ended:
-            run_verb("train", train.main)
-        return ended.value.code, capsys.readouterr().err
+        code, _, err = typed("train", "-m", f"data.path={TEXT},nowhere", *small, f"hydra.sweep.dir={tmp_path}", *overrides)
+        return code, err
 
     code, said = sweep()
     assert code == 1
@@ -232,17 +226,15 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "job 1 begins" in said
 
 
-def test_each_job_takes_the_plan_of_its_own_mesh(tmp_path, monkeypatch, capsys):
+def test_each_job_takes_the_plan_of_its_own_mesh(tmp_path, monkeypatch, typed):
     """And whether it has finished is asked of the settings that it runs with. Names of options that look like bools are options."""
     (tmp_path / "llama3_1m_cpu-8.yaml").write_text("overrides: [precision=mixed, train.batch_size=16, train.microbatch_size=16]")
     found, place = {}, compose.plan_file
     monkeypatch.setattr(compose, "plan_file", lambda overrides: tmp_path / place(overrides).name)
     monkeypatch.setattr("llama_eqx.training.identity.finished", lambda config: found.setdefault("settings", []).append(config))
     monkeypatch.setattr(multirun, "run_jobs", lambda jobs, skipped, **_: found.update(jobs=jobs))
-    monkeypatch.setattr(sys, "argv", ["train", "-m", "mesh=local,cpu-8", "profile=false,true", f"hydra.sweep.dir={tmp_path}"])
-    with pytest.raises(SystemExit) as ended:
-        run_verb("train", train.main)
-    assert ended.value.code == 0
+    code, _, err = typed("train", "-m", "mesh=local,cpu-8", "profile=false,true", f"hydra.sweep.dir={tmp_path}")
+    assert (code, err) == (0, f"compare     python -m llama_eqx.report 'runs=[{tmp_path}]'\n")
     assert [settings.precision.compute for settings in found["settings"]] == ["float32", "float32", "bfloat16", "bfloat16"]
     assert [bool(settings.profile.steps) for settings in found["settings"]] == [False, True, False, True]
     for job, settings in zip(found["jobs"], found["settings"], strict=True):
@@ -250,11 +242,10 @@ def test_each_job_takes_the_plan_of_its_own_mesh(tmp_path, monkeypatch, capsys):
     names = {(settings.tracking.wandb.group, settings.tracking.wandb.name) for settings in found["settings"]}
     assert len(names) == 4
     assert (tmp_path.name, 'mesh=cpu-8 profile="false"') in names
-    assert capsys.readouterr().err == f"compare     python -m llama_eqx.report 'runs=[{tmp_path}]'\n"
     assert sorted(path.name for path in tmp_path.glob("*")) == ["llama3_1m_cpu-8.yaml", "multirun.yaml"]
 
 
-def test_a_run_of_a_study_is_over_when_it_is_filed(tmp_path, monkeypatch, capsys):
+def test_a_run_of_a_study_is_over_when_it_is_filed(tmp_path, monkeypatch, typed):
     """One that was told to stop after its last checkpoint has finished, and is yet to be filed: by a start that ends at once."""
     found = {}
     monkeypatch.setattr("llama_eqx.training.identity.finished", lambda config: True)
@@ -262,17 +253,14 @@ def test_a_run_of_a_study_is_over_when_it_is_filed(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("llama_eqx.studies.pairing.diverged", lambda config: tmp_path / "record")
     monkeypatch.setattr(multirun, "run_jobs", lambda jobs, skipped, **_: found.update(jobs=jobs, skipped=skipped))
     study = ["experiment=norm", "experiment/norm=rms", "stage=tune", "schedule.peak=0.004"]
-    monkeypatch.setattr(sys, "argv", ["train", "-m", *study, "seed=1000,1001", f"hydra.sweep.dir={tmp_path}"])
-    with pytest.raises(SystemExit) as ended:
-        run_verb("train", train.main)
-    assert ended.value.code == 0
+    code, _, err = typed("train", "-m", *study, "seed=1000,1001", f"hydra.sweep.dir={tmp_path}")
+    assert (code, err) == (0, "report      python -m llama_eqx.report experiment=norm stage=tune rung=1m\n")
     assert [[job.number for job in found[name]] for name in ("jobs", "skipped")] == [[0], [1]]
     assert [found[name][0].diverged for name in ("jobs", "skipped")] == [None, tmp_path / "record"]
-    assert capsys.readouterr().err == "report      python -m llama_eqx.report experiment=norm stage=tune rung=1m\n"
     assert not any("tracking" in word for word in found["jobs"][0].command)  # the study names its runs itself
 
 
-def test_a_sweep_of_a_study_says_what_is_wrong_with_its_registration_and_which_run_will_not_be_filed(tmp_path, monkeypatch, capsys):
+def test_a_sweep_of_a_study_says_what_is_wrong_with_its_registration_and_which_run_will_not_be_filed(tmp_path, monkeypatch, typed):
     folder, found = tmp_path / "experiments" / "ffn", {}
     folder.mkdir(parents=True)
     text = (TEXT.parents[2] / "experiments" / "ffn" / "prereg.yaml").read_text()
@@ -281,10 +269,8 @@ def test_a_sweep_of_a_study_says_what_is_wrong_with_its_registration_and_which_r
     arm = ["experiment=ffn", "stage=tune", "experiment/ffn=swiglu", "schedule.peak=0.004"]
 
     def sweep(*more):
-        monkeypatch.setattr(sys, "argv", ["train", "-m", *arm, "seed=1000,1001", *more])
-        with pytest.raises(SystemExit) as ended:
-            run_verb("train", train.main)
-        return ended.value.code, capsys.readouterr().err
+        code, _, err = typed("train", "-m", *arm, "seed=1000,1001", *more)
+        return code, err
 
     (folder / "prereg.yaml").write_text(text.replace("rates:", "rates: [0.1] #"))
     assert sweep() == (
@@ -345,7 +331,7 @@ data: {path: shards}
 """
 
 
-def test_a_study_of_ones_own_may_tune_nothing_and_run_on_prepared_data(tmp_path, monkeypatch, capsys):
+def test_a_study_of_ones_own_may_tune_nothing_and_run_on_prepared_data(tmp_path, monkeypatch, typed):
     found = {}
     text = (TEXT.parents[2] / "experiments" / "norm" / "prereg.yaml").read_text()
     for name, new in (("tune_arms", "[]"), ("tune_seeds", "[]"), ("rates", "[0.004]"), ("seeds", "[3, 4, 5]")):
@@ -356,8 +342,6 @@ def test_a_study_of_ones_own_may_tune_nothing_and_run_on_prepared_data(tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(multirun, "run_jobs", lambda jobs, skipped, **_: found.update(jobs=jobs))
     for more, code, said in (([], 0, ""), (["stage=tune"], 2, "error: no tune_seeds are registered\n")):
-        monkeypatch.setattr(sys, "argv", ["train", "-m", "experiment=own", *more, "--config-dir", str(tmp_path / "conf")])
-        with pytest.raises(SystemExit) as ended:
-            run_verb("train", train.main)
-        assert (ended.value.code, capsys.readouterr().err.startswith(said)) == (code, True)
+        found_code, _, err = typed("train", "-m", "experiment=own", *more, "--config-dir", tmp_path / "conf")
+        assert (found_code, err.startswith(said)) == (code, True)
     assert [job.label for job in found["jobs"]] == ["seed=3", "seed=4", "seed=5"]

@@ -10,10 +10,9 @@ import sys
 
 import pytest
 
-from llama_eqx import load_config, train
+from llama_eqx import load_config
 from llama_eqx.errors import StorageError
 from llama_eqx.tracking.tracker import Tracker
-from llama_eqx.verb import run_verb
 from llama_eqx.writer import held
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -24,30 +23,23 @@ SMALL += ["data=text", f"data.path={TEXT}", "tokenizer=bytes", "train.sample_tok
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
 
 
-def verb(monkeypatch, capsys, *arguments, job=train.main) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        run_verb("train", job)
-    return ended.value.code or 0, capsys.readouterr().err
-
-
 @needs_full
-def test_a_log_that_cannot_be_written_is_given_up_with_one_line(monkeypatch, capsys, tmp_path):
+def test_a_log_that_cannot_be_written_is_given_up_with_one_line(tmp_path, typed):
     (tmp_path / "log.txt").symlink_to(FULL)
 
     def job(config, overrides):
         for _ in range(3):
             logging.getLogger("llama_eqx").warning("something")
 
-    code, said = verb(monkeypatch, capsys, f"run_dir={tmp_path}", job=job)
+    code, _, said = typed("train", f"run_dir={tmp_path}", job=job)
     assert code == 0
     assert said.splitlines() == [f"warning: {tmp_path}/log.txt cannot be written: No space left on device; the run goes on without it"]
 
 
-def test_a_log_that_was_opened_again_is_closed_by_the_next_run(monkeypatch, capsys, tmp_path):
+def test_a_log_that_was_opened_again_is_closed_by_the_next_run(tmp_path, typed):
     """A library may say something when the run is over: pytest makes an error of a file that is left open."""
     for name in ("first", "second"):
-        assert verb(monkeypatch, capsys, f"run_dir={tmp_path / name}", job=lambda config, overrides: None) == (0, "")
+        assert typed("train", f"run_dir={tmp_path / name}", job=lambda config, overrides: None) == (0, "", "")
         (log,) = logging.getLogger("asyncio").handlers
         logging.getLogger("asyncio").warning("late")
         assert "late" in (tmp_path / name / "log.txt").read_text()
@@ -67,20 +59,20 @@ def test_a_sample_that_cannot_be_written_ends_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
-def test_whatever_says_so_it_is_the_place(monkeypatch, capsys, tmp_path, number):
+def test_whatever_says_so_it_is_the_place(tmp_path, number, typed):
     def job(config, overrides):
         raise OSError(number, os.strerror(number), "some/file")
 
-    code, said = verb(monkeypatch, capsys, f"run_dir={tmp_path}", job=job)
+    code, _, said = typed("train", f"run_dir={tmp_path}", job=job)
     assert code == 6
     assert said.startswith(f"error: cannot write: {os.strerror(number)}\nwhere: some/file\nnext: ")
 
 
-def test_another_error_of_the_system_is_unexpected(monkeypatch, capsys, tmp_path):
+def test_another_error_of_the_system_is_unexpected(tmp_path, typed):
     def job(config, overrides):
         raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
 
-    assert verb(monkeypatch, capsys, f"run_dir={tmp_path}", job=job)[0] == 1
+    assert typed("train", f"run_dir={tmp_path}", job=job)[0] == 1
 
 
 @contextlib.contextmanager

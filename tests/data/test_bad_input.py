@@ -7,13 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
-from llama_eqx import load_config, train
+from llama_eqx import load_config
 from llama_eqx import prepare as verb
 from llama_eqx.data.dataset import sliding
 from llama_eqx.data.prepare import prepare
 from llama_eqx.data.tokenizer import BytesTokenizer
 from llama_eqx.errors import DataError
-from llama_eqx.verb import run_verb
 
 TINY = [
     *("model.dims.layers=1", "model.dims.embed=16", "model.dims.heads=2", "model.dims.kv_heads=2", "model.dims.head_dim=8"),
@@ -44,27 +43,13 @@ def prepared(made, tmp_path):
 
 
 @pytest.fixture
-def ended(tmp_path, monkeypatch, capsys):
-    """The exit code of a verb and what it said."""
-
-    def ended(main, name, *arguments):
-        monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
-        with pytest.raises(SystemExit) as error:
-            run_verb(name, main)
-        said = capsys.readouterr()
-        return error.value.code or 0, said.out + said.err
-
-    return ended
-
-
-@pytest.fixture
-def run(ended, tmp_path):
-    """The same of a run, and how many steps it made."""
+def run(typed, tmp_path):
+    """The exit code of a run, what it said, and how many steps it made."""
 
     def run(*arguments):
-        code, said = ended(train.main, "train", *TINY, *arguments, f"run_dir={tmp_path / 'run'}")
+        code, out, err = typed("train", *TINY, *arguments, f"run_dir={tmp_path / 'run'}")
         metrics = tmp_path / "run" / "metrics.jsonl"
-        return code, said, metrics.read_text().count("train/loss") if metrics.exists() else 0
+        return code, out + err, metrics.read_text().count("train/loss") if metrics.exists() else 0
 
     return run
 
@@ -183,17 +168,17 @@ def test_lines_that_are_not_json_are_counted_when_they_are_to_be_skipped(lines, 
     assert f"warning: 2 records or files cannot be read and are skipped, the first at {lines}:7" in said
 
 
-def test_prepare_names_or_counts_it_too(tmp_path, ended):
+def test_prepare_names_or_counts_it_too(tmp_path, typed):
     (tmp_path / "a.jsonl").write_text("\n".join([*[json.dumps({"text": f"{i} words"}) for i in range(200)], "{"]))
     options = [f"input={tmp_path / 'a.jsonl'}", f"output={tmp_path / 'out'}", "tokenizer=bytes", "validation_fraction=0.1"]
-    code, error = ended(verb.main, "prepare", *options)
+    code, _, error = typed("prepare", *options)
     assert code == 3
     assert f"where: {tmp_path / 'a.jsonl'}:201" in error
     (tmp_path / "talk.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
-    talk = ended(verb.main, "prepare", f"input={tmp_path / 'talk.jsonl'}", f"output={tmp_path / 'talk'}", "tokenizer=bytes")[1]
+    talk = typed("prepare", f"input={tmp_path / 'talk.jsonl'}", f"output={tmp_path / 'talk'}", "tokenizer=bytes")[2]
     assert f"next: python -m llama_eqx.train data=sft data.path={tmp_path / 'talk.jsonl'} trains" in talk
     shutil.rmtree(tmp_path / "out")
-    assert ended(verb.main, "prepare", *options, "on_error=skip")[0] == 0
+    assert typed("prepare", *options, "on_error=skip")[0] == 0
     assert json.loads((tmp_path / "out" / "index.json").read_text())["dropped"]["named"] == [
         'a.jsonl:201: not a JSON object with a string "text"'
     ]

@@ -6,32 +6,19 @@ import sys
 import jax
 import pytest
 
-from llama_eqx import doctor, save_pretrained
+from llama_eqx import save_pretrained
 from llama_eqx.model.llama import build_model
-from llama_eqx.verb import run_verb
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["doctor", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            run_verb("doctor", doctor.main)
-        said = capsys.readouterr()
-        return ended.value.code or 0, said.out, said.err
-
-    return run
-
-
-def test_of_a_model(run, tmp_path, tiny):
+def test_of_a_model(tmp_path, tiny, typed):
     folder = tmp_path / "a, {b}"
     save_pretrained(build_model(tiny(), key=jax.random.key(0)), folder, format="native")
-    code, out, _ = run(f"path={folder}")
+    code, out, _ = typed("doctor", f"path={folder}")
     assert (code, out.splitlines()[0], out.splitlines()[-1]) == (0, f"{folder}: a run directory", "nothing wrong found")
-    code, out, _ = run(f"path={folder}", f"against={folder}")
+    code, out, _ = typed("doctor", f"path={folder}", f"against={folder}")
     assert (code, out.splitlines()[-1]) == (0, "nothing wrong found")
     (folder / "config.yaml").write_text("model: ${oc.env:HOME}")
-    code, out, err = run(f"path={folder}", "weights=false")
+    code, out, err = typed("doctor", f"path={folder}", "weights=false")
     assert (code, out.splitlines()[-1], err) == (4, "1 error", "")
     assert "error    config.yaml: config.yaml holds an interpolation" in out
 
@@ -47,15 +34,15 @@ def test_of_a_model(run, tmp_path, tiny):
         (2, "wanted", ["path=x", "weights=some"]),
     ],
 )
-def test_bad_input(run, code, said, arguments):
-    found, out, err = run(*arguments)
+def test_bad_input(code, said, arguments, typed):
+    found, out, err = typed("doctor", *arguments)
     assert (found, out) == (code, "")
     assert said in err
     assert "Traceback" not in err
 
 
-def test_of_this_machine(run):
-    code, out, _ = run()
+def test_of_this_machine(typed):
+    code, out, _ = typed("doctor")
     assert code in (0, 4)
     assert out.startswith("this machine\n")
     assert f"jax {jax.__version__}" in out

@@ -4,15 +4,12 @@ import functools
 import json
 import os
 import shutil
-import sys
 import warnings
 
 import numpy as np
 import pytest
 
-from llama_eqx import evaluate as verb
 from llama_eqx import load_config
-from llama_eqx.verb import run_verb
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 with warnings.catch_warnings():
@@ -143,12 +140,12 @@ def test_continuations(both):
     assert len({len(text) for text in found}) > 1  # some were stopped
 
 
-def test_the_command_gives_the_scores_of_hf(both, hf_model, tasks, monkeypatch, capsys, tmp_path):
+def test_the_command_gives_the_scores_of_hf(both, hf_model, tasks, tmp_path, typed):
     wanted = lm_eval.simple_evaluate(
         both[1], tasks=list(TASKS), task_manager=TaskManager(include_path=str(tasks), include_defaults=False), bootstrap_iters=0
     )
     arguments = [f"tasks={','.join(TASKS)}", f"include_path={tasks}", f"length={LENGTH}", f"output={tmp_path / 'r.json'}"]
-    code, out, err = run(monkeypatch, capsys, f"checkpoint={hf_model}", *arguments)
+    code, out, err = typed("evaluate", f"checkpoint={hf_model}", *arguments)
     assert code == 0, err
     saved = json.loads((tmp_path / "r.json").read_text())["results"]
     for task in TASKS:
@@ -156,14 +153,6 @@ def test_the_command_gives_the_scores_of_hf(both, hf_model, tasks, monkeypatch, 
         scores = {name: value for name, value in wanted["results"][task].items() if isinstance(value, float)}
         assert scores
         assert {name: saved[task][name] for name in scores} == pytest.approx(scores, rel=1e-5, nan_ok=True)
-
-
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        run_verb("evaluate", verb.main)
-    said = capsys.readouterr()
-    return ended.value.code or 0, said.out, said.err
 
 
 @pytest.mark.parametrize(
@@ -174,8 +163,8 @@ def run(monkeypatch, capsys, *arguments):
         ("leave out tasks or data", ["tasks=choice", "data=test"]),
     ],
 )
-def test_bad_input(said, arguments, hf_model, tasks, monkeypatch, capsys):
-    code, _, err = run(monkeypatch, capsys, f"checkpoint={hf_model}", *(argument.format(tasks=tasks) for argument in arguments))
+def test_bad_input(said, arguments, hf_model, tasks, typed):
+    code, _, err = typed("evaluate", f"checkpoint={hf_model}", *(argument.format(tasks=tasks) for argument in arguments))
     assert said in err
     assert code == 2
 
@@ -184,9 +173,9 @@ def test_bad_input(said, arguments, hf_model, tasks, monkeypatch, capsys):
     ("said", "arguments"),
     [("no task is called nonesuch", ["tasks=nonesuch"]), ("did you mean choice?", ["tasks=choise", "include_path={tasks}"])],
 )
-def test_unknown_tasks(said, arguments, hf_model, tasks, monkeypatch, capsys):
+def test_unknown_tasks(said, arguments, hf_model, tasks, monkeypatch, typed):
     """They are told before weights are loaded."""
     own = functools.partial(TaskManager, include_defaults=False)  # the harness's own tasks take ten seconds to find
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path, include_defaults=True: own(include_path=include_path))
     monkeypatch.setattr("llama_eqx.evaluation.opened.load_pretrained", lambda *given: pytest.fail("loaded the weights"))
-    test_bad_input(said, arguments, hf_model, tasks, monkeypatch, capsys)
+    test_bad_input(said, arguments, hf_model, tasks, typed)

@@ -11,13 +11,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from llama_eqx import evaluate as verb
 from llama_eqx import load_config, load_pretrained, save_pretrained
 from llama_eqx.errors import NonFiniteError
 from llama_eqx.evaluation import perplexity
 from llama_eqx.evaluation.perplexity import evaluate, half_width
 from llama_eqx.tracking.provenance import code as code_of
-from llama_eqx.verb import run_verb
 
 LENGTH = 16
 TENSOR = ["mesh=cpu-8", "mesh.tensor=2", "sharding=fsdp_tensor"]
@@ -135,12 +133,12 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
     assert 0.92 < hits / trials < 0.97
 
 
-def test_the_command_and_its_file(hf_model, corpus, monkeypatch, capsys, tmp_path):
+def test_the_command_and_its_file(hf_model, corpus, monkeypatch, tmp_path, typed):
     monkeypatch.setenv("HOME", str(tmp_path))
     arguments = [f"checkpoint={hf_model}", "data=test", f"data.path={corpus}", f"length={LENGTH}", "output=~/r.json"]
     bar = perplexity.tqdm
     monkeypatch.setattr(perplexity, "tqdm", lambda batches, **settings: bar(batches, **{**settings, "disable": False}))  # as in a terminal
-    code, out, err = run(monkeypatch, capsys, *arguments)
+    code, out, err = typed("evaluate", *arguments)
     saved = json.loads((tmp_path / "r.json").read_text())
     result = saved["results"]["all"]
     assert code == 0
@@ -151,14 +149,6 @@ def test_the_command_and_its_file(hf_model, corpus, monkeypatch, capsys, tmp_pat
     assert saved["code"] == code_of()
     assert {"commit", "extensions", "versions"} <= saved.keys()
     assert sum(document["tokens"] for document in result["documents"]) == result["tokens"]
-
-
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        run_verb("evaluate", verb.main)
-    said = capsys.readouterr()
-    return ended.value.code or 0, said.out, said.err
 
 
 @pytest.mark.parametrize(
@@ -176,9 +166,9 @@ def run(monkeypatch, capsys, *arguments):
         (6, "cannot write", ["checkpoint={model}", "data=test", "output=/proc/nowhere/a.json"]),
     ],
 )
-def test_bad_input(code, said, arguments, hf_model, small, corpus, monkeypatch, capsys):
+def test_bad_input(code, said, arguments, hf_model, small, corpus, typed):
     places = {"model": hf_model, "text": corpus, "small": small}
-    found, _, err = run(monkeypatch, capsys, *(argument.format(**places) for argument in arguments))
+    found, _, err = typed("evaluate", *(argument.format(**places) for argument in arguments))
     assert said in err
     assert found == code
     assert len(err.splitlines()) <= 4
@@ -188,12 +178,12 @@ def test_bad_input(code, said, arguments, hf_model, small, corpus, monkeypatch, 
     ("code", "said", "processes", "model"),
     [(2, "not installed", 1, "{model}"), (2, "run in a single process", 2, "{model}"), (4, "does not exist", 1, "no/such/model")],
 )
-def test_benchmarks_that_cannot_be_run(code, said, processes, model, hf_model, monkeypatch, capsys):
+def test_benchmarks_that_cannot_be_run(code, said, processes, model, hf_model, monkeypatch, typed):
     """All is said before weights are loaded."""
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr("jax.process_count", lambda: processes)
     monkeypatch.setattr("llama_eqx.evaluation.opened.load_pretrained", lambda *given: pytest.fail("loaded the weights"))
-    found, _, err = run(monkeypatch, capsys, f"checkpoint={model.format(model=hf_model)}", "tasks=hellaswag")
+    found, _, err = typed("evaluate", f"checkpoint={model.format(model=hf_model)}", "tasks=hellaswag")
     assert said in err
     assert found == code
 

@@ -352,12 +352,10 @@ def test_eight_bits(folders, tmp_path, monkeypatch, capsys):
     folder, text = folders / "llama3", tmp_path / "text.txt"
     text.write_text(TEXT[:100])  # fewer tokens than the context
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["generate", f"checkpoint={folder}", "prompt=The fox", "quantize=int8", "quantize_text=~/text.txt"])
-    with pytest.raises(SystemExit):
-        run_verb("generate", generate.main)
-    said = capsys.readouterr()
-    assert said.out.startswith("The fox")
-    found = re.search(r"perplexity of the first \d+ tokens of \S+ ([\d.]+) -> ([\d.]+)", said.err).groups()
+    arguments = [f"checkpoint={folder}", "prompt=The fox", "quantize=int8", "quantize_text=~/text.txt"]
+    out = printed(monkeypatch, capsys, *arguments, said=(notes := []))
+    assert out.startswith("The fox")
+    found = re.search(r"perplexity of the first \d+ tokens of \S+ ([\d.]+) -> ([\d.]+)", "\n".join(notes)).groups()
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     ids = torch.tensor([tokenizer.encode(TEXT[:100])])
     models = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), rounded(folder)

@@ -18,7 +18,6 @@ import pytest
 import torch
 import transformers
 
-from llama_eqx import convert as verb
 from llama_eqx import load_config
 from llama_eqx.checkpoint.manifest import appearing, find_damage, read_manifest, verify
 from llama_eqx.checkpoint.save import Checkpoints
@@ -30,7 +29,6 @@ from llama_eqx.interop.pretrained import load_pretrained, open_pretrained
 from llama_eqx.model.llama import build_model
 from llama_eqx.precision import cast
 from llama_eqx.sharding import parameter_names
-from llama_eqx.verb import run_verb
 
 transformers.utils.logging.disable_progress_bar()
 ROOT = pathlib.Path(__file__).parents[2]
@@ -315,22 +313,19 @@ def test_the_manifest(tmp_path, models):
         (["from={source}", "to={target}, it's=1", "format=meta", "shards=2", "dtype=bfloat16"], 0, "note:"),
     ],
 )
-def test_the_command_line(tmp_path, models, monkeypatch, capsys, arguments, code, said):
+def test_the_command_line(tmp_path, models, monkeypatch, arguments, code, said, typed):
     save_pretrained(models["plain"], tmp_path / "a source", format="hf")
     places = {"{source}": str(tmp_path / "a source"), "{target}": str(tmp_path / "target")}
     for name, place in places.items():
         arguments = [argument.replace(name, place) for argument in arguments]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["convert", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        run_verb("convert", verb.main)
-    out = capsys.readouterr()
-    assert ended.value.code == code
-    assert said in out.err
-    assert "Traceback" not in out.err
+    found, out, err = typed("convert", *arguments)
+    assert found == code
+    assert said in err
+    assert "Traceback" not in err
     if code == 0:
-        assert pathlib.Path(out.out.strip()) == tmp_path / "target, it's=1"
-        assert load_pretrained(out.out.strip()).embed.dtype == jnp.bfloat16
+        assert pathlib.Path(out.strip()) == tmp_path / "target, it's=1"
+        assert load_pretrained(out.strip()).embed.dtype == jnp.bfloat16
 
 
 def test_from_is_a_key_like_any_other():

@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import shutil
-import sys
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -15,24 +14,15 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from llama_eqx import convert, load_pretrained, train
+from llama_eqx import load_pretrained
 from llama_eqx.data.tokenizer import TiktokenTokenizer
 from llama_eqx.data.tokenizer.tiktoken import PATTERN
-from llama_eqx.verb import run_verb
 
 transformers.utils.logging.disable_progress_bar()
 SIZES = {"layers": 2, "embed": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 96}
 VOCAB, ENDS = 320 + 256, [321, 328, 329]  # ranks and special tokens; the ends of a text, a message and a turn
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 20))
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-
-
-def run(monkeypatch, capsys, verb, *arguments):
-    """Exit code and what is said on standard error."""
-    monkeypatch.setattr(sys, "argv", [verb, *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        run_verb(verb, {"convert": convert.main, "train": train.main}[verb])
-    return ended.value.code or 0, capsys.readouterr().err
 
 
 def our_logits(folder):
@@ -87,11 +77,11 @@ def published(tmp_path_factory):
 
 
 @pytest.mark.parametrize("starts", [("hf",), pytest.param(("meta", "hf", "native"), marks=pytest.mark.slow)], ids="-".join)
-def test_there_and_back_again(tmp_path, published, monkeypatch, capsys, starts):
+def test_there_and_back_again(tmp_path, published, starts, typed):
     source, reference = published
     expected = their_logits(reference)
     for format, begin, end in (("meta", source, "meta"), ("hf", "meta", "hf"), ("native", "hf", "native")):
-        code, err = run(monkeypatch, capsys, "convert", f"from={tmp_path / begin}", f"to={tmp_path / end}", f"format={format}")
+        code, _, err = typed("convert", f"from={tmp_path / begin}", f"to={tmp_path / end}", f"format={format}")
         assert (code, "Traceback" in err) == (0, False), err
         assert np.abs(our_logits(tmp_path / end) - expected).max() < 1e-5
     assert np.abs(their_logits(in_transformers(tmp_path / "hf")) - expected).max() < 1e-5
@@ -104,9 +94,7 @@ def test_there_and_back_again(tmp_path, published, monkeypatch, capsys, starts):
         tokenizer = ["tokenizer=tiktoken", f"tokenizer.path={tmp_path / start / 'tokenizer.model'}"]
         if start == "hf":
             tokenizer = ["tokenizer=hf", f"tokenizer.path={tmp_path / start}"]
-        code, err = run(
-            monkeypatch,
-            capsys,
+        code, _, err = typed(
             "train",
             *("data=sft", f"data.path={tmp_path / 'talk.jsonl'}", *tokenizer),
             *(*sizes, f"model.dims.vocab={VOCAB}", "model.tied=false", f"init_from={tmp_path / start}", "checkpoint.export=hf"),
@@ -123,7 +111,7 @@ def test_there_and_back_again(tmp_path, published, monkeypatch, capsys, starts):
     assert handed_on.chat_template == "{{ messages }}"
     # The run itself keeps what the export has, whatever becomes of the folder that it had it from.
     shutil.rmtree(tmp_path / "hf")
-    code, err = run(monkeypatch, capsys, "convert", f"from={tmp_path / 'from hf'}", f"to={tmp_path / 'bare'}", "format=hf")
+    code, _, err = typed("convert", f"from={tmp_path / 'from hf'}", f"to={tmp_path / 'bare'}", "format=hf")
     assert code == 0, err
     text, bare = "What is 12 + 3?<|eot_id|>  don't", transformers.AutoTokenizer.from_pretrained(tmp_path / "bare")
     assert bare(text).input_ids == handed_on(text).input_ids == transformers.AutoTokenizer.from_pretrained(source)(text).input_ids
@@ -175,10 +163,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_input_ends_with_4_and_one_block(tmp_path, published, monkeypatch, capsys, bad):
+def test_bad_input_ends_with_4_and_one_block(tmp_path, published, monkeypatch, bad, typed):
     source, _ = published
     change, said = BAD[bad]
-    code, _ = run(monkeypatch, capsys, "convert", f"from={source}", f"to={tmp_path / 'hub' / 'model'}", "format=hf")
+    code, _, _ = typed("convert", f"from={source}", f"to={tmp_path / 'hub' / 'model'}", "format=hf")
     assert code == 0
     folder = tmp_path / "hub" / "model"
     if bad != "bit-flipped":
@@ -192,7 +180,7 @@ def test_bad_input_ends_with_4_and_one_block(tmp_path, published, monkeypatch, c
             arguments = [*arguments, *sizes, "model.dims.vocab=576", "model.tied=false", *text]
             (tmp_path / "text").mkdir()
             (tmp_path / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
-        code, err = run(monkeypatch, capsys, verb, *arguments)
+        code, _, err = typed(verb, *arguments)
         assert code == 4, err
         assert re.search(said, err), err
         assert "Traceback" not in err
@@ -200,8 +188,6 @@ def test_bad_input_ends_with_4_and_one_block(tmp_path, published, monkeypatch, c
         assert not (tmp_path / "new").exists()
 
 
-def test_weights_that_are_not_there_are_missed_before_a_tokenizer_is_made(tmp_path, monkeypatch, capsys):
-    code, err = run(
-        monkeypatch, capsys, "train", f"init_from={tmp_path / 'nowhere'}", "data=text", "data.path=nor-this", f"run_dir={tmp_path / 'run'}"
-    )
+def test_weights_that_are_not_there_are_missed_before_a_tokenizer_is_made(tmp_path, typed):
+    code, _, err = typed("train", f"init_from={tmp_path / 'nowhere'}", "data=text", "data.path=nor-this", f"run_dir={tmp_path / 'run'}")
     assert (code, "the folder does not exist" in err) == (4, True), err
