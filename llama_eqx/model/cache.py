@@ -41,8 +41,8 @@ class KVCache(eqx.Module):
 
     @staticmethod
     def empty(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> "KVCache":
-        zeros = jnp.zeros((batch, slots, kv_heads, head_dim), dtype)
-        return KVCache(keys=zeros, values=zeros, segment_ids=jnp.zeros((batch, slots), jnp.int32), length=jnp.zeros((), jnp.int32))
+        keys, values = (jnp.zeros((batch, slots, kv_heads, head_dim), dtype) for _ in range(2))  # two buffers, each to be donated
+        return KVCache(keys=keys, values=values, segment_ids=jnp.zeros((batch, slots), jnp.int32), length=jnp.zeros((), jnp.int32))
 
 
 # `caches` are those of all layers, stacked or in a tuple.

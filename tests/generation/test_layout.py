@@ -10,6 +10,7 @@ from llama_eqx import build_model
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation.decode import generate_tokens
 from llama_eqx.generation.layout import Int8, PackedAttention, PackedFeedForward, for_decoding, in_int8, product, unpacked
+from llama_eqx.model.cache import tokens_in
 from llama_eqx.precision import cast
 
 PROMPTS = [[5, 6, 7, 8, 9], [3], [60, 2, 33]]
@@ -46,6 +47,15 @@ def test_a_cache_belongs_to_a_layout(models):
         with pytest.raises(ConfigError, match=f"{what} for decoding, unlike the model") as error:
             model.hidden(tokens, cache=other.init_cache(1, 8))
         assert (error.value.where, "model.init_cache" in error.value.next) == ("cache", True)
+
+
+def test_a_cache_can_be_donated(models):
+    read = jax.jit(lambda model, tokens, cache: model.hidden(tokens, cache=cache), donate_argnums=2)
+    for model in models:
+        cache = model.init_cache(1, 8)
+        for tokens in (jnp.zeros((1, 3), int), jnp.ones((1, 3), int)):
+            _, cache = read(model, tokens, cache)
+        assert tokens_in(cache) == 6
 
 
 def test_the_same_logits_with_the_order_of_gpus_and_tpus(models, monkeypatch):
