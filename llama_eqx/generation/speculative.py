@@ -142,14 +142,14 @@ def _round(
         rest = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
         each = jax.vmap(jax.vmap(jax.random.categorical, in_axes=(None, 0)))
         own = each(_folded(round_keys, drafted + 2), jnp.log(rest)).astype(jnp.int32)
-    count = jnp.cumprod(accepted, axis=1).sum(axis=1)
+    count = jnp.cumprod(accepted, axis=1).sum(axis=1, dtype=jnp.int32)
     kept = jnp.min(jnp.where(state.stopped, drafted, count))
     # Each row takes its first `kept` proposals and one more token. For a row that would have kept more, that is its next proposal.
     further = jnp.concatenate([jnp.where(accepted, proposed, own[:, :drafted]), own[:, drafted:]], axis=1)
     tokens = jnp.where(jnp.arange(drafted + 1) < kept, jnp.pad(proposed, ((0, 0), (0, 1))), further)
     counts = jnp.arange(drafted + 1) <= kept
     ends = jnp.isin(tokens, rule.stop) & counts
-    added = jnp.where(ends.any(axis=1), jnp.argmax(ends, axis=1) + 1, kept + 1)
+    added = jnp.where(ends.any(axis=1), jax.lax.argmax(ends, 1, jnp.int32) + 1, kept + 1)
     put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, t, axis=1)  # noqa: E731
     lengths = jnp.minimum(state.lengths + jnp.where(state.stopped, 0, added), state.limits)
     return Drafts(

@@ -43,7 +43,7 @@ class RMSNormConfig(NormConfig):
     eps: float
 
     def build(self, dims: Dims) -> RMSNorm:
-        return RMSNorm(weight=jnp.ones(dims.embed), eps=self.eps)
+        return RMSNorm(weight=jnp.ones(dims.embed, jnp.float32), eps=self.eps)
 
 
 class LayerNorm(Norm):
@@ -64,4 +64,4 @@ class LayerNormConfig(NormConfig):
     eps: float
 
     def build(self, dims: Dims) -> LayerNorm:
-        return LayerNorm(weight=jnp.ones(dims.embed), bias=jnp.zeros(dims.embed), eps=self.eps)
+        return LayerNorm(weight=jnp.ones(dims.embed, jnp.float32), bias=jnp.zeros(dims.embed, jnp.float32), eps=self.eps)

@@ -249,7 +249,7 @@ class YarnRotary(PlainRotary):
         frequency = super().frequencies()
         kept, slowed = (self._pair(turns) for turns in (self.beta_fast, self.beta_slow))
         first, last = max(math.floor(kept), 0), min(math.ceil(slowed), self.head_dim - 1)
-        slow = jnp.clip((jnp.arange(len(frequency)) - first) / max(last - first, 1e-3), 0, 1)
+        slow = jnp.clip((jnp.arange(len(frequency), dtype=jnp.float32) - first) / max(last - first, 1e-3), 0, 1)
         return (1 - slow) * frequency + slow * frequency / self.factor
 
     def _pair(self, turns: float) -> float:

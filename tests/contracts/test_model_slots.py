@@ -87,6 +87,14 @@ def test_arrays_are_what_their_annotations_say(variant):
     assert {axis for axes in axis_names(model) for axis in axes} <= {*Dims.__dataclass_fields__, *own}
 
 
+def test_parameters_and_logits_stay_float32_where_jax_has_64_bits(variant, tokens):
+    config, _ = variant
+    with jax.enable_x64(True):
+        model = eqx.filter_eval_shape(lambda: config.build(key=jax.random.key(0)))
+        found = {leaf.dtype for leaf in jax.tree.leaves((model, eqx.filter_eval_shape(logits, model, tokens)))}
+    assert found == {jnp.dtype("float32")}
+
+
 def test_two_builds_are_one_trace(variant, tokens):
     config, model = variant
     other = build_model(config, key=jax.random.key(1))

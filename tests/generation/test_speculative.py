@@ -42,6 +42,13 @@ def test_greedy_is_that_of_the_model(model, draft, drafted):
     assert max(map(max, known.generation.tokens)) < 11
 
 
+def test_where_jax_has_64_bits(model, draft):
+    with jax.enable_x64(True):
+        rows, rule = prepared(model, PROMPTS, NEW, Sampling(temperature=1.0))
+        state = eqx.filter_eval_shape(_speculate, model, draft, rows, rule, 3)
+    assert (state.new.dtype, state.logprobs.dtype) == ("int32", "float32")
+
+
 def test_a_draft_by_the_model_itself_is_kept(model):
     """Laid out for decoding or not, and in a cache that grows."""
     long = generate_tokens(model, PROMPTS[:1], 57)
