@@ -152,6 +152,13 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean():
     assert dropout(x, 0.1, None) is x
 
 
+def test_dropout_scales_in_float32():
+    """So that the mean is kept in bfloat16 too, in which no 0.9 is."""
+    x = jax.random.normal(KEY, (1000,), jnp.bfloat16)
+    y = np.asarray(dropout(x, 0.1, KEY))
+    np.testing.assert_array_equal(y[y != 0], (np.asarray(x, np.float32) / np.float32(0.9)).astype(y.dtype)[y != 0])
+
+
 def test_initial_spread(tiny):
     dims = tiny("model.dims.embed=256", "model.dims.mlp=1024").dims
     for init, std in ((FanInInitConfig(gain=1.0), 1 / 16), (FixedInitConfig(value=0.02), 0.02)):
