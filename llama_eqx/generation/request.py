@@ -82,7 +82,7 @@ def prepared(
     max_new_tokens = min(number("max_new_tokens", max_new_tokens, 1), context - 1)
     samples, top_logprobs = number("samples", samples, 1), number("top_logprobs", top_logprobs, 0, known)
     prefill_chunk = None if prefill_chunk is None else number("prefill_chunk", prefill_chunk, 1)
-    seed, first_row = number("seed", seed, 0, LAST_SEED), number("first_row", first_row, 0)
+    seed, first_row = number("seed", seed, 0, LAST_SEED), number("first_row", first_row, 0, 2**31 - 1)
     require_stop(stop := whole("stop", stop, 1), size)
     prompts = fitting(model, whole("prompts", prompts, 2), max_new_tokens, shift)
     limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]

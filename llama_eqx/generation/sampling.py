@@ -21,6 +21,8 @@ from llama_eqx.generation.constraints import (
     penalise_repetition,
 )
 
+LEAST = 1e-30  # of what logits are divided by: their quotients with less would not be finite in float32
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -40,7 +42,7 @@ class Sampling:
     frequency_penalty: float | None = None
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
+        if self.temperature != 0 and not LEAST <= self.temperature < math.inf:
             raise ConfigError(
                 f"{self.temperature} is not a temperature", where="temperature", next="0 is greedy, 1 samples the model as it is"
             )
@@ -50,7 +52,7 @@ class Sampling:
             raise ConfigError(f"{self.top_p} is not in (0, 1]", where="top_p", next="top_p=0.95, or null for all tokens")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ConfigError(f"{self.min_p} is not in [0, 1]", where="min_p", next="min_p=0.05, or null for all tokens")
-        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
+        if self.repetition_penalty is not None and not LEAST <= self.repetition_penalty < math.inf:
             raise ConfigError(
                 f"{self.repetition_penalty} is not a factor",
                 where="repetition_penalty",

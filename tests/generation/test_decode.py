@@ -201,6 +201,7 @@ def test_cache_in_another_dtype_compiles_once(model, greedy, monkeypatch):
         ({"stop": ["\n"]}, "stop[0]", "'\\n' is not a whole number"),
         ({"max_new_tokens": 2.5}, "max_new_tokens", "2.5 is not a whole number"),
         ({"sampling": 0.8}, "sampling", "0.8 is not a Sampling"),
+        ({"first_row": 2**31}, "first_row", "2147483648 is more than"),
         ({"cache_dtype": "int8"}, "cache_dtype", "neither weights nor caches are kept in int8"),
     ],
 )
@@ -218,11 +219,11 @@ def test_bad_input(model, monkeypatch, arguments, where, what):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("temperature", value) for value in (-0.1, float("nan"), float("inf"))),
+        *(("temperature", value) for value in (-0.1, 1e-40, float("nan"), float("inf"))),
         *(("top_k", value) for value in (0, -3)),
         *(("top_p", value) for value in (0.0, 1.1, float("nan"))),
         *(("min_p", value) for value in (-0.1, 1.1)),
-        *(("repetition_penalty", value) for value in (0.0, -1.0, float("inf"))),
+        *(("repetition_penalty", value) for value in (0.0, 1e-40, -1.0, float("inf"))),
         ("presence_penalty", float("nan")),
         ("frequency_penalty", float("inf")),
     ],

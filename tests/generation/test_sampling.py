@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from llama_eqx.generation.constraints import constrained
-from llama_eqx.generation.sampling import Sampling, draw
+from llama_eqx.generation.sampling import LEAST, Sampling, draw
 
 DRAWS = 20_000
 ROW = np.random.default_rng(1).normal(size=12, scale=1.5).astype(np.float32)
@@ -38,6 +38,14 @@ def test_draws_follow_the_distribution():
     assert p_value(1.0, probabilities(ROW)) > 0.01
     assert p_value(0.7, probabilities(ROW / np.float32(0.7))) > 0.01
     assert p_value(1.2, probabilities(ROW)) < 1e-3  # so the test can fail
+
+
+def test_the_lowest_temperature_is_greedy():
+    """Divided by less, logits would all be infinite."""
+    logits = jnp.asarray(np.stack([ROW, ROW - 100, 1e6 * ROW]))
+    for settings in ({}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 3}):
+        heated = constrained(logits, Sampling(temperature=LEAST, **settings).constraints, None)
+        assert draw(heated, jax.random.split(jax.random.key(0), 3)).tolist() == [int(ROW.argmax())] * 3
 
 
 def test_truncated_draws_follow_the_renormalised_distribution():
