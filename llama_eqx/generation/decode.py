@@ -107,7 +107,12 @@ class State(eqx.Module):
 
 
 def prefill(
-    model: Llama, cache: Any, tokens: Int[Array, "batch seq"], real: Bool[Array, "batch seq"], chunk: int | None, start: Any = 0
+    model: Llama,
+    cache: Any,
+    tokens: Int[Array, "batch seq"],
+    real: Bool[Array, "batch seq"],
+    chunk: int | None,
+    start: Int[Array, ""] | int = 0,
 ) -> tuple[Float[Array, "batch embed"], Any]:
     """The residual of each row's last real token, and the cache with all tokens appended. The padding may be on either side.
 
@@ -187,7 +192,7 @@ def first(model: Llama, hidden: Float[Array, "prompts embed"], cache: Any, rows:
     return _drawn(model, state, rule, hidden[:, None])
 
 
-def advance(model: Llama, state: State, rule: Rule, until: Any) -> State:
+def advance(model: Llama, state: State, rule: Rule, until: Int[Array, ""] | int) -> State:
     """Draws tokens until there are `until` new tokens or every row has stopped. The cache must have slots for them."""
 
     def going(state: State) -> Bool[Array, ""]:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ def blocked(
     q: Float[Array, "batch seq heads head_dim"],
     k: Float[Array, "batch slots kv_heads head_dim"],
     v: Float[Array, "batch slots kv_heads head_dim"],
-    start: Any,
+    start: Int[Array, ""] | int,
     segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None,
     q_block: int,
     kv_block: int,

@@ -1,6 +1,6 @@
 """All scores at once: the reference for the other kernels, and the fastest for short rows. Memory grows with seq × slots."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def plain(
     q: Float[Array, "batch seq heads head_dim"],
     k: Float[Array, "batch slots kv_heads head_dim"],
     v: Float[Array, "batch slots kv_heads head_dim"],
-    start: Any,
+    start: Int[Array, ""] | int,
     segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None,
     implementation: Literal["xla", "cudnn"] = "xla",
 ) -> Float[Array, "batch seq heads head_dim"]:
@@ -29,7 +29,9 @@ def plain(
     return tag(jax.nn.dot_product_attention(q, k, v, mask=seen, implementation=implementation), "attention")
 
 
-def visible(start: Any, seq: int, slots: int, segment_ids: tuple[Array, Array] | None) -> Bool[Array, "*batch seq slots"]:
+def visible(
+    start: Int[Array, ""] | int, seq: int, slots: int, segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None
+) -> Bool[Array, "*batch seq slots"]:
     """True where a query sees a slot; without segments the same for every row."""
     seen = jnp.arange(slots)[None, :] <= start + jnp.arange(seq)[:, None]
     return seen if segment_ids is None else seen & (segment_ids[0][:, :, None] == segment_ids[1][:, None, :])

@@ -32,7 +32,7 @@ def on_shards(
     q: Float[Array, "batch seq heads head_dim"],
     k: Float[Array, "batch slots kv_heads head_dim"],
     v: Float[Array, "batch slots kv_heads head_dim"],
-    start: Any,
+    start: Int[Array, ""] | int,
     segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Like `attend`, with a kernel that XLA cannot partition. Every device has all slots; queries may be split."""
