@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from llama_eqx.errors import NonFiniteError
 from llama_eqx.generation.constraints import History, constrained
 from llama_eqx.generation.request import Prompts, Rows, Rule, prepared
 from llama_eqx.generation.sampling import Sampling, draw
@@ -61,7 +63,7 @@ def generate_tokens(
     have more ids than its tokenizer.
 
     Raises `ConfigError` before anything is compiled: for prompts that are not ids, an empty prompt, an id outside of the vocabulary, a
-    prompt that fills the context or a setting out of range.
+    prompt that fills the context or a setting out of range. Raises `NonFiniteError` if a logit is NaN.
     """
     rows, rule = prepared(
         model,
@@ -82,11 +84,18 @@ def generate_tokens(
 
 
 def found(state: "State") -> Generation:
-    """The generation of a state that is on the host."""
+    """The generation of a state that is on the host. Raises `NonFiniteError` as `require_numbers` does."""
+    require_numbers(state.logprobs)
     cut = lambda array: [row[:length].tolist() for row, length in zip(array, state.lengths, strict=True)]  # noqa: E731
     pairs = zip(cut(state.top_ids), cut(state.top_logprobs), strict=True)
     top = [[list(zip(*each, strict=True)) for each in zip(*row, strict=True)] for row in pairs]
     return Generation(tokens=cut(state.new), logprobs=cut(state.logprobs), top=top)
+
+
+def require_numbers(logprobs: Float[Array | np.ndarray, "..."]) -> None:
+    """Raises `NonFiniteError` if a log-probability is NaN: the logits were, and the tokens are none that the model has chosen."""
+    if np.isnan(logprobs).any():
+        raise NonFiniteError("the model's logits are not finite, so it chose no tokens", next="python -m llama_eqx.doctor path=CHECKPOINT")
 
 
 class State(eqx.Module):

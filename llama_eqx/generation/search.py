@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_eqx.errors import ConfigError
-from llama_eqx.generation.decode import prefilled, slots_for, while_growing
+from llama_eqx.generation.decode import prefilled, require_numbers, slots_for, while_growing
 from llama_eqx.generation.request import Prompts, Rows, Rule, prepared
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.model.cache import with_rows
@@ -53,6 +53,7 @@ def search_beams(
         what = f"{beams} is less than 1" if beams < 1 else f"{beams} beams need {least} tokens, and the vocabulary has {rule.vocab}"
         raise ConfigError(what, where="beams", next="beams=4")
     state = on_host(_search(model, rows, rule, beams, length_penalty, early_stopping))
+    require_numbers(state.scores)
     cut = lambda tokens, length: tokens[:length].tolist()  # noqa: E731
     return [
         [Hypothesis(cut(*each[:2]), float(each[2])) for each in zip(*prompt, strict=True)]

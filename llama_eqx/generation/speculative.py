@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation.constraints import constrained
-from llama_eqx.generation.decode import Generation, prefilled, slots_for, while_growing
+from llama_eqx.generation.decode import Generation, prefilled, require_numbers, slots_for, while_growing
 from llama_eqx.generation.request import Prompts, Rows, Rule, prepared
 from llama_eqx.generation.sampling import Sampling, draw
 from llama_eqx.model.cache import tokens_in, with_length
@@ -57,6 +57,7 @@ def generate_speculatively(
             raise ConfigError(f"with a draft model, {name} must be {only}", where=name, next=f"{name}={only}")
     rows, rule = prepared(model, prompts, max_new_tokens, sampling, **settings)
     state = on_host(_speculate(model, draft, rows, rule, drafted))
+    require_numbers(state.logprobs)
     cut = lambda array: [row[:length].tolist() for row, length in zip(array, state.lengths, strict=True)]  # noqa: E731
     tokens = cut(state.new)
     new = Generation(tokens=tokens, logprobs=cut(state.logprobs), top=[[[]] * len(row) for row in tokens])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llama_eqx.data.tokenizer import Tokenizer
-from llama_eqx.errors import ConfigError
+from llama_eqx.errors import ConfigError, NonFiniteError
 from llama_eqx.generation.decode import Generation, generate_tokens
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.stream import stream_tokens
@@ -34,11 +34,16 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def continued(model: Llama, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int, sampling: Sampling, *, seed: int = 0) -> str:
-    """The text of `prompt` and up to `max_new_tokens` more tokens, until the text ends or the context is full.
+    """A run's sample: `prompt` and up to `max_new_tokens` more tokens as text, until that ends or the context is full.
+
+    A model without finite logits has none, which is said in its place: a run's guard decides whether it goes on.
 
     Raises `ConfigError` for an empty prompt and for one that fills the context.
     """
-    new = generate_tokens(model, [prompt], max_new_tokens, sampling, stop=tokenizer.stop, seed=seed, vocab=tokenizer.vocab)
+    try:
+        new = generate_tokens(model, [prompt], max_new_tokens, sampling, stop=tokenizer.stop, seed=seed, vocab=tokenizer.vocab)
+    except NonFiniteError as error:
+        return f"({error.what})"
     return tokenizer.decode([*prompt, *without_end(new.tokens[0], tokenizer.stop)])
 
 

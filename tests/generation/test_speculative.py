@@ -9,13 +9,17 @@ import pytest
 from scipy import stats
 
 from llama_eqx import build_model
-from llama_eqx.errors import ConfigError
+from llama_eqx.data.tokenizer import BytesTokenizer
+from llama_eqx.errors import ConfigError, NonFiniteError
 from llama_eqx.generation.constraints import constrained
 from llama_eqx.generation.decode import generate_tokens
 from llama_eqx.generation.layout import for_decoding
 from llama_eqx.generation.request import prepared
 from llama_eqx.generation.sampling import Sampling
+from llama_eqx.generation.search import search_beams
 from llama_eqx.generation.speculative import _speculate, generate_speculatively
+from llama_eqx.generation.stream import stream_tokens
+from llama_eqx.generation.text import continued
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [60, 2, 33], [12] * 16]
 NEW = 12
@@ -119,3 +123,24 @@ def test_models_and_penalties_that_do_not_fit(model, draft, tiny):
         generate_speculatively(model, build_model(tiny(), key=jax.random.key(0)), PROMPTS, NEW)
     with pytest.raises(ConfigError, match="penalties"):
         generate_speculatively(model, draft, PROMPTS, NEW, Sampling(repetition_penalty=1.1))
+
+
+@pytest.mark.parametrize("way", ["plain", "stream", "beams", "draft"])
+def test_a_model_without_finite_logits_writes_nothing(way, model, draft):
+    """It wrote token 0, again and again, with log-probabilities that are no numbers."""
+    broken = eqx.tree_at(lambda m: m.final_norm.weight, model, model.final_norm.weight * np.nan)
+    ways = {
+        "plain": lambda: generate_tokens(broken, PROMPTS, NEW),
+        "stream": lambda: next(stream_tokens(broken, PROMPTS, NEW)),
+        "beams": lambda: search_beams(broken, PROMPTS, NEW, 2),
+        "draft": lambda: generate_speculatively(broken, draft, PROMPTS, NEW),
+    }
+    with pytest.raises(NonFiniteError, match="logits are not finite"):
+        ways[way]()
+
+
+def test_the_sample_of_a_run_without_finite_logits_says_so(tiny):
+    """An error would end a run whose guard lets it go on."""
+    model = build_model(tiny("model.dims.vocab=258"), key=jax.random.key(0))
+    broken = eqx.tree_at(lambda m: m.final_norm.weight, model, model.final_norm.weight * np.nan)
+    assert continued(broken, BytesTokenizer(), [5], NEW, Sampling()) == "(the model's logits are not finite, so it chose no tokens)"
