@@ -19,8 +19,8 @@ from llama_eqx.tag import Probe, Seen, probing
 TRACES = {
     "residual": ("residual",),
     "logit_lens": ("residual",),
-    "attention_weights": ("attending", "attended"),
-    "attention_entropy": ("attending", "attended"),
+    "attention_weights": ("attending", "attended", "reach"),
+    "attention_entropy": ("attending", "attended", "reach"),
     **{name: (name,) for name in ("q", "k", "v", "attention_out", "gate", "up", "down")},
 }
 
@@ -63,7 +63,10 @@ def trace(
     for name in names:
         if name not in (known := {*TRACES, *NAMES} - {"input"}):  # which only rematerialisation tags
             raise ConfigError(f"nothing to trace is called {name}", where="names", next=nearest(name, known))
-    read = visible(0, tokens.shape[1], tokens.shape[1], None if segment_ids is None else (segment_ids, segment_ids))
+
+    def weights(q: Array, k: Array, reach: Array) -> Array:
+        ids = None if segment_ids is None else (segment_ids, segment_ids)
+        return attention_weights(q, k, visible(0, q.shape[1], q.shape[1], ids, reach))
 
     def lens(x: Float[Array, "batch seq embed"]) -> Lens:
         logits = model.head(model.final_norm(x))
@@ -72,8 +75,8 @@ def trace(
     compute: dict[str, Callable[..., Any]] = {
         "residual": lambda x: x,
         "logit_lens": lens,
-        "attention_weights": lambda q, k: attention_weights(q, k, read),
-        "attention_entropy": lambda q, k: jax.scipy.special.entr(attention_weights(q, k, read)).sum(-1),
+        "attention_weights": weights,
+        "attention_entropy": lambda q, k, reach: jax.scipy.special.entr(weights(q, k, reach)).sum(-1),
     }
 
     def of_layer(seen: Seen) -> dict[str, Any]:

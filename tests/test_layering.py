@@ -70,7 +70,19 @@ def test_module(module):
             assert level(inner) <= level(module), f"{module} imports {name} from above"
         assert module.startswith(ONLY_IN.get(root, ("",))), f"{module} imports {root}"
         if module.startswith("model."):
-            allowed = {"llama_eqx", "jax", "equinox", "jaxtyping", "abc", "collections", "functools", "math", "typing", "zlib"}
+            allowed = {
+                "llama_eqx",
+                "jax",
+                "equinox",
+                "jaxtyping",
+                "abc",
+                "collections",
+                "dataclasses",
+                "functools",
+                "math",
+                "typing",
+                "zlib",
+            }
             kernel = module.startswith("model.kernel.")  # the only ones that may know of a mesh, or of a platform
             assert root in allowed | ({"contextlib", "contextvars"} if kernel else set()), f"{module} imports {root}"
             assert not name.startswith(("jax.sharding", "jax.experimental")) or kernel

@@ -98,7 +98,7 @@ def model_parts(weights: Weights, tokens: Int[np.ndarray, "batch seq"]) -> Parts
     x = jnp.asarray(weights.tensors["embed", None].whole()[tokens], jnp.float32)
     yield "embedding", x
     for layer in range(config.dims.layers):
-        between, x = _layer(read(model.blocks, "blocks", layer), x, rotation.in_layer(layer))
+        between, x = _layer(read(model.blocks, "blocks", layer), x, rotation.in_layer(jnp.asarray(layer)))
         yield f"layer {layer} attention", between
         yield f"layer {layer} feed-forward", x
     model = eqx.tree_at(lambda m: m.final_norm, model, read(model.final_norm, "final_norm"))

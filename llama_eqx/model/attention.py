@@ -56,18 +56,39 @@ class RotaryAttention(Attention):
         segment_ids: Int[Array, "batch seq"] | None,
         cache: KVCache | None,
     ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
+        y, cache = self.heads(x, rotation, segment_ids, cache)
+        return tag(self.out(y), "attention_out"), cache
+
+    def heads(
+        self,
+        x: Float[Array, "batch seq embed"],
+        rotation: Rotation,
+        segment_ids: Int[Array, "batch seq"] | None,
+        cache: KVCache | None,
+    ) -> tuple[Float[Array, "batch seq heads head_dim"], KVCache | None]:
+        """What each head makes of the values, and the cache with this call's tokens appended."""
         q, k, v = self.qkv(x)
         q, k, v = tag(rotation(q), "q"), tag(rotation(k), "k"), tag(v, "v")
         if cache is None:
-            y = attend(q, k, v, segment_ids=None if segment_ids is None else (segment_ids, segment_ids))
-            return tag(self.out(y), "attention_out"), None
+            return self.attend(q, k, v, rotation, 0, None if segment_ids is None else (segment_ids, segment_ids)), None
         own = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         start, cache = cache.length, cache.append(k, v, own)
         filled = cache.length if isinstance(start, int) else cache.keys.shape[1]
         k, v = cache.keys[:, :filled].astype(k.dtype), cache.values[:, :filled].astype(v.dtype)
         one_segment = segment_ids is None and filled == q.shape[1]
-        y = attend(q, k, v, start=start, segment_ids=None if one_segment else (own, cache.segment_ids[:, :filled]))
-        return tag(self.out(y), "attention_out"), cache
+        return self.attend(q, k, v, rotation, start, None if one_segment else (own, cache.segment_ids[:, :filled])), cache
+
+    def attend(
+        self,
+        q: Float[Array, "batch seq heads head_dim"],
+        k: Float[Array, "batch slots kv_heads head_dim"],
+        v: Float[Array, "batch slots kv_heads head_dim"],
+        rotation: Rotation,
+        start: Int[Array, ""] | int,
+        segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None,
+    ) -> Float[Array, "batch seq heads head_dim"]:
+        """`kernel.attend`. A variant that attends otherwise overrides this; `rotation.layer` says in which layer."""
+        return attend(q, k, v, start=start, segment_ids=segment_ids)
 
 
 class GroupedQueryAttention(RotaryAttention):

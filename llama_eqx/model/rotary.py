@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al., 2021, arXiv 2104.09864), with pairs half a head apart as Hugging Face stores them."""
 
 import abc
+import dataclasses
 import math
 from typing import Literal
 
@@ -25,10 +26,12 @@ def round_bfloat16(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
 class Rotation(eqx.Module):
     """Rotates every pair of a head by its own angle, in float32 whatever the dtype of the input.
 
-    `positions` are those of the tokens. Nothing here reads them: they tell a block that is wrapped which tokens it gets.
+    `positions` are those of the tokens, and `layer` is the number of the layer, counted from 0. Nothing here reads them: they tell a
+    variant which tokens it gets, and where it is.
     """
 
     positions: Int[Array, "#batch seq"]
+    layer: Int[Array, ""] | int | None  # None outside of the layers
     cos: Float32[Array, "#batch seq 1 half"]
     sin: Float32[Array, "#batch seq 1 half"]
     rounded: bool = eqx.field(static=True)  # every product and sum is rounded to bfloat16
@@ -45,8 +48,8 @@ class Rotation(eqx.Module):
         return turned.astype(x.dtype)
 
     def in_layer(self, layer: Int[Array, ""] | int) -> "Rotation":
-        """The rotation of a layer, counted from 0. In Llama's models it is the same in all layers."""
-        return self
+        """The rotation of a layer. In Llama's models it turns alike in all layers."""
+        return dataclasses.replace(self, layer=layer)
 
 
 def turn(
@@ -97,6 +100,7 @@ class Rotary(eqx.Module):
         angle = rounded(position * frequency, "angle")
         return Rotation(
             positions=positions,
+            layer=None,
             cos=rounded(jnp.cos(angle), "table"),
             sin=rounded(jnp.sin(angle), "table"),
             rounded=self.round_at == "rotation",
@@ -137,7 +141,7 @@ class NopeRotation(Rotation):
     def in_layer(self, layer: Int[Array, ""] | int) -> Rotation:
         turns = (layer + 1) % self.every > 0
         cos, sin = jnp.where(turns, self.cos, 1), jnp.where(turns, self.sin, 0)
-        return Rotation(positions=self.positions, cos=cos, sin=sin, rounded=self.rounded)
+        return Rotation(positions=self.positions, layer=layer, cos=cos, sin=sin, rounded=self.rounded)
 
 
 class NopeRotary(PlainRotary):
@@ -258,8 +262,7 @@ class YarnRotary(PlainRotary):
 
     def __call__(self, positions: Int[Array, "#batch seq"]) -> Rotation:
         turned = super().__call__(positions)
-        cos, sin = self.attention_factor * turned.cos, self.attention_factor * turned.sin
-        return Rotation(positions=positions, cos=cos, sin=sin, rounded=turned.rounded)
+        return dataclasses.replace(turned, cos=self.attention_factor * turned.cos, sin=self.attention_factor * turned.sin)
 
 
 class YarnRotaryConfig(RotaryConfig):

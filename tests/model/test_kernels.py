@@ -12,7 +12,7 @@ from llama_eqx import load_config
 from llama_eqx.errors import ConfigError
 from llama_eqx.model.kernel import KernelConfig, attend, prompts
 from llama_eqx.model.kernel.blocked import blocked
-from llama_eqx.model.kernel.plain import plain
+from llama_eqx.model.kernel.plain import Window, plain
 from llama_eqx.model.kernel.shards import Blocks, on_shards
 from llama_eqx.sharding import MESH_AXES, Layout, Rules
 
@@ -101,7 +101,52 @@ def test_plain_is_pytorch(kind):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.parametrize("kind", ["whole", "packed", "padded"])
+def test_plain_in_a_window_is_by_hand(kind):
+    """A query sees itself and the 4 slots before, in its own segment."""
+    (q, k, v, _), segment_ids = arrays(2, 20, 20, 4, 2, 8), ids(kind, 2, 20)
+    found = attend(q, k, v, segment_ids=segment_ids, window=Window(5))
+    for row in range(2):
+        for i in range(20):
+            slots = [j for j in range(max(i - 4, 0), i + 1) if segment_ids is None or segment_ids[0][row, i] == segment_ids[0][row, j]]
+            for head in range(4):
+                keys, values = (np.asarray(x)[row, slots, head // 2].astype(np.float64) for x in (k, v))
+                weights = np.exp(keys @ np.asarray(q)[row, i, head] / np.sqrt(8))
+                np.testing.assert_allclose(found[row, i, head], weights @ values / weights.sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 40, 70, 100])
+@pytest.mark.parametrize(("kind", "applies"), [("whole", True), ("packed", True), ("padded", False)])
+def test_blocked_in_a_window_is_plain(kind, applies, size):
+    """Windows within a block, over several, and of the whole row. Whether they apply is known to the compiled program alone."""
+    inputs, window = arrays(2, 100, 100, 4, 2, 8), Window(size, jnp.asarray(applies))
+    kernel = lambda q, k, v, ids: blocked(q, k, v, 0, ids, 16, 24, window)  # noqa: E731
+    assert_same(kernel, lambda q, k, v, ids: plain(q, k, v, 0, ids, Window(size) if applies else None), inputs, ids(kind, 2, 100))
+
+
+def test_blocked_computes_the_blocks_of_a_window_alone():
+    """Keys before the window are NaN, which no mask hides in a product."""
+    q, k, v, _ = arrays(1, 64, 128, 2, 2, 8)
+    found = blocked(q, k.at[:, :32].set(jnp.nan), v.at[:, :32].set(jnp.nan), 64, None, 16, 16, Window(32))
+    np.testing.assert_allclose(found, plain(q, k, v, jnp.asarray(64), None, Window(32)), atol=2e-5)
+
+
 SPLITS = {"one": (1, 1, 1, 1), "batch": (2, 2, 1, 1), "heads": (1, 2, 1, 4), "queries": (1, 2, 4, 1), "all": (2, 1, 2, 2)}
+
+
+@pytest.mark.parametrize(("name", "split"), [("blocked", "all"), ("splash", "one"), ("splash", "queries")])
+def test_a_window_in_one_of_two_layers(name, split):
+    """The compiled program is the same for both, but the mask of splash is fixed when it is made."""
+    where, window = layout(*SPLITS[split]), lambda applies: Window(130, applies)
+    inputs, segment_ids = arrays(2, 512, 512, 4, 2, 64), ids("packed", 2, 512)
+    kernel = lambda q, k, v, ids, here: on_shards(name, Blocks(128, 128, False), where.mesh, where.spec, q, k, v, 0, ids, here)  # noqa: E731
+
+    def layers(q, k, v, ids):
+        fold = lambda _, applies: (None, kernel(q, k, v, ids, window(applies)))  # noqa: E731
+        first, second = jax.lax.scan(fold, None, jnp.asarray([True, False]))[1]
+        return first + 2 * second
+
+    assert_same(layers, lambda q, k, v, ids: plain(q, k, v, 0, ids, window(True)) + 2 * plain(q, k, v, 0, ids), inputs, segment_ids)
 
 
 @pytest.mark.parametrize(("split", "kind"), [("batch", "packed"), ("heads", "whole"), ("queries", "packed"), ("all", "packed")])

@@ -29,7 +29,7 @@ def test_by_product_it_is_the_same_bit_for_bit(dtype):
 @pytest.mark.parametrize(("platform", "products"), [("tpu", True), ("cpu", False)])
 def test_each_platform_has_its_own(platform, products):
     x, _, cos, sin = inputs(jnp.bfloat16)
-    rotation = Rotation(positions=jnp.arange(16)[None], cos=cos, sin=sin, rounded=False)
+    rotation = Rotation(positions=jnp.arange(16)[None], layer=None, cos=cos, sin=sin, rounded=False)
     traced = jax.jit(lambda x: rotation(x)).trace(x)
     assert ("dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()) is products
     with setting(PLATFORM, platform):  # and where it is known, that one alone is traced

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from llama_eqx.config import Config
 from llama_eqx.errors import ConfigError
 from llama_eqx.model.kernel.cudnn import cudnn, unfit_for_cudnn
-from llama_eqx.model.kernel.plain import plain
+from llama_eqx.model.kernel.plain import Window, plain
 from llama_eqx.model.kernel.shards import Blocks, Spec, on_shards, ways
 from llama_eqx.model.kernel.splash import unfit_for_splash
 from llama_eqx.model.kernel.tokenwise import ONE_ROW, PLATFORM
@@ -37,8 +37,9 @@ def attend(
     *,
     start: Int[Array, ""] | int = 0,
     segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None = None,
+    window: Window | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Causal attention: query i is in slot `start + i` and sees the slots of its segment up to its own.
+    """Causal attention: query i is in slot `start + i` and sees the slots of its segment up to its own, in a `window` the last of them.
 
     `segment_ids` are those of the queries and of the slots; None means a single segment.
 
@@ -47,7 +48,8 @@ def attend(
     """
     show(q, "attending")
     show(k, "attended")
-    return _KERNEL.get()(q, k, v, start, segment_ids)
+    show(jnp.asarray(k.shape[1] if window is None else window.reach(k.shape[1])), "reach")
+    return _KERNEL.get()(q, k, v, start, segment_ids, window)
 
 
 def keeps_no_scores(dtype: Any, head_dim: int) -> bool:
@@ -60,11 +62,11 @@ def keeps_no_scores(dtype: Any, head_dim: int) -> bool:
 def prompts() -> contextlib.AbstractContextManager[None]:
     """A context for tracing a model: cuDNN attends over whole rows where `keeps_no_scores`, and the plain kernel over the rest."""
 
-    def kernel(q: Array, k: Array, v: Array, start: Any, segment_ids: Any) -> Array:
+    def kernel(q: Array, k: Array, v: Array, start: Any, segment_ids: Any, window: Window | None) -> Array:
         (_, seq, _, head_dim), whole = q.shape, segment_ids is None and isinstance(start, int) and start == 0
-        by = functools.partial(plain, start=start, segment_ids=segment_ids)
+        by = functools.partial(plain, start=start, segment_ids=segment_ids, window=window)
         if whole and seq > SHORT and seq == k.shape[1] and seq % 2 == 0 and keeps_no_scores(q.dtype, head_dim):
-            of_cudnn = functools.partial(cudnn, start=start, segment_ids=segment_ids)
+            of_cudnn = functools.partial(cudnn, start=start, segment_ids=segment_ids, window=window)
             return jax.lax.platform_dependent(q, k, v, cuda=of_cudnn, default=by)  # arrays may still be on a CPU
         return by(q, k, v)
 
@@ -118,15 +120,15 @@ class KernelConfig(Config):
         """Wraps a block so that this kernel computes its attention, on arrays split over `mesh` as `spec(axes, shape)` says."""
         platform = mesh.devices.flat[0].platform
 
-        def kernel(q: Array, k: Array, v: Array, start: Any, segment_ids: Any) -> Array:
+        def kernel(q: Array, k: Array, v: Array, start: Any, segment_ids: Any, window: Window | None) -> Array:
             seq, slots, head_dim = q.shape[1], k.shape[1], q.shape[3]
             shards = ways(mesh, spec(("batch", "seq"), q.shape[:2])[1])
             name, _ = self.choose(platform, dtype=q.dtype, seq=seq, slots=slots, head_dim=head_dim, start=start, shards=shards)
             if name == "plain":  # XLA partitions it by itself
-                return plain(q, k, v, start, segment_ids)
+                return plain(q, k, v, start, segment_ids, window)
             own = 512 if name == "splash" else 256
             blocks = Blocks(self.q_block or own, self.kv_block or own, self.fused_backward)
-            return on_shards(name, blocks, mesh, spec, q, k, v, start, segment_ids)
+            return on_shards(name, blocks, mesh, spec, q, k, v, start, segment_ids, window)
 
         def wrapped(*args: Any) -> Any:
             with setting(_KERNEL, kernel), setting(PLATFORM, platform), setting(ONE_ROW, platform == "cpu" and mesh.size == 1):

@@ -4,15 +4,15 @@ from typing import Any
 
 from jaxtyping import Array
 
-from llama_eqx.model.kernel.plain import plain
+from llama_eqx.model.kernel.plain import Window, plain
 
 
-def cudnn(q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, Array] | None) -> Array:
-    """Like `attend`. A row of one segment needs no memory for scores; several segments, or a start, need a mask of seq × slots.
+def cudnn(q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, Array] | None, window: Window | None = None) -> Array:
+    """Like `attend`. A row of one segment needs no memory for scores; several segments, a start, or a window need a mask of seq × slots.
 
     JAX cannot name the residuals of its primitive; `llama_eqx.remat` identifies them by that primitive.
     """
-    return plain(q, k, v, start, segment_ids, "cudnn")
+    return plain(q, k, v, start, segment_ids, window, "cudnn")
 
 
 def unfit_for_cudnn(dtype: Any, seq: int, slots: int, head_dim: int) -> str:

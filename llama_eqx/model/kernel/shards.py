@@ -1,5 +1,6 @@
 """Runs a kernel on every device's part of the batch, the queries and the heads."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_eqx.model.kernel.blocked import blocked
 from llama_eqx.model.kernel.cudnn import cudnn
+from llama_eqx.model.kernel.plain import Window
 from llama_eqx.model.kernel.splash import dealt, make_splash, splash
 
 Spec = Callable[[tuple[str, ...], tuple[int, ...]], PartitionSpec]
@@ -34,8 +36,12 @@ def on_shards(
     v: Float[Array, "batch slots kv_heads head_dim"],
     start: Int[Array, ""] | int,
     segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None,
+    window: Window | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Like `attend`, with a kernel that XLA cannot partition. Every device has all slots; queries may be split."""
+    if name == "splash" and window is not None and not isinstance(window.applies, bool):  # its mask is fixed when it is made
+        with_window, without = (functools.partial(on_shards, name, blocks, mesh, spec, window=w) for w in (Window(window.size), None))
+        return jax.lax.cond(window.applies, with_window, without, q, k, v, start, segment_ids)
     batch, seq, heads, _ = spec(("batch", "seq", "heads", "head_dim"), q.shape)
     kv_heads = spec(("batch", "slots", "kv_heads", "head_dim"), k.shape)[2]
     if heads != kv_heads:  # the key heads do not divide over the devices: repeat them until they do
@@ -48,24 +54,26 @@ def on_shards(
     if name == "splash":
         shards, local_heads = ways(mesh, seq), q.shape[2] // ways(mesh, heads)
         interpret = mesh.devices.flat[0].platform != "tpu"
-        kernel = make_splash(local_heads, q.shape[1], k.shape[1], shards, *blocks, interpret)
+        size = window.size if window is not None and window.applies else None
+        kernel = make_splash(local_heads, q.shape[1], k.shape[1], shards, *blocks, interpret, size)
         kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, seq)))
 
-    def local(kernel: Any, q: Array, k: Array, v: Array, start: Array, segment_ids: tuple[Array, Array] | None) -> Array:
+    def local(kernel: Any, q: Array, k: Array, v: Array, start: Array, segment_ids: tuple[Array, Array] | None, applies: Any) -> Array:
+        here = None if window is None else Window(window.size, applies)
         if name == "splash":
             to, back = exchange(seq, ways(mesh, seq))
             ids = None if segment_ids is None else (to(segment_ids[0]), segment_ids[1])
             return back(splash(kernel, to(q), k, v, ids))
         first = start + jax.lax.axis_index(seq) * q.shape[1] if seq else start
         if name == "cudnn":
-            return cudnn(q, k, v, first if seq or not from_zero else 0, segment_ids)
-        return blocked(q, k, v, first, segment_ids, blocks.q, blocks.kv)
+            return cudnn(q, k, v, first if seq or not from_zero else 0, segment_ids, here)
+        return blocked(q, k, v, first, segment_ids, blocks.q, blocks.kv, here)
 
     from_zero = isinstance(start, int) and start == 0
     ids_spec = None if segment_ids is None else (PartitionSpec(batch, seq), PartitionSpec(batch, None))
-    in_specs = (kernel_spec, q_spec, kv_spec, kv_spec, PartitionSpec(), ids_spec)
+    in_specs = (kernel_spec, q_spec, kv_spec, kv_spec, PartitionSpec(), ids_spec, PartitionSpec())
     mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=q_spec, check_vma=False)
-    return mapped(kernel, q, k, v, jnp.asarray(start, jnp.int32), segment_ids)
+    return mapped(kernel, q, k, v, jnp.asarray(start, jnp.int32), segment_ids, None if window is None else jnp.asarray(window.applies))
 
 
 def exchange(axis: Any, shards: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:

@@ -9,8 +9,10 @@ from jaxtyping import Array
 LANES = 128  # rows and blocks are multiples of a vector register
 
 
-def make_splash(heads: int, seq: int, slots: int, shards: int, q_block: int, kv_block: int, fused_backward: bool, interpret: bool) -> Any:
-    """The kernel as a tree of arrays that say which blocks a causal mask leaves, for queries split over `shards` devices as `dealt` says.
+def make_splash(
+    heads: int, seq: int, slots: int, shards: int, q_block: int, kv_block: int, fused_backward: bool, interpret: bool, window: int | None
+) -> Any:
+    """The kernel as a tree of arrays that say which blocks the mask leaves, for queries split over `shards` devices as `dealt` says.
 
     The mask is computed in the kernel and not stored.
     """
@@ -28,7 +30,8 @@ def make_splash(heads: int, seq: int, slots: int, shards: int, q_block: int, kv_
         block_q_dq=None if fused_backward else q,
         block_kv_dq=None if fused_backward else kv,
     )
-    mask = splash_attention.CausalMask((seq, slots))
+    causal, local = splash_attention.CausalMask, splash_attention.LocalMask
+    mask = causal((seq, slots)) if window is None else local((seq, slots), (window - 1, 0), 0)
     mask.q_sequence = mask.q_sequence.reshape(2 * shards, -1)[dealt(shards)].ravel()
     return splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * heads),
