@@ -22,6 +22,12 @@ VARIANTS = (ROOT / "docs/variants.md").read_text(encoding="utf-8")
 SHOWN = re.findall(r"```python\n(.*?)```", VARIANTS, re.S)
 
 
+def shown(words):
+    """The code of the guide that has these words."""
+    (code,) = [code for code in SHOWN if words in code]
+    return code
+
+
 def test_the_python_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -69,7 +75,7 @@ def test_the_attention_of_the_guide(tiny, monkeypatch):
     module = types.ModuleType("guide_variant")
     vars(module).update(vars(attention), __name__="guide_variant")
     monkeypatch.setitem(sys.modules, "guide_variant", module)
-    exec(SHOWN[1], vars(module))
+    exec(shown("class TemperatureAttention"), vars(module))
     plain = tiny()
     config = dataclasses.replace(plain, attention=module.TemperatureAttentionConfig())
     model, reference = (each.build(key=jax.random.key(0)) for each in (config, plain))
@@ -77,6 +83,79 @@ def test_the_attention_of_the_guide(tiny, monkeypatch):
     assert jax.numpy.array_equal(model(tokens), reference(tokens))  # at a temperature of 1
     hotter = eqx.tree_at(lambda m: m.blocks.attention.temperature, model, replace_fn=lambda x: 3 * x)
     assert not jax.numpy.allclose(hotter(tokens), reference(tokens), atol=1e-3)
+
+
+def test_the_windows_of_the_guide(tiny, tmp_path, monkeypatch):
+    """Against a model of transformers with the weights of a Llama and a window in every other layer, also where a cache is read."""
+    import json
+
+    import jax
+    import numpy as np
+    import torch
+    import transformers
+
+    from llama_eqx import generate_tokens, save_pretrained, trace
+
+    monkeypatch.setitem(sys.modules, "guide_windows", module := types.ModuleType("guide_windows"))
+    vars(module).update(vars(attention), __name__="guide_windows")
+    exec(shown("class WindowedAttention"), vars(module))
+    plain = tiny("model.dims.layers=4", "model.tied=false")
+    save_pretrained(plain.build(key=jax.random.key(0)), tmp_path, format="hf")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings |= {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "use_sliding_window": True, "sliding_window": 5}
+    settings |= {"no_rope_layers": [1] * 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    theirs = transformers.SmolLM3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+
+    ours = dataclasses.replace(plain, attention=module.WindowedAttentionConfig(size=5, every=2)).build(key=jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(1, 64, (2, 20))
+    with torch.no_grad():
+        seen = theirs(torch.tensor(tokens), output_attentions=True)
+        greedy = theirs.generate(torch.tensor(tokens), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    np.testing.assert_allclose(ours(jax.numpy.asarray(tokens)), seen.logits, atol=1e-5)
+    assert generate_tokens(ours, tokens.tolist(), max_new_tokens=8).tokens == greedy[:, 20:].tolist()
+    weights = trace(ours, tokens.astype(np.int32), "attention_weights")["attention_weights"]
+    np.testing.assert_allclose(weights, torch.stack(seen.attentions), atol=1e-6)
+
+
+def test_the_model_of_the_guide(tiny, monkeypatch):
+    """Training and scores see its logits, under the policies of a run and on several devices."""
+    import equinox as eqx
+    import jax
+    import numpy as np
+
+    from llama_eqx import load_config
+    from llama_eqx.batch import Batch
+    from llama_eqx.generation.layout import for_decoding
+    from llama_eqx.sharding import Layout
+    from llama_eqx.training.evaluation import make_score
+    from llama_eqx.training.loss import policy_view
+
+    monkeypatch.setitem(sys.modules, "guide_model", module := types.ModuleType("guide_model"))
+    exec(shown("class CappedLlama"), vars(module))
+    plain, run = tiny(), load_config("mesh=cpu-8", "mesh.tensor=2", "sharding=fsdp_tensor", "loss.chunk=5")
+    model = module.CappedLlamaConfig(**vars(plain), cap=2.0).build(key=jax.random.key(0))
+    tokens = jax.numpy.asarray(np.random.default_rng(0).integers(0, 64, (4, 13)))
+
+    def by_hand(model):
+        parts = [model.embed * 32**0.5, model.blocks, model.final_norm]
+        llama = eqx.tree_at(lambda m: [m.embed, m.blocks, m.final_norm], plain.build(key=jax.random.key(1)), parts)
+        x, _ = llama.hidden(tokens[:, :-1])
+        return 2 * jax.numpy.tanh(x @ model.unembed / 2)
+
+    def nats(model):
+        return -jax.numpy.take_along_axis(jax.nn.log_softmax(by_hand(model)), tokens[:, 1:, None], axis=-1)[..., 0]
+
+    batch, layout = Batch(tokens[:, :-1], tokens[:, 1:], jax.numpy.ones((4, 12))), Layout(run.mesh.build(), run.sharding)
+    view = policy_view(run.precision, run.remat, layout, run.kernel)
+    loss = run.loss.build(view, layout)
+    objective, gradient = jax.jit(jax.value_and_grad(lambda m: loss(m, batch, None)[0]))(model)
+    wanted, by_autodiff = jax.value_and_grad(lambda m: nats(m).sum())(model)
+    assert float(objective) == pytest.approx(float(wanted), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), gradient, by_autodiff)
+    np.testing.assert_allclose(jax.jit(make_score(view, layout, 5))(model, batch).nats, nats(model), atol=1e-5)
+    for each in (model, for_decoding(model)):
+        np.testing.assert_allclose(each(tokens[:, :-1]), by_hand(model), atol=1e-5)
 
 
 def test_the_loss_of_the_guide(tiny, monkeypatch):
@@ -91,7 +170,7 @@ def test_the_loss_of_the_guide(tiny, monkeypatch):
     module = types.ModuleType("guide_loss")
     vars(module).update(vars(loss), __name__="guide_loss", jax=jax, jnp=jax.numpy)
     monkeypatch.setitem(sys.modules, "guide_loss", module)
-    exec(SHOWN[2], vars(module))
+    exec(shown("class SmoothedConfig"), vars(module))
     model, rng = tiny().build(key=jax.random.key(0)), np.random.default_rng(0)
     tokens, targets = jax.numpy.asarray(rng.integers(0, 64, (2, 2, 8)), "int32")
     mask = jax.numpy.asarray(rng.random((2, 8)) < 0.7, "float32")
@@ -119,7 +198,7 @@ def test_the_added_term_of_the_guide(tiny, policy):
     from llama_eqx.training.loss import policy_view
 
     names = {"jax": jax, "jnp": jnp, "Array": Array, "Float32": Float32}
-    exec(SHOWN[3], names)
+    exec(shown("def minimising"), names)
     told = []
 
     class Added(feed_forward.GatedFeedForward):
@@ -158,7 +237,7 @@ def test_the_slow_embedding_of_the_guide(tiny, monkeypatch):
     module = types.ModuleType("guide_optimizer")
     vars(module).update(vars(optimizer), __name__="guide_optimizer", parameter_names=parameter_names, PyTree=PyTree)
     monkeypatch.setitem(sys.modules, "guide_optimizer", module)
-    exec(SHOWN[4], vars(module))
+    exec(shown("class SlowEmbedding"), vars(module))
     model, settings = tiny().build(key=jax.random.key(0)), {"clip_norm": 1.0, "weight_decay": 0.1, "b1": 0.9, "b2": 0.95, "eps": 1e-8}
     gradient, updates = jax.tree.map(jax.numpy.ones_like, model), []
     for kind in (optimizer.AdamWConfig, module.SlowEmbeddingConfig):
@@ -174,7 +253,7 @@ def test_the_meter_of_the_guide():
     from llama_eqx.training import meters
 
     names = {**vars(meters), "METERS": {}}
-    exec(SHOWN[5], names)
+    exec(shown("def embedding_gradient"), names)
     gradient = types.SimpleNamespace(embed=jnp.full((2, 8), 0.5))
     assert names["METERS"]["embedding_gradient"](None, gradient, None) == 2.0
 
@@ -193,8 +272,8 @@ def test_the_lora_of_the_guide(tmp_path, monkeypatch, capsys):
     from llama_eqx.training.loop import train
 
     monkeypatch.chdir(tmp_path)
-    exec(SHOWN[6], names := {**vars(attention)})
-    for name in re.findall(r"^class (\w+)", SHOWN[6], re.M):
+    exec(shown("class LoraAttention"), names := {**vars(attention)})
+    for name in re.findall(r"^class (\w+)", shown("class LoraAttention"), re.M):
         monkeypatch.setattr(attention, name, names[name], raising=False)
     slot = load(OmegaConf.to_container(OmegaConf.create(re.findall(r"```yaml\n(.*?)```", VARIANTS, re.S)[-1])))
     (lora,) = re.findall(r"lora='(.*?)'", VARIANTS)
@@ -230,7 +309,7 @@ def test_the_lora_of_the_guide(tmp_path, monkeypatch, capsys):
         for name, leaf in zip(parameter_names(trained), jax.tree.leaves(trained), strict=True):
             assert name not in given or bool(jax.numpy.array_equal(leaf, given[name])) is not moved, name
 
-    exec(SHOWN[7], names := {})
+    exec(shown("LoraAttention.merged"), names := {})
     convert(ConvertConfig(from_="merged", to="merged-hf", format="hf", dtype=None, shards=None))
     assert (tmp_path / "merged-hf" / "tokenizer.json").is_file()
     tokens = jax.numpy.asarray(np.random.default_rng(0).integers(0, 258, (2, 20)), "int32")

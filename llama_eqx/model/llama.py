@@ -107,8 +107,16 @@ class Llama(eqx.Module):
     def head(self, x: Float[Array, "batch seq embed"]) -> Float32[Array, "batch seq vocab"]:
         """Logits of `hidden`'s residual, in float32 whatever the dtype of the weights."""
         if callable(self.lm_head):  # laid out for decoding
-            return self.lm_head(x)
-        return jnp.einsum("bsd,dv->bsv", x, self.unembed, preferred_element_type=jnp.float32)
+            return self.logits(self.lm_head(x))
+        return self.logits(jnp.einsum("bsd,dv->bsv", x, self.unembed, preferred_element_type=jnp.float32))
+
+    def logits(self, products: Float32[Array, "*tokens vocab"]) -> Float32[Array, "*tokens vocab"]:
+        """What the products of `hidden`'s residual with `unembed` are as logits: unchanged.
+
+        A derived class may map each product by itself, without parameters, such as Gemma 2's 30 tanh(product / 30). Losses and scores do
+        not call `head`, but this, on some tokens and a part of the vocabulary at a time.
+        """
+        return products
 
     @property
     def unembed(self) -> Float[Array, "embed vocab"]:

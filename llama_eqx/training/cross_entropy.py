@@ -1,5 +1,7 @@
 """Cross-entropy of a residual through the head, in chunks of tokens, so that batch × seq × vocab logits never exist."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -8,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from llama_eqx.sharding import Layout, mesh_axes
 
 Sums = tuple[Float32[Array, ""], Float32[Array, ""]]
+AsLogits = Callable[[Float32[Array, "tokens vocab"]], Float32[Array, "tokens vocab"]]
 
 
 def head_losses(
@@ -19,13 +22,14 @@ def head_losses(
     chunk: int | None,
     z_loss: float,
     layout: Layout,
+    as_logits: AsLogits = lambda products: products,
 ) -> Sums:
     """Two weighted sums over all targets, in nats: the objective, `-log p + z_loss log² Z`, and its first term alone.
 
     Only the objective has a gradient. It is computed along with the value, chunk by chunk, so the logits are not computed again
     (Hsu et al., 2024, "Liger Kernel", arXiv 2410.10989). z_loss is that of PaLM (Chowdhery et al., 2022, arXiv 2204.02311, section 5).
     Each device takes `chunk` of its own tokens at a time, or all. Logits, softmax and sums are in float32. A target outside of the
-    vocabulary makes the sums NaN, unless its weight is 0.
+    vocabulary makes the sums NaN, unless its weight is 0. `as_logits` is the model's `logits`.
     """
     weights = jnp.where(_known(targets, table) | (weights == 0), weights, jnp.nan)
     batch, seq, _ = layout.spec(("batch", "seq", ""), x.shape)
@@ -41,12 +45,12 @@ def head_losses(
 
         def of_chunk(so_far: tuple[Array, Array], each: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
             (sums, d_table), (x, targets, weights) = so_far, each
-            logits = jnp.einsum("td,dv->tv", x, table, preferred_element_type=jnp.float32)
+            logits, pull = jax.vjp(as_logits, jnp.einsum("td,dv->tv", x, table, preferred_element_type=jnp.float32))
             hit = first + jnp.arange(table.shape[1])[None, :] == targets[:, None]
             losses, d_logits = _of_logits(logits, hit, z_loss, vocab_axes)
-            d_logits = (weights[:, None] * d_logits).astype(x.dtype)
-            d_x = jnp.einsum("tv,dv->td", d_logits, table, preferred_element_type=jnp.float32).astype(x.dtype)
-            d_table += jnp.einsum("td,tv->dv", x, d_logits, preferred_element_type=jnp.float32)
+            d_products = pull(weights[:, None] * d_logits)[0].astype(x.dtype)
+            d_x = jnp.einsum("tv,dv->td", d_products, table, preferred_element_type=jnp.float32).astype(x.dtype)
+            d_table += jnp.einsum("td,tv->dv", x, d_products, preferred_element_type=jnp.float32)
             return (sums + (losses * weights).sum(-1), d_table), d_x
 
         chunks = _chunked(x, targets.size, chunk), _chunked(targets, targets.size, chunk), _chunked(weights, targets.size, chunk)
@@ -92,8 +96,9 @@ def head_scores(
     *,
     chunk: int | None,
     layout: Layout,
+    as_logits: AsLogits = lambda products: products,
 ) -> tuple[Float32[Array, "batch seq"], Bool[Array, "batch seq"]]:
-    """The cross-entropy of each target in nats, and whether it is the most probable token (the first, if tied). `chunk` as above.
+    """The cross-entropy of each target in nats, and whether it is the most probable token (the first, if tied). The rest as above.
 
     That of a target outside of the vocabulary is NaN.
     """
@@ -106,7 +111,7 @@ def head_scores(
 
         def of_chunk(each: tuple[Array, Array]) -> tuple[Array, Array]:
             x, targets = each
-            logits = jnp.einsum("td,dv->tv", x, table, preferred_element_type=jnp.float32)
+            logits = as_logits(jnp.einsum("td,dv->tv", x, table, preferred_element_type=jnp.float32))
             hit = first + jnp.arange(table.shape[1])[None, :] == targets[:, None]
             (_, losses), _ = _of_logits(logits, hit, 0.0, vocab_axes)
             top = logits.max(-1)

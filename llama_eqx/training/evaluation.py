@@ -39,7 +39,7 @@ def make_score(view: Callable[[Llama], Llama], layout: Layout, chunk: int | None
     def score(model: Llama, batch: Batch) -> Scores:
         model = view(model)
         x, _ = model.hidden(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
-        nats, correct = head_scores(x, model.unembed, batch.targets, chunk=chunk, layout=layout)
+        nats, correct = head_scores(x, model.unembed, batch.targets, chunk=chunk, layout=layout, as_logits=model.logits)
         scores = Scores(nats, correct, batch.loss_mask, _within_segments(batch))
         return jax.lax.with_sharding_constraint(scores, layout.sharding(("", ""), batch.tokens.shape))
 

@@ -72,7 +72,14 @@ class LossConfig(Objective):
             model = view(model)
             x, _ = model.hidden(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids, key=key)
             objective, cross_entropy = head_losses(
-                x, model.unembed, batch.targets, batch.loss_mask, chunk=self.chunk, z_loss=self.z_loss, layout=layout
+                x,
+                model.unembed,
+                batch.targets,
+                batch.loss_mask,
+                chunk=self.chunk,
+                z_loss=self.z_loss,
+                layout=layout,
+                as_logits=model.logits,
             )
             return objective, LossSums(cross_entropy, batch.loss_mask.sum())
 

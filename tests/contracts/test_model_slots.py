@@ -12,19 +12,23 @@ import yaml
 from jax.sharding import AxisType
 
 from llama_eqx import build_model, load_config
+from llama_eqx.batch import Batch
 from llama_eqx.compose import conf_dirs
 from llama_eqx.config import load
 from llama_eqx.dims import Dims
 from llama_eqx.generation.layout import for_decoding
 from llama_eqx.model.cache import emptied
 from llama_eqx.model.feed_forward import ACTIVATIONS
+from llama_eqx.model.llama import Llama
 from llama_eqx.precision import PrecisionConfig, cast
 from llama_eqx.remat import RematConfig
-from llama_eqx.sharding import MESH_AXES, Layout, Rules, axis_names, check_shapes
+from llama_eqx.sharding import MESH_AXES, Layout, Rules, axis_names, check_shapes, parameter_names
+from llama_eqx.training.evaluation import make_score
 from llama_eqx.training.loss import policy_view
 
 CONF = pathlib.Path(__file__).parents[2] / "conf" / "model"
 SLOTS = sorted(f"model/{path.parent.name}={path.stem}" for folder in conf_dirs() for path in folder.glob("model/*/*.yaml"))
+MODELS = sorted(f"model={path.stem}" for folder in conf_dirs() for path in folder.glob("model/[!_]*.yaml") if folder / "model" != CONF)
 HEADS = [f"model.dims.kv_heads={n}" for n in (1, 2, 4)]
 ACTIVATED = [
     f"model/feed_forward={path.stem} model.feed_forward.activation={name}"
@@ -33,7 +37,7 @@ ACTIVATED = [
     for name in ACTIVATIONS
 ]
 VARIANTS = {}  # options that come to the same model are tested once, under all their names
-for overrides in [*SLOTS, *HEADS, "model.tied=true", "model.tied=false", "model.dropout=0.1"]:
+for overrides in [*SLOTS, *MODELS, *HEADS, "model.tied=true", "model.tied=false", "model.dropout=0.1"]:
     VARIANTS.setdefault(load_config(overrides).model, []).append(overrides)
 
 
@@ -82,9 +86,9 @@ def test_arrays_are_what_their_annotations_say(variant):
     config, model = variant
     assert all(eqx.is_array(leaf) for leaf in jax.tree.leaves(model))
     check_shapes(model, config.dims)
-    slots = (config.attention, config.feed_forward, config.norm, config.block)
+    slots = (config, config.attention, config.feed_forward, config.norm, config.block)
     own = {field.name for slot in slots for field in dataclasses.fields(slot) if field.type is int}
-    assert {axis for axes in axis_names(model) for axis in axes} <= {*Dims.__dataclass_fields__, *own}
+    assert {axis for axes in axis_names(model) for axis in axes if not axis.isdigit()} <= {*Dims.__dataclass_fields__, *own}
 
 
 def test_parameters_and_logits_stay_float32_where_jax_has_64_bits(variant, tokens):
@@ -121,9 +125,11 @@ def test_every_parameter_has_a_finite_gradient(variant, tokens):
         view = policy_view(PrecisionConfig(params="float32", compute=dtype), remat, layout)
         return jax.grad(lambda model: loss(view(model), tokens))
 
-    for leaf in jax.tree.leaves(jax.jit(gradient("float32"))(model)):
+    found = jax.jit(gradient("float32"))(model)
+    for name, leaf in zip(parameter_names(model), jax.tree.leaves(found), strict=True):
         assert jnp.isfinite(leaf).all()
-        assert jnp.any(leaf != 0)
+        own = name.partition(".")[0] not in Llama.__dataclass_fields__  # of a model's own class, for a loss of its own
+        assert own or jnp.any(leaf != 0)
     with jax.numpy_dtype_promotion("standard"):
         assert eqx.filter_eval_shape(gradient("bfloat16"), model).embed.dtype == jnp.float32
 
@@ -164,6 +170,16 @@ def test_one_forward_serves_all(variant, tokens):
     assert {int(each.length) for each in cache} == {12}
 
 
+def test_scores_are_those_of_the_logits(variant, tokens):
+    _, model = variant
+    mesh = jax.make_mesh((1, 1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:1])
+    score = make_score(lambda model: model, Layout(mesh, Rules(axes={})), chunk=5)
+    with jax.numpy_dtype_promotion("standard"):
+        found = jax.jit(score)(model, Batch(tokens[:, :-1], tokens[:, 1:], jnp.ones((2, 11))))
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits(model, tokens)[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(found.nats, -logprobs, atol=2e-5)
+
+
 def test_bfloat16_stays_bfloat16(variant, tokens):
     _, model = variant
     model = cast(model, "bfloat16")
@@ -180,8 +196,10 @@ def test_every_axis_is_split_on_a_cube_of_devices(variant, option):
     mesh = jax.make_mesh((2, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     specs = [sharding.spec for sharding in jax.tree.leaves(Layout(mesh, rules).shardings(model))]
     for axes, leaf, spec in zip(axis_names(model), jax.tree.leaves(model), specs, strict=True):
+        used = set()  # a mesh axis splits an array once
         for axis, size, part in zip(axes, leaf.shape, spec, strict=True):
-            split = tuple(name for name in rules.axes.get(axis, ()) if mesh.shape[name] > 1)
+            split = tuple(name for name in rules.axes.get(axis, ()) if mesh.shape[name] > 1 and name not in used)
+            used |= {*split}
             replicated = axis == "kv_heads" and size % 2
             assert as_tuple(part) == (() if replicated else split)
 
