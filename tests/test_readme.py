@@ -95,6 +95,7 @@ def test_the_windows_of_the_guide(tiny, tmp_path, monkeypatch):
     import transformers
 
     from llama_eqx import generate_tokens, save_pretrained, trace
+    from llama_eqx.generation.layout import for_decoding
 
     monkeypatch.setitem(sys.modules, "guide_windows", module := types.ModuleType("guide_windows"))
     vars(module).update(vars(attention), __name__="guide_windows")
@@ -114,6 +115,9 @@ def test_the_windows_of_the_guide(tiny, tmp_path, monkeypatch):
         greedy = theirs.generate(torch.tensor(tokens), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     np.testing.assert_allclose(ours(jax.numpy.asarray(tokens)), seen.logits, atol=1e-5)
     assert generate_tokens(ours, tokens.tolist(), max_new_tokens=8).tokens == greedy[:, 20:].tolist()
+    short = tokens[1, :9].tolist()  # with padding between it and what follows, which a window does not count
+    new = theirs.generate(torch.tensor([short]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 9:]
+    assert generate_tokens(for_decoding(ours), [tokens[0].tolist(), short], max_new_tokens=8).tokens[1] == new.tolist()
     weights = trace(ours, tokens.astype(np.int32), "attention_weights")["attention_weights"]
     np.testing.assert_allclose(weights, torch.stack(seen.attentions), atol=1e-6)
 

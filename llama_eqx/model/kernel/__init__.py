@@ -45,7 +45,11 @@ def attend(
 
     Scores and softmax are in float32. Query head n reads key head n // (heads / kv_heads) (Ainslie et al., 2023, arXiv 2305.13245).
     The result, and whatever else a kernel keeps for its backward pass, is tagged "attention".
+
+    Raises `ConfigError` for a window without a slot.
     """
+    if window is not None and window.size < 1:
+        raise ConfigError(f"a window of {window.size} slots leaves nothing to see", where="window", next="1 sees the token itself alone")
     show(q, "attending")
     show(k, "attended")
     show(jnp.asarray(k.shape[1] if window is None else window.reach(k.shape[1])), "reach")

@@ -7,7 +7,7 @@ from jaxtyping import Array
 from llama_eqx.model.kernel.plain import Window, plain
 
 
-def cudnn(q: Array, k: Array, v: Array, start: Any, segment_ids: tuple[Array, Array] | None, window: Window | None = None) -> Array:
+def cudnn(q: Array, k: Array, v: Array, start: Array | int, segment_ids: tuple[Array, Array] | None, window: Window | None = None) -> Array:
     """Like `attend`. A row of one segment needs no memory for scores; several segments, a start, or a window need a mask of seq × slots.
 
     JAX cannot name the residuals of its primitive; `llama_eqx.remat` identifies them by that primitive.

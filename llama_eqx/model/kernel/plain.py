@@ -10,7 +10,9 @@ from llama_eqx.tag import tag
 
 
 class Window(NamedTuple):
-    """Where `applies`, a query sees only the last `size` slots, of which its own is one (Beltagy et al., 2020, arXiv 2004.05150)."""
+    """Where `applies`, a query sees the last `size` of the slots that it would see, its own among them (Beltagy et al., 2020, arXiv
+    2004.05150).
+    """
 
     size: int
     applies: Bool[Array, ""] | bool = True  # in this layer; traced in a loop over layers
@@ -51,6 +53,10 @@ def visible(
     """True where a query sees a slot; without segments the same for every row."""
     slot, query = jnp.arange(slots)[None, :], start + jnp.arange(seq)[:, None]
     seen = slot <= query
-    if reach is not None:
-        seen &= slot > query - reach
-    return seen if segment_ids is None else seen & (segment_ids[0][:, :, None] == segment_ids[1][:, None, :])
+    if segment_ids is None:
+        return seen if reach is None else seen & (slot > query - reach)
+    seen &= segment_ids[0][:, :, None] == segment_ids[1][:, None, :]
+    if reach is None:
+        return seen
+    place = jnp.cumsum(seen, axis=-1)  # counted, for there may be padding between a prompt and what follows it
+    return seen & (place > place[..., -1:] - reach)
