@@ -17,6 +17,7 @@ from submitit.core.utils import FailedJobError
 
 from llama_eqx.config import nearest
 from llama_eqx.errors import ConfigError, UserError, columns, first_line
+from llama_eqx.writer import occupant
 
 EVERY = 0.2  # seconds between two looks at the jobs
 CODES = {
@@ -32,8 +33,8 @@ CODES = {
 
 
 class Job(NamedTuple):
-    """Job `number` of a sweep: `label` tells it from the others, `command` runs it, and its output goes to `console`. `diverged` is the
-    record of a job that ended without finite numbers, and so is over.
+    """Job `number` of a sweep: `label` tells it from the others, `command` runs it, and its output goes to `console` in its run directory.
+    `diverged` is the record of a job that ended without finite numbers, and so is over.
     """
 
     number: int
@@ -65,7 +66,8 @@ def run_jobs(
     parameters: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> None:
-    """Runs `jobs`, at most `at_once` at a time, even if some fail; `skipped` are those that need not run.
+    """Runs `jobs`, at most `at_once` at a time, even if some fail; `skipped` are those that need not run. A job waits while another
+    process writes in its run directory.
 
     `cluster` is one of submitit's ("local", "slurm"), `parameters` those of its executor, and `folder` where it keeps its files.
 
@@ -88,12 +90,22 @@ def run_jobs(
     diverged = [job for job in skipped if job.diverged]
     for job in diverged:
         say(f"job {job.number} ended without finite numbers: {job.label} (to make it again remove {job.diverged})")
+    told_of = set[int]()
+
+    def may_begin(job: Job) -> bool:
+        folder = job.console.parent
+        if (other := occupant(folder)) and job.number not in told_of:
+            told_of.add(job.number)
+            say(f"job {job.number} waits for {other}, which writes in {folder}")
+        return not other
+
     try:
         while waiting or running:
-            while waiting and shares:
-                job, share = waiting.pop(0), shares.pop(0)
+            while shares and (job := next(filter(may_begin, waiting), None)):
+                waiting.remove(job)
+                share = shares.pop(0)
                 job.console.parent.mkdir(parents=True, exist_ok=True)
-                running[_submitted(executor, job, share)] = job, time.monotonic(), share
+                running[_submitted(executor, job, share, cluster)] = job, time.monotonic(), share
                 say(f"job {job.number} begins: {job.label}")
             time.sleep(EVERY)
             for handle in [handle for handle in running if handle.done()]:
@@ -179,14 +191,14 @@ def _gpus() -> list[str]:
     return re.findall(r"^GPU \d+: .*\(UUID: ([\w-]+)\)", listed, re.MULTILINE)
 
 
-def _submitted(executor: submitit.AutoExecutor, job: Job, share: Share) -> Any:
+def _submitted(executor: submitit.AutoExecutor, job: Job, share: Share, cluster: str) -> Any:
     """Submits a job so that a terminal's Ctrl-C reaches none of submitit's processes, which would break off the job they watch.
 
     Raises `ConfigError` when the scheduler rejects the job.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return executor.submit(run_command, job.command, str(job.console), share)
+        return executor.submit(run_command, job.command, str(job.console), share, os.getpid() if cluster == "local" else None)
     except FailedJobError as error:
         raise ConfigError(first_line(error), where="hydra.launcher.parameters") from None
     finally:
@@ -204,8 +216,11 @@ def _stop(handles: list[Any], cluster: str) -> None:
         time.sleep(1)
 
 
-def run_command(command: list[str], console: str, share: Share) -> int:
-    """Runs `command` under submitit. Returns its exit code, or minus the number of the signal that ended it."""
+def run_command(command: list[str], console: str, share: Share, sweep: int | None) -> int:
+    """Runs `command` under submitit. Returns its exit code, or minus the number of the signal that ended it.
+
+    The command is told to stop when the process `sweep` is gone: killed, it could not tell its jobs.
+    """
     environment = {**os.environ, **share}
     environment = {name: value for name, value in environment.items() if value is not None}
     rank = int(os.environ.get("SLURM_PROCID", 0))  # of several processes of one job, each has a file
@@ -216,10 +231,23 @@ def run_command(command: list[str], console: str, share: Share) -> int:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # the last two come before the time is up: a run saves itself
             signal.signal(number, lambda number, _: process.terminate())
         try:
-            return process.wait()
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
+                if sweep is not None and not _lives(sweep):
+                    process.terminate()
+            return process.returncode
         except BaseException:
             process.terminate()
             raise
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _code(handle: Any) -> int | str:

@@ -89,9 +89,12 @@ def supervise(command: list[str], *, restarts: int, short: int) -> int:
 
 
 def with_run_dir(command: list[str]) -> list[str]:
-    """The command, with a `run_dir` if it trains and names none: otherwise every start would begin a new run."""
-    trains = any(word == "llama_eqx.train" or word.endswith("launch_local.py") for word in command)
-    if not trains or any(word.startswith("run_dir=") for word in command):
+    """The command, with a `run_dir` if it trains and names none: otherwise every start would begin a new run. Each job of
+    a sweep has its own.
+    """
+    words = iter(command)
+    trains = any(word == "llama_eqx.train" or word.endswith("launch_local.py") for word in words)
+    if not trains or any(word.startswith("run_dir=") or word in ("-m", "--multirun") for word in words):
         return command
     folder = f"outputs/{datetime.datetime.now():%Y-%m-%d/%H-%M-%S-%f}"
     say(f"run_dir={folder}, for all starts")

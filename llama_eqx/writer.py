@@ -79,6 +79,19 @@ def held(run_dir: str | os.PathLike[str]) -> Iterator[None]:
                 _write(file, {})
 
 
+def occupant(run_dir: str | os.PathLike[str]) -> str:
+    """Who writes in a run directory, as far as can be told without waiting; empty if nobody does."""
+    with contextlib.suppress(OSError), pathlib.Path(run_dir, LOCK).open("rb") as file:
+        holder = _read(file.fileno())
+        try:
+            known = lock(file) and holder.get("machine") == machine()
+        except BlockingIOError:
+            return _described(holder)
+        if holder and not known and abs(_age(pathlib.Path(run_dir), file.fileno())) < SILENT:
+            return _described(holder)
+    return ""
+
+
 def machine() -> str:
     """An id shared by all that runs on one kernel, and so shares its locks, whatever its host names."""
     try:
@@ -103,10 +116,7 @@ def lock(file: int | IO) -> bool:
 
 def _silent(folder: pathlib.Path, file: int) -> bool:
     """Waits for a sign of life, and returns whether there was none for `SILENT` seconds."""
-    probe = folder / f"{LOCK}.{os.getpid()}"
-    probe.touch()  # the clock of the file system, which need not be ours
-    age = max(probe.stat().st_mtime - os.fstat(file).st_mtime, 0)  # negative where a clock was set back
-    probe.unlink()
+    age = max(_age(folder, file), 0)  # negative where a clock was set back
     last, deadline = _seen(folder), time.monotonic() + SILENT - age
     if age < SILENT:
         print(f"waiting up to {SILENT - age:.0f} s for a sign of life from another writer in {folder}", file=sys.stderr, flush=True)
@@ -115,6 +125,14 @@ def _silent(folder: pathlib.Path, file: int) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+def _age(folder: pathlib.Path, file: int) -> float:
+    probe = folder / f"{LOCK}.{os.getpid()}"
+    probe.touch()  # the clock of the file system, which need not be ours
+    age = probe.stat().st_mtime - os.fstat(file).st_mtime
+    probe.unlink()
+    return age
 
 
 def _seen(folder: pathlib.Path) -> tuple[float, bytes]:
@@ -146,12 +164,16 @@ def _write(file: int, holder: dict[str, Any]) -> None:
 
 
 def _refusal(folder: pathlib.Path, holder: dict[str, Any], what: str = "another process is writing in this run directory") -> ConfigError:
-    known = [f"process {holder['pid']}"] if "pid" in holder else []
-    known += [f"on {holder['host']}"] if "host" in holder else []
-    known += [f"since {datetime.datetime.fromtimestamp(holder['since']):%Y-%m-%d %H:%M:%S}"] if "since" in holder else []
     return ConfigError(
-        f"{what}: {' '.join(known)}".removesuffix(": "),
+        f"{what}: {_described(holder)}",
         where=str(folder),
         kept="its run is untouched",
         next="wait for its end, or give another run_dir",
     )
+
+
+def _described(holder: dict[str, Any]) -> str:
+    known = [f"process {holder['pid']}" if "pid" in holder else "a process"]
+    known += [f"on {holder['host']}"] if "host" in holder else []
+    known += [f"since {datetime.datetime.fromtimestamp(holder['since']):%Y-%m-%d %H:%M:%S}"] if "since" in holder else []
+    return " ".join(known)

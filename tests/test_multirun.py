@@ -22,9 +22,11 @@ from llama_eqx.training import loop
 
 LATE = """
 import signal, sys, time
+from llama_eqx.writer import held
 signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(75)))
-print("began", flush=True)
-time.sleep(100)
+with held(sys.argv[1]):
+    print("began", flush=True)
+    time.sleep(100)
 """
 TEXT = pathlib.Path(__file__).parent / "golden" / "text.md"
 JOBS = {
@@ -38,7 +40,10 @@ JOBS = {
 
 
 def run(folder, names, skipped=(), cluster="local", parameters=None):
-    jobs = [Job(i, name, [sys.executable, "-c", JOBS.get(name, LATE)], folder / name / "console.txt") for i, name in enumerate(names)]
+    jobs = [
+        Job(i, name, [sys.executable, "-c", JOBS.get(name, LATE), str(folder / name)], folder / name / "console.txt")
+        for i, name in enumerate(names)
+    ]
     before = [Job(9, name, [], folder, folder / "record" if name == "diverged" else None) for name in skipped]
     parameters = parameters or {"timeout_min": 1}
     run_jobs(jobs, before, folder=folder / "submitit", cluster=cluster, at_once=3, parameters=parameters, say=print)
@@ -168,15 +173,15 @@ def test_settings_that_cannot_be(said, setting, tmp_path, typed):
     assert (code, said in err, "Traceback" in err) == (2, True, False)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_sweep_that_is_told_to_stop_tells_its_jobs_and_waits(tmp_path, number, code):
-    """A Ctrl-C reaches all processes of a terminal."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_sweep_that_is_told_to_stop_tells_its_jobs_and_waits(tmp_path, number, code, capsys):
+    """A Ctrl-C reaches all processes of a terminal. The jobs of a sweep that is killed save themselves too, and its next start waits."""
     program = f"""
 import pathlib, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background has it ignored
 from llama_eqx.verb import guarded
 from llama_eqx.multirun import Job, run_jobs
-job = Job(0, "late", [sys.executable, "-c", {LATE!r}], pathlib.Path({str(tmp_path)!r}, "console.txt"))
+job = Job(0, "late", [sys.executable, "-c", {LATE!r}, {str(tmp_path)!r}], pathlib.Path({str(tmp_path)!r}, "console.txt"))
 settings = {{"cluster": "local", "at_once": 1, "parameters": {{"timeout_min": 9}}, "say": print}}
 sys.exit(guarded(lambda: run_jobs([job, job], [], folder=job.console.parent / "submitit", **settings)))
 """
@@ -185,12 +190,17 @@ sys.exit(guarded(lambda: run_jobs([job, job], [], folder=job.console.parent / "s
     while "began" not in (console.read_text() if console.exists() else ""):
         assert sweep.poll() is None
         time.sleep(0.1)
-    os.killpg(sweep.pid, number) if number == signal.SIGINT else sweep.terminate()
+    os.killpg(sweep.pid, number) if number == signal.SIGINT else sweep.send_signal(number)
+    if number == signal.SIGKILL:
+        sweep.wait()
+        again = Job(0, "late", [sys.executable, "-c", ""], console)
+        run_jobs([again], [], folder=tmp_path / "submitit", cluster="local", at_once=1, parameters={"timeout_min": 9}, say=print)
+        assert re.match(rf"job 0 waits for process \d+ on .*, which writes in {tmp_path}\njob 0 begins: late\n", capsys.readouterr().out)
     _, said = sweep.communicate(timeout=300)
     assert sweep.returncode == code
     assert "saved" in console.read_text()
     assert "Traceback" not in said
-    assert number == signal.SIGTERM or "error: interrupted: 0 of 2 jobs were over" in said
+    assert number != signal.SIGINT or "error: interrupted: 0 of 2 jobs were over" in said
 
 
 @pytest.mark.faults

@@ -78,5 +78,6 @@ def test_every_start_is_of_the_same_run(capsys, train):
     assert named[:-1] == train
     assert named[-1].startswith("run_dir=outputs/")
     assert with_run_dir(named) == named
-    assert with_run_dir(["true"]) == ["true"]
+    for other in (["true"], [*train, "-m"]):  # each job of a sweep has its own
+        assert with_run_dir(other) == other
     assert capsys.readouterr().err.count("run_dir=") == 1
