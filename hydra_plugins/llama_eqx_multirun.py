@@ -48,7 +48,7 @@ class Multirun(Launcher):
                 del settings["hydra"]  # as Hydra does before it runs a job
             built = resolve(settings)
             # A run of a study that finished and was stopped before it was filed is filed by a start that ends at once.
-            over = verb == "train" and (is_kept(built) if built.study is not None else finished(built))
+            over = verb == "train" and (is_kept(built) if built.study is not None else finished(built) or diverged(built) is not None)
             if verb == "train" and not over:
                 check_registered(built)
             if verb == "train" and (file := in_the_way(built)):

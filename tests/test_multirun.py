@@ -174,7 +174,7 @@ def test_settings_that_cannot_be(said, setting, tmp_path, typed):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_sweep_that_is_told_to_stop_tells_its_jobs_and_waits(tmp_path, number, code, capsys):
+def test_a_sweep_that_is_told_to_stop_tells_its_jobs_and_waits(tmp_path, number, code):
     """A Ctrl-C reaches all processes of a terminal. The jobs of a sweep that is killed save themselves too, and its next start waits."""
     program = f"""
 import pathlib, signal, sys
@@ -187,18 +187,30 @@ sys.exit(guarded(lambda: run_jobs([job, job], [], folder=job.console.parent / "s
 """
     sweep = subprocess.Popen([sys.executable, "-c", program], start_new_session=True, stderr=subprocess.PIPE, text=True)
     console = tmp_path / "console.txt"
-    while "began" not in (console.read_text() if console.exists() else ""):
+    while "\nbegan\n" not in (console.read_text() if console.exists() else ""):
         assert sweep.poll() is None
         time.sleep(0.1)
-    os.killpg(sweep.pid, number) if number == signal.SIGINT else sweep.send_signal(number)
     if number == signal.SIGKILL:
+        job = json.loads((tmp_path / ".writer").read_text())["pid"]
+        os.kill(job, signal.SIGSTOP)  # it is still saving when the sweep is started again
+        heard = []
+
+        def say(line):
+            if not heard:
+                os.kill(job, signal.SIGCONT)
+            heard.append(line)
+
+        sweep.kill()
         sweep.wait()
         again = Job(0, "late", [sys.executable, "-c", ""], console)
-        run_jobs([again], [], folder=tmp_path / "submitit", cluster="local", at_once=1, parameters={"timeout_min": 9}, say=print)
-        assert re.match(rf"job 0 waits for process \d+ on .*, which writes in {tmp_path}\njob 0 begins: late\n", capsys.readouterr().out)
+        run_jobs([again], [], folder=tmp_path / "submitit", cluster="local", at_once=1, parameters={"timeout_min": 9}, say=say)
+        assert re.fullmatch(rf"job 0 waits for process {job} on .*, which writes in {tmp_path}", heard[0])
+        assert heard[1] == "job 0 begins: late"
+    else:
+        os.killpg(sweep.pid, number) if number == signal.SIGINT else sweep.terminate()
     _, said = sweep.communicate(timeout=300)
     assert sweep.returncode == code
-    assert "saved" in console.read_text()
+    assert "\nsaved\n" in console.read_text()
     assert "Traceback" not in said
     assert number != signal.SIGINT or "error: interrupted: 0 of 2 jobs were over" in said
 
@@ -234,6 +246,13 @@ def test_from_the_command_line(tmp_path, typed):
     assert "finished before: job 0" in said
     assert "job 0 begins" not in said
     assert "job 1 begins" in said
+    settings = dump(load_config(*small, "data.path=nowhere"))
+    write_config(settings, tmp_path / "1")
+    (tmp_path / "1" / "replay").mkdir()
+    (tmp_path / "1" / "replay" / "step-1.json").touch()
+    code, said = sweep()
+    assert code == 0
+    assert f"job 1 ended without finite numbers: data.path=nowhere (to make it again remove {tmp_path / '1' / 'replay'})" in said
 
 
 def test_each_job_takes_the_plan_of_its_own_mesh(tmp_path, monkeypatch, typed):

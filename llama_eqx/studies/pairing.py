@@ -25,7 +25,7 @@ from llama_eqx.sharding import parameter_names
 from llama_eqx.studies.matching import cost, residual
 from llama_eqx.studies.registration import folder, load_registration, tuned
 from llama_eqx.studies.runs import free, outdated, read_kept, read_provenance
-from llama_eqx.training.identity import is_same
+from llama_eqx.training.identity import ended_by, is_same
 from llama_eqx.training.run import RunConfig
 
 STUDY = "study.json"
@@ -195,8 +195,10 @@ def in_the_way(config: RunConfig) -> pathlib.Path | None:
 
 
 def diverged(config: RunConfig) -> pathlib.Path | None:
-    """The record of this config's run, if it was kept without a loss at its end because its numbers were not finite."""
-    if config.study is None or not (path := kept_at(config)).exists():
+    """The record of this config's run, if its numbers were not finite: of a study, as it was kept, without a loss at its end."""
+    if config.study is None:
+        return ended_by(config)
+    if not (path := kept_at(config)).exists():
         return None
     return path if math.isinf(read_kept(path).last("val/loss")) else None
 

@@ -54,6 +54,7 @@ MOVABLE = ("data.path", "data.verify", "tokenizer.path")
 BEGINNING = ("init_from", "init_new")
 # What a config may leave open, for `with_vocab` to fill in.
 OPEN = ("model.dims.vocab", "model.tokens.bos", "model.tokens.eos", "model.tokens.pad")
+BUNDLES = "replay"  # the folder of what a run records of steps that were not finite
 SHARED_WITHIN = 30  # seconds; a network's file system may be slow to show a new file
 
 
@@ -201,6 +202,20 @@ def finished(config: RunConfig) -> bool:
     with contextlib.suppress(UserError):
         return is_over(config, read_config(run_dir), read_metrics(run_dir / "metrics.jsonl"))
     return False
+
+
+def ended_by(config: RunConfig) -> pathlib.Path | None:
+    """The folder in which this config's run recorded that its numbers were not finite, so that another start would end there too.
+
+    None for a run that did not end so, has been saved after it, or had other settings.
+    """
+    run_dir = pathlib.Path(config.run_dir)
+    at = max((int(path.stem.removeprefix("step-")) for path in run_dir.glob(f"{BUNDLES}/step-*.json")), default=0)
+    free = [key for key in (*FREE, *BEGINNING) if key not in ("train.steps", "guard.max_withheld")]
+    with contextlib.suppress(UserError):
+        if at > max(steps(home(config) / CHECKPOINTS), default=0) and is_same(config, read_config(run_dir), free):
+            return run_dir / BUNDLES
+    return None
 
 
 def is_over(config: RunConfig, settings: dict[str, Any], metrics: list[dict[str, Any]]) -> bool:

@@ -25,6 +25,7 @@ from llama_eqx.model.llama import Llama
 from llama_eqx.processes import once
 from llama_eqx.sharding import parameter_names
 from llama_eqx.training.ends import open_start
+from llama_eqx.training.identity import BUNDLES
 from llama_eqx.training.loss import Loss
 from llama_eqx.training.program import jitted_step
 from llama_eqx.training.run import RunConfig, home
@@ -32,7 +33,6 @@ from llama_eqx.training.setup import Setup, fresh_state, set_up
 from llama_eqx.training.state import TrainState, abstract
 from llama_eqx.training.step import make_gradient
 
-FOLDER = "replay"
 LAST = 2**30  # after every layer
 OTHER = "use the code, the libraries and the mesh of the run: see its provenance.jsonl and config.yaml"
 
@@ -63,7 +63,7 @@ def write_bundle(setup: Setup, model: Llama, step: int, metrics: dict[str, float
         "loss": _said(metrics["train/loss"]),
         "gradient_norm": _said(metrics["optim/grad_norm"]),
     }
-    path = run_dir / FOLDER / f"step-{step}.json"
+    path = run_dir / BUNDLES / f"step-{step}.json"
 
     def write() -> None:
         path.parent.mkdir(exist_ok=True)

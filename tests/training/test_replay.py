@@ -11,6 +11,7 @@ from llama_eqx.checkpoint.native import load_native, save_native
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.compose import load_config
 from llama_eqx.errors import CheckpointError, NonFiniteError
+from llama_eqx.training.identity import ended_by
 from llama_eqx.training.loop import train
 from llama_eqx.training.replay import _drawn, examine, replay
 from llama_eqx.training.setup import fresh_state, set_up
@@ -95,6 +96,9 @@ def test_replayed_from_a_checkpoint(tmp_path, monkeypatch):
     assert error.value.kept.startswith("the checkpoints, all of whose")
     assert steps(tmp_path / "run" / "checkpoints") == [3, 6]
     bundle = tmp_path / "run" / "replay" / "step-7.json"
+    assert ended_by(run) == bundle.parent
+    for other in ("guard.max_withheld=2", "train.steps=6", "schedule.peak=1e-4"):
+        assert ended_by(config(tmp_path / "run", "train.steps=8", "guard.max_withheld=1", other)) is None
     under_way = tmp_path / "run" / "checkpoints" / "9.unfinished"
     under_way.mkdir()
     assert "step 7, 1 after the checkpoint of step 6, is again not finite\nloss nan" in asked(bundle)
@@ -107,6 +111,9 @@ def test_replayed_from_a_checkpoint(tmp_path, monkeypatch):
         asked(bundle)
     good = {**left, "step": 5, "checkpoint": 3, **_drawn(set_up(run), 5), "loss": "5.0", "gradient_norm": "1.0"}
     bundle.write_text(json.dumps(good))
+    assert ended_by(run) == bundle.parent
+    bundle.rename(bundle := bundle.with_name("step-5.json"))
+    assert ended_by(run) is None  # it has been saved since
     with pytest.raises(CheckpointError, match="the step is finite: loss, gradient and update"):
         asked(bundle)
 
