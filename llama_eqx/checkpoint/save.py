@@ -140,8 +140,14 @@ class Checkpoints:
         self.wait()
         begun, parts = time.perf_counter(), {"model": model, "training": training}
         try:
-            if step in restore.steps(self._folder):
+            saved = restore.steps(self._folder)
+            if step in saved:
                 return
+            if saved and saved[-1] > step:  # this run would have resumed from there
+                raise StorageError(
+                    f"another run saves here: step {saved[-1]} is there",
+                    next="end the other run, or give one of them a place of its own (checkpoint.store, run_dir)",
+                )
             self.require_room(parts)
             known = records(self._run_dir) if self._run_dir is not None and is_remote(self._folder) else {}
             with uncompressed():
@@ -328,7 +334,7 @@ class Checkpoints:
             f"{what}: {_words(error)}",
             where=str(self._folder),
             kept=kept,
-            next="free some space or mend the permissions there, then give the same command again",
+            next=getattr(error, "next", "") or "free some space or mend the permissions there, then give the same command again",
         )
 
 

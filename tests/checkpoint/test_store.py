@@ -105,6 +105,25 @@ def test_it_is_as_on_a_disk(folder):
     assert {*read_manifest(folder / "3")["files"]["_CHECKPOINT_METADATA"]} == {"size", "md5"}
 
 
+def test_of_two_runs_the_one_behind_ends(folder):
+    """A run directory has a lock; a store has none."""
+    behind, said = Checkpoints(folder, ONE), []
+    behind.save(1, *state(1))
+    behind.wait()
+    save_three(folder)
+    with asked(folder) as store:
+        store.rm(f"{folder}/2", recursive=True)
+    behind.say = said.append
+    behind.save(2, *state(2))
+    behind.wait()
+    assert "step 2 could not be saved: another run saves here: step 3 is there" in said[0]
+    behind.save(2, *state(2))
+    with pytest.raises(StorageError, match="another run saves here") as error:
+        behind.close()
+    assert error.value.next.startswith("end the other run")
+    assert steps(folder) == [3]
+
+
 def test_what_has_no_manifest_is_cleared(folder):
     save_three(folder)
     with asked(folder) as store:
