@@ -141,8 +141,12 @@ def _seen(folder: pathlib.Path) -> tuple[float, bytes]:
 
 
 def _beat(folder: pathlib.Path, own: dict[str, Any], over: threading.Event) -> None:
+    gone = False
     while not over.wait(BEAT):
         with contextlib.suppress(OSError, ValueError):  # the disk's errors show where the run writes
+            if not gone and (gone := not (folder / LOCK).exists()):
+                what = f"warning: {folder} was moved or removed while this run writes there: it goes on and saves checkpoints there"
+                print(f"{what}, but its metrics.jsonl is where it was moved, or lost", file=sys.stderr, flush=True)
             if (taken := json.loads((folder / LOCK).read_bytes() or b"{}")) != own and not over.is_set():
                 print(_refusal(folder, taken, "silent for too long; another took the run directory"), file=sys.stderr, flush=True)
                 os._exit(ConfigError.code)

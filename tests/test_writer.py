@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pathlib
+import select
 import signal
 import subprocess
 import sys
@@ -84,6 +85,15 @@ def test_one_that_is_stopped_is_not_dead(tmp_path):
         holder.send_signal(signal.SIGSTOP)
         with pytest.raises(ConfigError), held(tmp_path):
             pass
+
+
+def test_a_directory_that_is_moved_meanwhile(tmp_path):
+    with another(tmp_path / "run") as holder:
+        (tmp_path / "run").rename(tmp_path / "moved")
+        assert select.select([holder.stderr], [], [], 60)[0]
+        assert holder.stderr.readline().startswith(f"warning: {tmp_path / 'run'} was moved or removed while this run writes there")
+        with held(tmp_path / "run"):  # then that place has a writer of its own
+            assert holder.wait(60) == 2
 
 
 def test_of_many_at_once_one_wins(tmp_path):
