@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -105,6 +106,7 @@ class Checkpoints:
         try:
             if not is_remote(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self._folder).close()  # it may be another user's
         except OSError as error:
             raise self._unwritable("checkpoints cannot be written", error) from error
         self._clear()

@@ -132,3 +132,6 @@ def test_a_folder_that_cannot_be_made(tmp_path: pathlib.Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="checkpoints cannot be written"):
         Checkpoints(tmp_path / "file" / "checkpoints", TWO)
+    (tmp_path / "another's").symlink_to("/proc/self")  # where nobody may make a file, not even root
+    with pytest.raises(StorageError, match="checkpoints cannot be written"):
+        Checkpoints(tmp_path / "another's", TWO)
