@@ -86,7 +86,7 @@ def test_an_error_in_it_is_its_own(lab, capsys):
 def test_a_typo_is_answered_with_its_options(lab):
     with pytest.raises(ConfigError) as raised:
         load_config("model/norm=nothin")
-    assert raised.value.next == "did you mean nothing?"
+    assert raised.value.next == "did you mean nothing? There are layer, nothing, rms, rms_1e-6"
 
 
 def test_its_experiments_are_options_of_runs_and_not_of_reports(lab):
