@@ -79,6 +79,13 @@ def held(run_dir: str | os.PathLike[str]) -> Iterator[None]:
                 _write(file, {})
 
 
+def holder(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the lock of a run directory says of its holder, alive or killed; empty if there is none."""
+    with contextlib.suppress(OSError), pathlib.Path(run_dir, LOCK).open("rb") as file:
+        return _read(file.fileno())
+    return {}
+
+
 def occupant(run_dir: str | os.PathLike[str]) -> str:
     """Who writes in a run directory, as far as can be told without waiting; empty if nobody does."""
     with contextlib.suppress(OSError), pathlib.Path(run_dir, LOCK).open("rb") as file:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,3 +164,18 @@ def test_training_is_refused_too(tmp_path):
     with held(tmp_path), pytest.raises(ConfigError, match=f"process {os.getpid()}"):
         train(load_config(f"run_dir={tmp_path}"))
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]  # before any work
+
+
+def test_a_process_that_has_an_older_copy_of_the_run_directory_does_not_share_it(tmp_path, monkeypatch):
+    from llama_eqx.training import identity
+
+    monkeypatch.setattr(identity, "SHARED_WITHIN", 1)
+    with another(tmp_path / "run") as killed:
+        pass
+    (tmp_path / "run" / "config.yaml").touch()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert writer.holder(tmp_path / "copy")["pid"] == killed.pid
+    with held(tmp_path / "run"):
+        identity.check_shared(tmp_path / "run")
+        with pytest.raises(StorageError, match="does not see the files that process 0 writes"):
+            identity.check_shared(tmp_path / "copy")

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import pathlib
 import shlex
 import socket
@@ -17,9 +18,11 @@ from llama_eqx.data.tokenizer import Tokenizer, load_tokenizer
 from llama_eqx.data.tokenizer.base import MARK
 from llama_eqx.errors import CheckpointError, DataError, StorageError, UserError
 from llama_eqx.interop.files import CARRIED
+from llama_eqx.processes import of_first
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.provenance import software
 from llama_eqx.training.run import RunConfig, home
+from llama_eqx.writer import holder
 
 # What may differ between the parts of one run. None of it changes what a step computes, except the number of steps, whose change
 # the course of the schedule shows.
@@ -233,9 +236,10 @@ def is_same(config: RunConfig, settings: dict[str, Any], free: Sequence[str]) ->
 
 
 def check_shared(run_dir: pathlib.Path) -> None:
-    """Raises `StorageError` when this process does not see what process 0 wrote into the run directory."""
+    """Raises `StorageError` when this process does not see the lock of process 0 in the run directory. An older copy has another one."""
+    first = of_first(os.getpid())
     for _ in range(SHARED_WITHIN):
-        if (run_dir / CONFIG).exists():
+        if holder(run_dir).get("pid") == first:
             return
         time.sleep(1)
     raise StorageError(
