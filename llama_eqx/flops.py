@@ -29,6 +29,8 @@ class Flops(NamedTuple):
 def flops_per_token(model: Any, seq_len: int, learn: Any = None) -> Flops:
     """6 N for the matrices, plus attention: 12 L T D for all scores (PaLM, arXiv 2204.02311, appendix B), half of that for causal ones.
 
+    In a layer whose window W is below T, a token has W scores in place of T, and W - W² / 2T causal ones.
+
     N counts the parameters in matrix products: no norms, and no input table that is only looked up. `model` may be abstract.
 
     `learn` says of every parameter whether it learns; None means that all do. A third of these FLOPs is the forward pass, a third are the
@@ -48,8 +50,13 @@ def flops_per_token(model: Any, seq_len: int, learn: Any = None) -> Flops:
     deep = any(name.partition(".")[0] not in ("final_norm", "lm_head") for name in learned)
     entered = {name for name in sizes if deep or (name == head and learned != {head})}
     products = 2 * sum(size * (1 + (name in entered) + (name in learned)) for name, size in sizes.items())
-    attention = (6 if deep else 2) * dims.layers * seq_len * dims.heads * dims.head_dim
-    return Flops(causal=products + attention, palm=products + 2 * attention)
+    windows = [model.blocks.attention.window(layer) for layer in range(dims.layers)]
+    scores = [min(window.size, seq_len) if window and window.applies else seq_len for window in windows]
+    score = (12 if deep else 4) * dims.heads * dims.head_dim
+    return Flops(
+        causal=products + round(score * sum(scores) - score * sum(n**2 for n in scores) / (2 * seq_len)),
+        palm=products + score * sum(scores),
+    )
 
 
 def mfu(tokens_per_second: float, flops_per_token: int, device_kind: str, devices: int) -> float | None:

@@ -95,6 +95,7 @@ def test_the_windows_of_the_guide(tiny, tmp_path, monkeypatch):
     import transformers
 
     from llama_eqx import generate_tokens, save_pretrained, trace
+    from llama_eqx.flops import flops_per_token
     from llama_eqx.generation.layout import for_decoding
 
     monkeypatch.setitem(sys.modules, "guide_windows", module := types.ModuleType("guide_windows"))
@@ -120,6 +121,10 @@ def test_the_windows_of_the_guide(tiny, tmp_path, monkeypatch):
     assert generate_tokens(for_decoding(ours), [tokens[0].tolist(), short], max_new_tokens=8).tokens[1] == new.tolist()
     weights = trace(ours, tokens.astype(np.int32), "attention_weights")["attention_weights"]
     np.testing.assert_allclose(weights, torch.stack(seen.attentions), atol=1e-6)
+    computed = [float((weight > 0).sum()) / tokens.size / plain.dims.heads for weight in seen.attentions]  # scores of a token and head
+    fewer = flops_per_token(plain.build(key=jax.random.key(0)), 20).causal - flops_per_token(ours, 20).causal
+    expected = 12 * plain.dims.heads * plain.dims.head_dim * (2 * computed[1] - computed[0] - computed[2])
+    assert fewer == pytest.approx(expected, rel=0.1)  # the formula leaves out half of a token's score of itself
 
 
 def test_the_model_of_the_guide(tiny, monkeypatch):

@@ -10,7 +10,7 @@ from llama_eqx.config import Config
 from llama_eqx.dims import Dims
 from llama_eqx.model.cache import KVCache
 from llama_eqx.model.init import InitConfig
-from llama_eqx.model.kernel import attend
+from llama_eqx.model.kernel import Window, attend
 from llama_eqx.model.kernel.tokenwise import tokenwise
 from llama_eqx.model.rotary import Rotation
 from llama_eqx.tag import tag
@@ -29,6 +29,10 @@ class Attention(eqx.Module):
 
     @abc.abstractmethod
     def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None) -> KVCache: ...
+
+    def window(self, layer: Int[Array, ""] | int | None) -> Window | None:
+        """How far back a token sees in a layer; None is to the first token of its segment. FLOPs are counted by it too."""
+        return None
 
 
 class AttentionConfig(Config):
@@ -88,7 +92,7 @@ class RotaryAttention(Attention):
         segment_ids: tuple[Int[Array, "batch seq"], Int[Array, "batch slots"]] | None,
     ) -> Float[Array, "batch seq heads head_dim"]:
         """`kernel.attend`. A variant that attends otherwise overrides this; `rotation.layer` says in which layer."""
-        return attend(q, k, v, start=start, segment_ids=segment_ids)
+        return attend(q, k, v, start=start, segment_ids=segment_ids, window=self.window(rotation.layer))
 
 
 class GroupedQueryAttention(RotaryAttention):
