@@ -16,7 +16,7 @@ from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import ConfigError, NonFiniteError
 from llama_eqx.evaluation.opened import EvaluateConfig, Opened, data_of, open_model, step_of
 from llama_eqx.processes import is_first, watched
-from llama_eqx.training.evaluation import BUCKETS, Sums, bucket
+from llama_eqx.training.evaluation import BUCKETS, Sums, bucket, fetched
 
 FEW = 10  # documents; fewer say too little about how documents differ
 
@@ -93,9 +93,9 @@ def measure(opened: Opened, rows: Sliding, name: str, *, position_offset: int = 
     sharding = opened.layout.sharding(("batch", "seq"), (batch_size, rows.seq_len))
     batches = validation_batches(Shifted(rows, position_offset), sharding, batch_size=batch_size)
     hidden = None if is_first() else True  # None: only where there is no terminal
-    with tqdm(batches, total=-(-len(rows) // batch_size), desc=name, unit=" batches", disable=hidden) as progress:
-        for number, batch in enumerate(watched(progress, stall)):
-            scores = jax.device_get(opened.score(opened.model, batch))
+    each = fetched(opened.score(opened.model, batch) for batch in batches)
+    with tqdm(each, total=-(-len(rows) // batch_size), desc=name, unit=" batches", disable=hidden) as progress:
+        for number, scores in enumerate(watched(progress, stall)):
             numbers = np.arange(number * batch_size, (number + 1) * batch_size)
             of_windows, of_documents = rows.places(np.where(numbers < len(rows), numbers, -1))
             positions.add(bucket(scores.positions), scores)

@@ -1,8 +1,9 @@
 """How well a model predicts held-out text: scored by target on the devices, summed in float64 on the host."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -53,6 +54,12 @@ def _within_segments(batch: Batch) -> Int[Array, "batch seq"]:
         return places
     begins = jnp.diff(batch.segment_ids, axis=1, prepend=-1) != 0
     return places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+
+
+def fetched(scores: Iterable[Scores]) -> Iterator[Any]:
+    """The scores as NumPy arrays, each read once the next batch is on its way, so that the devices need not wait for the host."""
+    for ready, _ in itertools.pairwise(itertools.chain(scores, (None,))):
+        yield jax.device_get(ready)
 
 
 class Sums:
@@ -119,8 +126,7 @@ def make_evaluate(score: Score) -> Callable[[Llama, Iterable[Batch], float], Eva
     def evaluate(model: Llama, batches: Iterable[Batch], bytes_per_token: float) -> Evaluation:
         """Averages over every target that the masks count. The context of each is the tokens before it in its row."""
         sums = Sums(BUCKETS)
-        for batch in batches:
-            scores = jax.device_get(scored(model, batch))
+        for scores in fetched(scored(model, batch) for batch in batches):
             sums.add(bucket(scores.positions), scores)
         loss = sums.loss()
         return Evaluation(loss, loss / math.log(2) / bytes_per_token, sums.accuracy(), round(math.fsum(sums.weights)), by_position(sums))

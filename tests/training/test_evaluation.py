@@ -18,7 +18,7 @@ from llama_eqx.tracking import pictures
 from llama_eqx.tracking.jsonl import read_metrics
 from llama_eqx.tracking.starts import read_starts
 from llama_eqx.training.cross_entropy import head_scores
-from llama_eqx.training.evaluation import Scores, Sums, bucket
+from llama_eqx.training.evaluation import Scores, Sums, bucket, fetched
 from llama_eqx.training.loop import train
 from llama_eqx.training.setup import set_up
 from llama_eqx.training.traces import make_draw
@@ -141,6 +141,12 @@ def test_sums_do_not_depend_on_the_batches():
     counted = scores.weights > 0
     assert summed(7).loss() == pytest.approx(nats[counted].astype(np.float64).mean(), rel=1e-13)
     assert summed(7).accuracy() == pytest.approx((nats[counted] < 1).mean(), rel=1e-13)
+
+
+def test_a_batch_is_on_its_way_before_the_scores_of_the_last_are_read():
+    sent = []
+    scores = (sent.append(batch) or jnp.asarray(batch) for batch in range(3))
+    assert [(int(each), len(sent)) for each in fetched(scores)] == [(0, 2), (1, 3), (2, 3)]
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
