@@ -28,6 +28,7 @@ from llama_eqx.errors import CheckpointError, ConfigError, DataError, StorageErr
 from llama_eqx.tracking.jsonl import read_metrics
 
 FAILURES = 2  # failed saves in a row at which a run is given up
+PATIENCE = 60  # seconds that a save may keep training waiting without a word
 FILE_BYTES = 64 * 2**20  # approximate; several files are hashed on several cores
 
 
@@ -178,6 +179,8 @@ class Checkpoints:
         if self._pending is None:
             return
         step, commit = self._pending
+        if concurrent.futures.wait([commit], PATIENCE).not_done:
+            self.say(f"waiting for the save of step {step} to {self._folder}")
         try:
             said = commit.result()
         except Exception as error:

@@ -1,5 +1,6 @@
 """Files of a folder that somebody else wrote: which may be opened, what they really are, and which go with a model wherever it goes."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -34,7 +35,8 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """
     try:
         file, root = (folder / name).resolve(), folder.resolve()
-        file.exists()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            file.stat()
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or not a file name at all
         raise CheckpointError(f"{name[:80]!r} is no file: {error}", where=str(folder)) from None
     blobs = [root.parents[1] / "blobs"] if len(root.parents) > 1 and root.parent.name == "snapshots" else []

@@ -3,6 +3,7 @@
 import pathlib
 import re
 import resource
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from llama_eqx import load_config
 from llama_eqx.checkpoint import save
+from llama_eqx.checkpoint.manifest import write_manifest
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.errors import StorageError
@@ -71,6 +73,20 @@ def test_polling_waits_for_nothing_and_tells_of_a_failure(tmp_path, model, full_
             checkpoints.poll()
         free()
     assert "step 2 could not be saved" in said[0]
+
+
+def test_a_save_that_keeps_training_waiting_is_named(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(save, "PATIENCE", 0.1)
+    written, said = threading.Event(), []
+
+    def slow(*args, **settings):
+        assert written.wait(60)
+        return write_manifest(*args, **settings)
+
+    monkeypatch.setattr(save, "write_manifest", slow)
+    with Checkpoints(tmp_path, TWO, lambda line: (said.append(line), written.set())) as checkpoints:
+        checkpoints.save(1, model, {"step": jnp.int32(1)})
+    assert [line.split(":")[0] for line in said] == [f"waiting for the save of step 1 to {tmp_path}", "saved step 1"]
 
 
 def test_no_room_is_said_before_anything_is_written(tmp_path, model, monkeypatch):
