@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama_eqx.compose import load_config
-    from llama_eqx.data.tokenizer import find_tokenizer
     from llama_eqx.generation.decode import generate_tokens
     from llama_eqx.interop.conversion import save_pretrained
-    from llama_eqx.interop.pretrained import load_pretrained
+    from llama_eqx.interop.pretrained import find_tokenizer, load_pretrained
     from llama_eqx.model.llama import build_model
     from llama_eqx.tracing import trace
 
@@ -19,7 +18,7 @@ __all__ = ["build_model", "find_tokenizer", "generate_tokens", "load_config", "l
 
 _HOMES = {
     "build_model": "llama_eqx.model.llama",
-    "find_tokenizer": "llama_eqx.data.tokenizer",
+    "find_tokenizer": "llama_eqx.interop.pretrained",
     "generate_tokens": "llama_eqx.generation.decode",
     "load_config": "llama_eqx.compose",
     "load_pretrained": "llama_eqx.interop.pretrained",

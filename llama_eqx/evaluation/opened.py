@@ -10,9 +10,9 @@ from llama_eqx.checkpoint.restore import steps
 from llama_eqx.config import Config, load
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.prepared import PreparedTokenizerConfig
-from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig, find_tokenizer
+from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig
 from llama_eqx.errors import ConfigError, DataError
-from llama_eqx.interop.pretrained import format_of, load_pretrained, located, open_pretrained
+from llama_eqx.interop.pretrained import find_tokenizer, format_of, load_pretrained, located, open_pretrained
 from llama_eqx.interop.weights import abstract
 from llama_eqx.model.kernel import KernelConfig
 from llama_eqx.model.llama import Llama
@@ -144,12 +144,11 @@ def _saved(config: EvaluateConfig) -> dict[str, Any]:
 def _tokenizer(config: EvaluateConfig) -> tuple[Tokenizer, list[str]]:
     """The tokenizer beside the model, unless another is asked for or the data comes with its own. Also returns notes."""
     assert config.checkpoint is not None
-    folder = located(config.checkpoint)[0]
     if config.tokenizer is None:
-        return find_tokenizer(folder), []
+        return find_tokenizer(config.checkpoint), []
     chosen = config.tokenizer.build(data_of(config))
     try:
-        own = find_tokenizer(folder)
+        own = find_tokenizer(config.checkpoint)
     except DataError:
         return chosen, []
     if own.fingerprint == chosen.fingerprint:

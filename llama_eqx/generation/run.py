@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_eqx.config import Config
 from llama_eqx.data.chat import chat_format, foreign_template
-from llama_eqx.data.tokenizer import Tokenizer, find_tokenizer
+from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import ConfigError, DataError, StorageError, UserError
 from llama_eqx.generation.chat import Chat
 from llama_eqx.generation.decode import Generation
@@ -32,7 +32,7 @@ from llama_eqx.generation.sampling import Sampling
 from llama_eqx.generation.search import search_beams
 from llama_eqx.generation.speculative import generate_speculatively
 from llama_eqx.generation.text import Continuation, following, generate_texts, prompt_tokens, require_strings, stream_text, without_end
-from llama_eqx.interop.pretrained import format_of, load_pretrained, located, open_pretrained
+from llama_eqx.interop.pretrained import find_tokenizer, format_of, load_pretrained, located, open_pretrained
 from llama_eqx.interop.weights import abstract
 from llama_eqx.model.llama import Llama
 from llama_eqx.processes import DistributedConfig, is_first, watched
@@ -142,7 +142,7 @@ def generate(config: GenerateConfig) -> None:
     if config.mesh is not None:
         config.mesh.build()  # before a file is opened, which makes JAX fix the number of CPU devices
     format_of(config.checkpoint)  # for its error, before weights are loaded
-    tokenizer = find_tokenizer(located(config.checkpoint)[0])
+    tokenizer = find_tokenizer(config.checkpoint)
     llama = open_pretrained(config.checkpoint).config
     require_stop(config.stop, *llama.dims.of("vocab"))
     if config.draft is not None:

@@ -19,6 +19,7 @@ from llama_eqx.checkpoint.manifest import MANIFEST, verify
 from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, load_native, open_native
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.checkpoint.store import SCHEME
+from llama_eqx.data.tokenizer import Tokenizer, find
 from llama_eqx.errors import CheckpointError, hub_download
 from llama_eqx.interop import huggingface, meta
 from llama_eqx.interop.files import carried
@@ -46,6 +47,14 @@ def load_pretrained(path: str | pathlib.Path, dtype: DTypeLike | None = None, sh
         if format_of(path) == "native":
             return load_native(folder, dtype=dtype, step=step, shardings=shardings)
         return to_model(open_pretrained(path), dtype, shardings)
+
+
+def find_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+    """The tokenizer of the model at `path`, which is as in `load_pretrained`.
+
+    Raises `DataError` when there is none, or it is damaged.
+    """
+    return find.find_tokenizer(located(path)[0])
 
 
 def open_pretrained(path: str | pathlib.Path) -> Weights:

@@ -13,14 +13,13 @@ import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers.models import WordLevel
 
-from llama_eqx import load_config, load_pretrained
+from llama_eqx import find_tokenizer, load_config, load_pretrained
 from llama_eqx.checkpoint.manifest import read_manifest
 from llama_eqx.checkpoint.restore import steps
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.checkpoint.store import asked, children, content, place, put
-from llama_eqx.data.tokenizer import HuggingFaceTokenizer, find_tokenizer, load_tokenizer
+from llama_eqx.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from llama_eqx.errors import CheckpointError, ConfigError, StorageError
-from llama_eqx.interop.pretrained import located
 from llama_eqx.training.identity import file_tokenizer
 from llama_eqx.training.loop import train
 
@@ -190,7 +189,7 @@ def test_a_run_goes_on_in_an_empty_run_dir(tmp_path, monkeypatch, capsys):
     train(run(tmp_path / "local", None, "train.steps=6"))
     for path in (home, f"{home}/checkpoints/6"):
         assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), load_pretrained(path), load_pretrained(tmp_path / "local")))
-    assert find_tokenizer(located(home)[0]).fingerprint == find_tokenizer(tmp_path / "local").fingerprint
+    assert find_tokenizer(home).fingerprint == find_tokenizer(tmp_path / "local").fingerprint
     assert not list((tmp_path / "cache").glob("stores/*/checkpoints/*/training"))
 
     with pytest.raises(CheckpointError, match="seed: 0 -> 1"):
