@@ -26,7 +26,8 @@ def side_by_side(asked: Sequence[str], output: pathlib.Path) -> tuple[list[pathl
     for path in lacking:
         page.text(remark := f"Nothing was recorded in {path}: its console.txt says why.")
         said.append(remark)
-    page.table(["run", "settings other than those of the first", "came to", "tokens/s"], _overview(runs))
+    sizes = ["parameters", "tokens", "FLOPs", "tokens/s"]
+    page.table(["run", "settings other than those of the first", "came to", *sizes], _overview(runs))
     for name, run in runs.items():
         if found := changes(run.provenance, max((record["step"] for record in run.metrics), default=0)):
             page.text(remark := f"The starts of {name} differ: {', '.join(found)}.")
@@ -177,12 +178,13 @@ def _in_order(path: pathlib.Path) -> list[tuple[int, str]]:
 
 
 def _overview(runs: Mapping[str, Run]) -> list[list[str]]:
-    first = next(iter(runs.values()))
-    speeds = [median_speed(run) for run in runs.values()]
-    return [
-        [name, "; ".join(config_differences(first, run)), _ends(run), f"{speed:,.0f}" if math.isfinite(speed) else ""]
-        for (name, run), speed in zip(runs.items(), speeds, strict=True)
-    ]
+    first, rows = next(iter(runs.values())), list[list[str]]()
+    for name, run in runs.items():
+        parameters = next((start["parameters"] for start in reversed(run.provenance) if start.get("parameters")), math.nan)
+        tokens, flops = (max(run.series(spent)[1], default=math.nan) for spent in ("tokens", "flops"))  # older records lack some
+        sizes = (f"{parameters:,.0f}", f"{tokens:,.0f}", f"{flops:.3g}", f"{median_speed(run):,.0f}")
+        rows.append([name, "; ".join(config_differences(first, run)), _ends(run), *("" if size == "nan" else size for size in sizes)])
+    return rows
 
 
 def median_speed(run: Run) -> float:

@@ -37,9 +37,10 @@ class Tracker:
         steps: int,
         start: int,
         texts: Mapping[str, str] | None = None,
+        parameters: int | None = None,
     ):
         """`settings` is the whole run's config in plain containers, `steps` the last step, and `start` the number of steps already done.
-        `texts` are the fingerprints of the named evaluation sets.
+        `texts` are the fingerprints of the named evaluation sets, `parameters` the number that the model has.
 
         Each start adds a line to `provenance.jsonl`, and reports what has changed in it since the last.
 
@@ -55,6 +56,7 @@ class Tracker:
             "jax": jax_settings(),
             "train": {"steps": steps},  # the course of the learning rate
             "eval_data": texts or {},
+            "parameters": parameters,
         }
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)

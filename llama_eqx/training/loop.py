@@ -95,7 +95,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     step_fn = jitted_step(program, config)
     evaluate_on, draw = make_evaluate(program.score), make_draw(setup)
     flops = flops_per_token(program.shapes.model, length, learning(config.train.only, program.shapes.model))
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.shapes.model))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.shapes.model))
     device_kind = layout.mesh.devices.flat[0].device_kind
 
     def evaluate(model: Llama, rows: Rows) -> Evaluation:
@@ -115,12 +115,12 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
             record_start(config, state.model, config.data.position_offset)
 
         with (
-            Tracker(config.tracking, run_dir, settings=dump(config), steps=steps, start=begin, texts=texts) as tracker,
+            Tracker(config.tracking, run_dir, settings=dump(config), steps=steps, start=begin, texts=texts, parameters=count) as tracker,
             Profile(config.profile, run_dir, tracker.say, len(layout.mesh.local_devices)) as profile,
             training_batches(parts, batch_sharding, size, past) as batches,
         ):
             tracker.say(f"run_dir={run_dir}")
-            tracker.say(f"{parameters:,} parameters, {flops.causal:,.0f} FLOPs per token, {layout.mesh.size} x {device_kind}")
+            tracker.say(f"{count:,} parameters, {flops.causal:,.0f} FLOPs per token, {layout.mesh.size} x {device_kind}")
             tracker.say(f"{data.train.targets:,} tokens to train on, {data.val.targets:,} held out, vocabulary of {tokenizer.vocab:,}")
             for warning in (warnings(config, tokenizer) if begin < steps else []) + program.remarks + changed + data.notes + remarks:
                 tracker.say(f"warning: {warning}")
@@ -165,7 +165,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                     apart = {f"val/{name}/loss": evaluate(state.model, rows).loss for name, (rows, _) in others.items()}
                     pictures = draw(state.model)
                 measured = evaluation.metrics() | apart
-                tracker.log(done, {"tokens": progress.tokens} | measured)  # of a step that is not logged otherwise, perhaps
+                tracker.log(done, {"tokens": progress.tokens, "flops": reporter.flops(done)} | measured)  # perhaps its step's only record
                 for name, picture in pictures.items():
                     tracker.picture(done, name, picture)
 

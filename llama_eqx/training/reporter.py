@@ -32,7 +32,7 @@ def last_logged(run_dir: pathlib.Path) -> int:
 class Reporter:
     """Logs the metrics of every `log_every`-th step. While the newest step runs on the device, those of the one before are fetched.
 
-    The first step is logged too: its time is mostly compilation. The metrics also have `tokens`, the targets counted so far;
+    The first step is logged too: its time is mostly compilation. The metrics also have `tokens`, the targets counted so far; `flops`;
     `perf/tokens_per_second` (padding and masked targets are computed, and so included); `perf/mfu` (causal, where the chip's peak is
     known); `data/starved_fraction`, the fraction of the time that steps waited for a batch that was not ready; `data/epoch` (of each
     source of a mixture); and `data/ledger`, a number that identifies the rows of all batches so far. The speeds leave out time in `pause`.
@@ -83,7 +83,7 @@ class Reporter:
         if logged or not self._speeds:  # the first step of every start compiles: its time goes into no other's speed
             speed = self._speed(*ready or self._now())
             if logged:
-                drawn = {"tokens": progress.tokens, LEDGER: progress.ledger} | self._epochs(step)
+                drawn = {"tokens": progress.tokens, "flops": self.flops(step), LEDGER: progress.ledger} | self._epochs(step)
                 self._tracker.log(step, fetched | drawn | speed)
         self._tell_withheld(step, fetched)
 
@@ -109,6 +109,10 @@ class Reporter:
                 next="start another run (another run_dir) with a lower schedule.peak or more schedule.warmup_steps: from the beginning, or "
                 "with init_from=CHECKPOINT from the weights of a checkpoint if there is one, without its optimizer state",
             )
+
+    def flops(self, step: int) -> int:
+        """The FLOPs of training up to this step, by the formula of `flops_per_token`; padding is computed, and so included."""
+        return step * self._tokens * self._flops
 
     def settle(self) -> None:
         """Waits until the device is done with every step that was begun."""

@@ -71,6 +71,9 @@ def test_the_runs_of_a_sweep_side_by_side(tmp_path, monkeypatch):
         records += [{"step": 20, "val/loss": 4.9 if name == "3" else 5.0}, {"step": 30, "train/loss": 8.0, "val/loss": 4.0}][
             : 2 if name == "2" else 1
         ]
+        if name == "10":
+            records[-1] |= {"tokens": 5120.0, "flops": 4.5e9}
+            (folder / "provenance.jsonl").write_text('{"step": 0, "parameters": null}\n{"step": 10, "parameters": 1234}\n{"step": 20}\n')
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (sweep / "3" / "replay").mkdir()
     (sweep / "3" / "replay" / "step-21.json").touch()
@@ -85,8 +88,10 @@ def test_the_runs_of_a_sweep_side_by_side(tmp_path, monkeypatch):
     assert "The second ended without finite numbers, which counts as worse than any loss." in worse[0]
     assert "better" not in worse[0]
     assert "the second is not comparable (a loss is not finite) over the last 1 of 3 records" in written.words
+    page = written.files[0].read_text()
+    assert "| validation loss 5.0000 at step 20; its record goes to step 20 of 30 | 1,234 | 5,120 | 4.5e+09 | 80 |" in page
     assert (
-        "| 10 | seed: 2 -> 10 | validation loss 5.0000 at step 20; its record goes to step 20 of 30 | 80 |" in written.files[0].read_text()
+        "| 3 | seed: 2 -> 3 | ended at step 21, as its numbers were not finite; validation loss 4.9000 at step 20 |  |  |  | 80 |" in page
     )
 
 

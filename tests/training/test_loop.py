@@ -11,8 +11,10 @@ import pytest
 from llama_eqx import generate_tokens, load_config, load_pretrained
 from llama_eqx.checkpoint.save import Checkpoints
 from llama_eqx.errors import CheckpointError, NonFiniteError, StorageError
+from llama_eqx.flops import flops_per_token
 from llama_eqx.tracking import tracker
 from llama_eqx.tracking.jsonl import read_metrics
+from llama_eqx.tracking.starts import read_starts
 from llama_eqx.training.loop import train
 
 TEXT = pathlib.Path(__file__).parents[1] / "golden" / "text.md"
@@ -69,6 +71,10 @@ def test_everything_is_in_the_run_directory(finished):
     assert losses[-1] < losses[0]
     evaluated = [record for record in records(finished.run_dir) if "val/loss" in record]
     assert [(record["step"], record["tokens"]) for record in evaluated] == [(4, 4 * 256), (8, 8 * 256)]  # W&B draws them over tokens
+    model = load_pretrained(finished.checkpoint)
+    per_token = flops_per_token(model, 32).causal
+    assert {record["flops"] / record["tokens"] for record in records(finished.run_dir)} == {per_token}
+    assert read_starts(finished.run_dir / "provenance.jsonl")[0]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(model))
     assert finished.evaluation.loss == evaluated[-1]["val/loss"]
     bits = finished.evaluation.loss / np.log(2)  # bytes are tokens here, but for BOS and EOS
     assert finished.evaluation.bits_per_byte == pytest.approx(bits, rel=0.02)
