@@ -12,9 +12,10 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, dataclass_transform
 
+import yaml
 from beartype.door import is_bearable
 
-from llama_eqx.errors import ConfigError
+from llama_eqx.errors import ConfigError, first_line
 from llama_eqx.extensions import extensions, imported
 
 TYPO = 0.75  # difflib's ratio where one letter of four differs; below that a likeness is chance
@@ -103,6 +104,24 @@ def dump(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: dump(child) for key, child in value.items()}
     return [dump(child) for child in value] if isinstance(value, tuple) else value
+
+
+class _Plain(yaml.SafeLoader):
+    """Neither tags nor aliases: by these, a kilobyte can stand for terabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            raise ValueError(f"line {alias.start_mark.line + 1} has the alias *{alias.anchor}; write the value itself in its place")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(text: str) -> Any:
+    """The content of YAML that somebody else may have written. Raises `ValueError` with a reason of one line."""
+    try:
+        return _Plain(text).get_single_data()
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(first_line(error)) from error
 
 
 class Difference(typing.NamedTuple):

@@ -22,8 +22,8 @@ from llama_eqx.checkpoint import restore
 from llama_eqx.checkpoint.manifest import appearing, write_manifest
 from llama_eqx.checkpoint.save import uncompressed
 from llama_eqx.checkpoint.store import Place, content
-from llama_eqx.config import dump, load
-from llama_eqx.errors import CheckpointError, ConfigError, first_line
+from llama_eqx.config import dump, load, read_yaml
+from llama_eqx.errors import CheckpointError, ConfigError
 from llama_eqx.model.llama import Llama, LlamaConfig
 from llama_eqx.sharding import parameter_names
 
@@ -204,15 +204,15 @@ def read_config(folder: Place) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        tree = yaml.safe_load(content(folder, CONFIG).decode())
+        tree = read_yaml(content(folder, CONFIG).decode())
     except OSError as error:
         raise CheckpointError(
             f"this is not a run directory: it has no {CONFIG}" if folder.is_dir() else "there is no such folder",
             where=str(folder),
             next="give the directory of a run (outputs/<date>/<time>) or a folder written by `python -m llama_eqx.convert`",
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{CONFIG} is not YAML: {first_line(error)}", where=str(path)) from error
+    except ValueError as error:
+        raise CheckpointError(f"{CONFIG} is not YAML as this package writes it: {error}", where=str(path)) from error
     if "${" in str(tree):
         raise CheckpointError(
             f"{CONFIG} holds an interpolation (${{…}}), and a checkpoint's config is never resolved",

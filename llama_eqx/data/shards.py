@@ -169,7 +169,7 @@ def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = Non
         if any(index["splits"][split.name] != counts(split) for split in (train, val)):
             raise ValueError("the counts of the shards do not add up")
         fingerprint = index["tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"no index of token shards: {type(error).__name__}: {error}", where=str(folder), next=remedy) from error
     if tokenizer is not None and tokenizer.fingerprint != fingerprint:
         raise DataError(
@@ -196,7 +196,7 @@ def check_sealed(folder: Path) -> None:
     """Raises `DataError` when files have changed since `seal`: by their SHA-256 up to `VERIFIED` bytes, else by size."""
     try:
         files = {folder / name: (int(size), str(sha256)) for name, (size, sha256) in json.loads((folder / SUMS).read_bytes()).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{SUMS} cannot be read: {type(error).__name__}: {error}", where=str(folder), next=DELETE) from error
     _compare(folder, files, None, DELETE)
 

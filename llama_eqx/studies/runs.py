@@ -96,7 +96,7 @@ def read_kept(path: pathlib.Path) -> Run:
         known = json.loads(first)
         metrics = [{k: v if k == "step" else float(v) for k, v in json.loads(line).items()} for line in lines]
         return Run(path, known["config"], known["study"], known["provenance"], metrics)
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"this is no run that was kept: {error}", where=str(path), next="remove the file and give the run again") from error
 
 
@@ -106,7 +106,10 @@ def read_run(run_dir: pathlib.Path) -> Run:
 
     study, origin = run_dir / "study.json", run_dir / "provenance.jsonl"
     provenance = read_provenance(origin) if origin.exists() else []
-    known = json.loads(study.read_text(encoding="utf-8")) if study.exists() else {}
+    try:
+        known = dict(json.loads(study.read_text(encoding="utf-8"))) if study.exists() else {}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"what was recorded at step 0 is damaged: {error}", where=str(study), next="remove the file") from error
     return Run(run_dir, read_config(run_dir), known, provenance, read_metrics(run_dir / "metrics.jsonl"))
 
 

@@ -132,7 +132,12 @@ def test_an_escaped_interpolation_is_refused(saved):
         ("model: [", "not YAML"),
         ("a: !!python/object/apply:os.getcwd []", "not YAML"),
         ("- 1", "not a mapping"),
+        ("a: &a [1]\nmodel: [*a, *a]", "line 2 has the alias"),  # ten lines of ten would be 10^10 ones
+        ("[" * 9000, "not YAML"),
+        ("a: 2026-02-30", "not YAML"),
+        (f"a: {'1' * 5000}", "not YAML"),
     ],
+    ids=lambda text: text[:30],
 )
 def test_other_configs_are_refused(saved, text, said):
     (saved / "config.yaml").write_text(text)

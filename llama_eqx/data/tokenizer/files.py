@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from llama_eqx.config import read_yaml
 from llama_eqx.errors import DataError
 
 
@@ -59,7 +58,7 @@ def json_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}", where=str(file), next="download it again") from error
     if not isinstance(tree, dict):
         raise DataError("not a JSON object", where=str(file), next="download it again")
@@ -69,8 +68,8 @@ def json_object(file: Path) -> dict[str, Any]:
 def native_model(folder: Path) -> dict[str, Any]:
     """The model in a `config.yaml`; empty when it has none. Errors in it are found when the model is opened."""
     try:
-        model = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        model = read_yaml((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
     return model if isinstance(model, dict) else {}
 

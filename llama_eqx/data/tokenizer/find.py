@@ -26,7 +26,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         definition, settings = (folder / kind.file).read_bytes(), said.get("settings", {})
         if fingerprint(kind.kind, definition, settings) == said["fingerprint"]:
             return kind(definition, **settings)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"no tokenizer here: {type(error).__name__}: {error}", where=str(folder), next="a run directory has one") from error
     raise DataError("not the file that was saved here: its sha256 differs", where=str(folder / kind.file))
 
