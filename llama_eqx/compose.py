@@ -143,7 +143,8 @@ def quoted(override: str) -> str:
 def literal(key: str, value: str) -> str:
     """The override that gives a key this text, whatever characters it has."""
     value = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
-    return f'{key}="{value}"'.replace("${", "\\${")
+    value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)  # backslashes before it count as escapes too
+    return f'{key}="{value}"'
 
 
 def quoted_options(override: str) -> str:

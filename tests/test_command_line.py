@@ -302,6 +302,8 @@ def test_the_package_itself_names_its_verbs():
         "a=b",
         "100%",
         "${seed}",
+        "\\${oc.env:HOME}",
+        "\\\\${oc.env:HOME}",
         "$HOME",
         "\\n",
         "back\\",
