@@ -3,6 +3,18 @@
 The names below are imported when they are first used, so that the command line answers quickly.
 """
 
+import os
+import sys
+
+# `python -m llama_eqx.VERB` looks for every module in the working directory first, and a downloaded model may have a `typing.py`.
+if (
+    sys.argv[:1] == ["-m"]
+    and not sys.flags.safe_path
+    and any(word.removeprefix("-m").startswith(__name__) for word in sys.orig_argv)
+    and os.path.realpath(sys.path[0]) != os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+):
+    del sys.path[0]
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -11,8 +11,9 @@ import yaml
 from llama_eqx.config import TYPO, nearest
 from llama_eqx.errors import ConfigError
 
-FLAGS = ("help", "cfg", "resolve", "package", "run", "multirun", "config-path", "config-name", "config-dir", "experimental-rerun", "info",
-         "hydra-help", "version", "shell-completion")  # Hydra's  # fmt: skip
+# Hydra's, without --experimental-rerun: it unpickles a file, which can run anything.
+FLAGS = ("help", "cfg", "resolve", "package", "run", "multirun", "config-path", "config-name", "config-dir", "info", "hydra-help",
+         "version", "shell-completion")  # fmt: skip
 
 # What other projects call some of the keys and groups.
 ELSEWHERE = {

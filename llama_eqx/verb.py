@@ -27,7 +27,7 @@ from llama_eqx.extensions import folders
 
 # The system's errors for a place that cannot be written: full, read-only, not ours, or not there.
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
-PLACED = ("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name", "--experimental-rerun")  # flags that a place follows
+PLACED = ("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name")  # flags that a place follows
 
 
 def run_verb(name: str, job: Callable[[Any, list[str]], None], *, log: bool = True) -> None:

@@ -2,7 +2,10 @@
 
 import ast
 import json
+import os
 import pathlib
+import pickle
+import subprocess
 import sys
 
 import jax
@@ -123,3 +126,30 @@ def test_settings_of_a_repository_name_no_code(saved, more, monkeypatch):
     except CheckpointError:
         assert refused
     assert not [name for name in set(sys.modules) - before if "evil" in name or name.startswith(("torch", "transformers"))]
+
+
+def typed_in(folder: pathlib.Path, *words: str) -> str:
+    """What a verb says that is run in a folder that somebody else filled."""
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False).stderr
+
+
+@pytest.mark.parametrize("module", ["typing", "shlex", "yaml", "jax", "safetensors"])
+def test_a_module_in_the_folder_of_a_model(tmp_path, module):
+    """`python -m` would import it in place of the real one."""
+    (tmp_path / f"{module}.py").write_text("import pathlib\npathlib.Path('canary').touch()\n")
+    said = typed_in(tmp_path, "llama_eqx.generate", "checkpoint=.", "prompt=a")
+    assert not (tmp_path / "canary").exists()
+    assert "no model here" in said
+
+
+def test_a_pickle_of_hydra(tmp_path):
+    class Canary:
+        def __reduce__(self):
+            return pathlib.Path.touch, (tmp_path / "canary",)
+
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(Canary()))
+    said = typed_in(tmp_path, "llama_eqx.train", "--experimental-rerun", "config.pickle")
+    assert not (tmp_path / "canary").exists()
+    assert "no such flag: --experimental-rerun" in said
