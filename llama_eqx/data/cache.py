@@ -19,6 +19,8 @@ def cache_dir() -> Path:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
+            if folder == _for_all() and not _private(folder):
+                continue
         except OSError:
             continue
         if folder != wanted:
@@ -61,5 +63,15 @@ def cache_candidates() -> Iterator[Path]:
         yield Path(xdg).absolute() / "llama_eqx"
     with contextlib.suppress(RuntimeError):  # no home
         yield Path.home() / ".cache" / "llama_eqx"
+    yield _for_all()
+
+
+def _for_all() -> Path:
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
-    yield Path(tempfile.gettempdir()) / f"llama_eqx-{user}"
+    return Path(tempfile.gettempdir()) / f"llama_eqx-{user}"
+
+
+def _private(folder: Path) -> bool:
+    """Whether only this user can write there. In a place for all, somebody else may have made the folder first, and filled it."""
+    found = folder.lstat()
+    return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)

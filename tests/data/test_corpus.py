@@ -254,6 +254,13 @@ def test_the_cache_is_where_the_environment_says_or_anywhere(tmp_path, monkeypat
     for name in ("HOME", "LLAMA_EQX_CACHE"):
         monkeypatch.setenv(name, str(blocked))
     assert cache_dir().parent == tmp_path / "tmp"
+    shared = cache_dir()
+    shared.chmod(0o777)  # as somebody else would leave it who has made it first, and filled it
+    assert cache_dir() != shared
+    shared.rename(tmp_path / "elsewhere")
+    shared.symlink_to(tmp_path / "elsewhere")
+    assert cache_dir() != shared
+    shared.unlink()
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pathlib.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError))
     assert cache_dir().parent == tmp_path / "tmp"
