@@ -1,6 +1,7 @@
 """Runs the jobs of a sweep. Each is the command one would type for it alone, in a process of its own, here or on a cluster."""
 
 import contextlib
+import datetime
 import os
 import pathlib
 import re
@@ -74,7 +75,8 @@ def run_jobs(
     Raises `MultirunError` at the end when not every job has succeeded, or at an interrupt; `ConfigError` for invalid parameters.
     """
     shares = _shares(at_once) if cluster == "local" else list[Share]([{}] * at_once)
-    executor = submitit.AutoExecutor(folder, cluster=cluster)
+    # Submitit names a job's files by its process id, which an earlier sweep in this folder may have had too, above all in containers.
+    executor = submitit.AutoExecutor(folder / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S_%f}", cluster=cluster)
     try:
         executor.update_parameters(**parameters)
     except (NameError, AssertionError) as error:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pathlib
+import pickle
 import re
 import signal
 import subprocess
@@ -47,6 +48,17 @@ def run(folder, names, skipped=(), cluster="local", parameters=None):
     before = [Job(9, name, [], folder, folder / "record" if name == "diverged" else None) for name in skipped]
     parameters = parameters or {"timeout_min": 1}
     run_jobs(jobs, before, folder=folder / "submitit", cluster=cluster, at_once=3, parameters=parameters, say=print)
+
+
+@pytest.mark.faults
+def test_a_result_of_an_earlier_sweep_with_the_same_process_ids_is_not_taken(tmp_path, monkeypatch):
+    """In a container, ids repeat from start to start."""
+    monkeypatch.setitem(JOBS, "lost", "import os, signal; os.kill(os.getppid(), signal.SIGKILL)")
+    (tmp_path / "submitit").mkdir()
+    for number in range(os.getpid(), os.getpid() + 2000):
+        (tmp_path / "submitit" / f"{number}_0_result.pkl").write_bytes(pickle.dumps(("success", 0)))
+    with pytest.raises(MultirunError, match="job 0: lost"):
+        run(tmp_path, ["lost"])
 
 
 def test_jobs_that_fail_leave_the_others_to_finish(tmp_path, monkeypatch, capsys):
