@@ -24,6 +24,7 @@ from llama_eqx import compose
 from llama_eqx.advice import check_flags
 from llama_eqx.errors import ConfigError, StorageError, UserError, first_line, unknown_option
 from llama_eqx.extensions import folders
+from llama_eqx.writer import refuse_links
 
 # The system's errors for a place that cannot be written: full, read-only, not ours, or not there.
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
@@ -128,6 +129,7 @@ def _logged(job: Callable[[Any, list[str]], None], config: Any, overrides: list[
         return job(config, overrides)
     try:
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        refuse_links(pathlib.Path(folder))
         log = Log(pathlib.Path(folder, log_file))
     except OSError as error:
         what = f"cannot write: {error.strerror}"

@@ -48,13 +48,14 @@ def held(run_dir: str | os.PathLike[str]) -> Iterator[None]:
 
     Takes over the lock of a dead holder: at once if it was on this machine, else after `SILENT` seconds without a sign of life.
 
-    Raises `ConfigError` naming the holder if it lives: at once on this machine, at its next heartbeat on another; `StorageError` when
-    nothing can be written there.
+    Raises `ConfigError` naming the holder if it lives: at once on this machine, at its next heartbeat on another; and as `refuse_links`
+    does. Raises `StorageError` when nothing can be written there.
     """
     folder, over = pathlib.Path(run_dir), threading.Event()
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            refuse_links(folder)
             file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             stack.callback(os.close, file)
             try:
@@ -77,6 +78,21 @@ def held(run_dir: str | os.PathLike[str]) -> Iterator[None]:
             beating.join()
             with contextlib.suppress(OSError):  # a disk that is full or gone: the lock is free all the same
                 _write(file, {})
+
+
+def refuse_links(folder: pathlib.Path) -> None:
+    """Raises `ConfigError` for a link in a run directory to a file elsewhere, which a run that writes here would overwrite. A link to a folder
+    or a device is a choice of whoever runs here.
+    """
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        to = pathlib.Path(os.path.realpath(path))
+        if path.is_symlink() and (path.is_file() or not path.exists()) and not to.is_relative_to(os.path.realpath(folder)):
+            raise ConfigError(
+                f"a link that leads out of the run directory, to {to}",
+                where=str(path),
+                kept="what it leads to was not opened",
+                next="remove the link or put the file itself there, or give another run_dir",
+            )
 
 
 def holder(run_dir: str | os.PathLike[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from llama_eqx.interop.files import carried
 from llama_eqx.interop.huggingface import CONFIG, INDEX, SINGLE, weight_files
 from llama_eqx.interop.pretrained import load_pretrained
 from llama_eqx.tracking.wandb import _id
+from llama_eqx.writer import held
 
 NAMES = [
     "../secret",
@@ -109,6 +110,33 @@ def test_links_among_the_files_of_a_model(folder, name):
 def test_the_name_of_an_option(group, option):
     with pytest.raises(ConfigError, match=f"{group} has no option"):
         load_config(f"{group}={option}")
+
+
+@pytest.mark.parametrize("name", [".writer", "log.txt", "metrics.jsonl", ".config.yaml.unfinished", "wandb/about.json"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_a_run_directory(folder, typed, name, there):
+    """A run would write what it leads to."""
+    to, run_dir = folder.parent / ("secret" if there else "new"), folder.parent / "run"
+    (run_dir / name).parent.mkdir(parents=True)
+    (run_dir / name).symlink_to(to)
+    with pytest.raises(ConfigError, match="a link that leads out of the run directory"), held(run_dir):
+        pass
+    code, _, said = typed("train", f"run_dir={run_dir}", job=lambda config, overrides: None)
+    assert (code, said.splitlines()[1]) == (2, f"where: {run_dir / name}")
+    assert to.exists() == there
+    assert (folder.parent / "secret").stat().st_size == len("secret")
+
+
+def test_links_that_a_run_directory_may_have(folder):
+    """To a folder on a larger disk, and those that W&B makes."""
+    (folder / "a" / "debug.log").symlink_to("../own")
+    (folder / "own").write_text("")
+    (folder / "checkpoints").symlink_to(folder.parent)
+    (folder / "link").unlink()
+    (folder / "loop").unlink()
+    (folder / "linked").unlink()
+    with held(folder):
+        pass
 
 
 @pytest.mark.parametrize("known", ["../../evil", "/tmp/evil", "a b", ""])
