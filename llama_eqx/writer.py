@@ -81,8 +81,8 @@ def held(run_dir: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def refuse_links(folder: pathlib.Path) -> None:
-    """Raises `ConfigError` for a link in a run directory to a file elsewhere, which a run that writes here would overwrite. A link to a folder
-    or a device is a choice of whoever runs here.
+    """Raises `ConfigError` for a link in a run directory to a file elsewhere, which a run that writes here would overwrite. A link to a
+    folder or a device is a choice of whoever runs here.
     """
     for path in (*folder.glob("*"), *folder.glob("*/*")):
         to = pathlib.Path(os.path.realpath(path))
