@@ -59,7 +59,7 @@ def held(run_dir: str | os.PathLike[str]) -> Iterator[None]:
             file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             stack.callback(os.close, file)
             try:
-                locked, before = lock(file), _read(file)
+                locked, before = _locked(file), _read(file)
             except BlockingIOError:
                 raise _refusal(folder, _read(file)) from None
             if before and (not locked or before.get("machine") != machine()) and not _silent(folder, file):
@@ -107,7 +107,7 @@ def occupant(run_dir: str | os.PathLike[str]) -> str:
     with contextlib.suppress(OSError), pathlib.Path(run_dir, LOCK).open("rb") as file:
         holder = _read(file.fileno())
         try:
-            known = lock(file) and holder.get("machine") == machine()
+            known = lock(file, fcntl.LOCK_SH) and holder.get("machine") == machine()
         except BlockingIOError:
             return _described(holder)
         if holder and not known and abs(_age(pathlib.Path(run_dir), file.fileno())) < SILENT:
@@ -123,18 +123,27 @@ def machine() -> str:
         return socket.gethostname()
 
 
-def lock(file: int | IO) -> bool:
+def lock(file: int | IO, kind: int = fcntl.LOCK_EX) -> bool:
     """Locks an open file until it is closed. Returns False if the file system has no locks.
 
-    Raises `BlockingIOError` when another process has the lock.
+    Raises `BlockingIOError` when another process has the lock. Several may have a `LOCK_SH`, for which NFS lets a file be open to read.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         return False
     return True
+
+
+def _locked(file: int) -> bool:
+    """Locks as `lock` does, and tries again for a moment: `occupant` has the lock while it looks."""
+    for _ in range(10):
+        with contextlib.suppress(BlockingIOError):
+            return lock(file)
+        time.sleep(0.02)
+    return lock(file)
 
 
 def _silent(folder: pathlib.Path, file: int) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -179,3 +181,15 @@ def test_a_process_that_has_an_older_copy_of_the_run_directory_does_not_share_it
         identity.check_shared(tmp_path / "run")
         with pytest.raises(StorageError, match="does not see the files that process 0 writes"):
             identity.check_shared(tmp_path / "copy")
+
+
+def test_whoever_looks_who_writes_is_not_taken_for_a_writer(tmp_path):
+    """Sweeps that wait for a run look five times a second, and a restarted run must not be refused for it."""
+    with held(tmp_path):
+        pass
+    with (tmp_path / LOCK).open("rb") as looking:
+        writer.lock(looking, fcntl.LOCK_SH)  # as `occupant` does
+        assert writer.occupant(tmp_path) == ""
+        threading.Timer(0.05, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with held(tmp_path):
+            assert writer.occupant(tmp_path).startswith(f"process {os.getpid()} on ")
