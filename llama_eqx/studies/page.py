@@ -2,6 +2,7 @@
 
 import html
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ class Page:
         self._html.append(f"<table><tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>{cells}</table>")
 
     def figure(self, name: str, made: Figure | None, alternative: str) -> None:
+        name = re.sub(r"\W+", "_", name)  # it names a file, and a metric's may have a slash
         if made is not None:
             self._figures.append((name, made))
             self._markdown.append(f"![{alternative}]({name}.png)")

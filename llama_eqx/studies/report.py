@@ -106,7 +106,7 @@ def final(config: ReportConfig, question: str) -> Report:
             page.heading(f"Dose and response: {name}")
             contrasts = (registration.all_contrasts()[contrast] for contrast in doses)
             against = list(dict.fromkeys(arm for contrast in contrasts for arm, weight in contrast.items() if weight < 0))
-            page.figure(name.replace(" ", "_"), plots.doses(name, points, registration.margin, against), f"difference over {name}")
+            page.figure(name, plots.doses(name, points, registration.margin, against), f"difference over {name}")
     if by_position := {arm: _by_position(of) for arm, of in arms.items() if _by_position(of)}:
         page.heading("Loss by position in the row")
         page.figure("positions", plots.buckets(by_position), "loss by position")

@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from llama_eqx import load_config
 from llama_eqx.checkpoint.manifest import MANIFEST, _own_digest, verify
@@ -15,6 +17,7 @@ from llama_eqx.errors import CheckpointError, ConfigError, DataError
 from llama_eqx.interop.files import carried
 from llama_eqx.interop.huggingface import CONFIG, INDEX, SINGLE, weight_files
 from llama_eqx.interop.pretrained import load_pretrained
+from llama_eqx.studies.page import Page
 from llama_eqx.tracking.wandb import _id
 from llama_eqx.writer import held
 
@@ -143,3 +146,16 @@ def test_links_that_a_run_directory_may_have(folder):
 def test_the_id_of_a_wandb_run(tmp_path, known):
     (tmp_path / "wandb_id").write_text(known)
     assert _id(tmp_path / "wandb_id").isalnum()
+
+
+@pytest.mark.parametrize("name", ["../secret", "a/b", "/nowhere/x"])
+def test_the_picture_of_a_metric_in_a_report(folder, name):
+    """`metrics.jsonl` and `prereg.yaml` name what is drawn."""
+    before = {*folder.parent.rglob("*")}
+    page = Page("title")
+    page.figure(name, Figure(), "picture")
+    page.write(folder / "a", "report")
+    picture = re.sub(r"\W+", "_", name) + ".png"
+    assert {path.name for path in {*folder.parent.rglob("*")} - before} == {"report.md", "report.html", picture}
+    assert (folder / "a" / picture).exists()
+    assert f"({picture})" in (folder / "a" / "report.md").read_text()
