@@ -33,7 +33,7 @@ LAYERS = [  # highest first; a module belongs to its longest prefix
     ],
     ["diagnosis", "evaluation"],
     ["generation", "interop"],
-    ["checkpoint", "tracking", "data"],
+    ["checkpoint", "tracking", "data", "training.evaluation"],
     ["training", "tracing"],
     ["model.llama"],
     ["model"],

@@ -70,8 +70,7 @@ def check_registered(config: RunConfig) -> None:
         return
     question, arm, length = config.study.question, config.study.arm, config.train.seq_len
     registration = load_registration(question)
-    losses = ["val/loss", *(f"val/{name}/loss" for name in config.eval_data)]
-    losses += [f"val/loss_at_{position}" for position in (0, *(1 << n for n in range((length - 1).bit_length())))]
+    losses = config.losses + [f"val/loss_at_{position}" for position in (0, *(1 << n for n in range((length - 1).bit_length())))]
     if (metric := registration.metric) not in losses:
         where = str(folder(question) / "prereg.yaml")
         raise ConfigError(f"no evaluation of {arm} gives {metric}", where=where, next=nearest(metric, losses))

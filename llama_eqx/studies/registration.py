@@ -70,7 +70,7 @@ class Registration(Config):
             raise ConfigError(
                 f"{self.metric} is no loss in nats per token",
                 where="metric",
-                next="metric: val/loss, or val/loss_at_64 of one position, or val/NAME/loss of an eval_data.NAME",
+                next="metric: val/loss, or val/loss_at_64 of one position, or val/NAME/loss of a component or an eval_data.NAME",
             )
         for name, contrast in self.all_contrasts().items():
             for arm in contrast:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
 from llama_eqx.batch import Batch
+from llama_eqx.data.rows import Rows
 from llama_eqx.errors import DataError
 from llama_eqx.model.llama import Llama
 from llama_eqx.sharding import Layout
@@ -105,7 +106,8 @@ def by_position(sums: Sums) -> dict[int, float]:
 
 class Evaluation(NamedTuple):
     """`loss` is in nats per token; `bits_per_byte` compares models whatever their tokenizers; `accuracy` is the fraction of targets that
-    are the most probable token; `tokens` were counted. `by_position[p]` is the loss of those predicted from positions p to 2p - 1.
+    are the most probable token; `tokens` were counted. `by_position[p]` is the loss of those predicted from positions p to 2p - 1, and
+    `by_source[n]` that of the rows of source n.
     """
 
     loss: float
@@ -113,22 +115,37 @@ class Evaluation(NamedTuple):
     accuracy: float
     tokens: int
     by_position: dict[int, float]
+    by_source: dict[int, float]
 
-    def metrics(self) -> dict[str, float]:
-        """The metrics by their names in `metrics.jsonl`."""
+    def metrics(self, sources: Sequence[str]) -> dict[str, float]:
+        """The metrics by their names in `metrics.jsonl`. `sources` are the names of the rows' sources; "" has no loss of its own."""
         by_position = {f"val/loss_at_{position}": loss for position, loss in self.by_position.items()}
-        return {"val/loss": self.loss, "val/bits_per_byte": self.bits_per_byte, "val/accuracy": self.accuracy, **by_position}
+        by_source = {f"val/{sources[n]}/loss": loss for n, loss in self.by_source.items() if sources[n]}
+        whole = {"val/loss": self.loss, "val/bits_per_byte": self.bits_per_byte, "val/accuracy": self.accuracy}
+        return whole | by_position | by_source
 
 
-def make_evaluate(score: Score) -> Callable[[Llama, Iterable[Batch], float], Evaluation]:
+def make_evaluate(score: Score) -> Callable[[Llama, Iterable[Batch], Rows], Evaluation]:
     scored = eqx.filter_jit(score)
 
-    def evaluate(model: Llama, batches: Iterable[Batch], bytes_per_token: float) -> Evaluation:
-        """Averages over every target that the masks count. The context of each is the tokens before it in its row."""
-        sums = Sums(BUCKETS)
+    def evaluate(model: Llama, batches: Iterable[Batch], rows: Rows) -> Evaluation:
+        """Averages over every target that the masks count, in `batches` of all `rows`. The context of each is the tokens before it in its
+        row.
+        """
+        last, numbers = len(rows) - 1, itertools.count()
+        sums, of_sources = Sums(BUCKETS), Sums(rows.source(last) + 1)
         for scores in fetched(scored(model, batch) for batch in batches):
             sums.add(bucket(scores.positions), scores)
+            sources = [rows.source(min(next(numbers), last)) for _ in scores.nats]  # what fills the last batch has no weight
+            of_sources.add(np.broadcast_to(np.array(sources)[:, None], scores.nats.shape), scores)
         loss = sums.loss()
-        return Evaluation(loss, loss / math.log(2) / bytes_per_token, sums.accuracy(), round(math.fsum(sums.weights)), by_position(sums))
+        return Evaluation(
+            loss=loss,
+            bits_per_byte=loss / math.log(2) / (rows.bytes / rows.targets),
+            accuracy=sums.accuracy(),
+            tokens=round(math.fsum(sums.weights)),
+            by_position=by_position(sums),
+            by_source={n: float(of_sources.losses[n]) for n in np.flatnonzero(of_sources.weights).tolist()},
+        )
 
     return evaluate

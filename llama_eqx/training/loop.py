@@ -99,7 +99,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
     device_kind = layout.mesh.devices.flat[0].device_kind
 
     def evaluate(model: Llama, rows: Rows) -> Evaluation:
-        return evaluate_on(model, validation_batches(rows, batch_sharding, batch_size=size), rows.bytes / rows.targets)
+        return evaluate_on(model, validation_batches(rows, batch_sharding, batch_size=size), rows)
 
     def is_due(step: int) -> bool:
         return step % config.train.eval_every == 0 or step == steps
@@ -164,7 +164,7 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                     evaluation = evaluate(state.model, data.val)
                     apart = {f"val/{name}/loss": evaluate(state.model, rows).loss for name, (rows, _) in others.items()}
                     pictures = draw(state.model)
-                measured = evaluation.metrics() | apart
+                measured = evaluation.metrics(data.names) | apart
                 tracker.log(done, {"tokens": progress.tokens, "flops": reporter.flops(done)} | measured)  # perhaps its step's only record
                 for name, picture in pictures.items():
                     tracker.picture(done, name, picture)

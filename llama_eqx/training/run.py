@@ -107,7 +107,7 @@ class RunConfig(Config):
                 where="init_new",
                 next="init_from=FOLDER, or leave init_new out",
             )
-        measured = ["val/loss", "val/bits_per_byte", *(f"val/{name}/loss" for name in self.eval_data)]
+        measured = [*self.losses, "val/bits_per_byte"]
         if self.checkpoint.keep_best and self.checkpoint.best_by not in measured:
             raise ConfigError(
                 f"no evaluation gives a {self.checkpoint.best_by} that is best where it is lowest",
@@ -122,6 +122,12 @@ class RunConfig(Config):
                 where="train.seq_len",
                 next=f"model.context={self.train.seq_len} makes room",
             )
+
+    @property
+    def losses(self) -> list[str]:
+        """What an evaluation records in nats per token of whole texts: of all, of each component of a mixture, and of `eval_data`."""
+        names = dict.fromkeys(name for name in (*self.data.sources(), *self.eval_data) if name)
+        return ["val/loss", *(f"val/{name}/loss" for name in names)]
 
 
 FINETUNE_WARMUP = 20  # steps, of recipe=finetune

@@ -110,6 +110,29 @@ def test_a_best_by_that_nothing_gives(wrong):
     assert "val/loss" in error.value.next
 
 
+def test_the_losses_of_a_mixture_by_component_are_those_of_each_text(tmp_path):
+    """Against the same texts as sets of their own, with rows of other sources in one batch and a last batch that is not full."""
+    sizes = {"layers": 1, "embed": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 48}
+    held_out = {"prose": 0.2, "code": 0.6}
+    texts = [("data.components.prose", "prose"), ("data.components.code", "code"), ("eval_data.a", "prose"), ("eval_data.b", "code")]
+    train(
+        load_config(
+            *(f"model.dims.{axis}={size}" for axis, size in sizes.items()),
+            *("data=mixture", "data@data.components.code=text", "data.weights.prose=0.7", "data.weights.code=0.3", "tokenizer=bytes"),
+            *("+data@eval_data.a=text", "+data@eval_data.b=text", "data.components.code.rows=packed", "eval_data.b.rows=packed"),
+            *("data.components.code.long_documents=cut", "eval_data.b.long_documents=cut"),
+            *(f"{where}.path={GOLDEN / 'text.md'}" for where, _ in texts),
+            *(f"{where}.validation_fraction={held_out[name]}" for where, name in texts),
+            *("tracking.wandb.mode=disabled", f"run_dir={tmp_path / 'run'}", "train.steps=1", "train.batch_size=8", "train.seq_len=32"),
+            *("train.sample_tokens=0", "checkpoint.keep_best=1", "checkpoint.best_by=val/code/loss"),
+        )
+    )
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["val/prose/loss"] == pytest.approx(last["val/a/loss"], rel=1e-6)
+    assert last["val/code/loss"] == pytest.approx(last["val/b/loss"], rel=1e-6)
+    assert last["val/prose/loss"] != pytest.approx(last["val/code/loss"], rel=1e-3)
+
+
 def test_pictures_of_the_model_at_work(run):
     """What is drawn is seen in the model of that step, here over eight devices."""
     run_dir, _, seen = run
