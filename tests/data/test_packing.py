@@ -84,11 +84,11 @@ def test_a_long_document_is_refused_or_cut(split):
 
 
 def test_rows_are_counted_and_kept_by_what_is_learned(split):
-    texts = split(documents(4, 3, 12), documents(5))
-    learned = split([[0, 0, 1, 1], [1, 0, 0], [0] * 9 + [1] * 3], [[0, 1, 0, 1, 0]], vocab=2)
+    texts = split(documents(4, 3, 12, 1), documents(1, 5, 1))
+    learned = split([[0, 0, 1, 1], [1, 0, 0], [0] * 9 + [1] * 3, [1]], [[1], [1, 1, 0, 1, 0], [1]], vocab=2)
     index = index_of(texts, learned=learned, fill="single", long_documents="cut")
-    # The second has only its first token marked, which is no target, and the first piece of the third none.
-    assert rows_of(index) == [[(0, 4)], [(15, 4)], [(19, 5)]]
+    # The second has only its first token marked, which is no target, and the first piece of the third none. Single tokens are no targets.
+    assert rows_of(index) == [[(0, 4)], [(15, 4)], [(21, 5)]]
     assert index.counted.tolist() == [2, 3, 2]
 
 
