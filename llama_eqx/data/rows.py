@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,11 +12,11 @@ from jaxtyping import Int, UInt
 
 from llama_eqx.batch import Batch
 from llama_eqx.data.packing import PackIndex
-from llama_eqx.data.shard import Edges, token_dtype
+from llama_eqx.data.shard import Edges, Shard, token_dtype
 from llama_eqx.data.shards import Split
 from llama_eqx.errors import DataError
 
-MAPS = 400  # shards mapped at once: each takes file descriptors
+MAPS = 200  # shards mapped at once, of all sources: each holds two file descriptors, and a process often has no more than 1024
 
 
 class Piece(NamedTuple):
@@ -267,7 +268,6 @@ class Tokens:
         self.split, self.dtype, self._window = split, token_dtype(split.shards[0].vocab), window
         self._firsts = np.cumsum([0, *(shard.tokens for shard in split.shards)])
         self._documents = np.cumsum([0, *(shard.documents for shard in split.shards)])
-        self._maps: dict[int, Mapped] = {}
 
     def windows(self, begins: Int[np.ndarray, " count"]) -> UInt[np.ndarray, "count window"]:
         """`window` ids from each of `begins` on, zeros where it is negative. Raises as `check` does."""
@@ -330,13 +330,7 @@ class Tokens:
         return shards, begins - self._firsts[shards], begins + lengths <= self._firsts[shards + 1]
 
     def _map(self, shard: int) -> "Mapped":
-        if shard not in self._maps:
-            if len(self._maps) == MAPS:
-                self._maps.clear()
-            ids, edges = self.split.shards[shard].ids(), Edges(self.split.shards[shard])
-            windows = np.lib.stride_tricks.sliding_window_view(ids, min(self._window, len(ids)))
-            self._maps[shard] = Mapped(ids, edges, windows)
-        return self._maps[shard]
+        return _mapped(self.split.shards[shard], self._window)
 
 
 class Mapped(NamedTuple):
@@ -345,6 +339,12 @@ class Mapped(NamedTuple):
     ids: np.ndarray
     edges: Edges
     windows: np.ndarray
+
+
+@functools.lru_cache(MAPS)
+def _mapped(shard: Shard, window: int) -> Mapped:
+    ids = shard.ids()
+    return Mapped(ids, Edges(shard), np.lib.stride_tricks.sliding_window_view(ids, min(window, len(ids))))
 
 
 def _segments(lines: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

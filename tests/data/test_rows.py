@@ -1,6 +1,7 @@
 """Rows against what a person would write down for them, document by document."""
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
@@ -126,6 +127,19 @@ def test_rows_are_functions_of_their_numbers(corpus, kind):
     assert rows.counted(numbers) == whole.loss_mask.sum() == rows.targets
     assert whole.tokens.dtype == whole.targets.dtype == (np.int32 if kind == "joined" else np.uint16)
     assert whole.loss_mask.dtype == np.float32
+
+
+def test_few_files_of_many_sources_are_open_at_once(split):
+    """A process often has no more than 1024 of them."""
+    (first,) = split([np.arange(20)]).shards
+    shards = [dataclasses.replace(first, path=first.path.with_name(f"{i}")) for i in range(600)]
+    for shard in shards:
+        for kind in shard.content:
+            shard.file(kind).hardlink_to(first.file(kind))
+    before = len(os.listdir("/dev/fd"))
+    joined = Joined([Windows(Split(tuple(part), "train"), 8) for part in (shards[:300], shards[300:])])
+    joined.read(np.arange(len(joined)))
+    assert len(os.listdir("/dev/fd")) - before < 900
 
 
 def test_joined_rows_are_segmented_when_some_are(corpus, split):
