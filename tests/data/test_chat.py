@@ -1,6 +1,7 @@
 """Conversations against the templates that Meta published, as transformers renders them."""
 
 import base64
+import re
 
 import pytest
 from hypothesis import assume, given, settings
@@ -208,6 +209,15 @@ def test_the_assistant_learns_its_answers_and_to_end_them(name, said, llama3):
     prompt, nothing = FORMATS[name].encode(TURNS[:2], tokenizer, generate=True)
     assert ids[: len(prompt)] == prompt
     assert not any(nothing)
+
+
+def test_an_id_that_spans_a_question_and_its_answer_is_learned(monkeypatch):
+    merged = lambda self, text: [300 if part == "] b" else ord(part) for part in re.findall(r"\] b|.", text)]  # noqa: E731
+    monkeypatch.setattr(BytesTokenizer, "encode", merged)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bcd"}]
+    ids, learn = FORMATS["llama2"].encode(messages, BytesTokenizer(), generate=False)
+    assert [i for i, learned in zip(ids, learn, strict=True) if learned] == [300, *map(ord, "cd "), BytesTokenizer.eos]
+    assert ids[:-5] == [BytesTokenizer.bos, *map(ord, "[INST] a [/INST")]
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])

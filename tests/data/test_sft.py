@@ -1,5 +1,6 @@
 """Conversations: what is learned of them, and what is wrong with a file of them."""
 
+import base64
 import dataclasses
 import gzip
 import json
@@ -11,7 +12,7 @@ from llama_eqx import load_config
 from llama_eqx.data.dataset import open_data
 from llama_eqx.data.sft import SftConfig
 from llama_eqx.data.shards import DELETE
-from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer
+from llama_eqx.data.tokenizer import BytesTokenizer, CharsTokenizer, TiktokenTokenizer
 from llama_eqx.errors import ConfigError, DataError
 
 TOKENIZER = BytesTokenizer()
@@ -187,3 +188,11 @@ def test_other_roles_are_other_data(sft):
     one, two = ([{"role": "system", "content": "x"}] * n + [{"role": "user", "content": "x"}] for n in (0, 1))
     identities = {sft([{"messages": [*turns, {"role": "assistant", "content": "y"}]}]).identity() for turns in (one, two)}
     assert len(identities) == 2
+
+
+def test_another_format_is_other_data(sft):
+    """Its fingerprint does not tell the chat format of a tokenizer."""
+    ranks = b"".join(base64.b64encode(bytes([i])) + f" {i}\n".encode() for i in range(256))
+    config = sft([{"prompt": "a", "response": "b"}] * 9)
+    longest = [opened(config, tokenizer=TiktokenTokenizer(ranks, chat=chat)).train.index.lengths.max() for chat in ("llama3", "llama3_1")]
+    assert longest[0] < longest[1]  # which has a system turn

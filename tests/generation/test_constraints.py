@@ -77,9 +77,10 @@ def test_repetition_penalty(history, penalty, temperature):
     assert_alike(ours(history, repetition_penalty=penalty, temperature=temperature), theirs(*reference))
 
 
-def test_presence_and_frequency_penalties(history):
-    """mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence, where c counts what was sampled."""
-    found = ours(history, presence_penalty=0.7, frequency_penalty=-0.4)
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_presence_and_frequency_penalties(history, temperature):
+    """mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence, where c counts what was sampled, before the temperature."""
+    found = ours(history, presence_penalty=0.7, frequency_penalty=-0.4, temperature=temperature) * (temperature or 1)
     for row in range(16):
         for j in range(97):
             c = ROWS[row, PROMPT:].tolist().count(j)
@@ -97,8 +98,10 @@ def test_order_matters():
 
 def test_nucleus_by_hand():
     logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
-    for p, kept in {0.4: [1], 0.6: [1, 3], 0.74: [1, 3], 0.8: [1, 2, 3], 0.95: [0, 1, 2, 3]}.items():
+    for p, kept in {1e-9: [1], 0.4: [1], 0.6: [1, 3], 0.74: [1, 3], 0.8: [1, 2, 3], 0.95: [0, 1, 2, 3]}.items():
         assert np.flatnonzero(np.isfinite(keep_top_p(logits, p=p))).tolist() == kept
+    powers = jnp.log(jnp.array([[0.125, 0.5, 0.125, 0.25]]))  # whose sums are exact
+    assert np.flatnonzero(np.isfinite(keep_top_p(powers, p=0.75))).tolist() == [1, 3]
 
 
 def test_equals_are_kept_together():

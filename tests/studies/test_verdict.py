@@ -35,6 +35,17 @@ def test_the_verdict(experiment):
     assert found["first"].sign_flip_p == 1 / 128  # the least that 8 signs can give
 
 
+def test_a_difference_within_the_margin_is_no_effect_however_sure(experiment):
+    _, add = experiment
+    for seed in range(8):
+        add("base", seed, 3.0)
+        add("worse", seed, 3.001 + 1e-6 * seed)
+    registration = load_registration("known")
+    found, *_ = findings(kept("known", "final", "1m"), registration)
+    assert max(found.p, found.sign_flip_p) < registration.alpha
+    assert found.verdict == "no effect"
+
+
 def test_the_words_follow_from_the_numbers(experiment):
     words = the().words
     assert "First: worse, +0.05" in words
@@ -104,7 +115,7 @@ def test_the_words_tell_which_runs_were_made_by_other_code(experiment):
 def test_without_controls_nothing_is_claimed_of_them(experiment):
     registration = load_registration("known")
     assert "\nThere is no positive control:" in in_words([], registration)
-    few = dataclasses.replace(registration, seeds=(0, 1, 2, 3, 4))
+    few = dataclasses.replace(registration, seeds=(0, 1, 2, 3, 4), alpha=0.0625)
     assert "With 5 seeds no difference can be shown, however large: the sign-flip test has no p below 0.0625." in in_words([], few)
     assert "can be shown" not in in_words([], dataclasses.replace(registration, seeds=(*range(6),)))
 
