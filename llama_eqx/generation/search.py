@@ -142,7 +142,7 @@ def _chosen(
     rows = jnp.take_along_axis(beam, go_on, axis=1) + beams * jnp.arange(prompts)[:, None]
     return Beams(
         cache=with_rows(state.cache, rows.reshape(-1)),
-        position=state.position[rows.reshape(-1)] + 1,
+        position=state.position + 1,  # the beams of a prompt are equally long
         limits=state.limits,
         running=jnp.take_along_axis(candidates, go_on[:, :, None], axis=1),
         running_scores=running_scores,
