@@ -12,7 +12,7 @@ from jaxtyping import Int, UInt
 
 from llama_eqx.batch import Batch
 from llama_eqx.data.packing import PackIndex
-from llama_eqx.data.shard import Edges, Shard, token_dtype
+from llama_eqx.data.shard import Edges, token_dtype
 from llama_eqx.data.shards import Split
 from llama_eqx.errors import DataError
 
@@ -329,8 +329,11 @@ class Tokens:
         shards = np.searchsorted(self._firsts[1:-1], begins, side="right")
         return shards, begins - self._firsts[shards], begins + lengths <= self._firsts[shards + 1]
 
+    @functools.lru_cache(MAPS)  # noqa: B019
     def _map(self, shard: int) -> "Mapped":
-        return _mapped(self.split.shards[shard], self._window)
+        """Kept for this object, so that a dataset that is opened again is read again."""
+        ids, edges = self.split.shards[shard].ids(), Edges(self.split.shards[shard])
+        return Mapped(ids, edges, np.lib.stride_tricks.sliding_window_view(ids, min(self._window, len(ids))))
 
 
 class Mapped(NamedTuple):
@@ -339,12 +342,6 @@ class Mapped(NamedTuple):
     ids: np.ndarray
     edges: Edges
     windows: np.ndarray
-
-
-@functools.lru_cache(MAPS)
-def _mapped(shard: Shard, window: int) -> Mapped:
-    ids = shard.ids()
-    return Mapped(ids, Edges(shard), np.lib.stride_tricks.sliding_window_view(ids, min(window, len(ids))))
 
 
 def _segments(lines: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -101,13 +101,18 @@ class Edges:
         self.of(np.repeat(begin - np.cumsum(counts) + counts, counts) + np.arange(counts.sum()))
 
 
-@functools.lru_cache(maxsize=400)  # each map holds a file descriptor, and a process often has no more than 1024
 def _mapped(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     try:
-        array = np.load(file, mmap_mode="r").view(np.ndarray)  # a plain array: slices of np.memmap are slow
+        now = file.stat()
+        array = _loaded(file, now.st_ino, now.st_mtime_ns)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"damaged token shard: {error}", where=str(file), next=AGAIN) from error
     if (array.shape, array.dtype) != (shape, dtype):
         what = f"{array.dtype} {list(array.shape)} in this file, but the index says {dtype} {list(shape)}"
         raise DataError(what, where=str(file), next=AGAIN)
     return array
+
+
+@functools.lru_cache(maxsize=400)  # each map holds a file descriptor, and a process often has no more than 1024
+def _loaded(file: Path, inode: int, written: int) -> np.ndarray:
+    return np.load(file, mmap_mode="r").view(np.ndarray)  # a plain array: slices of np.memmap are slow

@@ -142,6 +142,17 @@ def test_few_files_of_many_sources_are_open_at_once(split):
     assert len(os.listdir("/dev/fd")) - before < 900
 
 
+def test_a_dataset_that_is_opened_again_is_read_again(split):
+    """Another may have been prepared in its place, in the same notebook and with as many tokens."""
+    (shard,) = split([np.arange(20)]).shards
+    assert Windows(Split((shard,), "train"), 8).read(np.array([0])).tokens[0, 0] == 0
+    other = np.load(shard.file("ids")) + 7
+    shard.file("ids").unlink()
+    np.save(shard.file("ids"), other)
+    again = Split((dataclasses.replace(shard),), "train")
+    assert Windows(again, 8).read(np.array([0])).tokens[0, 0] == 7
+
+
 def test_joined_rows_are_segmented_when_some_are(corpus, split):
     windows, documents = Windows(split([np.arange(20)]), SEQ), Documents(corpus, SEQ)
     joined = Joined([windows, documents])
