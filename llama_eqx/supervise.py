@@ -50,7 +50,7 @@ def supervise(command: list[str], *, restarts: int, short: int) -> int:
         if child is not None and child.poll() is None:
             child.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, pass_on)
 
     started, in_a_row = 0, 0

@@ -11,14 +11,14 @@ from llama_eqx.errors import Stopped
 
 
 def leave_when_told() -> None:
-    """Makes SIGTERM, SIGUSR1 and SIGHUP end this process with 75 and a line that says so: outside of training nothing is to be saved.
+    """Makes a signal of a scheduler or a closed terminal end this process with 75 and a line: outside of training nothing is to be saved.
 
     A thread does it, since the main thread may be in C code, where Python runs no handler. `Preemption` takes over while it is entered.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signals = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
+    signals = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
     for number in signals:
         signal.signal(number, lambda *_: None)
 

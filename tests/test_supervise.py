@@ -20,7 +20,8 @@ with log.open("a") as file:
 n = len(log.read_text().splitlines())
 code = codes[min(n, len(codes)) - 1]
 if code == 1000:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda *_: sys.exit(75))
     log.with_suffix(".ready").touch()
     time.sleep(60)
 if code < 0:
@@ -55,15 +56,16 @@ def test_ends(tmp_path, codes, flags, starts, code, said):
     assert said in done.stderr
 
 
-def test_a_signal_is_passed_on_and_ends_it(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_is_passed_on_and_ends_it(tmp_path, number):
     supervisor = subprocess.Popen(command(tmp_path / "log", 1000), stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "log.ready").exists():
         time.sleep(0.02)
-    os.kill(supervisor.pid, signal.SIGTERM)
+    os.kill(supervisor.pid, number)
     _, said = supervisor.communicate(timeout=30)
     assert supervisor.returncode == 75
     assert (tmp_path / "log").read_text() == "start\n"
-    assert "after SIGTERM: not started again" in said
+    assert f"after {number.name}: not started again" in said
 
 
 def test_nothing_to_start():

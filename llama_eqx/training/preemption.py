@@ -21,8 +21,9 @@ from llama_eqx.meeting import PREEMPTED, end
 from llama_eqx.processes import once
 
 INTERRUPTED = 130
-# A scheduler's termination, SLURM's notice before it (`sbatch --signal=USR1@120`), a terminal that closes, and a person's Ctrl-C.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+# A scheduler's termination, SLURM's notice before it (`sbatch --signal=USR1@120`; submitit asks for USR2, and SLURM sends
+# it to every process of a job), a terminal that closes, and a person's Ctrl-C.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 
 
 class Preemption:

@@ -68,7 +68,7 @@ def told(phase, *signals, grace=60.0, seconds=0.0):
     return child.returncode, out, err
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
 def test_after_a_step(number):
     code, out, err = told("steps", number)
     assert code == (130 if number == signal.SIGINT else 75)
@@ -90,10 +90,14 @@ def test_before_the_first_step():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
-    [([], 75, "SIGTERM: nothing was being trained; exit code 75 (start me again)\n"), (["-m"], -signal.SIGTERM, "")],
+    ("arguments", "number", "code", "said"),
+    [
+        ([], signal.SIGTERM, 75, "SIGTERM: nothing was being trained; exit code 75 (start me again)\n"),
+        ([], signal.SIGUSR2, 75, "SIGUSR2: nothing was being trained; exit code 75 (start me again)\n"),
+        (["-m"], signal.SIGTERM, -signal.SIGTERM, ""),
+    ],
 )
-def test_while_it_is_imported(arguments, code, said, tmp_path):
+def test_while_it_is_imported(arguments, number, code, said, tmp_path):
     """A sweep does not say that nothing is being trained, as its jobs may be."""
     (tmp_path / "hydra.py").write_text("import hashlib\nprint('ready', flush=True)\nhashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**8)\n")
     places = os.pathsep.join(map(str, (tmp_path, pathlib.Path(__file__).parents[2])))
@@ -106,7 +110,7 @@ def test_while_it_is_imported(arguments, code, said, tmp_path):
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(number)
     assert child.communicate(timeout=50) == ("", said)
     assert child.returncode == code
 
