@@ -59,8 +59,14 @@ def test_after_one_failed_save_training_goes_on_and_after_two_it_stops(tmp_path,
         checkpoints.save(2, model, {"step": jnp.int32(4)})
         checkpoints.save(3, model, {"step": jnp.int32(3)})
         _, _, rest, _ = checkpoints.restore(abstract(model), abstract({"step": jnp.int32(0)}), step=2)
+        free = full_disk()
+        checkpoints.save(4, model, {"step": jnp.int32(4)})
+        checkpoints.wait()  # the save before it succeeded
+        assert said.pop().startswith("warning: step 4 could not be saved")
+        free()
+        checkpoints.save(4, model, {"step": jnp.int32(4)})
     assert int(rest["step"]) == 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
 
 
 def test_polling_waits_for_nothing_and_tells_of_a_failure(tmp_path, model, full_disk):
