@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import hashlib
+import math
 import os
 import pathlib
 import re
@@ -14,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import submitit
+from submitit.core.core import InfoWatcher
 from submitit.core.utils import FailedJobError
 
 from llama_eqx.config import nearest
@@ -21,6 +24,7 @@ from llama_eqx.errors import ConfigError, UserError, columns, first_line
 from llama_eqx.writer import occupant
 
 EVERY = 0.2  # seconds between two looks at the jobs
+AGAIN = 30.0  # seconds until SLURM is asked again to take a job that it has rejected
 CODES = {
     1: "ended by an error",
     2: "refused before it began",
@@ -49,6 +53,31 @@ class Job(NamedTuple):
 Share = Mapping[str, str | None]
 
 
+class Queue(InfoWatcher):
+    """The states of SLURM's jobs, from `squeue`; GONE if it has forgotten a job. Submitit's own watcher asks `sacct`: without accounting, a
+    job that was killed would never be over.
+    """
+
+    over = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT", "GONE")
+
+    def _make_command(self) -> list[str]:
+        return ["squeue", f"--user={os.getuid()}", "--states=all", "--noheader", "--format=%i %T"]
+
+    def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
+        text = string.decode() if isinstance(string, bytes) else string
+        listed = dict(line.split() for line in text.splitlines())
+        return {job: {"State": listed.get(job, "GONE")} for job in self._registered}
+
+    def get_state(self, job_id: str, mode: str = "standard") -> str:
+        return self.get_info(job_id, mode).get("State", "UNKNOWN")
+
+    def is_done(self, job_id: str, mode: str = "standard") -> bool:
+        return self.get_state(job_id, mode) in self.over
+
+
+submitit.SlurmJob.watcher = Queue(delay_s=60)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class MultirunError(UserError):
     """`code` is 75 when every job that is missing was preempted and would go on."""
 
@@ -75,27 +104,26 @@ def run_jobs(
     Raises `MultirunError` at the end when not every job has succeeded, or at an interrupt; `ConfigError` for invalid parameters.
     """
     shares = _shares(at_once) if cluster == "local" else list[Share]([{}] * at_once)
-    # Submitit names a job's files by its process id, which an earlier sweep in this folder may have had too, above all in containers.
-    executor = submitit.AutoExecutor(folder / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S_%f}", cluster=cluster)
-    try:
-        executor.update_parameters(**parameters)
-    except (NameError, AssertionError) as error:
-        where, what = "hydra.launcher.parameters", first_line(error)
-        if match := re.match(r"(Unknown argument '(?P<name>\w+)' for executor '(?P<prefix>\w+)').*Valid arguments: (?P<names>.*)", what):
-            names = [f"{match['prefix']}_{name}" for name in sorted(match["names"].split(", "))]
-            raise ConfigError(match[1], where=where, next=nearest(f"{match['prefix']}_{match['name']}", names)) from None
-        raise ConfigError(what, where=where) from None
-    waiting, running, ended = list(jobs), dict[Any, tuple[Job, float, Share]](), dict[int, int | str]()
+    executors = {job.number: _executor(folder, job, cluster, parameters) for job in jobs}
+    tasks = (parameters.get("nodes") or 1) * (parameters.get("tasks_per_node") or 1)
+    sent = _sent(executors, tasks) if cluster == "slurm" else {}
+    waiting, running, ended = (
+        sorted(jobs, key=lambda job: job.number not in sent),
+        dict[Any, tuple[Job, float, Share]](),
+        dict[int, int | str](),
+    )
     told = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if skipped:
         say(f"finished before: {_listed(skipped)}")
     diverged = [job for job in skipped if job.diverged]
     for job in diverged:
         say(f"job {job.number} ended without finite numbers: {job.label} (to make it again remove {job.diverged})")
-    told_of = set[int]()
+    told_of, retry = set[int](), 0.0
 
     def may_begin(job: Job) -> bool:
         folder = job.console.parent
+        if job.number in sent:
+            return True
         if (other := occupant(folder)) and job.number not in told_of:
             told_of.add(job.number)
             say(f"job {job.number} waits for {other}, which writes in {folder}")
@@ -103,23 +131,33 @@ def run_jobs(
 
     try:
         while waiting or running:
-            while shares and (job := next(filter(may_begin, waiting), None)):
-                waiting.remove(job)
-                share = shares.pop(0)
+            while shares and time.monotonic() >= retry and (job := next(filter(may_begin, waiting), None)):
                 job.console.parent.mkdir(parents=True, exist_ok=True)
-                running[_submitted(executor, job, share, cluster)] = job, time.monotonic(), share
-                say(f"job {job.number} begins: {job.label}")
+                begins = "begins" if cluster == "local" else f"is in SLURM's queue{' since an earlier start' * (job.number in sent)}"
+                try:
+                    handle = sent.pop(job.number, None) or _submitted(executors[job.number], job, shares[0], cluster)
+                except ConfigError as error:
+                    if not (running or ended):
+                        raise
+                    # It has taken others, so this is a limit. A job that is over, or of another sweep, may still count.
+                    retry = math.inf if running else time.monotonic() + AGAIN
+                    say(f"job {job.number} waits until SLURM takes it: {error.what}")
+                    break
+                waiting.remove(job)
+                running[handle] = job, time.monotonic(), shares.pop(0)
+                say(f"job {job.number} {begins}{f' as {handle.job_id}' * (cluster != 'local')}: {job.label}")
             time.sleep(EVERY)
             for handle in [handle for handle in running if handle.done()]:
                 job, begun, share = running.pop(handle)
                 shares.append(share)
+                retry = 0.0
                 code = ended[job.number] = _code(handle)
                 left = f"{len(ended) + len(skipped)} of {len(jobs) + len(skipped)} over"
                 say(f"job {job.number} {_said(code)} after {time.monotonic() - begun:,.0f} s: {left}")
     except (KeyboardInterrupt, SystemExit) as stop:
         does = "waits for what runs to save itself" if cluster == "local" else "cancels what runs, which saves itself"
         say(f"told to stop: {does} ({_listed([job for job, *_ in running.values()]) or 'nothing'})")
-        _stop(list(running), cluster)
+        _stop([*running, *sent.values()], cluster)
         if isinstance(stop, SystemExit):
             raise
         over, total = len(ended) + len(skipped), len(jobs) + len(skipped)
@@ -193,6 +231,35 @@ def _gpus() -> list[str]:
     return re.findall(r"^GPU \d+: .*\(UUID: ([\w-]+)\)", listed, re.MULTILINE)
 
 
+def _executor(folder: pathlib.Path, job: Job, cluster: str, parameters: Mapping[str, Any]) -> submitit.AutoExecutor:
+    """What submits a job. At SLURM, submitit's files lie where the same job of a later start looks for them. Here, each start has its own
+    place: the files have the names of process ids, which an earlier sweep in this folder may have had too, above all in containers.
+    """
+    same = hashlib.sha256(shlex.join(job.command).encode()).hexdigest()[:16]
+    place = folder / (f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S_%f}" if cluster == "local" else same)
+    executor = submitit.AutoExecutor(place, cluster=cluster)
+    try:
+        executor.update_parameters(**parameters)
+    except (NameError, AssertionError) as error:
+        where, what = "hydra.launcher.parameters", first_line(error)
+        if match := re.match(r"(Unknown argument '(?P<name>\w+)' for executor '(?P<prefix>\w+)').*Valid arguments: (?P<names>.*)", what):
+            names = [f"{match['prefix']}_{name}" for name in sorted(match["names"].split(", "))]
+            raise ConfigError(match[1], where=where, next=nearest(f"{match['prefix']}_{match['name']}", names)) from None
+        raise ConfigError(what, where=where) from None
+    return executor
+
+
+def _sent(executors: Mapping[int, submitit.AutoExecutor], tasks: int) -> dict[int, Any]:
+    """The jobs, by number, that an earlier start has sent to SLURM, each with so many tasks, and that are not over."""
+    found = {
+        number: [
+            submitit.SlurmJob(place.folder, path.name.partition("_")[0], range(tasks)) for path in place.folder.glob("*_submitted.pkl")
+        ]
+        for number, place in executors.items()
+    }
+    return {number: handle for number, handles in found.items() for handle in handles if not handle.done()}
+
+
 def _submitted(executor: submitit.AutoExecutor, job: Job, share: Share, cluster: str) -> Any:
     """Submits a job so that a terminal's Ctrl-C reaches none of submitit's processes, which would break off the job they watch.
 
@@ -210,7 +277,7 @@ def _submitted(executor: submitit.AutoExecutor, job: Job, share: Share, cluster:
 def _stop(handles: list[Any], cluster: str) -> None:
     """Stops the jobs; each run saves itself and ends. On a cluster, the scheduler ends them."""
     for handle in handles if cluster != "local" else []:
-        handle.cancel()
+        handle.cancel(check=False)  # scancel says it itself when it fails
     while cluster == "local" and (left := [handle for handle in handles if not handle.done()]):
         for handle in left:
             with contextlib.suppress(ProcessLookupError):
@@ -256,8 +323,8 @@ def _code(handle: Any) -> int | str:
     """The worst exit code of a job's processes, or how the job was lost."""
     try:
         return max(handle.results(), key=abs)
-    except Exception as error:
-        return f"lost: {type(error).__name__}"
+    except Exception:
+        return f"lost: {handle.state}"
 
 
 def _said(code: int | str) -> str:

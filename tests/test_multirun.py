@@ -40,14 +40,13 @@ JOBS = {
 }
 
 
-def run(folder, names, skipped=(), cluster="local", parameters=None):
+def run(folder, names, skipped=()):
     jobs = [
         Job(i, name, [sys.executable, "-c", JOBS.get(name, LATE), str(folder / name)], folder / name / "console.txt")
         for i, name in enumerate(names)
     ]
     before = [Job(9, name, [], folder, folder / "record" if name == "diverged" else None) for name in skipped]
-    parameters = parameters or {"timeout_min": 1}
-    run_jobs(jobs, before, folder=folder / "submitit", cluster=cluster, at_once=3, parameters=parameters, say=print)
+    run_jobs(jobs, before, folder=folder / "submitit", cluster="local", at_once=3, parameters={"timeout_min": 1}, say=print)
 
 
 @pytest.mark.faults
@@ -132,43 +131,6 @@ def test_when_all_that_is_missing_was_preempted_it_is_worth_starting_again(tmp_p
     with pytest.raises(MultirunError) as found:
         run(tmp_path, ["fine", "preempted"])
     assert found.value.code == 75
-
-
-SBATCH = """#!/bin/bash
-number=$((100 + $(ls $QUEUE | wc -l))); touch $QUEUE/$number; cp "${@: -1}" $QUEUE/script
-export SLURM_JOB_ID=$number SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 SLURM_NNODES=1 SLURM_NODEID=0 SLURM_JOB_NODELIST=here
-(bash "${@: -1}" > $QUEUE/$number.out 2>&1; echo COMPLETED > $QUEUE/$number) > /dev/null 2>&1 &
-echo Submitted batch job $number
-"""
-SRUN = """#!/bin/bash
-while [[ $1 == -* ]]; do [[ $1 == --output || $1 == --error ]] && shift; shift; done
-exec "$@"
-"""
-SACCT = """#!/bin/bash
-echo 'JobID|State|NodeList'; for job in $QUEUE/???; do echo "$(basename $job)|$(grep . $job || echo RUNNING)|here"; done
-"""
-
-
-def test_jobs_go_to_slurm(tmp_path, monkeypatch):
-    """Against programs that take SLURM's place: what is asked for reaches its script, and exit codes come back."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "queue").mkdir()
-    for name, content in (("sbatch", SBATCH), ("srun", SRUN), ("sacct", SACCT)):
-        (tmp_path / "bin" / name).write_text(content)
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("QUEUE", str(tmp_path / "queue"))
-    parameters = {"timeout_min": 90, "cpus_per_task": 3, "gpus_per_node": None, "slurm_partition": "gpus"}
-    with pytest.raises(MultirunError, match=r"1 ok, 1 failed \(job 1: exit code 5"):
-        run(tmp_path, ["fine", "raises"], cluster="slurm", parameters=parameters)
-    asked = (tmp_path / "queue" / "script").read_text()
-    assert "#SBATCH --partition=gpus" in asked
-    assert "#SBATCH --time=90" in asked
-    assert "#SBATCH --cpus-per-task=3" in asked
-    assert "gpus-per-node" not in asked
-    (tmp_path / "bin" / "sbatch").write_text("#!/bin/bash\necho sbatch: error: invalid partition >&2; exit 1")
-    with pytest.raises(ConfigError, match="sbatch: error: invalid partition"):
-        run(tmp_path, ["fine"], cluster="slurm", parameters=parameters)
 
 
 @pytest.mark.parametrize(
