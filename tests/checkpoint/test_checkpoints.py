@@ -306,7 +306,7 @@ def test_no_good_one_is_left(two_saved, model, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
 
 
-def test_an_empty_folder_is_no_checkpoint_and_its_step_can_be_saved(two_saved, model, tmp_path):
+def test_a_folder_without_a_manifest_is_no_checkpoint_and_its_step_can_be_saved(two_saved, model, tmp_path):
     folder = tmp_path / "a"
     shutil.copytree(two_saved, folder)
     (folder / "3").mkdir()
@@ -314,7 +314,7 @@ def test_an_empty_folder_is_no_checkpoint_and_its_step_can_be_saved(two_saved, m
     found, said = restored(folder, model)
     assert found.step == 2
     assert said == ["warning: step 3 is damaged: manifest.json: missing; step 2 is used"]
-    (folder / "3").mkdir()
+    (folder / "3" / "model").mkdir(parents=True)
     with Checkpoints(folder, TWO) as checkpoints:
         checkpoints.save(3, model, {"step": jnp.int32(3)})
     assert steps(folder) == [2, 3]

@@ -63,6 +63,14 @@ def test_with_dropout_another_microbatch_is_another_run(tmp_path, dropout):
         claim(load_config(*asked, "model.dropout=0", "model.block.dropout=0", dropout, "train.microbatch_size=2"), "", "")
 
 
+@pytest.mark.parametrize("change", ["loss.z_loss=1e-4", "guard.spike=5", "precision=mixed", "schedule.peak=1"])
+def test_a_run_that_computes_otherwise_is_another(tmp_path, change):
+    asked = ["tokenizer=bytes", f"run_dir={tmp_path}"]
+    claim(load_config(*asked), "", "")
+    with pytest.raises(CheckpointError, match=change.partition("=")[0]):
+        claim(load_config(*asked, change), "", "")
+
+
 def test_what_is_seldom_meant_is_warned_of():
     said = lambda *overrides: warnings(load_config("tokenizer=bytes", "model.dims.vocab=258", *overrides), BytesTokenizer())  # noqa: E731
     assert said() == []
