@@ -117,7 +117,8 @@ def test_eight_bits(models):
 def test_eight_bits_of_any_weights(dtype):
     """Within half a step, also where weights have fewer digits than steps; an output without weights stays at zero."""
     weight = (0.02 * jax.random.normal(jax.random.key(0), (64, 512))).at[0].set(0).at[1].multiply(1e-4).astype(dtype)
-    small = Int8.of(weight)
+    with jax.debug_nans(True):  # the integer that a NaN becomes is up to the device
+        small = Int8.of(weight)
     steps = np.asarray(weight, np.float64)[2:] / np.asarray(small.scale, np.float64)[2:, None]
     assert np.abs(np.asarray(small.values[2:], int) - steps).max() <= 0.5001
     assert (np.abs(np.asarray(small.values, int)).max(), small.scale.dtype) == (127, dtype)
