@@ -116,6 +116,7 @@ def test_what_is_not_there(experiment):
         ({"contrasts": {"a": {"worse": 1, "base": -0.5}}}, "sum to 0.5"),
         ({"contrasts": {"a": {"worse": 1, "bass": -1}}}, "did you mean base?"),
         ({"rates": [0.002, 0.001, 0.004]}, "rising"),
+        ({"rates": [0.001, 0.002]}, "three rates or more"),
         ({"tune_arms": []}, "without tune_arms every arm takes one rate"),
         ({"same_data": [["base", "worse"], ["noisy"]]}, "same, less in no group"),
         ({"margin": "small"}, "wanted float"),
@@ -165,7 +166,9 @@ def test_the_registration_in_the_guide(tmp_path, monkeypatch):
 def test_the_hash_is_of_what_is_said_and_not_of_how_it_is_written(experiment):
     folder, _ = experiment
     before, text = load_registration("known").hash(), (folder / "prereg.yaml").read_text()
-    (folder / "prereg.yaml").write_text("# a comment\n" + text)
+    known = yaml.safe_load(text)
+    turned = dict(reversed({**known, "contrasts": dict(reversed(known["contrasts"].items()))}.items()))
+    (folder / "prereg.yaml").write_text("# a comment\n" + yaml.safe_dump(turned, sort_keys=False))
     assert load_registration("known").hash() == before
     (folder / "prereg.yaml").write_text(text.replace("margin: 0.01", "margin: 0.02"))
     assert load_registration("known").hash() != before

@@ -42,7 +42,7 @@ def update(where, model, microbatch_size, meters=()):
 
     def loss(model, batch, key):
         objective, sums = plain(model, batch, key)
-        return objective, sums._replace(terms={"targets": (batch.targets * batch.loss_mask).sum()})
+        return objective, sums._replace(terms={"targets": (batch.targets * batch.loss_mask).sum(), "draws": jax.random.uniform(key)})
 
     step = make_step(optimizer, lambda step: jnp.float32(0.1), loss, where, microbatch_size, meters=meters)
     state = TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
@@ -68,13 +68,17 @@ def test_microbatches_add_up_to_the_batch(option, shape, microbatch_size, tiny):
     np.testing.assert_allclose(wanted_metrics["train/targets"], np.average(rows.targets, weights=rows.loss_mask), rtol=1e-5)
     for a, b in zip(gradient, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+    keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), number) for number in range(16 // microbatch_size)]
+    np.testing.assert_allclose(metrics["train/draws"] * rows.loss_mask.sum(), sum(map(jax.random.uniform, keys)), rtol=1e-5)
 
 
 def test_a_meter_may_give_several_numbers(tiny, monkeypatch):
-    norms = lambda model, gradient, update: {"embed": jnp.linalg.norm(gradient.embed), "layers": jnp.float32(1)}  # noqa: E731
+    norms = lambda model, gradient, update: {"embed": jnp.linalg.norm(gradient.embed), "before": jnp.linalg.norm(model.embed)}  # noqa: E731
     monkeypatch.setitem(METERS, "norms", norms)
-    metrics, gradient = update(layout("fsdp", 1, 1, 1, 1), build_model(tiny(), key=jax.random.key(0)), None, ("norms", "update_norm"))
-    assert {name for name in metrics if "norms" in name} == {"optim/norms/embed", "optim/norms/layers"}
+    model = build_model(tiny(), key=jax.random.key(0))
+    metrics, gradient = update(layout("fsdp", 1, 1, 1, 1), model, None, ("norms", "update_norm"))
+    assert {name for name in metrics if "norms" in name} == {"optim/norms/embed", "optim/norms/before"}
+    np.testing.assert_allclose(metrics["optim/norms/before"], np.linalg.norm(model.embed), rtol=1e-5)
     np.testing.assert_allclose(metrics["optim/norms/embed"], 10 * np.linalg.norm(gradient[0]), rtol=1e-5)
 
 
@@ -86,13 +90,13 @@ def test_a_meter_measures_a_model_of_any_size(name):
     assert eqx.filter_eval_shape(METERS[name], model, model, model).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("option", ["adamw", "lion"])
-def test_a_state_keeps_its_dtypes_and_the_step_is_compiled_once(option, tiny):
+@pytest.mark.parametrize(("option", "microbatch_size"), [("adamw", 8), ("lion", None)])
+def test_a_state_keeps_its_dtypes_and_the_step_is_compiled_once(option, microbatch_size, tiny):
     """Also in bfloat16, whose gradients are float32 where microbatches add up. Without a target that counts, a batch changes nothing."""
     compiled, where = [], layout("fsdp", 1, 4, 1, 1)
     config = load_config("precision.params=bfloat16", "precision.compute=bfloat16", f"optimizer={option}", "optimizer.weight_decay=0")
     optimizer, view = config.optimizer.build(), policy_view(config.precision, config.remat, where)
-    step = make_step(optimizer, lambda step: jnp.float32(0.1), config.loss.build(view, where), where, 8)
+    step = make_step(optimizer, lambda step: jnp.float32(0.1), config.loss.build(view, where), where, microbatch_size)
     model = cast(build_model(tiny(), key=jax.random.key(0)), "bfloat16")
     state = TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
     empty = eqx.tree_at(lambda b: b.loss_mask, batch(), jnp.zeros((16, 12)))
@@ -111,6 +115,7 @@ def test_a_state_keeps_its_dtypes_and_the_step_is_compiled_once(option, tiny):
         for new, old in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
             assert (new.dtype, new.sharding.is_equivalent_to(old.sharding, new.ndim)) == (old.dtype, True)
     assert metrics["optim/withheld"] == 0
+    assert {metric.dtype.name for metric in metrics.values()} == {"float32"}
     assert compiled.count((COMPILED, "jit(step)")) == 1
 
 
