@@ -75,12 +75,13 @@ def test_the_runs_of_a_sweep_side_by_side(tmp_path, monkeypatch):
             records[-1] |= {"tokens": 5120.0, "flops": 4.5e9}
             (folder / "provenance.jsonl").write_text('{"step": 0, "parameters": null}\n{"step": 10, "parameters": 1234}\n{"step": 20}\n')
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (sweep / "3" / "replay").mkdir()
-    (sweep / "3" / "replay" / "step-21.json").touch()
+    for name, step in (("2", 10), ("3", 20)):  # the first went on after it
+        (sweep / name / "replay").mkdir()
+        (sweep / name / "replay" / f"step-{step}.json").touch()
     written = report(load_config(f"runs=[{sweep.relative_to(tmp_path)}]", name="report"))
     assert written.words.splitlines()[:4] == [
         "2: validation loss 4.0000 at step 30",
-        "3: ended at step 21, as its numbers were not finite; validation loss 4.9000 at step 20",
+        "3: ended at step 20, as its numbers were not finite; validation loss 4.9000 at step 20",
         "10: validation loss 5.0000 at step 20; its record goes to step 20 of 30",
         f"Nothing was recorded in {sweep.relative_to(tmp_path) / '4'}: its console.txt says why.",
     ]
