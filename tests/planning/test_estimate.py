@@ -106,6 +106,32 @@ def test_what_the_host_keeps_takes_its_time(op):
     np.testing.assert_allclose(found.step - estimate(TEXT, SLICE).step, 32 * (moved / HOST_LINK - 1e6 / CLOCK), rtol=1e-6)
 
 
+def test_a_scatter_beside_a_permutation_and_the_dearer_of_two_branches():
+    """By its result, a reduce-scatter is a 16th of what it moves. A permutation has its own link."""
+    text = """HloModule step
+
+%short (a: bf16[256,4096]) -> bf16[256,4096] {
+  ROOT %a = bf16[256,4096]{1,0} fusion(), backend_config={"estimated_cycles":"1000"}
+}
+
+%long (b: bf16[256,4096]) -> bf16[256,4096] {
+  ROOT %b = bf16[256,4096]{1,0} fusion(), backend_config={"estimated_cycles":"9000"}
+}
+
+ENTRY %main (x: bf16[4096,4096]) -> bf16[256,4096] {
+  %x = bf16[4096,4096]{1,0} parameter(0)
+  %sent = (bf16[256,4096]{1,0}, bf16[256,4096]{1,0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %scattered = bf16[256,4096]{1,0} reduce-scatter(%x), replica_groups=mesh['a'=16] {'a'}, dimensions={0}
+  %come = bf16[256,4096]{1,0} collective-permute-done(%sent)
+  ROOT %chosen = bf16[256,4096]{1,0} conditional(%x, %come, %come), branch_computations={%long, %short}
+}
+"""
+    found = estimate(text, SLICE)
+    assert found.traffic["reduce-scatter", False].bytes == 4096 * 4096 * 2
+    assert 0 < found.traffic["collective-permute", True].seconds < GATHER
+    np.testing.assert_allclose(found.step, GATHER + 9000 / CLOCK, rtol=1e-6)
+
+
 def test_what_cannot_be_read_is_said():
     found = estimate(TEXT.replace("direction=LT", "direction=GT").replace("splash_mha_fwd", "my_kernel"), SLICE)
     assert [doubt.split(":")[0] for doubt in found.doubts] == ["loop loop", "kernel my_kernel_residuals.1"]
