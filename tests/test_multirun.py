@@ -292,6 +292,7 @@ def test_a_sweep_of_a_study_says_what_is_wrong_with_its_registration_and_which_r
     for metric in ("val/code/loss ", "val/loss_at_64 "):
         (folder / "prereg.yaml").write_text(text.replace("val/loss ", metric))
         assert sweep(*code)[0] == 0
+    assert sweep("train.seq_len=64")[0] == 2  # whose last position is 63
     (folder / "prereg.yaml").write_text(text)
     (folder / "tuned.yaml").write_text("1m: {swiglu: 0.004}")
     final = ["stage=final", "schedule.peak=0.005"]
