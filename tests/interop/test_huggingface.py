@@ -91,7 +91,7 @@ def test_dtype_on_request(folder, dtype):
     assert_same(load_pretrained(folder, dtype), cast(build(SIZES), jnp.dtype(dtype).name))
 
 
-@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("layer", [0, SIZES["num_hidden_layers"] - 1])
 def test_layers_filed_in_two_dtypes(folder, tmp_path, layer):
     tensors = load_file(folder / "model.safetensors")
     up = f"model.layers.{layer}.mlp.up_proj.weight"
