@@ -92,7 +92,7 @@ def test_the_runs_of_a_sweep_side_by_side(tmp_path, monkeypatch):
     page = written.files[0].read_text()
     assert "| validation loss 5.0000 at step 20; its record goes to step 20 of 30 | 1,234 | 5,120 | 4.5e+09 | 80 |" in page
     assert (
-        "| 3 | seed: 2 -> 3 | ended at step 21, as its numbers were not finite; validation loss 4.9000 at step 20 |  |  |  | 80 |" in page
+        "| 3 | seed: 2 -> 3 | ended at step 20, as its numbers were not finite; validation loss 4.9000 at step 20 |  |  |  | 80 |" in page
     )
 
 
