@@ -35,7 +35,7 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """
     try:
         file, root = (folder / name).resolve(), folder.resolve()
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # whoever opens it says so
             file.stat()
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or not a file name at all
         raise CheckpointError(f"{name[:80]!r} is no file: {error}", where=str(folder)) from None
