@@ -130,17 +130,19 @@ def measure(opened: Opened, rows: Sliding, name: str, *, position_offset: int = 
 def half_width(nats: np.ndarray, weights: np.ndarray, confidence: float = 0.95) -> float:
     """Half the width of a confidence interval of the mean `sum(nats) / sum(weights)` over clusters whose members are alike.
 
-    The mean is a ratio of two sums over clusters. Its variance is that of the linearised ratio (Cochran, 1977, "Sampling Techniques",
-    section 6.3), which is the cluster-robust variance CR1 of Liang and Zeger, 1986. The quantiles are those of Student's t with one degree
-    of freedom less than there are clusters. NaN for a single cluster.
+    The mean is that of a regression on a constant. Its variance (CR2) and the degrees of freedom of Student's t are those of Bell and
+    McCaffrey (2002, Survey Methodology 28): the more the clusters differ in size, the wider is the interval. NaN for a single cluster.
     """
-    used = weights > 0
-    nats, weights, count = nats[used], weights[used], int(used.sum())
-    if count < 2:
+    nats, weights = nats[weights > 0], weights[weights > 0]
+    if len(nats) < 2:
         return math.nan
-    residuals = nats - nats.sum() / weights.sum() * weights
-    error = math.sqrt(count / (count - 1) * math.fsum(residuals**2)) / math.fsum(weights)
-    return float(stdtrit(count - 1, (1 + confidence) / 2)) * error
+    total = math.fsum(weights)
+    shares = weights / total
+    residuals = nats - nats.sum() * shares
+    error = math.sqrt(math.fsum(residuals**2 / (1 - shares))) / total
+    odds = shares**2 / (1 - shares)
+    freedom = 1 / (math.fsum(shares**2) + math.fsum(odds) ** 2 - math.fsum(odds**2))
+    return float(stdtrit(freedom, (1 + confidence) / 2)) * error
 
 
 def _unseen(rows: Sliding, tokenizer: Tokenizer) -> int:

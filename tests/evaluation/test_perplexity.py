@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from llama_eqx import load_config, load_pretrained, save_pretrained
@@ -108,29 +109,38 @@ def test_an_interval_over_windows_where_documents_are_few(hf_model, corpus):
 
 
 def test_the_interval_is_the_sandwich_of_a_regression_on_a_constant():
+    """By the matrices of Bell and McCaffrey, for every token."""
     rng = np.random.default_rng(0)
-    sizes = rng.integers(1, 30, 25)
-    groups = np.repeat(np.arange(25), sizes)
-    y = rng.normal(size=25)[groups] + rng.normal(size=len(groups))
-    x = np.ones((len(y), 1))
-    bread = np.linalg.inv(x.T @ x)
-    residuals = y - x @ (bread @ x.T @ y)
-    scores = np.stack([x[groups == g].T @ residuals[groups == g] for g in range(25)])
-    variance = bread @ (scores.T @ scores * 25 / 24) @ bread
-    assert half_width(np.bincount(groups, y), np.bincount(groups).astype(float)) == pytest.approx(
-        2.0639 * math.sqrt(variance[0, 0]), rel=1e-4
-    )
+    groups = np.repeat(np.arange(8), [1, 2, 3, 5, 8, 13, 21, 90])
+    y, n = rng.normal(size=8)[groups] + rng.normal(size=len(groups)), len(groups)
+    left = np.eye(n) - np.full((n, n), 1 / n)  # takes a token to its residual
+    scores = np.stack([row_of(left, groups == g) for g in range(8)])
+    products = scores @ scores.T
+    freedom = np.trace(products) ** 2 / (products**2).sum()
+    error = math.sqrt(((scores @ y) ** 2).sum()) / n
+    wanted = stats.t.ppf(0.975, freedom) * error
+    assert half_width(np.bincount(groups, y), np.bincount(groups).astype(float)) == pytest.approx(wanted)
+    alike = rng.normal(size=(9, 4))
+    low, high = stats.ttest_1samp(alike.mean(1), 0).confidence_interval()
+    assert half_width(alike.sum(1), np.full(9, 4.0)) == pytest.approx((high - low) / 2)
     assert math.isnan(half_width(np.array([3.0]), np.array([2.0])))
 
 
-def test_the_interval_covers_the_mean_as_often_as_it_says():
+def row_of(left, group):
+    """What takes all tokens to the sum of a cluster's residuals, corrected by the inverse square root of the cluster's block of `left`."""
+    values, vectors = np.linalg.eigh(left[np.ix_(group, group)])
+    return (vectors / np.sqrt(values) @ vectors.T @ left[group]).sum(0)
+
+
+@pytest.mark.parametrize("spread", [0, 1])  # of the logarithm of the documents' sizes; files of source code have 1.5
+def test_the_interval_covers_the_mean_as_often_as_it_says(spread):
     rng = np.random.default_rng(1)
-    trials, hits = 1000, 0
+    trials, hits = 2000, 0
     for _ in range(trials):
-        sizes = rng.integers(5, 40, 30)
-        totals = sizes * rng.normal(size=30) + np.sqrt(sizes) * rng.normal(size=30)  # the mean is 0; tokens of a document are alike
-        hits += abs(totals.sum() / sizes.sum()) < half_width(totals, sizes.astype(float))
-    assert 0.92 < hits / trials < 0.97
+        sizes = np.ceil(np.exp(rng.normal(5, spread, 12)))
+        totals = sizes * rng.normal(size=12) + np.sqrt(sizes) * rng.normal(size=12)  # the mean is 0; tokens of a document are alike
+        hits += abs(totals.sum() / sizes.sum()) < half_width(totals, sizes)
+    assert 0.93 < hits / trials < 0.97
 
 
 def test_the_command_and_its_file(hf_model, corpus, monkeypatch, tmp_path, typed):
