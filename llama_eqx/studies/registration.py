@@ -72,10 +72,19 @@ class Registration(Config):
                 where="metric",
                 next="metric: val/loss, or val/loss_at_64 of one position, or val/NAME/loss of a component or an eval_data.NAME",
             )
+        if not (0 < self.alpha < 0.5 and self.margin > 0):
+            raise ConfigError("alpha must lie between 0 and 0.5, and the margin above 0", where="alpha, margin")
+        lists = {name: getattr(self, name) for name in ("arms", "tune_arms", "rates", "tune_seeds", "seeds")}
+        lists["contrasts and controls"] = (*self.contrasts, *self.negative_controls, *self.positive_controls)
+        for where, names in lists.items():
+            if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
+                raise ConfigError(f"{twice} is there twice", where=where)
         for name, contrast in self.all_contrasts().items():
             for arm in contrast:
                 self.known(arm, f"{name}.{arm}")
-            if abs(sum(contrast.values())) > 1e-9:
+            if not contrast or not all(contrast.values()):
+                raise ConfigError("a contrast is of arms, none with a weight of 0", where=name)
+            if not abs(sum(contrast.values())) <= 1e-9:  # NaN too
                 raise ConfigError(f"the weights sum to {sum(contrast.values())}, not 0", where=name)
         for name, doses in self.doses.items():
             for contrast in doses:

@@ -115,6 +115,14 @@ def test_what_is_not_there(experiment):
     [
         ({"contrasts": {"a": {"worse": 1, "base": -0.5}}}, "sum to 0.5"),
         ({"contrasts": {"a": {"worse": 1, "bass": -1}}}, "did you mean base?"),
+        ({"contrasts": {"a": {"worse": 0, "base": 0}}}, "none with a weight of 0"),  # all its differences would be 0, and so no effect
+        ({"contrasts": {"a": {}}}, "none with a weight of 0"),
+        ({"contrasts": {"a": {"worse": float("nan"), "base": 1}}}, "sum to nan"),
+        ({"contrasts": {"again": {"worse": 1, "base": -1}}}, "again is there twice\nwhere: experiments/known/prereg.yaml: contrasts and c"),
+        ({"seeds": [0, 0, 1, 2, 3, 4, 5]}, "0 is there twice"),
+        ({"arms": ["base", "worse", "same", "noisy", "less", "base"]}, "base is there twice"),
+        ({"alpha": 5.0}, "alpha must lie between 0 and 0.5"),
+        ({"margin": 0.0}, "the margin above 0"),
         ({"rates": [0.002, 0.001, 0.004]}, "rising"),
         ({"rates": [0.001, 0.002]}, "three rates or more"),
         ({"tune_arms": []}, "without tune_arms every arm takes one rate"),
