@@ -76,7 +76,8 @@ def final(config: ReportConfig, question: str) -> Report:
     check(runs, registration)
     complete(there, registration)
     found = findings(runs, registration)
-    words = "\n".join([in_words(found, registration), *(f"{remark[:1].upper()}{remark[1:]}." for remark in [*_codes(runs), *others])])
+    remarks = [*_codes(runs), *_machines(runs), *others]
+    words = "\n".join([in_words(found, registration), *(f"{remark[:1].upper()}{remark[1:]}." for remark in remarks)])
     arms = {arm: [run for run in runs if run.arm == arm] for arm in registration.arms if any(run.arm == arm for run in runs)}
 
     page = Page(f"{question} at {config.rung}")
@@ -124,10 +125,14 @@ def _row(finding: Finding) -> list[str]:
     name = finding.name if finding.role == "contrast" else f"{finding.name} ({finding.role})"
     pairs, verdict = str(len(finding.differences)), finding.verdict
     if finding.interval is None:
-        return [name, pairs, "", "", f"{finding.sign_flip_p:.4f} (signs)", "", f"{finding.p:.4f}", "", verdict]
+        return [name, pairs, "", "", f"{_p(finding.sign_flip_p)} (signs)", "", _p(finding.p), "", verdict]
     mean, low, high = finding.interval
-    numbers = [f"{p:.4f}" for p in (finding.sign_flip_p, finding.t_p, finding.p, finding.equivalence_p)]
+    numbers = map(_p, (finding.sign_flip_p, finding.t_p, finding.p, finding.equivalence_p))
     return [name, pairs, f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", *numbers, verdict]
+
+
+def _p(p: float) -> str:
+    return "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def _origins(runs: Sequence[Run]) -> list[list[str]]:
@@ -156,6 +161,21 @@ def _codes(runs: Sequence[Run]) -> list[str]:
     return remarks
 
 
+def _machines(runs: Sequence[Run]) -> list[str]:
+    """A remark if the runs of a seed, which make its pairs, were not all made on one kind of device by one JAX; it names those runs."""
+    found: dict[int, dict[str, list[Run]]] = {}
+    for run in runs:
+        kinds = (f"{each.get('computed', {}).get('kind')} with JAX {each.get('versions', {}).get('jax')}" for each in run.provenance)
+        found.setdefault(run.seed, {}).setdefault(" and ".join(dict.fromkeys(kinds)), []).append(run)
+    apart: dict[str, list[Run]] = {}
+    for made in found.values():
+        if len(made.keys() - {""}) > 1:
+            for machine, of in made.items():
+                apart.setdefault(machine, []).extend(of)
+    made_on = "; ".join(f"{machine} made {named(of)}" for machine, of in sorted(apart.items()) if machine)
+    return [f"runs of one seed were made on different machines, so a difference may be one of machines: {made_on}"] if apart else []
+
+
 def _short(commit: str | None) -> str:
     head, dash, changed = str(commit).partition("-")  # for changed code it ends with "-dirty"
     return head[:12] + dash + changed
@@ -177,7 +197,7 @@ def _arm(arm: str, runs: Sequence[Run], metric: str) -> list[str]:
         size,
         flops,
         codes,
-        f"{statistics.median(speeds):,.0f}",
+        f"{float(f'{statistics.median(speeds):.3g}'):,.0f}",  # a fourth digit is noise
     ]
 
 

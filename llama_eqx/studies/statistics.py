@@ -45,6 +45,11 @@ def sign_flip_p(differences: Differences) -> float:
     return (beyond + 1) / (SAMPLED + 1)
 
 
+def least_pairs(alpha: float) -> int:
+    """The least number of differences for which `sign_flip_p` can be below `alpha`."""
+    return math.floor(2 - math.log2(alpha))
+
+
 def sign_p(differences: Differences) -> float:
     """The two-sided p of the sign test. It asks only whether a difference lies above or below 0, so differences may be infinite. One that
     is 0 or NaN is neither.
@@ -81,6 +86,8 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 def power(effect: float, sd: float, n: int, alpha: float = 0.05) -> float:
     """The power of a two-sided paired t test at `alpha` for `n` differences of mean `effect` and standard deviation `sd`."""
+    if sd == 0:
+        return float(effect != 0)
     away, critical = effect / sd * math.sqrt(n), stats.t.ppf(1 - alpha / 2, n - 1)
     other_side = np.nan_to_num(stats.nct.cdf(-critical, n - 1, away))  # SciPy gives NaN where it is almost 0
     return float(stats.nct.sf(critical, n - 1, away) + other_side)

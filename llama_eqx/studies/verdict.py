@@ -9,7 +9,7 @@ from typing import NamedTuple
 from llama_eqx.errors import DataError
 from llama_eqx.studies.registration import Contrast, Registration
 from llama_eqx.studies.runs import Run
-from llama_eqx.studies.statistics import Interval, equivalence_p, holm, interval, paired_t_p, sample_size, sign_flip_p, sign_p
+from llama_eqx.studies.statistics import Interval, equivalence_p, holm, interval, least_pairs, paired_t_p, sample_size, sign_flip_p, sign_p
 
 
 class Finding(NamedTuple):
@@ -95,8 +95,9 @@ def equivalence_in_words(found: Sequence[Finding], alpha: float) -> str:
 def in_words(found: Sequence[Finding], registration: Registration) -> str:
     """The findings, a line for each. It says "no effect" only where the equivalence test does."""
     said, seeds = [f"Differences of {registration.metric}, paired by seed, with their 95% intervals."], len(registration.seeds)
-    if (least := 2 / 2**seeds) >= registration.alpha:
-        said.append(f"With {seeds} seeds no difference can be shown, however large: the sign-flip test has no p below {least:g}.")
+    if seeds < least_pairs(registration.alpha):
+        no_p = f"the sign-flip test has no p below {2 / 2**seeds:g}"
+        said.append(f"With {seeds} seed{'s' * (seeds != 1)} no difference can be shown, however large: {no_p}.")
     for role, opening in (("positive control", "The positive control"), ("negative control", "The negative control")):
         for finding in (finding for finding in found if finding.role == role):
             wanted = "worse" if role == "positive control" else "no effect"
@@ -121,8 +122,9 @@ def _sentence(finding: Finding, registration: Registration) -> str:
     more = ""
     with contextlib.suppress(DataError):  # it would take more than 10,000
         need = sample_size(registration.margin, spread, alpha=registration.alpha / max(len(registration.contrasts), 1))
-        if need > n:
-            more = f"; to see {margin} at this spread with 90% probability takes {need:,} seeds"
+        if (need := max(need, least_pairs(registration.alpha))) > n:
+            unit = 10 ** (len(str(need)) - 1)  # the spread of few differences, of which this is the square, has no second digit
+            more = f"; to see {margin} at this spread with 90% probability takes some {-(-need // unit) * unit:,} seeds"
     absence = f"p = {_p(finding.equivalence_p)} by the equivalence test"
     return f"undecided, neither an effect ({_deciding(finding)}) nor its absence ({absence}) is shown; {numbers}{more}"
 

@@ -47,6 +47,7 @@ def run_of(
     steps=100,
     settings=(),
     code=None,
+    kind=None,
 ):
     study = {"question": "known", "arm": arm, "stage": stage, "rung": "1m", "registration": registration, "match": match}
     dims = {"mlp": 8, "kv_heads": 2}
@@ -59,7 +60,7 @@ def run_of(
     metrics += [{"step": steps, "val/loss": loss, "val/bits_per_byte": loss / 2, "val/loss_at_1": loss, "val/loss_at_64": loss - 1}]
     origin = {"step": 0, "commit": "0123456789abcdef" + "-dirty" * (seed > 4), "versions": {"python": "3.11.7", "jax": "0.10.2"}}
     origin["extensions"] = {"lab": "fedcba9876543210"} if seed > 4 else {}
-    origin["computed"] = {"kind": "H100" if seed > 4 else "cpu"}
+    origin["computed"] = {"kind": kind or ("H100" if seed > 4 else "cpu")}
     codes = ["c2" if seed > 4 else "c1"] if code is None else code
     origins = [{**origin, "code": {"llama_eqx": each}} for each in codes] or [origin]
     first = {"config": config, "study": record, "provenance": origins}

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from llama_eqx.errors import DataError
-from llama_eqx.studies.statistics import equivalence_p, holm, interval, paired_t_p, power, sample_size, sign_flip_p, sign_p
+from llama_eqx.studies.statistics import equivalence_p, holm, interval, least_pairs, paired_t_p, power, sample_size, sign_flip_p, sign_p
 
 # Student (1908), "The probable error of a mean", Biometrika 6: additional hours of sleep under two drugs. R's data set `sleep`.
 SLEEP = np.subtract([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0], [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4])
@@ -98,6 +98,12 @@ def test_power():
     assert power(0.8, 1.0, 10) == pytest.approx((stats.ttest_1samp(d, 0, axis=1).pvalue < 0.05).mean(), abs=0.01)
 
 
+@pytest.mark.parametrize("alpha", [0.25, 0.05, 0.01])
+def test_the_least_number_of_pairs_at_which_signs_can_tell(alpha):
+    n = least_pairs(alpha)
+    assert sign_flip_p([1.0] * n) < alpha <= sign_flip_p([1.0] * (n - 1))
+
+
 @pytest.mark.parametrize("effect", [0.1, 1.0, 2.0, 10.0])
 def test_power_rises_with_the_number_of_pairs(effect):
     found = [power(effect, 1.0, n) for n in range(2, 60)]
@@ -108,6 +114,7 @@ def test_power_rises_with_the_number_of_pairs(effect):
 
 def test_no_spread_and_no_numbers():
     assert (paired_t_p([0.0, 0.0]), paired_t_p([1.0, 1.0])) == (1, 0)
+    assert (power(0.1, 0.0, 2), power(0.0, 0.0, 2)) == (1, 0)
     assert (equivalence_p([0.0, 0.0], 0.1), equivalence_p([1.0, 1.0], 0.1)) == (0, 1)
     with pytest.raises(DataError, match="more seeds"):
         interval([1.0])

@@ -50,7 +50,7 @@ def test_the_words_follow_from_the_numbers(experiment):
     words = the().words
     assert "First: worse, +0.05" in words
     assert "Second: no effect, that is less than 0.01 nats per token either way" in words
-    assert re.search(r"Third: undecided, neither an effect .* takes [\d,]+ seeds", words)
+    assert re.search(r"Third: undecided, neither an effect .* takes some [\d,]+ seeds", words)
     assert "pairs, p = 0.008 by the sign-flip test.\nSecond" in words  # 2 of 2^8, where the t test has less
     assert "The positive control (less data) came out as it had to" in words
 
@@ -89,6 +89,28 @@ def test_the_p_that_is_told_is_the_one_that_decided(experiment):
     assert found.p < registration.alpha < found.sign_flip_p == 0.0625
     words = in_words([found], registration)
     assert "neither an effect (p = 0.06 by the sign-flip test) nor its absence (p = 1.00 by the equivalence test) is shown" in words
+
+
+@pytest.mark.parametrize("differences", [(0.5, 0.5, 0.5), (0.0095, 0.0105), (0.0095, 0.0105, 0.0102)])
+def test_few_seeds_are_not_told_to_be_enough(differences, experiment):
+    """Below six, the sign-flip test finds no difference, whatever the spread; that of the first is 0."""
+    _, add = experiment
+    for seed, difference in enumerate(differences):
+        add("base", seed, 3.0)
+        add("worse", seed, 3.0 + difference)
+    registration = dataclasses.replace(load_registration("known"), seeds=tuple(range(len(differences))))
+    found, *_ = findings([run for run in kept("known", "final", "1m") if run.seed < len(differences)], registration)
+    assert in_words([found], registration).endswith("to see 0.01 at this spread with 90% probability takes some 6 seeds.")
+
+
+def test_the_words_tell_which_runs_of_a_seed_were_made_on_another_machine(experiment):
+    _, add = experiment
+    assert "machines" not in the().words  # each seed is of one, if not all seeds are
+    add("worse", 6, 3.0, kind="cpu")
+    assert the().words.endswith(
+        "\nRuns of one seed were made on different machines, so a difference may be one of machines: H100 with JAX 0.10.2 made "
+        "base (seed 6), less (seed 6), noisy (seed 6), same (seed 6); cpu with JAX 0.10.2 made worse (seed 6)."
+    )
 
 
 def test_the_words_tell_which_runs_were_made_by_other_code(experiment):
