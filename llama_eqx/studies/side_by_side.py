@@ -90,11 +90,13 @@ def paired_by_seed(runs: Mapping[str, Run]) -> list[str]:
             mean, low, high = interval(found)
             each = ", ".join(f"{difference:+.4f}" for difference in found)
             left = len(pairs) - len(found)  # a mean without the pairs that diverged is too good for one of the two
+            question = (runs[next(iter(group.values()))].settings.get("study") or {}).get("question")
+            verdict = f"python -m llama_eqx.report experiment={question} gives the verdict, when all registered runs are there"
             said.append(
                 f"{_in_common(group)} minus {_in_common(groups[0])}, validation loss by seed: {each}; mean {mean:+.4f} nats per token, 95% "
                 f"interval {low:+.4f} to {high:+.4f} over {len(found)} pairs"
-                + f", without {left} that diverged or read other batches" * bool(left)
-                + ". Nothing was registered, so this is a hint and no verdict."
+                + f", without {left} that diverged, is not finished or read other batches" * bool(left)
+                + f". This is a hint and no verdict: {verdict if question else 'nothing was registered'}."
             )
     return said
 

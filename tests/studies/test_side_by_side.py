@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llama_eqx import compose, load_config
-from llama_eqx.checkpoint.native import write_config
+from llama_eqx.checkpoint.native import read_config, write_config
 from llama_eqx.errors import DataError
 from llama_eqx.studies.report import report
 
@@ -123,12 +123,15 @@ def test_the_arms_of_a_sweep_are_paired_by_seed(tmp_path, monkeypatch):
     assert lines[0] == "seed=0 optimizer=adamw: validation loss 3.0000 at step 9"
     paired = (
         "optimizer=muon minus optimizer=adamw, validation loss by seed: -0.1000, -0.2000; mean -0.1500 nats per token, 95% interval "
-        "-0.7853 to +0.4853 over 2 pairs, without 1 that diverged or read other batches. Nothing was registered, so this is a hint and "
-        "no verdict."
+        "-0.7853 to +0.4853 over 2 pairs, without 1 that diverged, is not finished or read other batches. This is a hint and no verdict: "
+        "nothing was registered."
     )
     assert [line for line in lines if " pairs" in line] == [paired]
     assert paired in page
     assert any(line.startswith("seed=1 optimizer=adamw -> seed=1 optimizer=muon: 1 setting differs.") for line in lines)
+    for folder in (tmp_path / "sweep").iterdir():
+        write_config({**read_config(folder), "study": {"question": "norm"}}, folder)
+    assert "no verdict: python -m llama_eqx.report experiment=norm gives the verdict, when all registered runs are there." in said()[1]
     other = {"step": 9, "train/loss": 3.0, "data/ledger": 7, "val/loss": 3.0}
     (tmp_path / "sweep" / "4" / "metrics.jsonl").write_text(json.dumps(other) + "\n")
     assert not any(" pairs" in line for line in said()[0])
