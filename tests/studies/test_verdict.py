@@ -5,13 +5,14 @@ import pathlib
 import re
 import statistics
 
+import numpy as np
 import pytest
 from scipy import stats
 
 from llama_eqx import load_config
 from llama_eqx.studies.registration import load_registration
 from llama_eqx.studies.report import report
-from llama_eqx.studies.runs import check, complete, kept
+from llama_eqx.studies.runs import Run, check, complete, kept
 from llama_eqx.studies.statistics import interval
 from llama_eqx.studies.verdict import best_rates, findings, in_words
 
@@ -132,6 +133,21 @@ def test_the_words_tell_which_runs_were_made_by_other_code(experiment):
         for seed in range(8):
             add(arm, seed, 3.0, code=["c1", "c2"])
     assert "may be one of code: c1 and c2 made base" in the().words
+
+
+@pytest.mark.parametrize(("effect", "spread", "wrong"), [(0.0, 0.02, {"worse", "better"}), (0.01, 0.005, {"no effect"})])
+def test_the_whole_rule_keeps_its_alpha(effect, spread, wrong, experiment):
+    """Three contrasts with one arm, in experiments on noise: how many say anywhere what is not so. The margin is 0.01."""
+    registration, seeds, told = load_registration("known"), range(8), 0
+    noise = np.random.default_rng(0).normal(0, spread, (600, 5, len(seeds)))
+    for losses in noise + effect * np.array([0, 1, 1, 1, 1])[:, None]:
+        runs = [
+            Run(pathlib.Path(arm), {"study": {"arm": arm}, "seed": seed, "train": {"steps": 1}}, {}, [], [{"step": 1, "val/loss": loss}])
+            for arm, of in zip(registration.arms, losses.tolist(), strict=True)
+            for seed, loss in zip(seeds, of, strict=True)
+        ]
+        told += any(finding.verdict in wrong for finding in findings(runs, registration) if finding.role == "contrast")
+    assert 0.01 < told / 600 < 0.07
 
 
 def test_without_controls_nothing_is_claimed_of_them(experiment):
