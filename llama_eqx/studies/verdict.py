@@ -112,6 +112,8 @@ def in_words(found: Sequence[Finding], registration: Registration) -> str:
 
 def _sentence(finding: Finding, registration: Registration) -> str:
     numbers, margin = _numbers(finding), f"{registration.margin:g}"
+    if not any(finding.differences):
+        return f"{finding.verdict}, every one of {len(finding.differences)} differences is exactly 0, so these arms may compute the same"
     if finding.verdict == "no effect":
         return f"no effect, that is less than {margin} nats per token either way (p = {_p(finding.equivalence_p)} for more); {numbers}"
     if finding.verdict in ("worse", "better"):

@@ -47,6 +47,14 @@ def test_a_difference_within_the_margin_is_no_effect_however_sure(experiment):
     assert found.verdict == "no effect"
 
 
+def test_arms_that_compute_the_same_are_told_from_arms_that_hardly_differ(experiment):
+    _, add = experiment
+    for seed in range(8):
+        add("base", seed, 3.0 + seed / 10)
+        add("worse", seed, 3.0 + seed / 10)  # its setting may have changed nothing
+    assert "First: no effect, every one of 8 differences is exactly 0, so these arms may compute the same." in the().words
+
+
 def test_the_words_follow_from_the_numbers(experiment):
     words = the().words
     assert "First: worse, +0.05" in words
