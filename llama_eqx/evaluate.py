@@ -26,11 +26,11 @@ def main(config: Any, overrides: list[str]) -> None:
         said, saved, notes = run_tasks(config)
     if not is_first():
         return  # process 0 says it
+    if config.output is not None:
+        write(config.output, json.dumps(saved, indent=1, default=str) + "\n")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     print(said)
-    if config.output is not None:
-        write(config.output, json.dumps(saved, indent=1, default=str) + "\n")
 
 
 def write(output: str, text: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from llama_eqx import evaluate as verb
 from llama_eqx import load_config, load_pretrained, save_pretrained
 from llama_eqx.errors import NonFiniteError
 from llama_eqx.evaluation import perplexity
@@ -159,6 +160,19 @@ def test_the_command_and_its_file(hf_model, corpus, monkeypatch, tmp_path, typed
     assert saved["code"] == code_of()
     assert {"commit", "extensions", "versions"} <= saved.keys()
     assert sum(document["tokens"] for document in result["documents"]) == result["tokens"]
+
+
+def test_the_file_is_whole_where_the_reader_of_the_words_has_left(hf_model, corpus, monkeypatch, tmp_path):
+    """As `| head` does."""
+
+    def unread(*words, **places):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(verb, "print", unread, raising=False)
+    arguments = [f"checkpoint={hf_model}", "data=test", f"data.path={corpus}", f"length={LENGTH}", f"output={tmp_path / 'r.json'}"]
+    with pytest.raises(BrokenPipeError):
+        verb.main(load_config(*arguments, name="evaluate"), [])
+    assert json.loads((tmp_path / "r.json").read_text())["results"]
 
 
 @pytest.mark.parametrize(
