@@ -18,7 +18,7 @@ class Norm(eqx.Module):
 
 class NormConfig(Config):
     def check(self) -> None:
-        self.within(0, float("inf"), "eps")
+        self.within(1e-20, float("inf"), "eps")  # with 0, a row of zeros becomes 0 / 0; with less than this, its gradient
 
     @abc.abstractmethod
     def build(self, dims: Dims) -> Norm: ...

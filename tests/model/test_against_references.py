@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from llama_eqx.errors import ConfigError
 from llama_eqx.model.dropout import dropout
 from llama_eqx.model.feed_forward import ACTIVATIONS, GatedFeedForwardConfig
 from llama_eqx.model.init import FanInInitConfig, FixedInitConfig
@@ -62,6 +63,17 @@ def test_layer_norm(tiny):
     x = draw(2, 3, 32)
     expected = torch.nn.functional.layer_norm(torch.tensor(x), (32,), eps=1e-5)
     np.testing.assert_allclose(LayerNormConfig(eps=1e-5).build(tiny().dims)(jnp.asarray(x)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [RMSNormConfig, LayerNormConfig])
+def test_a_row_of_zeros_is_a_number_by_any_eps_that_is_taken(config, tiny):
+    """As the embedding of an id may be that has never occurred."""
+    for eps in (-1e-5, 0.0, 1e-21):
+        with pytest.raises(ConfigError, match="is not at least 1e-20"):
+            config(eps=eps)
+    norm, zeros = config(eps=1e-20).build(tiny().dims), jnp.zeros((1, 1, 32))
+    for found in jax.value_and_grad(lambda x: (norm(x) * jnp.arange(32.0)).sum())(zeros):
+        assert jnp.isfinite(found).all()
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
