@@ -30,7 +30,7 @@ class Sampling:
 
     Temperature 0 is greedy: the most probable token after the penalties. None leaves a constraint out.
 
-    Raises `ConfigError` for a setting out of range.
+    Raises `ConfigError` for a setting that is no number, or out of range.
     """
 
     temperature: float = 0.0
@@ -42,6 +42,12 @@ class Sampling:
     frequency_penalty: float | None = None
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            value = value.item() if hasattr(value, "item") else value  # of an array
+            kind, wanted, example = (int, "a whole number", 50) if name == "top_k" else (int | float, "a number", 0.5)
+            if not isinstance(value, kind) and (value is not None or name == "temperature"):
+                raise ConfigError(f"{value!r} is not {wanted}", where=name, next=f"{name}={example}")
+            object.__setattr__(self, name, value)
         if self.temperature != 0 and not LEAST <= self.temperature < math.inf:
             raise ConfigError(
                 f"{self.temperature} is not a temperature", where="temperature", next="0 is greedy, 1 samples the model as it is"

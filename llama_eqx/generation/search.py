@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation.decode import prefilled, require_numbers, slots_for, while_growing
-from llama_eqx.generation.request import Prompts, Rows, Rule, prepared
+from llama_eqx.generation.request import Prompts, Rows, Rule, number, prepared
 from llama_eqx.generation.sampling import Sampling
 from llama_eqx.model.cache import with_rows
 from llama_eqx.model.llama import Llama
@@ -48,10 +48,9 @@ def search_beams(
     if draws := sorted(settings.keys() & {"sampling", "samples", "seed", "first_row", "top_logprobs"}):
         raise ConfigError(f"beams are not drawn: {', '.join(draws)} would change nothing", where=draws[0], next="leave it out")
     rows, rule = prepared(model, prompts, max_new_tokens, Sampling(), **settings)
-    least = max(2, 1 + len(rule.stop)) * beams
-    if beams < 1 or least > rule.vocab:
-        what = f"{beams} is less than 1" if beams < 1 else f"{beams} beams need {least} tokens, and the vocabulary has {rule.vocab}"
-        raise ConfigError(what, where="beams", next="beams=4")
+    least = max(2, 1 + len(rule.stop)) * number("beams", beams, 1)
+    if least > rule.vocab:
+        raise ConfigError(f"{beams} beams need {least} tokens, and the vocabulary has {rule.vocab}", where="beams", next="beams=4")
     state = on_host(_search(model, rows, rule, beams, length_penalty, early_stopping))
     require_numbers(state.scores)
     cut = lambda tokens, length: tokens[:length].tolist()  # noqa: E731

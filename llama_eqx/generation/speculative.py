@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llama_eqx.errors import ConfigError
 from llama_eqx.generation.constraints import constrained
 from llama_eqx.generation.decode import Generation, prefilled, require_numbers, slots_for, while_growing
-from llama_eqx.generation.request import Prompts, Rows, Rule, prepared
+from llama_eqx.generation.request import Prompts, Rows, Rule, number, prepared
 from llama_eqx.generation.sampling import Sampling, draw
 from llama_eqx.model.cache import tokens_in, with_length
 from llama_eqx.model.llama import Llama
@@ -50,8 +50,7 @@ def generate_speculatively(
         raise ConfigError(
             "penalties change with every token, but drafts are judged all at once", where="draft", next="leave out the penalties"
         )
-    if drafted < 1:
-        raise ConfigError(f"drafted={drafted} is less than 1", where="drafted", next="drafted=4")
+    number("drafted", drafted, 1)
     for name, only in {"samples": 1, "top_logprobs": 0}.items():
         if settings.get(name, only) != only:
             raise ConfigError(f"with a draft model, {name} must be {only}", where=name, next=f"{name}={only}")

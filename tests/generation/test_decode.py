@@ -235,6 +235,16 @@ def test_bad_settings(name, value):
     assert error.value.next
 
 
+def test_settings_that_are_no_numbers(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests only
+    for name, wrong in [*((name, "0.5") for name in Sampling.__dataclass_fields__), ("top_k", 1.5), ("temperature", None)]:
+        with pytest.raises(ConfigError, match=f"{wrong!r} is not a (whole )?number") as error:
+            Sampling(**{name: wrong})
+        assert error.value.where == name
+    given = Sampling(temperature=jax.numpy.float32(0.5), top_k=np.int64(5))
+    assert [type(value) for value in (given.temperature, given.top_k)] == [float, int]
+
+
 def test_tokens_that_no_cache_holds(model):
     with pytest.raises(ConfigError, match="9 tokens do not fit into a cache of 8 slots"):
         model.hidden(jax.numpy.zeros((1, 9), int), cache=model.init_cache(1, 8))
