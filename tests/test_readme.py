@@ -169,6 +169,33 @@ def test_the_model_of_the_guide(tiny, monkeypatch):
         np.testing.assert_allclose(each(tokens[:, :-1]), by_hand(model), atol=1e-5)
 
 
+def test_the_model_of_the_guide_starts_from_a_llama(tiny, monkeypatch, tmp_path):
+    import jax
+    import numpy as np
+
+    from llama_eqx import load_config, load_pretrained, save_pretrained
+    from llama_eqx.errors import CheckpointError
+    from llama_eqx.model import llama
+    from llama_eqx.training.ends import open_start
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "guide_model", module := types.ModuleType("guide_model"))
+    exec(shown("class CappedLlama"), vars(module))
+    monkeypatch.setattr(module.CappedLlamaConfig, "__module__", llama.__name__)  # what is built by name must be of this package
+    monkeypatch.setattr(llama, "CappedLlamaConfig", module.CappedLlamaConfig, raising=False)
+    save_pretrained(tiny().build(key=jax.random.key(0)), "RUN_DIR", format="native")
+    BytesTokenizer().save(tmp_path / "RUN_DIR" / "tokenizer")
+    run = dataclasses.replace(load_config("init_from=RUN_DIR"), model=module.CappedLlamaConfig(**vars(tiny()), cap=30.0))
+    with pytest.raises(CheckpointError, match=r"CappedLlamaConfig here\s+model.cap is None there, 30.0 here") as error:
+        open_start(run)
+    assert error.value.next.endswith("docs/variants.md makes of a Llama's under A model of your own")
+    exec(shown("save_native(CappedLlama"), vars(module))
+    assert open_start(dataclasses.replace(run, init_from="capped")).notes == ()
+    loaded = load_pretrained("capped")
+    assert type(loaded) is module.CappedLlama
+    jax.tree.map(np.testing.assert_array_equal, loaded.blocks, load_pretrained("RUN_DIR").blocks)
+
+
 def test_the_loss_of_the_guide(tiny, monkeypatch):
     """Against PyTorch's own smoothing."""
     import jax

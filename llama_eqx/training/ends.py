@@ -284,6 +284,8 @@ def _json(tree: dict[str, Any]) -> bytes:
 
 def _advice(there: LlamaConfig, found: list[Difference]) -> str:
     """Returns the overrides that make the model that of the weights. For a slot whose class no option has, it names the class."""
+    if any(name == "_target_" for name, _, _ in found):
+        return "another model=, or weights of this one's class, which docs/variants.md makes of a Llama's under A model of your own"
     slots = [name.removesuffix("._target_") for name, _, _ in found if name.endswith("._target_")]
     typed, values = [], [each for each in found if not each.within(slots)]
     for slot in slots:
