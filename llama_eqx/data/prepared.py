@@ -40,9 +40,9 @@ class PreparedTokenizerConfig(TokenizerConfig):
     def build(self, data: DataConfig) -> Tokenizer:
         folder = next((source.folder for _, source in data.sources().values() if isinstance(source, PreparedConfig)), None)
         if folder is None:
-            raise ConfigError(
-                "only data=prepared comes with a tokenizer", where="tokenizer", next="tokenizer=sentencepiece, or data=prepared"
-            )
+            theirs = "with prepared eval_data, that in its folder: tokenizer=sentencepiece tokenizer.path=FOLDER/tokenizer/tokenizer.model"
+            advice = f"tokenizer=sentencepiece, or data=prepared; {theirs}"
+            raise ConfigError("only data=prepared comes with a tokenizer", where="tokenizer", next=advice)
         if not (folder / "index.json").is_file():
             raise DataError("no prepared data here", where=str(folder), next="data.path=FOLDER, as python -m llama_eqx.prepare wrote it")
         return load_tokenizer(folder / "tokenizer")

@@ -192,8 +192,9 @@ def test_a_run_reads_it_with_the_tokenizer_it_came_with(corpus, tmp_path):
         other.tokenizer.build(other.data)
     with pytest.raises(DataError, match="prepared with the tokenizer"):
         tokenize(run.data, CharsTokenizer(b"ab"))
-    with pytest.raises(ConfigError, match="only data=prepared"):
+    with pytest.raises(ConfigError, match="only data=prepared") as error:  # as +data@eval_data.x=prepared asks for it
         run.tokenizer.build(load_config("data=stdlib").data)
+    assert "tokenizer.path=FOLDER/tokenizer/tokenizer.model" in error.value.next
     with pytest.raises(DataError, match="no prepared data"):
         run.tokenizer.build(dataclasses.replace(run.data, path=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"needs data\.path"):
