@@ -137,8 +137,8 @@ def train(config: RunConfig, preemption: Preemption | None = None) -> Result:
                 )
                 if jax.process_index() == 0 and (last := last_logged(run_dir)) < begin - begin % config.train.log_every:
                     tracker.say(
-                        f"warning: metrics.jsonl ends at step {last}: what was recorded from there to step {begin} is lost, unless "
-                        f"train.log_every was larger than {config.train.log_every}"
+                        f"warning: metrics.jsonl ends at step {last}: what was recorded from there to step {begin} is lost, unless it is "
+                        f"where this checkpoint was copied from, or train.log_every was larger than {config.train.log_every}"
                     )
             reporter = Reporter(
                 tracker,
