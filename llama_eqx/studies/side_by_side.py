@@ -117,6 +117,9 @@ def compared(a: Run, b: Run) -> str:
     said = [
         "Their training losses are equal to the last bit." if parted is None else f"Their training losses differ from step {parted} on."
     ]
+    first, second = (run.settings.get("train", {}).get("steps") for run in (a, b))
+    if first != second:
+        said.append(f"Their schedules are of {first} and {second} steps: at the same step, one is nearer to its end.")
     for package in a.codes.keys() & b.codes.keys():
         if a.codes[package] != b.codes[package]:
             said.append(f"They were made by other code of {package} ({', '.join(a.codes[package])} and {', '.join(b.codes[package])}).")

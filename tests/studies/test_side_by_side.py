@@ -39,6 +39,9 @@ def test_any_two_runs_side_by_side(tmp_path, monkeypatch):
     assert "optim/lr" not in page
     assert "They were made by other code of llama_eqx (c1 and c2)." in written.words
     assert "other code" not in of("a", "other").words
+    assert "Their schedules" not in written.words
+    write_config({"seed": 0, "optimizer": {"b2": 0.95}, "train": {"steps": 16}}, tmp_path / "outputs/other")
+    assert "Their schedules are of 8 and 16 steps: at the same step, one is nearer to its end." in of("a", "other").words
     assert "different data by step 1" in of("a", "other").words
     assert "equal to the last bit" in of("a", "other").words
     assert "The starts" not in of("a", "other").words
