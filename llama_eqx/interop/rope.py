@@ -19,6 +19,7 @@ NAMES = {"theta": "rope_theta", "original_context": "original_max_position_embed
 DEFAULTS = {"yarn": {"beta_fast": 32, "beta_slow": 1, "attention_factor": None}}
 # Keys of YaRN with the one value that is read.
 UNREAD = {"mscale": None, "mscale_all_dim": None, "truncate": True}
+INSTEAD = "attention_factor can say what mscale does, and a rotary slot of your own the rest: docs/variants.md"
 
 
 def rope_parameters(rotary: RotaryConfig) -> dict[str, Any]:
@@ -49,7 +50,8 @@ def rotary_settings(config: Mapping[str, Any], wrong: list[str]) -> tuple[type[R
     if (part := rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1:
         wrong.append(f"partial_rotary_factor is {part!r}, and only whole heads can be turned")
     if kind is YarnRotaryConfig:
-        wrong += [f"{key}.{each} is {rope[each]!r}, which cannot be read" for each, same in UNREAD.items() if rope.get(each, same) != same]
+        unread = [each for each, same in UNREAD.items() if rope.get(each, same) != same]
+        wrong += [f"{key}.{each} is {rope[each]!r}, which cannot be read; {INSTEAD}" for each in unread]
     return kind, {"round_at": "none", **{field: rope.get(each) for field, each in fields.items()}}
 
 

@@ -60,7 +60,7 @@ def test_config_round_trip(config):
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "0.5 is not at least 1"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters.original_max_position_embeddings is missing"),
-        ({"rope_parameters": YARN | {"truncate": False}}, "rope_parameters.truncate is False"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "truncate is False, which cannot be read; attention_factor can"),
         ({"rope_parameters": YARN | {"mscale": 0.7}}, "rope_parameters.mscale is 0.7"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.original_max_position_embeddings is missing"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor=4 is not below high_freq_factor=4"),

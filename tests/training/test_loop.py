@@ -129,7 +129,9 @@ def test_records_that_a_checkpoint_outlived_are_said_to_be_lost(finished, tmp_pa
     record = tmp_path / "run" / "metrics.jsonl"
     record.write_text("".join(line for line in record.read_text().splitlines(keepends=True) if json.loads(line)["step"] < 6))
     train(config(tmp_path / "run"))
-    said = "metrics.jsonl ends at step 5: what was recorded from there to step 8 is lost, unless it is where this checkpoint was copied from"
+    said = (
+        "metrics.jsonl ends at step 5: what was recorded from there to step 8 is lost, unless it is where this checkpoint was copied from"
+    )
     assert said in capsys.readouterr().err
 
 
