@@ -187,7 +187,8 @@ def _open(output: str, mode: Literal["a", "w"]) -> TextIO:
 
 
 def check_room(asked: list[Asked], config: GenerateConfig, context: int) -> None:
-    """Prints which prompt leaves the fewest new tokens in the context, if fewer than `max_new_tokens`, and how many prompts do so.
+    """Prints which prompt leaves the fewest new tokens in the context, if fewer than `max_new_tokens`, and how many prompts do so. With
+    `shift`, prints what is kept of the longest prompt.
 
     Raises `ConfigError` naming the longest prompt when it fills the context.
     """
@@ -195,6 +196,8 @@ def check_room(asked: list[Asked], config: GenerateConfig, context: int) -> None
     room = min(context - len(longest.tokens), config.max_new_tokens)
     if config.shift:
         room = min(context - 1, config.max_new_tokens)
+        if (kept := context - room) < (count := len(longest.tokens)):
+            say(f"{longest.where}: shift leaves {kept} of its {count} tokens, and room for {room} new ones", file=sys.stderr)
     if room < 1:
         what = f"{len(longest.tokens)} tokens and new ones pass the context of {context}"
         raise ConfigError(what, where=longest.where, next="shorten the prompt, or shift=true leaves out its beginning")

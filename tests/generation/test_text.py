@@ -284,7 +284,9 @@ def test_past_the_context(folders, monkeypatch, capsys):
     assert code == 2
     assert "pass the context of" in said
     assert "shift=true" in said
-    assert printed(monkeypatch, capsys, *arguments, "shift=true")
+    context, notes = load_pretrained(folders / "llama3").config.context, []
+    assert printed(monkeypatch, capsys, *arguments, "shift=true", said=notes)
+    assert re.search(rf"prompt: shift leaves {context - 5} of its \d+ tokens, and room for 5 new ones", notes[0])
 
 
 def test_a_chat_in_the_terminal(folders, tmp_path, monkeypatch, capsys):
