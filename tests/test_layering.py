@@ -38,7 +38,7 @@ LAYERS = [  # highest first; a module belongs to its longest prefix
     ["model.llama"],
     ["model"],
     ["sharding", "precision", "remat", "flops", "meeting", "processes", "writer"],
-    ["config", "extensions", "advice", "dims", "batch", "tag", "errors", "crash", "wrapped", "__init__"],
+    ["config", "extensions", "advice", "dims", "batch", "tag", "errors", "files", "crash", "wrapped", "__init__"],
 ]
 LEVEL = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}
 ONLY_IN = {

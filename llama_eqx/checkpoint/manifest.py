@@ -18,6 +18,7 @@ from tqdm import tqdm
 from llama_eqx.checkpoint.store import MANIFEST, Place, checksums, content, put
 from llama_eqx.crash import crash_point
 from llama_eqx.errors import CheckpointError, StorageError
+from llama_eqx.files import reading, sync
 from llama_eqx.writer import lock
 
 
@@ -188,7 +189,7 @@ def _name_manifest(folder: pathlib.Path, text: str) -> None:
 
 def read_manifest(folder: Place) -> dict[str, Any]:
     """Returns the manifest. Raises `CheckpointError` when it is missing, damaged, or not a manifest."""
-    try:
+    with reading(folder / MANIFEST, CheckpointError, "the manifest cannot be read"):
         found = json.loads(content(folder, MANIFEST))
         if found["sha256"] != _own_digest({name: value for name, value in found.items() if name != "sha256"}):
             raise ValueError("its content does not match its own SHA-256")
@@ -196,8 +197,6 @@ def read_manifest(folder: Place) -> dict[str, Any]:
             if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts:
                 raise ValueError(f"{name} lies outside of the folder")
             _ = int(entry["size"]), str(entry.get("sha256") or entry["md5"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"the manifest cannot be read: {type(error).__name__}: {error}", where=str(folder / MANIFEST)) from error
     return found
 
 
@@ -278,12 +277,3 @@ def _map(function: Callable[[Any], Any], names: list[Any], stop: threading.Event
         except BaseException:  # such as an interruption: leaving the pool would wait for all that is under way
             stop.set()
             raise
-
-
-def sync(path: pathlib.Path) -> None:
-    """Flushes a file's content, or a folder's names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

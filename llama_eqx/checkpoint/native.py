@@ -24,10 +24,13 @@ from llama_eqx.checkpoint.save import uncompressed
 from llama_eqx.checkpoint.store import Place, content
 from llama_eqx.config import dump, load, read_yaml
 from llama_eqx.errors import CheckpointError, ConfigError
+from llama_eqx.files import write
 from llama_eqx.model.llama import Llama, LlamaConfig
 from llama_eqx.sharding import parameter_names
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.yaml", "tokenizer", "checkpoints"
+SECTIONS = ("model", "data", "train", "schedule", "guard", "tracking")  # that are read as plain containers
+MEND = "bring back a copy of this file; once it is removed, the command that trains the run writes it anew"
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -192,9 +195,7 @@ def _reader(checkpoint: pathlib.Path, name: str, held: dict[str, np.ndarray]) ->
 
 def write_config(config: Any, folder: pathlib.Path) -> None:
     """Writes `config.yaml` of a run directory: a tree of configs with every value explicit, each config with its `_target_`."""
-    unfinished = folder / f".{CONFIG}.unfinished"
-    unfinished.write_text(yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    unfinished.replace(folder / CONFIG)
+    write(folder / CONFIG, yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True).encode())
 
 
 def read_config(folder: Place) -> dict[str, Any]:
@@ -212,28 +213,36 @@ def read_config(folder: Place) -> dict[str, Any]:
             next="give the directory of a run (outputs/<date>/<time>) or a folder written by `python -m llama_eqx.convert`",
         ) from error
     except ValueError as error:
-        raise CheckpointError(f"{CONFIG} is not YAML as this package writes it: {error}", where=str(path)) from error
+        raise CheckpointError(f"{CONFIG} is not YAML as this package writes it: {error}", where=str(path), next=MEND) from error
     if "${" in str(tree):
         raise CheckpointError(
             f"{CONFIG} holds an interpolation (${{…}}), and a checkpoint's config is never resolved",
             where=str(path),
             next="write the value itself in its place, if you trust where the folder came from",
         )
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{CONFIG} is not a mapping", where=str(path))
+    sections = {f"{name} in {CONFIG}": tree.get(name, {}) for name in SECTIONS} if isinstance(tree, dict) else {}
+    for name, section in {CONFIG: tree, **sections}.items():
+        if not isinstance(section, dict):
+            raise CheckpointError(f"{name} is not a mapping", where=str(path), next=MEND)
     return tree
 
 
-def _model_config(path: pathlib.Path) -> LlamaConfig:
-    tree = read_config(path)
+def configured(folder: pathlib.Path, tree: Mapping[str, Any], *keys: str) -> Any:
+    """The config that a `config.yaml` has at these keys. Raises `CheckpointError` naming the place at which it does not build."""
+    for key in keys:
+        tree = tree.get(key) or {}
     try:
-        config = load(tree.get("model"), "model")
+        return load(tree, ".".join(keys))
     except ConfigError as error:
-        raise _config_error(path, error) from error
+        raise _config_error(folder, error) from error
+
+
+def _model_config(path: pathlib.Path) -> LlamaConfig:
+    config = configured(path, read_config(path), "model")
     if not isinstance(config, LlamaConfig):
-        raise CheckpointError(f"{CONFIG} describes no Llama under the key `model`", where=str(path))
+        raise CheckpointError(f"{CONFIG} describes no Llama under the key `model`", where=str(path / CONFIG), next=MEND)
     return config
 
 
 def _config_error(path: pathlib.Path, error: ConfigError) -> CheckpointError:
-    return CheckpointError(f"{CONFIG} does not build: {error.what}", where=f"{path / CONFIG}: {error.where}", next=error.next)
+    return CheckpointError(f"{CONFIG} does not build: {error.what}", where=f"{path / CONFIG}: {error.where}", next=error.next or MEND)

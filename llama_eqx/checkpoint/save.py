@@ -19,12 +19,13 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from llama_eqx.checkpoint import restore
-from llama_eqx.checkpoint.manifest import hashed_meanwhile, sync, write_manifest
+from llama_eqx.checkpoint.manifest import hashed_meanwhile, write_manifest
 from llama_eqx.checkpoint.restore import Restored
 from llama_eqx.checkpoint.store import SCHEME, Place, is_remote, place, put, records, remove
 from llama_eqx.config import Config
 from llama_eqx.crash import crash_point
 from llama_eqx.errors import CheckpointError, ConfigError, DataError, StorageError, UserError, first_line
+from llama_eqx.files import sync
 from llama_eqx.tracking.jsonl import read_metrics
 
 FAILURES = 2  # failed saves in a row at which a run is given up

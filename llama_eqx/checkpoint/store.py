@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from llama_eqx.errors import ConfigError, StorageError, UserError, first_line
+from llama_eqx.files import write
 
 Place = pathlib.Path | epath.Path
 SCHEME = "gs://"
@@ -124,5 +125,4 @@ def bring(folder: Place, run_dir: pathlib.Path) -> None:
     """Copies the records that a run left in a store into its run directory. They are those of the checkpoints there, wherever made."""
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in {*RECORDS} & {*children(folder)}:
-        (unfinished := run_dir / f".{name}.unfinished").write_bytes(content(folder, name))
-        unfinished.replace(run_dir / name)
+        write(run_dir / name, content(folder, name))

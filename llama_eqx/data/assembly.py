@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import itertools
-import json
 import os
 import shlex
 import tempfile
@@ -16,8 +15,9 @@ import numpy as np
 from llama_eqx.data.shard import token_dtype
 from llama_eqx.data.shards import SPLITS, ShardWriter
 from llama_eqx.data.sources import LINES, kind_of
-from llama_eqx.data.units import NAMED, Task, Unit, held_out, whole
+from llama_eqx.data.units import NAMED, Task, Unit, held_out
 from llama_eqx.errors import DataError
+from llama_eqx.files import whole, write_json
 
 BLOCK = 2**23  # ids moved at once
 
@@ -38,37 +38,34 @@ def plan(task: Task, units: list[Unit], dedup: bool, shard_tokens: int) -> tuple
 
     Raises `DataError` when the train split is empty, or the validation split although a fraction is held out.
     """
-    said = [json.loads(task.path(unit.number, "json").read_text()) for unit in units]
-    firsts = np.cumsum([0, *(len(np.load(task.path(unit.number, "npy"), mmap_mode="r")) for unit in units)]).tolist()
     kept = None
     if dedup:
-        kept = _first_of_each(
-            np.concatenate([np.empty((0, 2), "<u8"), *(np.load(task.path(unit.number, "npy"))["hash"] for unit in units)])
-        )
+        kept = _first_of_each(_hashes(task, units))
         with whole(task.folder / "kept.npy") as file:
             np.save(file, kept)
 
     groups, members, before, tokens = [], [], collections.Counter(), 0
-    refused, named, documents_of = 0, [], dict.fromkeys(SPLITS, 0)
-    for unit, first in zip(units, firsts, strict=False):
-        documents, what = np.load(task.path(unit.number, "npy")), said[unit.number]
+    first, empty, refused, named, documents_of = 0, 0, 0, [], dict.fromkeys(SPLITS, 0)
+    for unit in units:
+        documents, (counted, blank, wrong, some) = task.documents(unit.number), task.summary(unit.number)
         apart = held_out(documents["hash"], task.validation_fraction)
         stays = np.ones(len(documents), bool) if kept is None else kept[first : first + len(documents)]
         documents_of["val"] += int((stays & apart).sum())
         documents_of["train"] += int((stays & ~apart).sum())
         cut = {piece.number: before[piece.number] for piece in unit.pieces if before[piece.number]}
         members.append((unit.number, first, cut))
-        refused += what["refused"]
-        for number, record, problem in what["named"][: NAMED - len(named)]:
+        first += len(documents)
+        empty += blank
+        refused += wrong
+        for number, record, problem in some[: NAMED - len(named)]:
             name = next(piece.source.name for piece in unit.pieces if piece.number == number)
             named.append(f"{name}:{record + before[number]}: {problem}" if record else f"{name}: {problem}")
-        for piece, (number, lines) in zip(unit.pieces, what["lines"], strict=True):
+        for piece, (number, lines) in zip(unit.pieces, counted, strict=True):
             before[number] += lines if kind_of(piece.source) == LINES else 0  # other sources are not cut, or their pieces know it
         tokens += int(documents["tokens"][stays & ~apart].sum())
         if tokens >= shard_tokens or unit is units[-1]:
             groups.append(Group(len(groups), tuple(members)))
             members, tokens = [], 0
-    empty = sum(what["empty"] for what in said)
     if not documents_of["train"] or not (documents_of["val"] or not task.validation_fraction):
         split = "val" if documents_of["train"] else "train"
         raise DataError(
@@ -83,7 +80,7 @@ def plan(task: Task, units: list[Unit], dedup: bool, shard_tokens: int) -> tuple
 
 def _another_fraction(task: Task, units: list[Unit]) -> str:
     """Advice for an empty split: the smallest round fraction that leaves neither split empty; without one, how to train all the same."""
-    hashes = np.concatenate([np.empty((0, 2), "<u8"), *(np.load(task.path(unit.number, "npy"))["hash"] for unit in units)])
+    hashes = _hashes(task, units)
     for fraction in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9):
         if 0 < held_out(hashes, fraction).sum() < len(hashes):
             return f"validation_fraction={fraction} (0 holds nothing out), or more text"
@@ -94,6 +91,11 @@ def _another_fraction(task: Task, units: list[Unit]) -> str:
     return f"{text}; or more documents, or validation_fraction=0, which holds nothing out and leaves nothing to evaluate on"
 
 
+def _hashes(task: Task, units: list[Unit]) -> np.ndarray:
+    """[documents, 2] uint64: those of all units, in order."""
+    return np.concatenate([np.empty((0, 2), "<u8"), *(task.documents(unit.number)["hash"] for unit in units)])
+
+
 def run_shards(task: Task, group: Group, vocab: int, dedup: bool) -> None:
     """Writes the shards of a group into the dataset, and their index entries into the task's folder."""
     kept = np.load(task.folder / "kept.npy", mmap_mode="r") if dedup else None
@@ -101,12 +103,12 @@ def run_shards(task: Task, group: Group, vocab: int, dedup: bool) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=task.folder)))
         writers = {split: stack.enter_context(ShardWriter(folder / f"{split}-{group.number:05}", vocab)) for split in SPLITS}
         for number, first, before in group.units:
-            if not len(documents := np.load(task.path(number, "npy"))):
+            if not len(documents := task.documents(number)):
                 continue
             apart = held_out(documents["hash"], task.validation_fraction)
             origins = np.stack([documents["source"], documents["record"] + _before(documents, before)], 1)
             ends = np.cumsum(documents["tokens"])
-            ids = np.memmap(task.path(number, "ids"), token_dtype(vocab), "r")
+            ids = task.ids(number, token_dtype(vocab), int(ends[-1]))
             cuts = np.unique([*np.searchsorted(ends, np.arange(0, ends[-1], BLOCK)), len(documents)])
             for begin, end in itertools.pairwise(cuts.tolist()):
                 part = slice(begin, end)
@@ -123,8 +125,7 @@ def run_shards(task: Task, group: Group, vocab: int, dedup: bool) -> None:
             for kind in entry["sha256"]:
                 name = f"{entry['name']}.{kind}.npy"
                 os.replace(folder / name, task.folder.parent / name)
-    with whole(task.folder / f"group-{group.number:05}.json") as file:
-        file.write(json.dumps(entries).encode())
+    write_json(task.folder / f"group-{group.number:05}.json", entries)
     for number, _, _ in group.units:
         task.path(number, "ids").unlink(missing_ok=True)
 

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llama_eqx.errors import StorageError
+from llama_eqx.files import sync
+
+DELETE = "delete this folder; it is made anew"
 
 
 def cache_dir() -> Path:
@@ -42,6 +45,8 @@ def publish(folder: Path, write: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
         write(temporary)
+        for path in temporary.rglob("*"):  # it is whole after a power failure too, or not there
+            sync(path)
         try:
             temporary.rename(folder)
         except OSError:

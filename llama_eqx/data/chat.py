@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_eqx.data.tokenizer.base import Tokenizer
-from llama_eqx.data.tokenizer.files import json_object
+from llama_eqx.data.tokenizer.files import settings_in
 from llama_eqx.errors import ConfigError, DataError
 
 Message = Mapping[str, str]  # {"role": …, "content": …}
@@ -200,7 +200,7 @@ def template_in(folder: Path) -> tuple[str, str] | None:
     """
     jinja = folder / "chat_template.jinja"
     texts = {jinja.name: jinja.read_text(encoding="utf-8", errors="replace") if jinja.is_file() else None}
-    texts |= {name: json_object(folder / name).get("chat_template") for name in ("chat_template.json", "tokenizer_config.json")}
+    texts |= {name: settings_in(folder / name).get("chat_template") for name in ("chat_template.json", "tokenizer_config.json")}
     return next(((name, str(text)) for name, text in texts.items() if text), None)
 
 

@@ -11,6 +11,7 @@ from llama_eqx.data.cache import cache_dir, publish
 from llama_eqx.data.shard import Edges
 from llama_eqx.data.shards import DELETE, Split, check_sealed, seal
 from llama_eqx.errors import DataError
+from llama_eqx.files import reading
 
 FORMAT = 2  # incremented when what is written changes; an index of another format is rebuilt
 
@@ -51,12 +52,10 @@ def pack_index(split: Split, learned: Split | None, fingerprint: str, seq_len: i
 
     folder = publish(cache_dir() / "packed" / key, write)
     check_sealed(folder)
-    try:
+    with reading(folder, DataError, "damaged index of rows", next=DELETE):
         index = PackIndex(*(np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in PackIndex._fields))
         if not (len(index.firsts) == len(index.counted) + 1 and len(index.begins) == len(index.lengths) == index.firsts[-1]):
             raise ValueError("the files do not belong together")
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"damaged index of rows: {error}", where=str(folder), next=DELETE) from error
     return index
 
 

@@ -25,11 +25,13 @@ from llama_eqx.data.engine import EngineConfig
 from llama_eqx.data.shards import COUNTS, FORMAT, open_dataset, write_index
 from llama_eqx.data.sources import TEXT, Source, find, kind_of, pieces, plain, records
 from llama_eqx.data.tokenizer import TokenizerConfig
-from llama_eqx.data.units import Task, cut_units, hashes, held_out, keep_loaded, run_unit, whole
+from llama_eqx.data.units import Task, cut_units, hashes, held_out, keep_loaded, run_unit, saved
 from llama_eqx.errors import ConfigError, DataError, StorageError
+from llama_eqx.files import MALFORMED, reading, write_json
 from llama_eqx.writer import lock
 
 MODIFIED = "modified.json"
+DROPPED = ("duplicates", "empty", "refused")  # what an index counts of records without tokens
 LOCK = ".writer"  # in the folder of unfinished work, and deleted with it
 
 
@@ -161,11 +163,9 @@ def prepare(config: PrepareConfig) -> Prepared:
                     with _bar("writing", " shards", len(groups), len(groups) - len(todo)) as bar:
                         for _ in pool(run_shards, [(task, group, tokenizer.vocab, config.dedup) for group in todo]):
                             bar.update()
-            written = [json.loads((partial / f"group-{group.number:05}.json").read_text()) for group in groups]
-            shards = [(split, entry) for group in written for split, entry in group]
+            shards = [entry for group in groups for entry in saved(partial / f"group-{group.number:05}.json", _entries)]
             settings = {name: value for name, value in (encoding | assembly).items() if name not in ("format", "tokenizer", "sources")}
-            with whole(output / MODIFIED) as file:  # not in the index, so that the same data has the same fingerprint
-                file.write(json.dumps(modified).encode())
+            write_json(output / MODIFIED, modified)  # not in the index, so that the same data has the same fingerprint
             write_index(output, tokenizer, shards, encoding["sources"], settings=settings, dropped=dropped)
     except OSError as error:
         raise StorageError(
@@ -215,8 +215,8 @@ def _modified(sources: list[Source]) -> list[int]:
 def _then(path: Path, count: int) -> list[int] | None:
     """The saved times of `count` files; None if they are missing, as in older datasets, or damaged."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_bytes())
+    except (OSError, *MALFORMED):
         return None
     return found if isinstance(found, list) and len(found) == count else None
 
@@ -237,9 +237,9 @@ def _claimed(partial: Path, settings: dict[str, Any]) -> Iterator[None]:
     Raises `DataError` as `_claim` does.
     """
     units, ended = partial / "units.json", partial / "ended"
-    old = json.loads(units.read_text()) if units.exists() else settings
+    old = saved(units, dict) if units.exists() else settings
     if settings in (old, {**old, "on_error": "skip"}):  # the units of a command that refuses have left nothing out
-        _save(units, settings)
+        write_json(units, settings)
     elif ended.exists():
         for left in sorted(partial.iterdir(), key=lambda path: path == units):  # while there are units, there is a claim
             if left.name != LOCK:
@@ -256,23 +256,22 @@ def _claimed(partial: Path, settings: dict[str, Any]) -> Iterator[None]:
 def _claim(path: Path, settings: dict[str, Any]) -> None:
     """Saves the settings of unfinished work. Raises `DataError` when unfinished work with other settings is there."""
     if path.exists():
-        _compare(json.loads(path.read_text()), settings, path.parent.parent, "unfinished work")
+        _compare(saved(path, dict), settings, path.parent.parent, "unfinished work")
     else:
-        _save(path, settings)
+        write_json(path, settings)
 
 
-def _save(path: Path, settings: dict[str, Any]) -> None:
-    with whole(path) as file:
-        file.write(json.dumps(settings).encode())
+def _entries(group: Any) -> list[tuple[str, dict[str, Any]]]:
+    return [(str(split), dict(entry)) for split, entry in group]
 
 
 def _compare(old: dict[str, Any], new: dict[str, Any], folder: Path, what: str) -> None:
     lines = []
     for name in (name for name in new if old.get(name) != new[name]):
-        if isinstance(new[name], list):
+        if isinstance(new[name], list) and isinstance(before := old.get(name), list):
             files = [source["name"] for source in new["sources"]]
-            changed = [file for file, was, now in zip(files, old[name], new[name], strict=False) if was != now]
-            lines.append(f"{name}: {len(old[name])} -> {len(new[name])} files, {len(changed)} of them others or changed: {changed[:3]}")
+            changed = [file for file, was, now in zip(files, before, new[name], strict=False) if was != now]
+            lines.append(f"{name}: {len(before)} -> {len(new[name])} files, {len(changed)} of them others or changed: {changed[:3]}")
         else:
             lines.append(f"{name}: {old.get(name)} -> {new[name]}")
     if lines:
@@ -286,17 +285,19 @@ def _finished(folder: Path, settings: dict[str, Any], sources: list[Source], *, 
 
     Raises `DataError` when the dataset is another or damaged.
     """
-    data = open_dataset(folder, remedy="delete this folder, and the same command makes it anew", verify=verify)
+    remedy = "delete this folder, and the same command makes it anew"
+    data = open_dataset(folder, remedy=remedy, verify=verify)
     shutil.rmtree(folder / "partial", ignore_errors=True)
-    index = json.loads((folder / "index.json").read_text())
-    old = {name: index[name] for name in ("format", "tokenizer", "sources")} | index["settings"]
+    with reading(folder / "index.json", DataError, "no index of prepared data", next=remedy):
+        index = json.loads((folder / "index.json").read_bytes())
+        old = {name: index[name] for name in ("format", "tokenizer", "sources")} | index["settings"]
+        named, dropped = list(index["dropped"].get("named", [])), {name: int(index["dropped"].get(name, 0)) for name in DROPPED}
     _compare(old, settings, folder, "a dataset")
     now = _modified(sources)
     then = _then(folder / MODIFIED, len(sources)) or now
     touched = [source.name for source, a, b in zip(sources, then, now, strict=True) if a != b]
-    dropped = {"duplicates": 0, "empty": 0, "refused": 0, "named": [], **index["dropped"]}
     counts = {split.name: {count: getattr(split, count) for count in COUNTS} for split in (data.train, data.val)}
-    return Prepared(folder, counts, len(index["shards"]), touched=touched, read=0, seconds=0.0, **dropped)
+    return Prepared(folder, counts, len(index["shards"]), named=named, touched=touched, read=0, seconds=0.0, **dropped)
 
 
 def _bar(what: str, unit: str, total: int, done: int) -> tqdm:

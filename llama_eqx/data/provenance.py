@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llama_eqx.checkpoint.native import read_config
-from llama_eqx.config import Config, load
+from llama_eqx.checkpoint.native import CONFIG, MEND, configured, read_config
+from llama_eqx.config import Config
 from llama_eqx.data.dataset import Dataset, open_data
 from llama_eqx.data.pipeline import Parts
 from llama_eqx.data.tokenizer import load_tokenizer
 from llama_eqx.errors import ConfigError, DataError
+from llama_eqx.files import reading
 
 
 class ProvenanceConfig(Config):
@@ -52,18 +53,16 @@ def provenance(config: ProvenanceConfig) -> str:
     assert config.row is not None
     run_dir = pathlib.Path(config.run_dir)
     saved = read_config(run_dir)
-    try:
-        distinct = saved["train"].get("distinct_rows")
-        batch_size, seq_len, seed = saved["train"]["batch_size"], saved["train"]["seq_len"], saved["seed"]
-        settings, fingerprint = load(saved["data"], "data"), saved["data_fingerprint"]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"this config.yaml is not that of a run: it lacks {error}", where=str(run_dir)) from error
+    with reading(run_dir / CONFIG, DataError, f"this {CONFIG} is not that of a run", next=MEND):
+        batch_size, seq_len, seed = (int(value) for value in (saved["train"]["batch_size"], saved["train"]["seq_len"], saved["seed"]))
+        distinct, fingerprint = saved["train"].get("distinct_rows"), saved["data_fingerprint"]
+    settings = configured(run_dir, saved, "data")
     if config.row >= batch_size:
         raise ConfigError(f"a batch of this run has the rows 0 to {batch_size - 1}", where="row")
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     data = open_data(settings, tokenizer, seq_len=seq_len, seed=seed, distinct_rows=distinct)
     if data.fingerprint != fingerprint:
-        raise DataError("the data is no longer what the run was trained on", where=f"data in {run_dir}/config.yaml")
+        raise DataError("the data is no longer what the run was trained on", where=f"data in {run_dir / CONFIG}", next="bring it back")
     number = int(Parts(data.train, data.order, batch_size).numbers(config.step - 1)[config.row])
     lines = [f"step {config.step}, row {config.row}: row {number:,} of the {len(data.train):,} to train on"]
     for stretch in stretches(data, number):

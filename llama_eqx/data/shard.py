@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from llama_eqx.errors import DataError
+from llama_eqx.files import reading
 
 AGAIN = "restore the folder, or write another with python -m llama_eqx.prepare"
 
@@ -102,11 +103,9 @@ class Edges:
 
 
 def _mapped(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    try:
+    with reading(file, DataError, "damaged token shard", next=AGAIN):
         now = file.stat()
         array = _loaded(file, now.st_ino, now.st_mtime_ns)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"damaged token shard: {error}", where=str(file), next=AGAIN) from error
     if (array.shape, array.dtype) != (shape, dtype):
         what = f"{array.dtype} {list(array.shape)} in this file, but the index says {dtype} {list(shape)}"
         raise DataError(what, where=str(file), next=AGAIN)

@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from llama_eqx.data.cache import DELETE
 from llama_eqx.data.shard import AGAIN, Edges, Shard, token_dtype
 from llama_eqx.data.tokenizer import Tokenizer
 from llama_eqx.errors import DataError
+from llama_eqx.files import reading, write_json
 
 FORMAT = 2  # incremented when what is written changes; shards of another format are made anew
 SPLITS = ("train", "val")
@@ -30,7 +32,6 @@ COUNTS = ("tokens", "documents", "bytes")
 VERIFIED = 2**30  # bytes: a dataset of up to this size is hashed whenever it is opened
 HEADER = 128  # bytes, of each .npy file
 OWN = "leave out tokenizer=..., which then is the data's own"
-DELETE = "delete this folder; it is made anew"
 SUMS = "sha256.json"
 HOLD_OUT = "python -m llama_eqx.prepare validation_fraction=0.01 with the same input and another output"
 
@@ -151,7 +152,7 @@ def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = Non
 
     Raises `DataError` when files are missing or changed, with `remedy` for what to do, and when the dataset has another `tokenizer`.
     """
-    try:
+    with reading(folder / "index.json", DataError, "no index of token shards", next=remedy):
         content = (folder / "index.json").read_bytes()
         index = json.loads(content)
         if index["format"] != FORMAT:
@@ -168,9 +169,7 @@ def open_dataset(folder: Path, *, remedy: str, tokenizer: Tokenizer | None = Non
         train, val = (Split(tuple(splits[name]), name) for name in SPLITS)
         if any(index["splits"][split.name] != counts(split) for split in (train, val)):
             raise ValueError("the counts of the shards do not add up")
-        fingerprint = index["tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"no index of token shards: {type(error).__name__}: {error}", where=str(folder), next=remedy) from error
+        fingerprint = str(index["tokenizer"])
     if tokenizer is not None and tokenizer.fingerprint != fingerprint:
         raise DataError(
             f"this data was prepared with the tokenizer {fingerprint[:12]}… of {index['vocab']} ids,"
@@ -189,15 +188,13 @@ def seal(folder: Path, files: Iterable[Path]) -> None:
         with path.open("r+b") as file:
             os.fsync(file.fileno())
             sums[path.name] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-    _write(folder / SUMS, sums)
+    write_json(folder / SUMS, sums)
 
 
 def check_sealed(folder: Path) -> None:
     """Raises `DataError` when files have changed since `seal`: by their SHA-256 up to `VERIFIED` bytes, else by size."""
-    try:
+    with reading(folder, DataError, f"{SUMS} cannot be read", next=DELETE):
         files = {folder / name: (int(size), str(sha256)) for name, (size, sha256) in json.loads((folder / SUMS).read_bytes()).items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{SUMS} cannot be read: {type(error).__name__}: {error}", where=str(folder), next=DELETE) from error
     _compare(folder, files, None, DELETE)
 
 
@@ -273,17 +270,7 @@ def write_index(
         "shards": records,
         "sources": sources,
     }
-    _write(folder / "index.json", index)
-
-
-def _write(path: Path, content: Any) -> None:
-    """Writes JSON that appears under its name once it is on disk."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    write_json(folder / "index.json", index)
 
 
 def _compare(folder: Path, files: dict[Path, tuple[int, str]], verify: bool | None, remedy: str) -> None:

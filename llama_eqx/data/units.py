@@ -3,12 +3,12 @@
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator
+import operator
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,11 +16,13 @@ from llama_eqx.data.encoding import CHUNK, encode
 from llama_eqx.data.sources import Piece, Record, Source, pieces, records, refusal
 from llama_eqx.data.tokenizer import Tokenizer, load_tokenizer
 from llama_eqx.errors import DataError
+from llama_eqx.files import reading, whole, write_json
 
 # What is kept of each document of a unit: its numbers of ids and of bytes of text, a hash of the text, and its origin.
 DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("hash", "<u8", (2,)), ("source", "<i8"), ("record", "<i8")])
 LOADED: dict[str, Tokenizer] = {}  # by fingerprint; only the last one used
 NAMED = 20  # records named one by one
+T = TypeVar("T")
 UNITS, LEAST = 256, 2**20  # units of a small input, and the fewest bytes of each
 
 
@@ -46,6 +48,21 @@ class Task:
 
     def path(self, unit: int, ending: str) -> Path:
         return self.folder / f"unit-{unit:06}.{ending}"
+
+    def summary(self, unit: int) -> tuple[list, int, int, list]:
+        """(source, lines) of each source, the numbers of empty and of refused records, and (source, record, problem) of some of these."""
+        return saved(self.path(unit, "json"), operator.itemgetter("lines", "empty", "refused", "named"))
+
+    def documents(self, unit: int) -> np.ndarray:
+        """[documents] `DOCUMENT`: those of a unit, in order."""
+        return saved(self.path(unit, "npy"), lambda found: found[[*(DOCUMENT.names or ())]])
+
+    def ids(self, unit: int, dtype: np.dtype, count: int) -> np.ndarray:
+        """[count]: the ids of a unit's documents, mapped."""
+        with damage(path := self.path(unit, "ids")):
+            if len(ids := np.memmap(path, dtype, "r")) != count:
+                raise ValueError(f"{len(ids)} ids, and {count} expected")
+            return ids
 
 
 def cut_units(sources: list[Source], most: int, field: str) -> list[Unit]:
@@ -121,8 +138,18 @@ def run_unit(task: Task, unit: Unit) -> None:
     with whole(task.path(unit.number, "npy")) as file:
         np.save(file, np.concatenate(found))
     said = {"lines": list(lines.items()), "empty": empty, "refused": refused, "named": named}
-    with whole(task.path(unit.number, "json")) as file:  # written last: with it, the unit is done
-        file.write(json.dumps(said).encode())
+    write_json(task.path(unit.number, "json"), said)  # last: with it, the unit is done
+
+
+def saved(path: Path, take: Callable[[Any], T]) -> T:
+    """What `take` makes of an array or of JSON in a folder of unfinished work. Raises `DataError` when the file is damaged."""
+    with damage(path):
+        return take(np.load(path) if path.suffix == ".npy" else json.loads(path.read_bytes()))
+
+
+def damage(path: Path) -> contextlib.AbstractContextManager[None]:
+    next = f"{shlex.join(['rm', '-r', str(path.parent)])}, then the same command, which begins anew"
+    return reading(path, DataError, "damaged unfinished work", next=next)
 
 
 def hashes(texts: list[bytes]) -> np.ndarray:
@@ -133,17 +160,6 @@ def hashes(texts: list[bytes]) -> np.ndarray:
 def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """[documents] bool: whether each text is held out. It depends on that text alone, not on its place or on other texts."""
     return hashes[:, 0] / 2**64 >= 1 - fraction if fraction else np.zeros(len(hashes), bool)
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Any]:
-    """Opens a file that appears under its name once it is whole and on disk."""
-    number, name = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
-    with open(number, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(name, path)
 
 
 def _tokenizer(task: Task) -> Tokenizer:

@@ -7,8 +7,8 @@ from llama_eqx.checkpoint import restore
 from llama_eqx.checkpoint.manifest import MANIFEST, find_damage
 from llama_eqx.diagnosis.report import Finding, finding_of
 from llama_eqx.errors import CheckpointError
-from llama_eqx.interop.files import inside, mistaken
-from llama_eqx.interop.files import read_json as read
+from llama_eqx.files import json_object, mistaken
+from llama_eqx.interop.files import inside
 
 SUFFIXES = {".json", ".safetensors", ".model", ".pth", ".npy"}
 
@@ -46,7 +46,7 @@ def read_json(folder: pathlib.Path, name: str, findings: list[Finding]) -> dict[
     if not file.is_file() or mistaken(file, ""):
         return None
     try:
-        return read(inside(folder, name))
+        return json_object(inside(folder, name), CheckpointError)
     except CheckpointError as error:
-        findings.append(Finding("error", name, error.what, error.next or "download or write it again"))
+        findings.append(Finding("error", name, error.what, error.next))
         return None

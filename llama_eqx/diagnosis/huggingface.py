@@ -14,7 +14,8 @@ from llama_eqx.diagnosis.report import Finding, Report, finding_of
 from llama_eqx.diagnosis.settings import Published, check_settings
 from llama_eqx.diagnosis.vocabulary import check_ends, check_vocabulary
 from llama_eqx.errors import CheckpointError
-from llama_eqx.interop.files import inside, mistaken, refuse_code
+from llama_eqx.files import mistaken
+from llama_eqx.interop.files import inside, refuse_code
 from llama_eqx.interop.huggingface import CONFIG, DTYPES, EMBED, HEAD, INDEX, SINGLE, Filed, config_from_huggingface, filed_tensors
 from llama_eqx.interop.table import TABLE, torch_shape
 from llama_eqx.interop.weights import require_tensors, tensor_axes, tensor_shapes

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 
-from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, read_config
+from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, configured, read_config
 from llama_eqx.checkpoint.restore import steps
-from llama_eqx.config import Config, load
+from llama_eqx.config import Config
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.prepared import PreparedTokenizerConfig
 from llama_eqx.data.tokenizer import Tokenizer, TokenizerConfig
@@ -117,7 +117,7 @@ def data_of(config: EvaluateConfig) -> DataConfig:
     if "data" not in (saved := _saved(config)):
         format_of(config.checkpoint or "")
         raise ConfigError("no data is given, and the checkpoint is not a run with its own", where="data", next="data=test data.path=FILE")
-    return load(saved["data"], "data")
+    return configured(located(config.checkpoint or "")[0], saved, "data")
 
 
 def step_of(config: EvaluateConfig) -> tuple[int, int | None] | None:

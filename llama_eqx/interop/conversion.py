@@ -18,8 +18,9 @@ from llama_eqx.data.tokenizer import find_tokenizer
 from llama_eqx.data.tokenizer.export import tokenizer_json
 from llama_eqx.data.tokenizer.files import is_tiktoken
 from llama_eqx.errors import CheckpointError, ConfigError, DataError, StorageError
+from llama_eqx.files import json_object, mistaken, write_json
 from llama_eqx.interop import huggingface, meta
-from llama_eqx.interop.files import CARRIED, ORIGINAL, OWN, TOKENIZER, mistaken, read_json, write_json
+from llama_eqx.interop.files import CARRIED, ORIGINAL, OWN, TOKENIZER
 from llama_eqx.interop.params import config_to_meta
 from llama_eqx.interop.pretrained import MARKS, Format, located, manifested, open_pretrained, verified
 from llama_eqx.interop.weights import Weights, of_model, parameter_tree, pieces
@@ -171,12 +172,13 @@ def _for_transformers(config: LlamaConfig, folder: pathlib.Path, notes: list[str
         else:
             definition.write_text(found, encoding="utf-8")
     if definition.is_file() and not settings.exists():  # else transformers knows neither BOS nor what ends a text
-        tokens, added = config.tokens, read_json(definition).get("added_tokens")
+        tokens, added = config.tokens, json_object(definition, CheckpointError).get("added_tokens")
         added = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
         marks = {"bos_token": tokens.bos, "eos_token": next(iter(tokens.eos), None), "pad_token": tokens.pad}
         said = {mark: token.get("content") for mark, i in marks.items() for token in added if i is not None and token.get("id") == i}
         plain = {"model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False}
-        write_json(settings, {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context, **plain, **said})
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context}
+        write_json(settings, {**kind, **plain, **said}, indent=2)
     if model.is_file() and is_tiktoken(model.read_bytes()):
         # llama.cpp and others take any tokenizer.model for SentencePiece's. Meta's own repositories keep Llama 3's in this folder too.
         (folder / ORIGINAL).mkdir()

@@ -1,14 +1,12 @@
 """Files of a folder that somebody else wrote: which may be opened, what they really are, and which go with a model wherever it goes."""
 
 import contextlib
-import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from llama_eqx.data.tokenizer.files import stand_in
 from llama_eqx.errors import CheckpointError
+from llama_eqx.files import json_object
 
 # The tokenizer's files, and generation's settings. Nothing else is copied, so no code can travel with the weights.
 CARRIED = (
@@ -51,36 +49,11 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     return folder / name
 
 
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `CheckpointError` saying what is there instead."""
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise CheckpointError("no such file", where=str(file)) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(mistaken(file, f"not JSON: {error}"), where=str(file)) from None
-    if not isinstance(tree, dict):
-        raise CheckpointError("not a JSON object", where=str(file))
-    return tree
-
-
-def write_json(file: pathlib.Path, tree: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-
-
-def mistaken(file: pathlib.Path, otherwise: str) -> str:
-    """Says what a file really is that should hold weights or settings; `otherwise` if it is nothing well known."""
-    if not file.is_file():
-        return "no such file"
-    with file.open("rb") as stream:
-        return stand_in(stream.read(512)) or otherwise
-
-
 def refuse_code(folder: pathlib.Path, *settings: str) -> None:
     """Raises `CheckpointError` when a folder brings code of its own: Python files, or settings whose `auto_map` names some."""
     found = sorted(path.name for path in folder.glob("*.py"))
     for name in settings:
-        if (folder / name).is_file() and "auto_map" in read_json(inside(folder, name)):
+        if (folder / name).is_file() and "auto_map" in json_object(inside(folder, name), CheckpointError):
             found.append(f"auto_map in {name}")
     if found:
         raise CheckpointError(

@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from llama_eqx.config import Config
 from llama_eqx.dims import Dims
 from llama_eqx.errors import CheckpointError, ConfigError
-from llama_eqx.interop.files import carried, inside, mistaken, read_json, refuse_code, write_json
+from llama_eqx.files import json_object, mistaken, write_json
+from llama_eqx.interop.files import carried, inside, refuse_code
 from llama_eqx.interop.rope import KINDS, rope_parameters, rotary_settings
 from llama_eqx.interop.table import TABLE, from_torch, torch_shape
 from llama_eqx.interop.weights import Key, Tensor, Weights, compare, pieces, require_tensors, rows_of, tensor_shapes
@@ -40,7 +41,7 @@ def read_huggingface(folder: pathlib.Path) -> Weights:
     Raises `CheckpointError` when the folder is not a complete Llama that this package can express; all differences are listed.
     """
     refuse_code(folder, CONFIG, "tokenizer_config.json")
-    config = config_from_huggingface(read_json(inside(folder, CONFIG)))
+    config = config_from_huggingface(json_object(inside(folder, CONFIG), CheckpointError))
     filed = {file: filed_tensors(file) for file in weight_files(folder)}
     found = {name: tensor for tensors in filed.values() for name, tensor in tensors.items()}
     if twice := [name for name in found if sum(name in tensors for tensors in filed.values()) > 1]:
@@ -73,9 +74,9 @@ def write_huggingface(
     config, tokens = config_to_huggingface(weights.config), weights.config.tokens
     kinds = {key: tensor.dtype if dtype is None else dtype for key, tensor in weights.tensors.items()}
     config["dtype"] = config["torch_dtype"] = kinds["embed", None].name
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config, indent=2)
     if GENERATION not in weights.files and tokens.bos is not None:
-        write_json(folder / GENERATION, token_ids(tokens))
+        write_json(folder / GENERATION, token_ids(tokens), indent=2)
 
     shards, room, total = [], 0, 0
     for key, tensor in weights.tensors.items():
@@ -105,7 +106,7 @@ def write_huggingface(
                     stream.write(rows.data)
                     advance(rows.nbytes)
     if len(shards) > 1:
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
 
 
 class Filed(NamedTuple):
@@ -130,7 +131,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
             where=str(folder),
             next="pickled .bin files are not read: save the model again as safetensors where it came from",
         )
-    weight_map = read_json(inside(folder, INDEX)).get("weight_map")
+    weight_map = json_object(inside(folder, INDEX), CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError("weight_map is not a map of names to files", where=str(folder / INDEX))
     return [inside(folder, name) for name in sorted(set(weight_map.values()))]

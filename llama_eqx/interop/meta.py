@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_eqx.errors import CheckpointError
-from llama_eqx.interop.files import carried, inside, mistaken, read_json, refuse_code, write_json
+from llama_eqx.files import json_object, mistaken, write_json
+from llama_eqx.interop.files import carried, inside, refuse_code
 from llama_eqx.interop.huggingface import GENERATION
 from llama_eqx.interop.params import PARAMS, check_vocab, config_from_meta, config_to_meta, losses, rotary_from_meta
 from llama_eqx.interop.table import TABLE, from_torch, halves_to_pairs, pairs_to_halves, torch_shape
@@ -36,13 +37,13 @@ def read_meta(folder: pathlib.Path) -> Weights:
     Raises `CheckpointError` when the folder is not a complete Llama that this package can express; all differences are listed.
     """
     refuse_code(folder)
-    params = read_json(inside(folder, PARAMS))
+    params = json_object(inside(folder, PARAMS), CheckpointError)
     shards = [_load(file) for file in _files(folder)]
     copies = _copies(shards, params.get("n_kv_heads"))
     files, generation, unread = carried(folder), {}, []
     if GENERATION in files:
         try:
-            generation = read_json(files[GENERATION])
+            generation = json_object(files[GENERATION], CheckpointError)
         except CheckpointError as error:
             unread = [f"{GENERATION} was left behind: {error.what}"]
             del files[GENERATION]
@@ -76,7 +77,7 @@ def write_meta(
     """
     config, torch = weights.config, _torch()
     count = default_shards(config) if shards is None else shards
-    write_json(folder / PARAMS, config_to_meta(config, count))
+    write_json(folder / PARAMS, config_to_meta(config, count), indent=2)
     tensors = dict(weights.tensors)
     if config.tied:  # Meta's code has no tied table: it reads both
         embed = tensors["embed", None]

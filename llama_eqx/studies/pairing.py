@@ -19,16 +19,17 @@ from jaxtyping import Array, Int, UInt32
 from llama_eqx.checkpoint.native import read_config
 from llama_eqx.config import nearest
 from llama_eqx.errors import CheckpointError, ConfigError, DataError, UserError
+from llama_eqx.files import sync, write_json
 from llama_eqx.model.llama import Llama
 from llama_eqx.model.rotary import Rotary
 from llama_eqx.sharding import parameter_names
 from llama_eqx.studies.matching import cost, residual
 from llama_eqx.studies.registration import folder, load_registration, tuned
-from llama_eqx.studies.runs import free, outdated, read_kept, read_provenance
+from llama_eqx.studies.runs import STUDY, free, outdated, read_kept, read_study
+from llama_eqx.tracking.jsonl import read_metrics
+from llama_eqx.tracking.starts import read_starts
 from llama_eqx.training.identity import ended_by, is_same
 from llama_eqx.training.run import RunConfig
-
-STUDY = "study.json"
 
 
 @jax.jit
@@ -106,7 +107,7 @@ def record_start(config: RunConfig, model: Llama, offset: int) -> None:
         "position_codes": position_codes(model.rotary, offset + jnp.arange(config.train.seq_len)),
     }
     if jax.process_index() == 0:
-        pathlib.Path(config.run_dir, STUDY).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(pathlib.Path(config.run_dir, STUDY), found)
 
 
 def kept_at(config: RunConfig) -> pathlib.Path:
@@ -118,12 +119,13 @@ def keep(config: RunConfig) -> str:
     """Files a finished run under `experiments/`: a line with its config, `study.json` and provenance, then its metrics as they are.
 
     If there is a record already, it stays and this run is not filed; but a record that may no longer be compared is set aside. Returns
-    what was done. Raises `DataError` when a line of the provenance is invalid.
+    what was done. Raises `DataError` when a file of the run is missing or damaged.
     """
     run_dir, path, said = pathlib.Path(config.run_dir), kept_at(config), ""
     settings = {key: value for key, value in read_config(run_dir).items() if key != "run_dir"}  # a path on one machine
-    first: dict[str, Any] = {"config": settings, "study": json.loads((run_dir / STUDY).read_text(encoding="utf-8"))}
-    first["provenance"] = read_provenance(run_dir / "provenance.jsonl")
+    first: dict[str, Any] = {"config": settings, "study": read_study(run_dir)}
+    first["provenance"] = read_starts(run_dir / "provenance.jsonl")
+    read_metrics(run_dir / "metrics.jsonl")  # raises what is wrong with them
     content = gzip.compress(json.dumps(first).encode() + b"\n" + (run_dir / "metrics.jsonl").read_bytes(), mtime=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:  # another process may file at the same time
@@ -169,6 +171,7 @@ def _write_new(path: pathlib.Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         partial.write_bytes(content)
+        sync(partial)
         try:
             os.link(partial, path)
         except FileExistsError:

@@ -3,14 +3,16 @@
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import re
-from typing import Any, Literal, get_origin
+from typing import Literal, get_origin
 
 import yaml
 
-from llama_eqx.config import Config, dump, load, nearest
-from llama_eqx.errors import ConfigError, first_line
+from llama_eqx.config import Config, dump, load, nearest, read_yaml
+from llama_eqx.errors import ConfigError
+from llama_eqx.files import reading, write
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 Contrast = dict[str, float]
@@ -125,22 +127,19 @@ def folder(question: str) -> pathlib.Path:
 def load_registration(question: str) -> Registration:
     """The registration of a question. Raises `ConfigError` when there is none or it contradicts itself."""
     path = folder(question) / "prereg.yaml"
+    if not path.exists():
+        raise ConfigError("this question is not registered yet", where=str(path), next="write that file, and commit it, before any run")
     try:
-        known = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if missing := [name for name in EMPTY if name not in {**(known or {})}]:
-            lines = ", ".join(f"{name}: {EMPTY[name]}" for name in missing)
-            raise ConfigError(f"missing: {', '.join(missing)}", next=f"add {lines}; docs/experiments.md has a whole one")
-        rule = known["rule"]
-        rule = {**rule, "_target_": f"{__name__}.Rule"} if isinstance(rule, dict) else rule
-        return load({**known, "rule": rule, "_target_": f"{__name__}.Registration"})
-    except OSError:
-        raise ConfigError(
-            "this question is not registered yet", where=str(path), next="write that file, and commit it, before any run"
-        ) from None
-    except (TypeError, yaml.YAMLError) as error:
-        raise ConfigError(f"this is no registration: {first_line(error)}", where=str(path)) from None
+        with reading(path, ConfigError, "this is no registration", next="bring back the file as it was committed"):
+            known = {**(read_yaml(path.read_text(encoding="utf-8")) or {})}
+            if missing := [name for name in EMPTY if name not in known]:
+                lines = ", ".join(f"{name}: {EMPTY[name]}" for name in missing)
+                raise ConfigError(f"missing: {', '.join(missing)}", next=f"add {lines}; docs/experiments.md has a whole one")
+            rule = known["rule"]
+            rule = {**rule, "_target_": f"{__name__}.Rule"} if isinstance(rule, dict) else rule
+            return load({**known, "rule": rule, "_target_": f"{__name__}.Registration"})
     except ConfigError as error:
-        where = f"{path}: {error.where}" if error.where else str(path)
+        where = f"{path}: {error.where}" if error.where not in ("", str(path)) else str(path)
         raise ConfigError(error.what, where=where, next=error.next) from None
 
 
@@ -161,10 +160,21 @@ def registered(question: str, name: str) -> str:
 
 def write_tuned(question: str, rung: str, rates: dict[str, float]) -> pathlib.Path:
     path = folder(question) / "tuned.yaml"
-    known = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     said = "# Found by stage=tune, read by stage=final: the peak learning rate of each arm, by rung. Another arm takes that of the first.\n"
-    path.write_text(said + yaml.safe_dump({**known, rung: rates}, sort_keys=False), encoding="utf-8")
+    write(path, (said + yaml.safe_dump({**_all_rates(path), rung: rates}, sort_keys=False)).encode())
     return path
+
+
+def _all_rates(path: pathlib.Path) -> dict[str, dict[str, float]]:
+    """The learning rates in a tuned.yaml, by rung and arm; empty without one. Raises `ConfigError` when it is damaged."""
+    if not path.exists():
+        return {}
+    advice = "remove the file; python -m llama_eqx.report with stage=tune writes it anew, for each rung"
+    with reading(path, ConfigError, "these are no learning rates", next=advice):
+        found = {rung: {arm: float(rate) for arm, rate in of.items()} for rung, of in (read_yaml(path.read_text()) or {}).items()}
+        if wrong := [f"{arm}: {rate}" for of in found.values() for arm, rate in of.items() if not 0 < rate < math.inf]:
+            raise ValueError(wrong[0])
+        return found
 
 
 def tuned(question: str, rung: str, arm: str) -> float:
@@ -172,12 +182,11 @@ def tuned(question: str, rung: str, arm: str) -> float:
     tuned.
     """
     path = folder(question) / "tuned.yaml"
-    rates: dict[str, Any] = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get(rung, {}) if path.exists() else {}
-    registration = load_registration(question)
+    rates, registration = _all_rates(path).get(rung, {}), load_registration(question)
     if not registration.tune_arms:
-        return float(rates.get(arm, registration.rates[0]))
+        return rates.get(arm, registration.rates[0])
     rate = rates.get(arm, rates.get(registration.tune_arms[0]) if arm not in registration.tune_arms else None)
     if rate is None:
         tuning = f"python -m llama_eqx.train -m experiment={question} stage=tune, then python -m llama_eqx.report with the same"
         raise ConfigError(f"{arm} has no learning rate at {rung} yet", where=str(path), next=tuning)
-    return float(rate)
+    return rate

@@ -4,17 +4,19 @@ import gzip
 import itertools
 import json
 import math
+import operator
 import pathlib
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llama_eqx.config import differences, known_to_both
 from llama_eqx.errors import DataError
+from llama_eqx.files import json_object, reading
 from llama_eqx.studies.registration import Contrast, Registration, folder, tuned
 from llama_eqx.tracking.jsonl import read_metrics
+from llama_eqx.tracking.starts import read_starts, start_in
 
-LEDGER = "data/ledger"
+STUDY, LEDGER = "study.json", "data/ledger"
 OF_A_RUN = ("run_dir", "seed", "study.path", "tracking", "compile_cache")  # settings of a run, and not of its arm
 
 
@@ -91,37 +93,28 @@ def outdated(run: Run, registration: Registration) -> Iterator[str]:
 
 def read_kept(path: pathlib.Path) -> Run:
     """A run that `pairing.keep` filed. Raises `DataError` when it is damaged."""
-    try:
+    with reading(path, DataError, "this is no run that was kept", next="remove the file and give the run again"):
         first, *lines = gzip.decompress(path.read_bytes()).decode().splitlines()
         known = json.loads(first)
         metrics = [{k: v if k == "step" else float(v) for k, v in json.loads(line).items()} for line in lines]
-        return Run(path, known["config"], known["study"], known["provenance"], metrics)
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"this is no run that was kept: {error}", where=str(path), next="remove the file and give the run again") from error
+        return Run(path, {**known["config"]}, {**known["study"]}, [start_in(each) for each in known["provenance"]], metrics)
 
 
 def read_run(run_dir: pathlib.Path) -> Run:
     """Reads any run directory. Raises `CheckpointError` or `DataError` when it is not one."""
-    from llama_eqx.checkpoint.native import read_config
+    from llama_eqx.checkpoint.native import CONFIG, MEND, read_config
 
-    study, origin = run_dir / "study.json", run_dir / "provenance.jsonl"
-    provenance = read_provenance(origin) if origin.exists() else []
-    try:
-        known = dict(json.loads(study.read_text(encoding="utf-8"))) if study.exists() else {}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"what was recorded at step 0 is damaged: {error}", where=str(study), next="remove the file") from error
-    return Run(run_dir, read_config(run_dir), known, provenance, read_metrics(run_dir / "metrics.jsonl"))
+    study = read_study(run_dir) if (run_dir / STUDY).exists() else {}
+    settings, starts = read_config(run_dir), read_starts(run_dir / "provenance.jsonl")
+    with reading(run_dir / CONFIG, DataError, f"this {CONFIG} is not that of a run", next=MEND):
+        _ = operator.index(settings["seed"]), {**settings.get("tracking", {}).get("wandb", {})}
+        _ = [operator.index(settings["train"][key]) for key in ("steps", "batch_size", "seq_len") if key in settings.get("train", {})]
+    return Run(run_dir, settings, study, starts, read_metrics(run_dir / "metrics.jsonl"))
 
 
-def read_provenance(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The starts in a `provenance.jsonl`. Raises `DataError` naming a line that does not record one."""
-    found = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            found.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise DataError("this line is no record of a start", where=f"{path}:{number}", next="remove the line") from error
-    return found
+def read_study(run_dir: pathlib.Path) -> dict[str, Any]:
+    """What was recorded at step 0. Raises `DataError` when it is missing or damaged."""
+    return json_object(run_dir / STUDY, DataError, next="remove the file")
 
 
 def kept(question: str, stage: str, rung: str) -> list[Run]:

@@ -61,9 +61,9 @@ def side_by_side(asked: Sequence[str], output: pathlib.Path) -> tuple[list[pathl
     ):
         page.figure(name, plots.curves(runs, metric, label, log=metric == "optim/grad_norm"), label)
     for name, path in zip(runs, paths, strict=True):
-        if (sample := pathlib.Path(path, "sample.txt")).exists():
+        if (sample := pathlib.Path(path, "sample.txt")).is_file():
             page.heading(f"Sample of {name}")
-            page.verbatim(sample.read_text(encoding="utf-8").strip())
+            page.verbatim(sample.read_text(encoding="utf-8", errors="replace").strip())
     return page.write(output, "report"), "\n".join(said)
 
 

@@ -5,9 +5,10 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, SupportsFloat
+from typing import SupportsFloat
 
 from llama_eqx.errors import DataError, StorageError
+from llama_eqx.files import MALFORMED
 
 
 class Jsonl:
@@ -25,7 +26,7 @@ class Jsonl:
         try:
             if path.exists():
                 with unfinished.open("w", encoding="utf-8") as file:
-                    file.writelines(json.dumps(record) + "\n" for record in _records(path) if 0 < record["step"] <= start)
+                    file.writelines(_line(record) for record in _records(path) if 0 < record["step"] <= start)
                     file.flush()
                     os.fsync(file.fileno())
                 unfinished.replace(path)
@@ -34,9 +35,8 @@ class Jsonl:
             raise self._unwritable(error) from error
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        record = {"step": step, **{name: _jsonable(float(value)) for name, value in metrics.items()}}
         try:
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.write(_line({"step": step, **metrics}))
             self._file.flush()
         except OSError as error:
             raise self._unwritable(error) from error
@@ -70,27 +70,41 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
     """
     path = pathlib.Path(path)
     try:
-        records = list(_records(path))
+        return list(_records(path))
     except OSError as error:
-        raise DataError(f"no metrics there: {error.strerror or error}", where=str(path)) from error
-    return [{name: value if name == "step" else float(value) for name, value in record.items()} for record in records]
+        advice = "the folder of a run, or a copy of its metrics.jsonl"
+        raise DataError(f"no metrics there: {error.strerror or error}", where=str(path), next=advice) from error
 
 
-def _records(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+def _records(path: pathlib.Path) -> Iterator[dict[str, int | float]]:
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
     for number, line in enumerate(lines, 1):
+        torn = number == len(lines)
         try:
-            record = json.loads(line)
-            int(record["step"])
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):
+            found = json.loads(line)
+            torn = torn and "step" not in found
+            if type(step := found.pop("step")) is not int or step < 0:
+                raise ValueError(f"step {step}")
+            record = {"step": step, **{name: _number(value) for name, value in found.items()}}
+        except MALFORMED as error:
+            if torn:
                 return
-            raise DataError("this line is not a record of metrics", where=f"{path}:{number}", next="remove the line") from error
+            advice = "remove the line; or move the file away, and a run goes on without it"
+            raise DataError("this line is not a record of metrics", where=f"{path}:{number}", next=advice) from error
         yield record
+
+
+def _line(record: Mapping[str, SupportsFloat]) -> str:
+    said = {name: value if name == "step" else _jsonable(float(value)) for name, value in record.items()}
+    return json.dumps(said, allow_nan=False) + "\n"
 
 
 def _jsonable(value: float) -> float | str:
     """JSON has no non-finite numbers: they become the strings "NaN", "Infinity" and "-Infinity"."""
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value if math.isfinite(value) else "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _number(value: object) -> float:
+    if type(value) in (int, float) or value in ("NaN", "Infinity", "-Infinity"):
+        return float(value)  # pyright: ignore[reportArgumentType]
+    raise ValueError(f"{value!r} is no number")

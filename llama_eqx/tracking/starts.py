@@ -7,18 +7,32 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_eqx.config import Difference, differences, known_to_both
+from llama_eqx.errors import DataError
+from llama_eqx.files import MALFORMED, reading
 
 NUMBERS = ("code", "commit", "extensions", "versions", "computed", "jax", "train")  # what the numbers of a start depend on
 
 
-def read_starts(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The starts that can be read; none without a file. Raises `OSError`."""
+def read_starts(path: pathlib.Path, *, lenient: bool = False) -> list[dict[str, Any]]:
+    """The starts; none without a file. Raises `DataError` naming a line that records none, unless it is `lenient` and leaves it out."""
     found = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    with reading(path, DataError, "no record of the starts", next="move it away"):
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
-            found.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            continue
+            found.append(start_in(json.loads(line)))
+        except MALFORMED as error:
+            if not lenient:
+                raise DataError("this line is no record of a start", where=f"{path}:{number}", next="remove the line") from error
+    return found
+
+
+def start_in(found: Any) -> dict[str, Any]:
+    """The start in JSON that was read. Raises one of `MALFORMED` unless its parts have the types that they are written with."""
+    parts = [found.get(name, {}) for name in (*NUMBERS, "eval_data") if name != "commit"]
+    known = type(found.get("step", 0)) is int and isinstance(found.get("parameters"), int | None)
+    if not known or not all(isinstance(part, dict) for part in parts) or not all(isinstance(code, str) for code in parts[0].values()):
+        raise ValueError("not as it was written")
     return found
 
 

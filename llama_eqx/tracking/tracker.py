@@ -60,11 +60,17 @@ class Tracker:
         }
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            before = read_starts(self._run_dir / "provenance.jsonl")
-            with (self._run_dir / "provenance.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": start, **origin}) + "\n")
+            record = self._run_dir / "provenance.jsonl"
+            before = read_starts(record, lenient=True)
+            with record.open("ab") as file:
+                torn = file.tell() and not record.read_bytes().endswith(b"\n")  # by a power failure: this start is not to be lost with it
+                file.write(b"\n" * bool(torn) + json.dumps({"step": start, **origin}).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
-            raise StorageError(f"the run directory cannot be written: {error.strerror or error}", where=str(run_dir)) from error
+            where = str(error.filename or run_dir)
+            what = f"the run directory cannot be written: {error.strerror or error}"
+            raise StorageError(what, where=where, next="mend that, then the same command") from error
         self._starts = [*before, {"step": start, **origin}]
         self._jsonl = Jsonl(self._run_dir / "metrics.jsonl", start)
         self._console = Console(steps, start)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from llama_eqx.config import Config, dump
+from llama_eqx.files import write
 
 FOLDER, ABOUT = "wandb", "about.json"
 PATIENCE = {"online": 5.0, "offline": 4.0}  # seconds that the end of a run waits for W&B, and then for what is to be uploaded later
@@ -172,8 +173,8 @@ class Wandb:
 
 def _id(path: pathlib.Path) -> str:
     """The id of this directory's W&B run, made on its first start."""
-    known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    known = path.read_bytes().decode(errors="replace").strip() if path.exists() else ""
     if not re.fullmatch(r"[\w-]+", known):  # it becomes part of a folder's name
         known = secrets.token_hex(4)
-        path.write_text(known + "\n", encoding="utf-8")
+        write(path, known.encode() + b"\n")
     return known

@@ -22,8 +22,9 @@ from llama_eqx.data.tokenizer import HuggingFaceTokenizerConfig, Tokenizer, find
 from llama_eqx.data.tokenizer.find import options
 from llama_eqx.errors import CheckpointError, ConfigError, DataError
 from llama_eqx.extensions import conf_dirs
+from llama_eqx.files import json_object, mistaken
 from llama_eqx.interop.conversion import ConvertConfig, convert, require_expressible
-from llama_eqx.interop.files import CARRIED, TOKENIZER, carried, mistaken, read_json
+from llama_eqx.interop.files import CARRIED, TOKENIZER, carried
 from llama_eqx.interop.huggingface import GENERATION, token_ids
 from llama_eqx.interop.pretrained import format_of, load_pretrained, located, open_pretrained
 from llama_eqx.interop.weights import Weights, abstract, compare, parameter_shapes
@@ -172,7 +173,7 @@ def handed_on(config: RunConfig, tokenizer: Tokenizer, weights: Weights | None) 
                 if wrong := mistaken(file, ""):
                     raise CheckpointError(wrong)
                 if file.suffix == ".json":
-                    trees[name] = read_json(file)
+                    trees[name] = json_object(file, CheckpointError)
                 files[name] = file.read_bytes()
         except (CheckpointError, OSError) as error:
             remarks.append(f"{name} was left behind: {error.what if isinstance(error, CheckpointError) else error.strerror}")

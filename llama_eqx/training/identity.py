@@ -17,6 +17,7 @@ from llama_eqx.config import Difference, differences, dump, known_to_both
 from llama_eqx.data.tokenizer import Tokenizer, load_tokenizer
 from llama_eqx.data.tokenizer.base import MARK
 from llama_eqx.errors import CheckpointError, DataError, StorageError, UserError
+from llama_eqx.files import write
 from llama_eqx.interop.files import CARRIED
 from llama_eqx.processes import of_first
 from llama_eqx.tracking.jsonl import read_metrics
@@ -135,7 +136,7 @@ def _settings(folder: Place, *, replaceable: bool) -> dict[str, Any]:
         advice = f"{shlex.join([*remove, str(path)])}, then the same command: the newest checkpoint says its settings too"
         if not replaceable:
             advice = "bring back a copy of this file, or give another run_dir"
-        raise CheckpointError(error.what, where=error.where, kept="the run there is untouched", next=error.next or advice) from error
+        raise CheckpointError(error.what, where=error.where, kept="the run there is untouched", next=advice) from error
 
 
 def _newest(folder: Place) -> tuple[Place, dict[str, Any]]:
@@ -161,7 +162,8 @@ def _changed(
             "this run directory holds another run:\n" + "\n".join(map(str, changed)),
             where=str(where),
             kept="the run there is untouched",
-            next=f"give another {another}, or bring back the {back} of the run there",
+            next=f"give another {another}, or bring back the {back} of the run there"
+            + f"; or remove {CONFIG}, if it is damaged: the newest checkpoint says its settings too" * (where.name == CONFIG),
         )
     return found
 
@@ -179,7 +181,7 @@ def file_tokenizer(config: RunConfig, tokenizer: Tokenizer, beside: Mapping[str,
         if is_remote(there):
             folder.mkdir(parents=True, exist_ok=True)
             for name in {*children(there / TOKENIZER)} & {MARK, tokenizer.file, *CARRIED}:
-                (folder / name).write_bytes(content(there / TOKENIZER, name))
+                write(folder / name, content(there / TOKENIZER, name))
         with contextlib.suppress(DataError):  # gone or damaged
             filed = load_tokenizer(folder).fingerprint
     others = [folder / name for name in CARRIED if name != tokenizer.file]
@@ -187,7 +189,7 @@ def file_tokenizer(config: RunConfig, tokenizer: Tokenizer, beside: Mapping[str,
         tokenizer.save(folder)
     if filed != tokenizer.fingerprint or not any(file.exists() for file in others):
         for name, file in beside.items():
-            (folder / name).write_bytes(file)
+            write(folder / name, file)
     source = pathlib.Path(getattr(config.tokenizer, "path", None) or "").expanduser().resolve()
     if not begun and folder.resolve() not in (source, source.parent):
         for file in others:  # of a start that came to nothing

@@ -16,11 +16,12 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from llama_eqx.batch import Batch
-from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, read_config
+from llama_eqx.checkpoint.native import CHECKPOINTS, CONFIG, MEND, configured, read_config
 from llama_eqx.checkpoint.restore import newest, steps
-from llama_eqx.config import Config, load
+from llama_eqx.config import Config
 from llama_eqx.data.pipeline import place
 from llama_eqx.errors import CheckpointError, ConfigError, NonFiniteError
+from llama_eqx.files import reading, write_json
 from llama_eqx.model.llama import Llama
 from llama_eqx.processes import once
 from llama_eqx.sharding import parameter_names
@@ -67,7 +68,7 @@ def write_bundle(setup: Setup, model: Llama, step: int, metrics: dict[str, float
 
     def write() -> None:
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(bundle, indent=1) + "\n", encoding="utf-8")
+        write_json(path, bundle)
 
     once(write)
     return path
@@ -97,11 +98,9 @@ def replay(config: ReplayConfig) -> str:
     """
     assert config.bundle is not None
     path = pathlib.Path(config.bundle)
-    try:
-        bundle = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, CheckpointError, "the bundle cannot be read", next="remove it, and the command of the run writes another"):
+        bundle = json.loads(path.read_bytes())
         step, checkpoint = int(bundle["step"]), bundle["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the bundle cannot be read: {type(error).__name__}: {error}", where=str(path)) from error
     run_dir = path.absolute().parents[1]
     config_then, data_then = _config(run_dir)
     setup = set_up(config_then)
@@ -230,9 +229,9 @@ def _config(run_dir: pathlib.Path) -> tuple[RunConfig, str | None]:
     """The config of the run, with `update_norm` as the only meter, and the fingerprint of its data."""
     tree = read_config(run_dir)
     fingerprint = tree.pop("data_fingerprint", None)
-    config = load({**tree, "run_dir": str(run_dir)})
+    config = configured(run_dir, {**tree, "run_dir": str(run_dir)})
     if not isinstance(config, RunConfig):
-        raise CheckpointError("this config.yaml is not that of a run", where=str(run_dir))
+        raise CheckpointError("this config.yaml is not that of a run", where=str(run_dir / CONFIG), next=MEND)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, meters=("update_norm",))), fingerprint
 
 

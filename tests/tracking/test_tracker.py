@@ -68,6 +68,17 @@ def test_a_start_tells_what_is_no_longer_as_it_was(tmp_path, capsys, before, aft
     assert [json.loads(line)["step"] for line in (tmp_path / "provenance.jsonl").read_text().splitlines()] == [0, 3]
 
 
+@pytest.mark.parametrize("torn", [b'{"step": 2, "co', b"\0\0\0", b'{"step": "x", "eval_data": 3}\n'])
+def test_a_start_that_is_torn_takes_none_with_it(tmp_path, torn):
+    record = tmp_path / "provenance.jsonl"
+    tracker(tmp_path).close()
+    with record.open("ab") as file:
+        file.write(torn)
+    tracker(tmp_path, start=3).close()
+    assert [start["step"] for start in read_starts(record, lenient=True)] == [0, 3]
+    assert record.read_bytes().count(b"\n") == 3
+
+
 def test_a_start_tells_of_other_settings_of_jax_where_they_were_recorded(tmp_path, capsys):
     tracker(tmp_path).close()
     with jax.enable_x64(True), jax.default_prng_impl("rbg"):

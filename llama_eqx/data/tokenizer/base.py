@@ -13,6 +13,7 @@ import numpy as np
 from llama_eqx.config import Config
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.errors import DataError
+from llama_eqx.files import write, write_json
 
 MARK = "tokenizer_kind.json"
 
@@ -99,9 +100,8 @@ class Tokenizer(abc.ABC):
     def save(self, folder: Path) -> None:
         """Writes into `folder` what `load_tokenizer` reads."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / self.file).write_bytes(self._definition())
-        mark = {"kind": self.kind, "fingerprint": self.fingerprint, "settings": self._settings()}
-        (folder / MARK).write_text(json.dumps(mark) + "\n")
+        write(folder / self.file, self._definition())
+        write_json(folder / MARK, {"kind": self.kind, "fingerprint": self.fingerprint, "settings": self._settings()})
 
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str: ...

@@ -1,12 +1,12 @@
 """Reads the files of a tokenizer, and recognises what they are."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from llama_eqx.config import read_yaml
 from llama_eqx.errors import DataError
+from llama_eqx.files import json_object, stand_in
 
 
 def read(path: str, wanted: str, option: str) -> bytes:
@@ -31,38 +31,15 @@ def read(path: str, wanted: str, option: str) -> bytes:
     return content
 
 
-def stand_in(start: bytes) -> str:
-    """What a failed download has left in the place of a file that begins like this; "" if it may be the file itself."""
-    start = start[:512].lstrip().lower()
-    if not start:
-        return "an empty file"
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself: it was not downloaded (git lfs pull)"
-    if start.startswith((b"<!", b"<html", b"<head", b"<body", b"<?xml")):  # a chat template may begin with <|start|>
-        return "a web page (HTML), not the file itself: the download was refused or redirected"
-    return ""
-
-
 def refuse_stand_in(content: bytes, where: str) -> None:
     """Raises `DataError` for what failed downloads leave behind."""
     if what := stand_in(content):
         raise DataError(what, where=where, next="download it again")
 
 
-def json_object(file: Path) -> dict[str, Any]:
-    """The content of a JSON file; empty when there is none.
-
-    Raises `DataError` when it is damaged.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"not JSON: {error}", where=str(file), next="download it again") from error
-    if not isinstance(tree, dict):
-        raise DataError("not a JSON object", where=str(file), next="download it again")
-    return tree
+def settings_in(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is none. Raises `DataError` when it is damaged."""
+    return json_object(file, DataError) if file.is_file() else {}
 
 
 def native_model(folder: Path) -> dict[str, Any]:

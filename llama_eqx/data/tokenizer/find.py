@@ -5,14 +5,17 @@ import shlex
 from pathlib import Path
 
 from llama_eqx.data.tokenizer.base import MARK, Tokenizer, fingerprint
-from llama_eqx.data.tokenizer.files import is_tiktoken, json_object, native_model, read
+from llama_eqx.data.tokenizer.files import is_tiktoken, native_model, read, settings_in
 from llama_eqx.data.tokenizer.huggingface import HuggingFaceTokenizer, read_huggingface, special_ids
 from llama_eqx.data.tokenizer.plain import BytesTokenizer, CharsTokenizer
 from llama_eqx.data.tokenizer.sentencepiece import SentencePieceTokenizer
 from llama_eqx.data.tokenizer.tiktoken import TiktokenTokenizer
 from llama_eqx.errors import DataError
+from llama_eqx.files import reading
 
 KINDS = (SentencePieceTokenizer, TiktokenTokenizer, HuggingFaceTokenizer, BytesTokenizer, CharsTokenizer)
+
+ANEW = "bring back a copy of this folder; for that of a run, the command that trains it writes it anew"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -20,15 +23,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
     Raises `DataError` when it is missing or has changed.
     """
-    try:
-        said = json.loads((folder / MARK).read_text())
+    with reading(folder, DataError, "no tokenizer here", next=ANEW):
+        said = json.loads((folder / MARK).read_bytes())
         kind = {kind.kind: kind for kind in KINDS}[said["kind"]]
         definition, settings = (folder / kind.file).read_bytes(), said.get("settings", {})
         if fingerprint(kind.kind, definition, settings) == said["fingerprint"]:
             return kind(definition, **settings)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(f"no tokenizer here: {type(error).__name__}: {error}", where=str(folder), next="a run directory has one") from error
-    raise DataError("not the file that was saved here: its sha256 differs", where=str(folder / kind.file))
+    raise DataError(f"not the file that was saved here: its sha256 differs from that in {MARK}", where=str(folder / kind.file), next=ANEW)
 
 
 def find_tokenizer(folder: str | Path) -> Tokenizer:
@@ -78,7 +79,7 @@ def options(tokenizer: Tokenizer, folder: str | Path) -> str:
 
 def _generation(folder: Path) -> str:
     """The chat format. Llama 3 and later have the same file of ranks, but only later models scale their rotary frequencies."""
-    params, config, model = json_object(folder / "params.json"), json_object(folder / "config.json"), native_model(folder)
+    params, config, model = settings_in(folder / "params.json"), settings_in(folder / "config.json"), native_model(folder)
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     if params:
         scaled = params.get("use_scaled_rope")

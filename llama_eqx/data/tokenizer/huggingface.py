@@ -9,7 +9,7 @@ import numpy as np
 
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer.base import MARK, Tokenizer, TokenizerConfig, utf8
-from llama_eqx.data.tokenizer.files import json_object, native_model, refuse_stand_in
+from llama_eqx.data.tokenizer.files import native_model, refuse_stand_in, settings_in
 from llama_eqx.data.tokenizer.tiktoken import special_tokens, turn_ends
 from llama_eqx.errors import ConfigError, DataError, hub_download
 
@@ -130,7 +130,7 @@ def read_huggingface(folder: Path, chat: str | None = None) -> HuggingFaceTokeni
         raise DataError(f"cannot read: {error.strerror}", where=str(file), next=advice) from error
     refuse_stand_in(content, str(file))
     try:
-        saved = json_object(folder / MARK).get("settings")
+        saved = settings_in(folder / MARK).get("settings")
         tokenizer = HuggingFaceTokenizer(content, ordinary=saved.get("ordinary", False) if isinstance(saved, dict) else True)
         tokenizer.mark(**special_ids(folder, {name: i for name, (i, _) in tokenizer.added.items()}), chat=chat)
     except DataError as error:
@@ -146,10 +146,10 @@ def special_ids(folder: Path, names: Mapping[str, int]) -> dict[str, Any]:
     documents; all of them end generation. `names` are the ids of special tokens. If no file says anything, `bos`, `eos` and `pad` are found
     by Llama's names.
     """
-    generation, config, words = [json_object(folder / name) for name in ("generation_config.json", "config.json", "tokenizer_config.json")]
+    generation, config, words = [settings_in(folder / name) for name in ("generation_config.json", "config.json", "tokenizer_config.json")]
     if "added_tokens_decoder" not in words:  # an older folder, of which transformers reads this file too
-        words |= json_object(folder / "special_tokens_map.json")
-    settings = json_object(folder / MARK).get("settings")
+        words |= settings_in(folder / "special_tokens_map.json")
+    settings = settings_in(folder / MARK).get("settings")
     saved = {f"{which}_token_id": settings.get(of) for which, of in SAVED.items()} if isinstance(settings, dict) else {}
     tokens = native_model(folder).get("tokens")
     native = {f"{name}_token_id": i for name, i in tokens.items() if i != []} if isinstance(tokens, dict) else {}

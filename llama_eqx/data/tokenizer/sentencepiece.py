@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_eqx.data.cache import cache_dir, publish
+from llama_eqx.data.cache import DELETE, cache_dir, publish
 from llama_eqx.data.cores import threads
 from llama_eqx.data.corpus import DataConfig
 from llama_eqx.data.tokenizer.base import Tokenizer, TokenizerConfig, utf8
@@ -73,7 +73,10 @@ class SentencePieceTokenizerConfig(TokenizerConfig):
                 raise DataError(error.what, where=self.path, next=error.next.replace("FILE", self.path)) from None
         key = hashlib.sha256(f"{data.identity()} {self.vocab} {LLAMA_SETTINGS}".encode()).hexdigest()
         folder = publish(cache_dir() / "tokenizers" / key, lambda folder: self._train(data, folder))
-        return SentencePieceTokenizer((folder / "tokenizer.model").read_bytes())
+        try:
+            return SentencePieceTokenizer((folder / "tokenizer.model").read_bytes())
+        except (OSError, DataError) as error:
+            raise DataError(f"a damaged tokenizer in the cache: {error}", where=str(folder), next=DELETE) from error
 
     def _train(self, data: DataConfig, folder: Path) -> None:
         from sentencepiece import SentencePieceTrainer
