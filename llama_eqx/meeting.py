@@ -17,8 +17,11 @@ from typing import Any, NamedTuple, NoReturn
 
 from llama_eqx.config import differences
 from llama_eqx.errors import ConfigError, UserError
+from llama_eqx.files import MALFORMED
 
 PREEMPTED = 75  # the exit code that asks for a restart, which helps when a process was lost
+# What a message may hold.
+MESSAGES = {"process": int, "host": str, "config": dict, "error": str, "code": int, "lost": bool, "done": bool}
 LAST_WORDS = 5.0  # seconds that a failed process has to say so on its own terminal
 
 
@@ -56,12 +59,13 @@ class Line:
 
     def read(self) -> dict[str, Any] | None:
         """The next message, None at the end. Raises `ValueError` for a line that is no message."""
-        content = self._file.readline(2**24)
-        if not content:
+        if not (content := self._file.readline(2**24)):
             return None
-        if not isinstance(message := json.loads(content), dict):
-            raise ValueError("this is no message of a process")
-        return message
+        with contextlib.suppress(*MALFORMED):
+            message = json.loads(content)
+            if all(isinstance(part, MESSAGES[name]) for name, part in message.items()):
+                return message
+        raise ValueError("this is no message of a process")
 
     def hang_up(self) -> None:
         with contextlib.suppress(OSError):  # the other end is closed
@@ -147,7 +151,8 @@ class Lines:
             message = None
         if self._over.is_set() or (message and "done" in message):
             return
-        message = message or {"error": lost.format("ended without saying why"), "code": PREEMPTED, "lost": True}
+        if not message or not {"error", "code"} <= message.keys():
+            message = {"error": lost.format("ended without saying why"), "code": PREEMPTED, "lost": True}
         if self._ending.is_set():
             return  # another line has said it
         self._ending.set()
@@ -207,7 +212,7 @@ def _receive(place: Place, deadline: float, timeout: float, config: dict[str, An
             try:
                 line.wait(min(left, 10))
                 hello = line.read() or {}
-                process, host, theirs = int(hello["process"]), str(hello["host"]), hello["config"]
+                process, host, theirs = hello["process"], hello["host"], hello["config"]
             except (OSError, ValueError, KeyError):  # not a process of a run
                 line.close()
                 continue
@@ -252,7 +257,7 @@ def _call(place: Place, deadline: float, timeout: float, config: dict[str, Any])
         if answer and "config" in answer:
             return {"process 0": line}, answer["config"]
         line.close()
-        if answer:
+        if answer and "error" in answer:
             raise _refusal(answer["error"])
         time.sleep(min(0.2, left))
     raise _refusal(f"process 0 of {place.processes} did not answer at {place.coordinator} within {timeout:g} s{last}")

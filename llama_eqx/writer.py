@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
 
 from llama_eqx.errors import ConfigError, StorageError
+from llama_eqx.files import MALFORMED
 
 T = TypeVar("T")
 
 LOCK = ".writer"
 BEAT = 2.0  # seconds between signs of life
 SILENT = 30.0  # seconds without one after which a writer on another machine is taken for dead
+UNREAD = {"host": "another machine"}  # what is known of a holder that was just being written, or whose file is damaged
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # from file systems without locks
 
 
@@ -175,21 +177,25 @@ def _seen(folder: pathlib.Path) -> tuple[float, bytes]:
 def _beat(folder: pathlib.Path, own: dict[str, Any], over: threading.Event) -> None:
     gone = False
     while not over.wait(BEAT):
-        with contextlib.suppress(OSError, ValueError):  # the disk's errors show where the run writes
+        with contextlib.suppress(OSError):  # the disk's errors show where the run writes
             if not gone and (gone := not (folder / LOCK).exists()):
                 what = f"warning: {folder} was moved or removed while this run writes there: it goes on and saves checkpoints there"
                 print(f"{what}, but its metrics.jsonl is where it was moved, or lost", file=sys.stderr, flush=True)
-            if (taken := json.loads((folder / LOCK).read_bytes() or b"{}")) != own and not over.is_set():
+            with (folder / LOCK).open("rb") as file:
+                taken = _read(file.fileno())
+            if taken not in (own, UNREAD) and not over.is_set():
                 print(_refusal(folder, taken, "silent for too long; another took the run directory"), file=sys.stderr, flush=True)
                 os._exit(ConfigError.code)
             os.utime(folder / LOCK)
 
 
 def _read(file: int) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        found = json.loads(os.pread(file, 4096, 0) or b"{}")
-        return found if isinstance(found, dict) else {}
-    return {"host": "another machine"}  # it was just being written
+    content = os.pread(file, 4096, 0)
+    with contextlib.suppress(*MALFORMED):
+        found = json.loads(content or b"{}")
+        if found == {} or (isinstance(found["machine"], str) and _described(found)):
+            return found
+    return UNREAD
 
 
 def _write(file: int, holder: dict[str, Any]) -> None:

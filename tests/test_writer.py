@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -145,12 +146,34 @@ def test_a_lock_of_the_future_is_waited_for_no_longer_than_any(tmp_path, elsewhe
     assert capsys.readouterr().err == f"waiting up to 30 s for a sign of life from another writer in {tmp_path}\n"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "\0\0"])
+NO_HOLDER = ["{", "[]", "\0\0", "null", "[" * 4000, '{"since": "x"}', '{"machine": "m", "since": 1e400}', '{"machine": 3}']
+
+
+@pytest.mark.parametrize("content", NO_HOLDER, ids=lambda content: content[:20])
 def test_a_torn_lock(tmp_path, content):
     (tmp_path / LOCK).write_text(content)
     os.utime(tmp_path / LOCK, (0, 0))
     with held(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("content", NO_HOLDER, ids=lambda content: content[:20])
+def test_a_lock_that_is_damaged_under_its_holder(tmp_path, content):
+    with another(tmp_path) as holder:
+        (tmp_path / LOCK).write_text(content)
+        with (
+            pytest.raises(ConfigError, match="another process is writing in this run directory: a process on another machine"),
+            held(tmp_path),
+        ):
+            pass
+        assert writer.occupant(tmp_path) == "a process on another machine"
+        os.utime(tmp_path / LOCK, (0, 0))
+        for _ in range(200):
+            if (tmp_path / LOCK).stat().st_mtime:
+                break
+            time.sleep(0.05)
+        assert (tmp_path / LOCK).stat().st_mtime  # it goes on, and shows that it lives
+        assert holder.poll() is None
 
 
 def test_where_nothing_can_be_written():

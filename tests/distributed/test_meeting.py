@@ -80,13 +80,25 @@ def test_another_config_is_named_to_all(gathered):
     assert found[0].what.endswith("has a different config from process 0, seed: 1 -> 2")
 
 
-def test_strangers_are_not_taken_for_a_process(gathered, address):
+@pytest.mark.parametrize(
+    "said",
+    [
+        "GET / HTTP/1.1\r\n\r",
+        '{"process": null, "host": "h", "config": {}}',
+        '{"process": 1e400, "host": "h", "config": {}}',
+        '{"process": 1, "host": "h", "config": 3}',
+        '{"process": 1, "host": "h"}',
+        "[" * 100_000,
+    ],
+    ids=lambda said: said[:40],
+)
+def test_strangers_are_not_taken_for_a_process(said, gathered, address):
     def stranger():
         host, port = address.split(":")
         for _ in range(50):
             try:
                 with socket.create_connection((host, int(port)), 1) as line:
-                    line.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    line.sendall(said.encode() + b"\n")
                 return
             except OSError:
                 time.sleep(0.02)
@@ -109,6 +121,20 @@ def test_an_error_in_one_ends_the_others_and_is_told_there(failing, gathered, mo
     err = capsys.readouterr().err
     teller = f"process 1 on {socket.gethostname()}: " if failing else ""
     assert err.count(f"{teller}error: a row is damaged\nwhere: row 7") == 2
+
+
+@pytest.mark.parametrize(
+    "said", ['{"x": 1}', '{"error": "it failed"}', '{"error": "it failed", "code": "x"}', "3", "[" * 100_000], ids=lambda s: s[:40]
+)
+def test_a_process_that_says_what_no_process_says_is_lost(said, gathered, monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(meeting, "end", ended.append)
+    monkeypatch.setattr(meeting, "LAST_WORDS", 0.1)
+    found = gathered({0: {}, 1: {}})
+    found[1]._peers["process 0"]._socket.sendall(said.encode() + b"\n")
+    until(lambda: 75 in ended)
+    assert 75 in ended
+    assert "error: ended without saying why" in capsys.readouterr().err
 
 
 def test_a_process_that_vanishes_ends_the_first_for_another_start(gathered, monkeypatch, capsys):
