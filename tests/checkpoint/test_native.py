@@ -127,7 +127,7 @@ def test_an_escaped_interpolation_is_refused(saved):
     ("text", "said"),
     [
         ("model: {_target_: os.system}", "not a config class"),
-        ("model: 3", "no Llama"),
+        ("model: 3", "model in config.yaml is not a mapping"),
         ("seed: 3", "no Llama"),
         ("model: [", "not YAML"),
         ("a: !!python/object/apply:os.getcwd []", "not YAML"),

@@ -92,19 +92,23 @@ def test_another_config_is_named_to_all(gathered):
     ],
     ids=lambda said: said[:40],
 )
-def test_strangers_are_not_taken_for_a_process(said, gathered, address):
+def test_strangers_are_not_taken_for_a_process(said, gathered, address, monkeypatch):
+    judged, call = threading.Event(), meeting._call
+    monkeypatch.setattr(meeting, "_call", lambda *arguments: judged.wait(10) and call(*arguments))
+
     def stranger():
         host, port = address.split(":")
         for _ in range(50):
             try:
-                with socket.create_connection((host, int(port)), 1) as line:
+                with socket.create_connection((host, int(port)), 3) as line:
                     line.sendall(said.encode() + b"\n")
-                return
-            except OSError:
+                    line.recv(1)  # until it hangs up
+                break
+            except ConnectionRefusedError:
                 time.sleep(0.02)
+        judged.set()
 
     threading.Thread(target=stranger).start()
-    time.sleep(0.1)
     assert isinstance(gathered({0: {}, 1: {}})[0], Lines)
 
 
