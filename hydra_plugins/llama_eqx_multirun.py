@@ -41,7 +41,7 @@ class Multirun(Launcher):
             if not any(override.startswith("run_dir=") for override in overrides):
                 words.append(quoted(f"run_dir={folder / config.hydra.sweep.subdir}"))
             if verb == "train":  # on W&B, the sweep is a group, and its runs are named by what tells them apart
-                names = {"group": folder.name, "name": label}
+                names = {"group": folder.name} | ({"name": label} if label else {})
                 words += [literal(f"tracking.wandb.{key}", name[:128]) for key, name in names.items() if not config.tracking.wandb[key]]
             settings = self._composed(number, planned(verb, words))  # as the job will be composed
             with open_dict(settings):

@@ -145,7 +145,7 @@ def run_jobs(
                     break
                 waiting.remove(job)
                 running[handle] = job, time.monotonic(), shares.pop(0)
-                say(f"job {job.number} {begins}{f' as {handle.job_id}' * (cluster != 'local')}: {job.label}")
+                say(f"job {job.number} {begins}{f' as {handle.job_id}' * (cluster != 'local')}{': ' * bool(job.label)}{job.label}")
             time.sleep(EVERY)
             for handle in [handle for handle in running if handle.done()]:
                 job, begun, share = running.pop(handle)
@@ -351,8 +351,8 @@ def _listed(jobs: Sequence[Job]) -> str:
 
 
 def labels(sweep: Sequence[Sequence[str]]) -> list[str]:
-    """What tells each job of a sweep from the others."""
-    shared = set.intersection(*map(set, sweep)) if len(sweep) > 1 else set()
+    """What tells each job of a sweep from the others: of a single one, nothing."""
+    shared = set.intersection(*map(set, sweep))
     return [" ".join(override for override in overrides if override not in shared) for overrides in sweep]
 
 
