@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import submitit
 from submitit.core.core import InfoWatcher
-from submitit.core.utils import FailedJobError
+from submitit.core.utils import FailedJobError, environment_variables
 
 from llama_eqx.config import nearest
 from llama_eqx.errors import ConfigError, UserError, columns, first_line
@@ -266,8 +266,11 @@ def _submitted(executor: submitit.AutoExecutor, job: Job, share: Share, cluster:
     Raises `ConfigError` when the scheduler rejects the job.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Submitit's processes would look for every module in the working directory first, as this one did not: see `llama_eqx/__init__.py`.
+    safe = {} if pathlib.Path.cwd().resolve() == pathlib.Path(__file__).resolve().parents[1] else {"PYTHONSAFEPATH": "1"}
     try:
-        return executor.submit(run_command, job.command, str(job.console), share, os.getpid() if cluster == "local" else None)
+        with environment_variables(**safe):
+            return executor.submit(run_command, job.command, str(job.console), share, os.getpid() if cluster == "local" else None)
     except FailedJobError as error:
         raise ConfigError(first_line(error), where="hydra.launcher.parameters") from None
     finally:

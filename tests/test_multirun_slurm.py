@@ -81,6 +81,13 @@ def test_a_sweep_goes_on_with_the_jobs_that_it_sent_to_slurm_before_it_was_kille
     assert sorted(path.name for path in queue.glob("???")) == ["100", "101"]
 
 
+def test_a_job_at_slurm_imports_nothing_from_the_folder_where_it_was_sent(queue, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json.py").write_text("import pathlib\npathlib.Path('canary').touch()\n")
+    run(tmp_path, FINE)
+    assert not (tmp_path / "canary").exists()
+
+
 def test_a_limit_of_slurm_makes_the_others_wait(queue, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("llama_eqx.multirun.AGAIN", 0.5)
     (queue / "limit").touch()

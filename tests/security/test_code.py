@@ -144,6 +144,15 @@ def test_a_module_in_the_folder_of_a_model(tmp_path, module):
     assert "no model here" in said
 
 
+def test_a_module_in_the_folder_where_a_sweep_is_started(tmp_path):
+    """Submitit's processes are started by `python -m`, too."""
+    for module in ("json", "typing", "numpy", "cloudpickle", "submitit", "jax"):
+        (tmp_path / f"{module}.py").write_text(f"import pathlib\npathlib.Path('canary of {module}').touch()\n")
+    said = typed_in(tmp_path, "llama_eqx.train", "-m", "data=text", "data.path=nowhere", "tokenizer=bytes", "hydra.sweep.dir=sweep")
+    assert not [*tmp_path.glob("canary*")]
+    assert "1 failed (job 0: exit code 3, its data cannot be used)" in said
+
+
 def test_a_pickle_of_hydra(tmp_path):
     class Canary:
         def __reduce__(self):
