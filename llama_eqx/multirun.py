@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import hashlib
+import io
 import math
 import os
 import pathlib
@@ -17,14 +18,16 @@ from typing import Any, NamedTuple
 
 import submitit
 from submitit.core.core import InfoWatcher
-from submitit.core.utils import FailedJobError, environment_variables
+from submitit.core.utils import FailedJobError, FailedSubmissionError, environment_variables
 
 from llama_eqx.config import nearest
 from llama_eqx.errors import ConfigError, UserError, columns, first_line
 from llama_eqx.writer import occupant
 
 EVERY = 0.2  # seconds between two looks at the jobs
+ASKED = "asked.txt"  # beside submitit's files of a job: its command and parameters
 AGAIN = 30.0  # seconds until SLURM is asked again to take a job that it has rejected
+HELD = 60.0  # seconds until it is said why SLURM does not start a job: its first reasons are preliminary
 CODES = {
     1: "ended by an error",
     2: "refused before it began",
@@ -55,27 +58,32 @@ Share = Mapping[str, str | None]
 
 class Queue(InfoWatcher):
     """The states of SLURM's jobs, from `squeue`; GONE if it has forgotten a job. Submitit's own watcher asks `sacct`: without accounting, a
-    job that was killed would never be over.
+    job that was killed would never be over, and it does not say why one is not started. `failed` is what `squeue` says if it fails.
     """
 
     over = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT", "GONE")
+    usual = ("None", "Priority", "Resources", "BeginTime", "Dependency", "Prolog", "")  # reasons of a job that only waits for its turn
+    failed = ""
 
-    def _make_command(self) -> list[str]:
-        return ["squeue", f"--user={os.getuid()}", "--states=all", "--noheader", "--format=%i %T"]
-
-    def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-        text = string.decode() if isinstance(string, bytes) else string
-        listed = dict(line.split() for line in text.splitlines())
-        return {job: {"State": listed.get(job, "GONE")} for job in self._registered}
+    def update(self) -> None:
+        command = ["squeue", f"--user={os.getuid()}", "--states=all", "--noheader", "--format=%i %T %r"]
+        asked = subprocess.run(command, capture_output=True, text=True)
+        self._last_status_check = time.time()
+        self.failed = (asked.stderr.strip() or "squeue failed") if asked.returncode else ""
+        if not self.failed:
+            listed = dict(line.split(maxsplit=1) for line in asked.stdout.splitlines())
+            self._info_dict = {job: {"said": listed.get(job, "GONE")} for job in self._registered}
 
     def get_state(self, job_id: str, mode: str = "standard") -> str:
-        return self.get_info(job_id, mode).get("State", "UNKNOWN")
+        return self.get_info(job_id, mode).get("said", "UNKNOWN").partition(" ")[0]
 
     def is_done(self, job_id: str, mode: str = "standard") -> bool:
         return self.get_state(job_id, mode) in self.over
 
-
-submitit.SlurmJob.watcher = Queue(delay_s=60)  # pyright: ignore[reportAttributeAccessIssue]
+    def held(self, job_id: str) -> str:
+        """Why SLURM does not start a job, if it does more than wait for its turn; else empty."""
+        state, _, reason = self.get_info(job_id, "cache").get("said", "").partition(" ")
+        return reason if state == "PENDING" and reason not in self.usual else ""
 
 
 class MultirunError(UserError):
@@ -103,14 +111,17 @@ def run_jobs(
 
     Raises `MultirunError` at the end when not every job has succeeded, or at an interrupt; `ConfigError` for invalid parameters.
     """
+    submitit.SlurmJob.watcher = queue = Queue(delay_s=60)  # pyright: ignore[reportAttributeAccessIssue]
     shares = _shares(at_once) if cluster == "local" else list[Share]([{}] * at_once)
     executors = {job.number: _executor(folder, job, cluster, parameters) for job in jobs}
+    given = [f"{name}={value}" for name, value in parameters.items() if value is not None]
+    asked = {job.number: [*job.command, *given] for job in jobs}
     tasks = (parameters.get("nodes") or 1) * (parameters.get("tasks_per_node") or 1)
-    sent = _sent(executors, tasks) if cluster == "slurm" else {}
+    sent = _sent(executors, asked, tasks) if cluster == "slurm" else {}
     waiting, running, ended = (
         sorted(jobs, key=lambda job: job.number not in sent),
         dict[Any, tuple[Job, float, Share]](),
-        dict[int, int | str](),
+        dict[int, tuple[Job, int | str]](),
     )
     told = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if skipped:
@@ -118,15 +129,19 @@ def run_jobs(
     diverged = [job for job in skipped if job.diverged]
     for job in diverged:
         say(f"job {job.number} ended without finite numbers: {job.label} (to make it again remove {job.diverged})")
-    told_of, retry = set[int](), 0.0
+    told_of, retry = set[int | str](), 0.0
+
+    def say_once(what: int | str, line: str) -> None:
+        if what not in told_of:
+            told_of.add(what)
+            say(line)
 
     def may_begin(job: Job) -> bool:
         folder = job.console.parent
         if job.number in sent:
             return True
-        if (other := occupant(folder)) and job.number not in told_of:
-            told_of.add(job.number)
-            say(f"job {job.number} waits for {other}, which writes in {folder}")
+        if other := occupant(folder):
+            say_once(job.number, f"job {job.number} waits for {other}, which writes in {folder}")
         return not other
 
     try:
@@ -135,25 +150,35 @@ def run_jobs(
                 job.console.parent.mkdir(parents=True, exist_ok=True)
                 begins = "begins" if cluster == "local" else f"is in SLURM's queue{' since an earlier start' * (job.number in sent)}"
                 try:
-                    handle = sent.pop(job.number, None) or _submitted(executors[job.number], job, shares[0], cluster)
+                    handle = sent.pop(job.number, None) or _submitted(executors[job.number], job, shares[0], cluster, asked[job.number])
                 except ConfigError as error:
                     if not (running or ended):
                         raise
                     # It has taken others, so this is a limit. A job that is over, or of another sweep, may still count.
                     retry = math.inf if running else time.monotonic() + AGAIN
-                    say(f"job {job.number} waits until SLURM takes it: {error.what}")
+                    say_once(error.what, f"job {job.number} waits until SLURM takes it: {error.what}")
                     break
                 waiting.remove(job)
                 running[handle] = job, time.monotonic(), shares.pop(0)
                 say(f"job {job.number} {begins}{f' as {handle.job_id}' * (cluster != 'local')}{': ' * bool(job.label)}{job.label}")
             time.sleep(EVERY)
+            if failed := queue.failed:
+                say_once("squeue", f"{failed}: it is asked again every minute, and jobs go on meanwhile")
+            for handle, (job, begun, _) in running.items() if cluster == "slurm" else ():
+                if time.monotonic() - begun > HELD and (why := queue.held(handle.job_id)):
+                    compare = f"scontrol show job {handle.job_id}; sinfo -Nl"
+                    again = "Ctrl-C, and the same command with other hydra.launcher.parameters"
+                    say_once(why, f"SLURM does not start job {job.number}: {why}. Compare {compare}. To ask for something else: {again}")
             for handle in [handle for handle in running if handle.done()]:
                 job, begun, share = running.pop(handle)
                 shares.append(share)
                 retry = 0.0
-                code = ended[job.number] = _code(handle)
+                code = _code(handle)
+                ended[job.number] = job if isinstance(code, int) else job._replace(console=_left(job, handle)), code
                 left = f"{len(ended) + len(skipped)} of {len(jobs) + len(skipped)} over"
                 say(f"job {job.number} {_said(code)} after {time.monotonic() - begun:,.0f} s: {left}")
+                if isinstance(code, str) and cluster == "slurm":
+                    say(f"job {job.number} as SLURM saw it: sacct -j {handle.job_id}, or soon: scontrol show job {handle.job_id}")
     except (KeyboardInterrupt, SystemExit) as stop:
         does = "waits for what runs to save itself" if cluster == "local" else "cancels what runs, which saves itself"
         say(f"told to stop: {does} ({_listed([job for job, *_ in running.values()]) or 'nothing'})")
@@ -173,22 +198,21 @@ def run_jobs(
     finally:
         signal.signal(signal.SIGTERM, told)
 
-    failed = [(job, ended[job.number]) for job in jobs if ended[job.number] != 0]
+    failed = [(job, code) for _, (job, code) in sorted(ended.items()) if code != 0]
     fine = len(jobs) + len(skipped) - len(failed) - len(diverged)
     counted = f"{fine} ok" + f", {len(diverged)} without finite numbers" * bool(diverged)
     if not failed:
         return say(f"{counted}, in {folder.parent}")
-    for row in columns(
-        [("job", "", "", "what it printed"), *((str(j.number), j.label, _said(code), str(j.console)) for j, code in failed)]
-    ):
+    rows = [(str(j.number), j.label, _said(code), str(j.console) if j.console.exists() else "nothing") for j, code in failed]
+    for row in columns([("job", "", "", "what it printed"), *rows]):
         say(row)
     reasons = [_reason(job.console) for job, _ in failed]
     (why, place, advice), alike = reasons[0], len({why for why, _, _ in reasons}) == 1
     if len({place for _, place, _ in reasons}) == 1 and place:
         why += f" ({place})" * bool(why)
     if not alike:
-        for (job, _), (what, _, _) in zip(failed, reasons, strict=True):
-            say(f"job {job.number}: {what.splitlines()[0] if what else 'it printed no error'}")
+        for (job, code), (what, _, _) in zip(failed, reasons, strict=True):
+            say(f"job {job.number}: {what.splitlines()[0] if what else code if isinstance(code, str) else 'it printed no error'}")
         why = ""
     raise MultirunError(
         [code for _, code in failed],
@@ -232,47 +256,74 @@ def _gpus() -> list[str]:
 
 
 def _executor(folder: pathlib.Path, job: Job, cluster: str, parameters: Mapping[str, Any]) -> submitit.AutoExecutor:
-    """What submits a job. At SLURM, submitit's files lie where the same job of a later start looks for them. Here, each start has its own
-    place: the files have the names of process ids, which an earlier sweep in this folder may have had too, above all in containers.
+    """What submits a job. At SLURM, submitit's files lie where a later start looks for those of the same run directory. Here, each start
+    has its own place: the files have the names of process ids, which an earlier sweep in this folder may have had too, above all in
+    containers.
     """
-    same = hashlib.sha256(shlex.join(job.command).encode()).hexdigest()[:16]
+    same = hashlib.sha256(str(job.console.parent).encode()).hexdigest()[:16]
     place = folder / (f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S_%f}" if cluster == "local" else same)
-    executor = submitit.AutoExecutor(place, cluster=cluster)
+    where, advice = "hydra.launcher.parameters", ""
     try:
+        executor = submitit.AutoExecutor(place, cluster=cluster)
         executor.update_parameters(**parameters)
+        return executor
+    except RuntimeError:
+        where, what, advice = "hydra/launcher=slurm", "no srun here: this machine is not part of a SLURM cluster", "hydra/launcher=local"
     except (NameError, AssertionError) as error:
-        where, what = "hydra.launcher.parameters", first_line(error)
+        what = first_line(error)
         if match := re.match(r"(Unknown argument '(?P<name>\w+)' for executor '(?P<prefix>\w+)').*Valid arguments: (?P<names>.*)", what):
             names = [f"{match['prefix']}_{name}" for name in sorted(match["names"].split(", "))]
-            raise ConfigError(match[1], where=where, next=nearest(f"{match['prefix']}_{match['name']}", names)) from None
-        raise ConfigError(what, where=where) from None
-    return executor
+            what, advice = match[1], nearest(f"{match['prefix']}_{match['name']}", names)
+    raise ConfigError(what, where=where, next=advice)
 
 
-def _sent(executors: Mapping[int, submitit.AutoExecutor], tasks: int) -> dict[int, Any]:
-    """The jobs, by number, that an earlier start has sent to SLURM, each with so many tasks, and that are not over."""
-    found = {
-        number: [
-            submitit.SlurmJob(place.folder, path.name.partition("_")[0], range(tasks)) for path in place.folder.glob("*_submitted.pkl")
-        ]
-        for number, place in executors.items()
-    }
-    return {number: handle for number, handles in found.items() for handle in handles if not handle.done()}
+def _sent(executors: Mapping[int, submitit.AutoExecutor], asked: Mapping[int, list[str]], tasks: int) -> dict[int, Any]:
+    """The jobs, by number, that an earlier start has sent to SLURM, each with so many tasks, and that are not over.
+
+    Raises `ConfigError` when they were sent with other settings than are asked for now.
+    """
+    sent, other, then, now = dict[int, Any](), list[str](), set[str](), set[str]()
+    for number, executor in executors.items():
+        for path in executor.folder.glob("*_submitted.pkl"):
+            handle = submitit.SlurmJob(executor.folder, path.name.partition("_")[0], range(tasks))
+            if handle.done():
+                continue
+            sent[number] = handle
+            before, asks = {*shlex.split((executor.folder / ASKED).read_text())}, {*asked[number]}
+            if before != asks:
+                other.append(handle.job_id)
+                then, now = then | before - asks, now | asks - before
+    if other:
+        raise ConfigError(
+            f"jobs of an earlier start are still at SLURM, with {' '.join(sorted(then)) or 'nothing'} where this command has "
+            f"{' '.join(sorted(now)) or 'nothing'}",
+            where=f"SLURM's job {', '.join(other)}",
+            kept="these jobs, as they are",
+            next=f"scancel {' '.join(other)}, and the same command again; or the settings they have, to take them up",
+        )
+    return sent
 
 
-def _submitted(executor: submitit.AutoExecutor, job: Job, share: Share, cluster: str) -> Any:
+def _submitted(executor: submitit.AutoExecutor, job: Job, share: Share, cluster: str, asked: list[str]) -> Any:
     """Submits a job so that a terminal's Ctrl-C reaches none of submitit's processes, which would break off the job they watch.
 
     Raises `ConfigError` when the scheduler rejects the job.
     """
+    executor.folder.mkdir(parents=True, exist_ok=True)
+    (executor.folder / ASKED).write_text(shlex.join(asked))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Submitit's processes would look for every module in the working directory first, as this one did not: see `llama_eqx/__init__.py`.
     safe = {} if pathlib.Path.cwd().resolve() == pathlib.Path(__file__).resolve().parents[1] else {"PYTHONSAFEPATH": "1"}
     try:
-        with environment_variables(**safe):
+        with environment_variables(**safe), contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is in the error
             return executor.submit(run_command, job.command, str(job.console), share, os.getpid() if cluster == "local" else None)
-    except FailedJobError as error:
-        raise ConfigError(first_line(error), where="hydra.launcher.parameters") from None
+    except (FailedJobError, FailedSubmissionError) as error:
+        what = str(error).strip().replace("\nsbatch: error: ", "; ") or "sbatch failed"
+        advice = "sinfo -o '%P %l %c %m %G' lists partitions with their time limits, cores, memory and GPUs; "
+        advice += "+hydra.launcher.parameters.slurm_account=NAME names an account"
+        if "Unable to contact" in what:
+            advice = "the same command again, when scontrol ping finds the controller"
+        raise ConfigError(what, where="hydra.launcher.parameters", next=advice) from None
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -328,6 +379,13 @@ def _code(handle: Any) -> int | str:
         return max(handle.results(), key=abs)
     except Exception:
         return f"lost: {handle.state}"
+
+
+def _left(job: Job, handle: Any) -> pathlib.Path:
+    """The first file in which something is that a lost job printed, or that was printed of it, if there is one."""
+    sent = handle.paths.submitted_pickle.stat().st_mtime  # the console may be that of an earlier start
+    files = [path for path in (handle.paths.stderr, job.console) if path.exists()]
+    return next((path for path in files if path.stat().st_size and path.stat().st_mtime >= sent), handle.paths.stdout)
 
 
 def _said(code: int | str) -> str:
