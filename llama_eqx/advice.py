@@ -50,7 +50,10 @@ def check_flags(arguments: Sequence[str], keys: Callable[[], list[str]]) -> None
             key, known_keys = word.replace("-", "_"), keys()
             value = value or ("VALUE" if not following or following.startswith("-") or "=" in following else following)
             key = key if key in known_keys else _meant(key, known_keys) or "KEY"
-            raise ConfigError(f"no such flag: --{word}", where=flag, next=f"{key}={value}")
+            advice = f"{key}={value}"
+            if word == "experimental-rerun":
+                advice = "the command of that run again; its settings are in the config.yaml of its run_dir"
+            raise ConfigError(f"no such flag: --{word}", where=flag, next=advice)
 
 
 def no_option(group: str, option: str, where: str, folders: Sequence[pathlib.Path]) -> ConfigError:

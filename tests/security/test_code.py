@@ -162,3 +162,4 @@ def test_a_pickle_of_hydra(tmp_path):
     said = typed_in(tmp_path, "llama_eqx.train", "--experimental-rerun", "config.pickle")
     assert not (tmp_path / "canary").exists()
     assert "no such flag: --experimental-rerun" in said
+    assert "next: the command of that run again; its settings are in the config.yaml of its run_dir" in said
