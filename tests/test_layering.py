@@ -21,6 +21,7 @@ VERBS = [
     "report",
     "dashboard",
     "multirun",
+    "submission",
     "compose",
     "verb",
 ]
@@ -47,7 +48,7 @@ ONLY_IN = {
     "wandb": ("tracking.wandb",),
     "grain": ("data",),
     "orbax": ("checkpoint",),
-    "submitit": ("multirun",),
+    "submitit": ("submission",),
 }
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from llama_eqx import compose, load_config, multirun
+from llama_eqx import compose, load_config, multirun, submission
 from llama_eqx.checkpoint.native import write_config
 from llama_eqx.config import dump
 from llama_eqx.errors import ConfigError, StorageError
@@ -97,7 +97,7 @@ def test_jobs_at_a_time_have_gpus_of_their_own(visible, at_once, shares, preallo
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible in ("", "1,3"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = multirun._shares(at_once)
+    found = submission.shares_of(at_once)
     assert [share["CUDA_VISIBLE_DEVICES"] for share in found] == shares
     assert {share["XLA_PYTHON_CLIENT_PREALLOCATE"] for share in found} == {preallocate}
 
