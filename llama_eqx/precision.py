@@ -29,8 +29,8 @@ def stored(dtype: DTypeLike, where: str = "dtype") -> jnp.dtype:
 
 
 class PrecisionConfig(Config):
-    """`params` is the dtype of parameters and optimizer state (Adafactor's is always float32), `compute` that of weights and activations
-    inside the loss.
+    """`params` is the dtype in which parameters and optimizer state are kept (Adafactor's is always float32), `compute` that of weights and
+    activations inside the loss. The optimizer computes in float32.
     """
 
     params: Dtype

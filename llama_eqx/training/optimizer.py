@@ -39,14 +39,8 @@ class OptimizerConfig(Config):
     def build(self) -> optax.GradientTransformation:
         """Returns a transformation whose updates are to be multiplied by minus the learning rate."""
         decay = optax.add_decayed_weights(self.weight_decay, mask=matrices)
-        clip = optax.identity() if self.clip_norm is None else optax.stateless(functools.partial(_clipped, self.clip_norm))
+        clip = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
         return optax.chain(clip, optax.chain(self.direction(), decay))
-
-
-def _clipped(most: float, gradient: Any, _: Any) -> Any:
-    """The gradient, scaled to the norm `most` if its own is larger. Optax's would take that of bfloat16 numbers in bfloat16."""
-    norm = optax.tree.norm(optax.tree.cast(gradient, jnp.float32))
-    return jax.tree.map(lambda g: jnp.where(norm < most, g, (g.astype(jnp.float32) / norm * most).astype(g.dtype)), gradient)
 
 
 def transformation(config: OptimizerConfig, only: tuple[str, ...] | None) -> optax.GradientTransformation:

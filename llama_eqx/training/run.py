@@ -188,7 +188,7 @@ def warnings(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
         for name in ("b1", "b2", "momentum"):
             if (value := getattr(config.optimizer, name, 0)) >= 1 - 2**-9:
                 said.append(
-                    f"optimizer.{name}={value:g} is 1 in bfloat16: that average forgets nothing; next: optimizer.{name}=0.99, or "
+                    f"optimizer.{name}={value:g}: kept in bfloat16, that average forgets nothing; next: optimizer.{name}=0.99, or "
                     "precision=mixed"
                 )
     if config.schedule.warmup_steps >= config.train.steps:

@@ -12,7 +12,7 @@ from llama_eqx.batch import Batch
 from llama_eqx.errors import ConfigError
 from llama_eqx.precision import cast
 from llama_eqx.sharding import MESH_AXES, Layout
-from llama_eqx.training.loss import policy_view
+from llama_eqx.training.loss import LossSums, policy_view
 from llama_eqx.training.meters import METERS
 from llama_eqx.training.program import jitted_step, make_program
 from llama_eqx.training.state import TrainState
@@ -152,3 +152,35 @@ def test_the_host_is_back_before_the_device_is_done():
     jax.block_until_ready((state, metrics))
     _, metrics = step((rows, key), state)
     assert not metrics["train/loss"].is_ready()
+
+
+def test_a_step_in_bfloat16_is_that_of_pytorch_in_float32_rounded(tiny):
+    """In bfloat16, 0.99 is 0.9883 while 0.01 is 0.01, and the norm loses what small arrays add to a large sum."""
+    import torch
+
+    where, settings = layout("fsdp", 1, 1, 1, 1), ("optimizer.b2=0.99", "optimizer.weight_decay=0")
+    optimizer = load_config(*settings).optimizer.build()
+
+    @jax.jit
+    def gradient(model, key):
+        sizes = [(2 if leaf is model.embed else 0.12) / leaf.size**0.5 for leaf in jax.tree.leaves(model)]
+        return [size * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, size in zip(jax.tree.leaves(model), sizes, strict=True)]
+
+    def loss(model, batch, key):
+        terms = [(leaf * g).astype(jnp.float32).sum() for leaf, g in zip(jax.tree.leaves(model), gradient(model, key), strict=True)]
+        return sum(terms), LossSums(jnp.float32(0), jnp.float32(1))
+
+    model, key = cast(build_model(tiny(), key=jax.random.key(0)), "bfloat16"), jax.random.key(1)
+    state, rows = TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model)), batch()
+    step = jax.jit(make_step(optimizer, lambda _: 0.01, loss, where))
+    theirs = [torch.nn.Parameter(torch.tensor(np.asarray(leaf, "float32"))) for leaf in jax.tree.leaves(model)]
+    adamw = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0)
+    for number in range(200):
+        for parameter, g in zip(theirs, gradient(model, jax.random.fold_in(key, number)), strict=True):
+            parameter.grad = torch.tensor(np.asarray(g, "float32"))
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        adamw.step()
+        state, _ = step((rows, key), state)
+    for ours, parameter in zip(jax.tree.leaves(state.opt_state[1][0].nu), theirs, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(ours, "float32").mean(), adamw.state[parameter]["exp_avg_sq"].mean(), rtol=0.03)
