@@ -72,7 +72,7 @@ def make_program(config: RunConfig, layout: Layout) -> Program:
     loss = config.loss.build(view, layout)
     loss = loss if train.only is None else _held(loss, train.only)
     rate = lambda step: config.schedule.rate(step, train.steps)  # noqa: E731
-    step = make_step(optimizer, rate, loss, layout, train.microbatch_size, config.guard, train.meters)
+    step = make_step(optimizer, rate, loss, layout, train.microbatch_size, config.guard, train.meters, train.only)
     score = make_score(view, layout, config.loss.chunk)
     return Program(initial, step, loss, score, shapes, layout.shardings(shapes), remarks)
 

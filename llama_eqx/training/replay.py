@@ -141,7 +141,8 @@ def examine(setup: Setup, model: Llama, step: int) -> dict[str, Any]:
     `through_layers` is the number of layers, from the first, through which the loss is finite; None if it is through all.
     """
     batch, key = _batch(setup, step), jax.random.fold_in(setup.key, step - 1)
-    gradient_of = make_gradient(setup.program.loss, setup.layout, setup.config.train.microbatch_size)
+    train = setup.config.train
+    gradient_of = make_gradient(setup.program.loss, setup.layout, train.microbatch_size, train.only)
 
     @eqx.filter_jit
     def gradients(model: Llama, batch: Batch, key: PRNGKeyArray) -> Any:

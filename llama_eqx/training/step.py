@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,17 +18,19 @@ from llama_eqx.sharding import Layout, axis_names, mesh_axes
 from llama_eqx.training.guard import GuardConfig
 from llama_eqx.training.loss import Loss, LossSums
 from llama_eqx.training.meters import METERS
+from llama_eqx.training.optimizer import learning
 from llama_eqx.training.state import TrainState
 
 Metrics = dict[str, Float32[Array, ""]]
 
 
 def make_gradient(
-    loss: Loss, layout: Layout, microbatch_size: int | None = None
+    loss: Loss, layout: Layout, microbatch_size: int | None = None, only: tuple[str, ...] | None = None
 ) -> Callable[[Llama, Batch, PRNGKeyArray], tuple[LossSums, Llama]]:
     """Returns a function from a model, a batch and the key of a step to the reported sums and the gradient of the minimised sum.
 
-    With `microbatch_size`, both are accumulated over that many rows at a time.
+    With `microbatch_size`, both are accumulated over that many rows at a time: of the gradient, what is of `only` these parameters, as the
+    others, which the loss holds, have none.
     """
     value_and_gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -35,20 +38,22 @@ def make_gradient(
         if microbatch_size in (None, len(batch.tokens)):
             (_, sums), gradient = value_and_gradient(model, batch, key)
             return sums, gradient
+        learns = learning(only, model)
 
         def add(so_far: tuple[LossSums, Llama], each: tuple[Batch, Array]) -> tuple[tuple[LossSums, Llama], None]:
             microbatch, number = each
             (_, sums), gradient = value_and_gradient(model, microbatch, jax.random.fold_in(key, number))
             # Without the barrier a TPU's compiler moves an all-reduce out of this loop, and fails if a cast comes before the sum.
-            gradient = jax.tree.map(jax.lax.optimization_barrier, gradient)
+            gradient = jax.tree.map(jax.lax.optimization_barrier, eqx.filter(gradient, learns))
             new = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), so_far, (sums, gradient))
             return (new[0], layout.place(new[1])), None
 
-        zeros = layout.place(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model)
         parts = split(batch, microbatch_size, layout)
         _, sums = jax.eval_shape(lambda parts: loss(model, jax.tree.map(lambda rows: rows[0], parts), key), parts)
-        begin = jax.tree.map(lambda each: jnp.zeros((), jnp.float32), sums), zeros
-        return jax.lax.scan(add, begin, (parts, jnp.arange(len(parts.tokens))))[0]
+        begin = jax.tree.map(lambda each: jnp.zeros((), jnp.float32), sums), layout.place(eqx.filter(zeros, learns))
+        (sums, gradient), _ = jax.lax.scan(add, begin, (parts, jnp.arange(len(parts.tokens))))
+        return sums, eqx.combine(gradient, zeros)
 
     return summed
 
@@ -61,6 +66,7 @@ def make_step(
     microbatch_size: int | None = None,
     guard: GuardConfig | None = None,
     meters: tuple[str, ...] = (),
+    only: tuple[str, ...] | None = None,
 ) -> Callable[[tuple[Batch, PRNGKeyArray], TrainState], tuple[TrainState, Metrics]]:
     """Returns a step `((batch, key), state) -> (state, metrics)`; `state` may be donated.
 
@@ -71,7 +77,7 @@ def make_step(
     Metrics: `train/loss` in nats per token, the terms of the loss, `optim/lr`, `optim/grad_norm` (global, before clipping),
     `optim/withheld`, the `meters` and, if the guard looks for spikes, `optim/spike`, 1 for a spike.
     """
-    summed = make_gradient(loss, layout, microbatch_size)
+    summed = make_gradient(loss, layout, microbatch_size, only)
 
     def step(inputs: tuple[Batch, PRNGKeyArray], state: TrainState) -> tuple[TrainState, Metrics]:
         batch, key = inputs

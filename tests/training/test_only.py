@@ -100,6 +100,13 @@ def test_no_gradient_of_the_others_is_computed():
     assert flops("train.only=[final_norm.weight]") < 0.75 * flops()
 
 
+def test_microbatches_add_up_no_gradient_of_the_others():
+    config = load_config(*TINY, "model.dims.mlp=2048", "train.microbatch_size=8", "train.only=[final_norm.weight]")
+    program = make_program(config, Layout(config.mesh.build(jax.devices()[:1]), config.sharding))
+    compiled = jax.jit(program.step).lower((batch(), KEY), program.shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < sum(4 * leaf.size for leaf in jax.tree.leaves(program.shapes.model))
+
+
 def test_the_plan_counts_gradients_and_state_of_the_named_alone():
     whole, part = (memory_by_part(*(found := build("mesh=cpu-8", *more))[:1], found[2], found[1]) for more in ((), ("train.only=[embed]",)))
     assert part.parameters == whole.parameters
