@@ -84,12 +84,15 @@ def test_initial_values_of_all_widths(tiny, mup):
             np.testing.assert_array_equal(mine, theirs)
 
 
-def test_matrices_of_wide_models_learn_more_slowly(tiny, mup):
+def test_matrices_of_wide_models_learn_more_slowly_and_decay_as_fast(tiny, mup):
     config = load_config()
     model = tiny("model.dims.embed=128", "model.tied=false").build(key=jax.random.key(0))
-    settings = vars(config.optimizer) | {"weight_decay": 0.0}
-    optimizer = mup.MupAdamWConfig(**settings, base=32).build()
     ones = jax.tree.map(jax.numpy.ones_like, model)
-    updates, _ = optimizer.update(ones, optimizer.init(model), model)
-    for name, update in zip(parameter_names(model), jax.tree.leaves(updates), strict=True):
+
+    def updates(weight_decay):
+        optimizer = mup.MupAdamWConfig(**vars(config.optimizer) | {"weight_decay": weight_decay}, base=32).build()
+        return jax.tree.leaves(optimizer.update(ones, optimizer.init(model), model)[0])
+
+    for name, parameter, update, decayed in zip(parameter_names(model), jax.tree.leaves(model), updates(0.0), updates(0.5), strict=True):
         np.testing.assert_allclose(update, 1 if name == "embed" or "norm" in name else 0.25, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(decayed - update, 0 if "norm" in name else 0.5 * parameter, atol=1e-6, err_msg=name)
