@@ -114,21 +114,17 @@ class HarnessModel(TemplateLM):
                 for first in range(0, len(group), self._batch_size):
                     chosen = group[first : first + self._batch_size]
                     prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in chosen]
-                    for i, ids in zip(chosen, self.continued(prompts, count, sampling, until), strict=True):
+                    for i, ids in zip(chosen, self.continued(prompts, count, sampling, until, first), strict=True):
                         found[i] = postprocess_generated_text(self._opened.tokenizer.decode(ids), until, None)
                         self.cache_hook.add_partial("generate_until", requests[i].args, found[i])
                     progress.update(len(chosen))
         return found
 
-    def continued(self, prompts: list[list[int]], count: int, sampling: Sampling, until: list[str]) -> list[list[int]]:
-        """Up to `count` new tokens for each prompt."""
-        stop = () if self._opened.tokenizer.eos is None else (self._opened.tokenizer.eos,)
-        return [
-            row.tokens
-            for row in generate_texts(
-                self._opened.model, self._opened.tokenizer, prompts, count, sampling, stop_strings=until, stop=stop, seed=SEED
-            )
-        ]
+    def continued(self, prompts: list[list[int]], count: int, sampling: Sampling, until: list[str], first_row: int = 0) -> list[list[int]]:
+        """Up to `count` new tokens for each prompt. With `first_row` as in `generate_tokens`, no two batches share their draws."""
+        opened, stop = self._opened, () if self._opened.tokenizer.eos is None else (self._opened.tokenizer.eos,)
+        settings = {"stop_strings": until, "stop": stop, "seed": SEED, "first_row": first_row}
+        return [row.tokens for row in generate_texts(opened.model, opened.tokenizer, prompts, count, sampling, **settings)]
 
     def _settings(self, asked: dict[str, Any]) -> tuple[Sampling, list[str], int]:
         """How to sample, where to stop, and how many tokens at most."""

@@ -140,6 +140,18 @@ def test_continuations(both):
     assert len({len(text) for text in found}) > 1  # some were stopped
 
 
+def test_repeated_requests_have_draws_of_their_own_whatever_the_batch(both, monkeypatch):
+    """A task may ask one question many times, and count the answers."""
+    ours, _ = both
+    asked = [("To be", {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0})] * 6
+    found = []
+    for size in (1, 2, 6):
+        monkeypatch.setattr(ours, "_batch_size", size)
+        found.append(ours.generate_until(requests("generate_until", asked), disable_tqdm=True))
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) == 6
+
+
 def test_the_command_gives_the_scores_of_hf(both, hf_model, tasks, tmp_path, typed):
     wanted = lm_eval.simple_evaluate(
         both[1], tasks=list(TASKS), task_manager=TaskManager(include_path=str(tasks), include_defaults=False), bootstrap_iters=0
