@@ -140,8 +140,7 @@ def _round(
         accepted = luck * of_proposed(q) < of_proposed(p[:, :drafted])
         # After a rejection, the next token is drawn from the excess of p over q; if all drafts are accepted, from p.
         rest = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
-        each = jax.vmap(jax.vmap(jax.random.categorical, in_axes=(None, 0)))
-        own = each(_folded(round_keys, drafted + 2), jnp.log(rest)).astype(jnp.int32)
+        own = jax.vmap(draw, in_axes=(1, None), out_axes=1)(jnp.log(rest), _folded(round_keys, drafted + 2))
     count = jnp.cumprod(accepted, axis=1).sum(axis=1, dtype=jnp.int32)
     kept = jnp.min(jnp.where(state.stopped, drafted, count))
     # Each row takes its first `kept` proposals and one more token. For a row that would have kept more, that is its next proposal.
