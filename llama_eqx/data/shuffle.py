@@ -16,6 +16,8 @@ class Shuffle:
 
     The order is a keyed bijection of 0 … size - 1: a Feistel network (Luby and Rackoff, 1988) over two digits of bases near the square root
     of the size, applied until the value lies inside (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains").
+    With fewer than about 25 rows not all orders are as frequent: of 6 rows some come twice as often as the mean, and of 12 a row follows
+    another up to a tenth too often.
     """
 
     def __init__(self, sizes: Sequence[int], seed: int):

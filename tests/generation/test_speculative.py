@@ -69,7 +69,8 @@ def test_a_draft_by_the_model_itself_is_kept(model):
     assert len({*map(len, rows)}) == 2
 
 
-def test_the_distribution_is_that_of_the_model(model):
+@pytest.mark.parametrize("way", ["plain", "draft"])
+def test_the_distribution_is_that_of_the_model(way, model):
     """The joint distribution of four tokens, each one of three, against the model's own probabilities: 2,000 draws.
 
     The three are the same for all tokens. Otherwise draws with one key would hardly depend on each other.
@@ -82,9 +83,12 @@ def test_the_distribution_is_that_of_the_model(model):
     draft = structure.unflatten([x + 0.4 * x.std() * jax.random.normal(key, x.shape) for key, x in zip(noise, leaves, strict=True)])
     sampling, prompt, count = Sampling(temperature=4.0), [5, 6, 7], 2000
     rows, rule = prepared(model, [prompt], 4, sampling, vocab=3)
-    keys = jax.random.split(jax.random.key(4), (count, 1))
-    one = lambda keys: _speculate(model, draft, eqx.tree_at(lambda r: r.keys, rows, keys), rule, 3).new  # noqa: E731
-    drawn = np.asarray(eqx.filter_jit(eqx.filter_vmap(one))(keys))[:, 0, :4]
+    if way == "plain":
+        drawn = generate_tokens(model, [prompt], 4, sampling, samples=count, vocab=3).tokens
+    else:
+        keys = jax.random.split(jax.random.key(4), (count, 1))
+        one = lambda keys: _speculate(model, draft, eqx.tree_at(lambda r: r.keys, rows, keys), rule, 3).new  # noqa: E731
+        drawn = np.asarray(eqx.filter_jit(eqx.filter_vmap(one))(keys))[:, 0, :4].tolist()
 
     @eqx.filter_jit
     def chances(tokens, last):
@@ -99,7 +103,7 @@ def test_the_distribution_is_that_of_the_model(model):
     total = sum(expected.values())  # 1 but for float32, which is too far off for scipy
     expected = {each: p / total for each, p in expected.items()}
     counts = {each: 0 for each in expected}
-    for row in drawn.tolist():
+    for row in drawn:
         counts[tuple(row)] += 1  # a KeyError is a token that the model would not draw
     p_value = lambda counts: stats.chisquare(list(counts), [count * p for p in expected.values()]).pvalue  # noqa: E731
     assert min(expected.values()) * count > 5
