@@ -208,7 +208,7 @@ def adjacent_pairs(x):
 
 MUTATIONS = {
     "eps of Llama 1": lambda m: with_config(m, norm=RMSNormConfig(eps=1e-6)),
-    "no eps": lambda m: with_config(m, norm=RMSNormConfig(eps=0.0)),
+    "no eps": lambda m: with_config(m, norm=RMSNormConfig(eps=1e-20)),
     "theta": lambda m: with_rotary(m, theta=1e4),
     "gelu": lambda m: with_config(m, feed_forward=GatedFeedForwardConfig(activation="gelu")),
     "key heads exchanged": edited(lambda b: b.attention.k_proj, lambda k: k[..., ::-1, :]),
