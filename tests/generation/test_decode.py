@@ -106,7 +106,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way == "early beams")) for way in WAYS])
 def test_each_prompt_has_its_own_room_in_the_context(model, way):
     """A prompt that leaves few new tokens cuts no other short."""
     prompts = [[7, 8] * 30, [9] * 63, [3]]
