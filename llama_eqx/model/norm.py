@@ -24,11 +24,6 @@ class NormConfig(Config):
     def build(self, dims: Dims) -> Norm: ...
 
 
-def of_every_token(weight: Float[Array, " embed"], x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
-    """The weight for each token of `x`. Its gradient, a sum over all tokens, is taken in float32, in whatever dtype the weight is."""
-    return jnp.broadcast_to(weight.astype(jnp.float32), x.shape).astype(weight.dtype)
-
-
 class RMSNorm(Norm):
     """Root mean square norm (Zhang and Sennrich, 2019, arXiv 1910.07467), in Llama's order of casts.
 
@@ -41,7 +36,7 @@ class RMSNorm(Norm):
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * of_every_token(self.weight, x)
+        return y.astype(x.dtype) * self.weight
 
 
 class RMSNormConfig(NormConfig):
@@ -62,7 +57,7 @@ class LayerNorm(Norm):
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * of_every_token(self.weight, x) + of_every_token(self.bias, x)
+        return y.astype(x.dtype) * self.weight + self.bias
 
 
 class LayerNormConfig(NormConfig):
