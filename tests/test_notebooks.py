@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-LONG = ("01_first_run", "06_read_an_ablation")  # run under `-m slow`
+LONG = ("01_first_run", "04_hugging_face_parity", "06_read_an_ablation")  # run under `-m slow`
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 nbformat = pytest.importorskip("nbformat", reason="the extra `test` is not installed")
 nbclient = pytest.importorskip("nbclient", reason="the extra `test` is not installed")
